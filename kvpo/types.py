@@ -1,0 +1,147 @@
+"""The frozen records that flow between the stages, and the letters that name tensor axes.
+
+Axis letters (suffixes of tensor names, ``z_GSFCHW``):
+
+    B  rows of a batch          G  branches of a group (the anchor is not among them)
+    N  latent frames            F  latent frames of one block
+    S  denoise steps            C  latent channels
+    H, W  latent height, width  T  pixel frames
+    L  text tokens              D  width of a text token
+    K  reward components
+
+A frame is named by its absolute latent index, a block by its absolute index; block b holds frames
+``b * F ... b * F + F - 1``.  Sigma is the noise level in [0, 1], 1 = pure noise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Mapping
+
+import torch
+
+
+@dataclass(frozen=True)
+class Script:
+    """A story: its prompts in order, and the block from which each of them holds."""
+
+    id: str
+    texts: tuple[str, ...]
+    starts: tuple[int, ...]
+    """First block of every segment; ``starts[0] == 0``, strictly increasing."""
+    blocks: int
+    """Length of the video in blocks."""
+
+    def __post_init__(self):
+        if not self.texts or len(self.texts) != len(self.starts):
+            raise ValueError(f"script {self.id!r}: {len(self.texts)} prompts but {len(self.starts)} start blocks; give one start per prompt")
+        if self.starts[0] != 0 or any(a >= b for a, b in zip(self.starts, self.starts[1:])):
+            raise ValueError(f"script {self.id!r}: start blocks {self.starts} must begin at 0 and increase")
+        if self.starts[-1] >= self.blocks:
+            raise ValueError(
+                f"script {self.id!r}: its {len(self.texts)} segments start at blocks {self.starts} but the video has {self.blocks} blocks; "
+                "lengthen the video or drop segments"
+            )
+
+    def segment(self, block: int) -> int:
+        """Index of the segment that holds at ``block``."""
+        return max(i for i, start in enumerate(self.starts) if start <= block)
+
+    def text(self, block: int) -> str:
+        return self.texts[self.segment(block)]
+
+    def span(self, segment: int) -> tuple[int, int]:
+        """Blocks [first, last + 1) of a segment."""
+        stop = self.starts[segment + 1] if segment + 1 < len(self.starts) else self.blocks
+        return self.starts[segment], stop
+
+
+@dataclass(frozen=True)
+class Window:
+    """The explored stretch of a rollout: ``blocks`` blocks from ``fork`` on."""
+
+    fork: int
+    blocks: int
+
+    @property
+    def stop(self) -> int:
+        return self.fork + self.blocks
+
+    def __contains__(self, block: int) -> bool:
+        return self.fork <= block < self.stop
+
+
+@dataclass(frozen=True)
+class BranchPlan:
+    """What one branch does differently inside the window.  The empty plan is the anchor's."""
+
+    frames: tuple[int, ...] = ()
+    """Routed past frames, absolute ids, in place of the rolling window's; () = the rolling window itself."""
+    noise_mix: float = 0.0
+    """Share of fresh start noise (only the start-noise explorer sets it)."""
+
+    @property
+    def is_anchor(self) -> bool:
+        return not self.frames and self.noise_mix == 0.0
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What a rollout stores of its window, branch by branch; the anchor is the last row."""
+
+    inputs: torch.Tensor
+    """z_BPSFCHW: network inputs, rows = G branches then the anchor, P window blocks, S denoise steps."""
+    velocities: torch.Tensor
+    """u_BPSFCHW: the network's velocities at those inputs, the energies' targets."""
+    clean: torch.Tensor
+    """x0_BPFCHW: each block's clean latents, as committed to the cache."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A group: one prefix, G branches and their anchor, under one script."""
+
+    script: Script
+    window: Window
+    plans: tuple[BranchPlan, ...]
+    """G plans, then the anchor's empty one."""
+    trajectory: Trajectory
+    prefix: torch.Tensor
+    """x0_NCHW: clean latents before the fork, shared by all rows."""
+    latents: torch.Tensor
+    """x0_BNCHW: clean latents from the fork to the end of the video (window, then tail)."""
+    cache: Any
+    """The prefix's FrameCache as it stood at the fork, read only."""
+
+    @property
+    def num_branches(self) -> int:
+        return len(self.plans) - 1
+
+
+@dataclass(frozen=True)
+class RewardTable:
+    """Rewards of one group: one number per component, signal, and row (G branches, then the anchor)."""
+
+    components: tuple[str, ...]
+    local: torch.Tensor
+    """r_KB float64: rewards of the window's clip."""
+    global_: torch.Tensor
+    """r_KB float64: mean of the rewards of the clips cut per prompt segment from the fork on; NaN-free."""
+    valid: torch.Tensor
+    """bool_B: rows all of whose rewards could be measured."""
+    extra: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Parts that are logged but not trained on, name -> r_B."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Energies of the G branches under one set of weights."""
+
+    energy: torch.Tensor
+    """E_G float64, lower = likelier."""
+    tau: float
+    """Temperature: logit_g = -E_g / tau."""
+
+    @property
+    def logits(self) -> torch.Tensor:
+        return -self.energy / self.tau
