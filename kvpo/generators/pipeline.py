@@ -1,0 +1,150 @@
+"""A generator with everything around it, from one folder in diffusers layout: text encoder, transformer, VAE, geometry.
+
+    model_index.json  transformer/  vae/  text_encoder/  tokenizer/  scheduler/  streaming.json
+
+All but `streaming.json` are what `WanPipeline` saves and loads.  Nothing here knows whether the model is tiny.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Sequence
+
+import torch
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from safetensors import SafetensorError, safe_open
+from transformers import AutoTokenizer, UMT5EncoderModel
+
+from kvpo.flow import warped_sigmas
+from kvpo.generators.cache import FrameCache
+from kvpo.generators.causal_wan import CausalWan
+from kvpo.generators.history import SinkWindow
+from kvpo.generators.streaming import StreamingDecoder
+
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How the generator streams: the content of `streaming.json`."""
+
+    block: int
+    """Latent frames generated together."""
+    sink: int
+    """Oldest latent frames, always read."""
+    window: int
+    """Latent frames a block reads in all: sink, rolling past and the block itself; -1: everything."""
+    latent_height: int
+    latent_width: int
+    fps: int
+    """Pixel frames a second."""
+    text_length: int
+    """Tokens of an embedded prompt, zeros after its end included."""
+    steps: int = 4
+    """Denoise steps of a block."""
+    shift: float = 5.0
+    """Warp of the step schedule, see `kvpo.flow.warp`."""
+
+    @property
+    def sigmas(self) -> tuple[float, ...]:
+        return warped_sigmas(self.steps, self.shift)
+
+    @property
+    def history(self) -> SinkWindow:
+        return SinkWindow(self.sink, self.window)
+
+    def pixel_frames(self, latent_frames: int) -> int:
+        """Pixel frames of a video of so many latent frames: 1 for the first, 4 for each after it."""
+        return max(0, 4 * latent_frames - 3)
+
+    @classmethod
+    def read(cls, path: Path) -> Geometry:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing: a pipeline folder needs it to know its block, sink and window; `kvpo import` and `kvpo pretrain` write it")
+        found = json.loads(path.read_text())
+        if unknown := set(found) - {f.name for f in fields(cls)}:
+            raise ValueError(f"{path}: unknown keys {sorted(unknown)}; known are {[f.name for f in fields(cls)]}")
+        return cls(**found)
+
+
+@dataclass
+class Pipeline:
+    """A loaded generator."""
+
+    generator: CausalWan
+    vae: AutoencoderKLWan
+    geometry: Geometry
+    stock: WanPipeline
+    """The same modules as diffusers' own pipeline: prompt encoding and saving are its business."""
+    folder: str
+
+    @classmethod
+    def load(cls, folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Pipeline:
+        """FileNotFoundError or ValueError, one line that names the file, for anything missing, broken, foreign or pickled."""
+        folder = Path(folder)
+        if not (folder / "model_index.json").is_file():
+            raise FileNotFoundError(f"{folder} is no pipeline folder: model_index.json is missing; give a folder in diffusers layout")
+        geometry = Geometry.read(folder / "streaming.json")
+        transformer = _load(WanTransformer3DModel, folder / "transformer", dtype)
+        vae = _load(AutoencoderKLWan, folder / "vae", dtype)
+        text_encoder = _load(UMT5EncoderModel, folder / "text_encoder", dtype)
+        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
+        stock = WanPipeline(tokenizer, text_encoder, vae, scheduler, transformer)
+        for module in (transformer, vae, text_encoder):
+            module.requires_grad_(False).eval().to(device)
+        return cls(CausalWan(transformer), vae, geometry, stock, str(folder))
+
+    @property
+    def device(self) -> torch.device:
+        return self.generator.device
+
+    @torch.no_grad()
+    def encode_text(self, texts: Sequence[str]) -> torch.Tensor:
+        """Prompts -> embeddings [P, L, D], zeros after each prompt's end (the network reads them unmasked)."""
+        # One at a time: padding to a batch's longest prompt may round differently, and a prompt must always read the same.
+        rows = [self.stock.encode_prompt(t, do_classifier_free_guidance=False, max_sequence_length=self.geometry.text_length)[0] for t in texts]
+        return torch.cat(rows)
+
+    def new_cache(self, capacity: int, rows: int = 1) -> FrameCache:
+        """An empty cache of ``capacity`` latent frames."""
+        g = self.geometry
+        return self.generator.new_cache(capacity, g.latent_height, g.latent_width, rows=rows, sink=g.sink)
+
+    def latent_shape(self, frames: int) -> tuple[int, int, int, int]:
+        g = self.geometry
+        return frames, self.generator.transformer.config.in_channels, g.latent_height, g.latent_width
+
+    def decoder(self) -> StreamingDecoder:
+        return StreamingDecoder(self.vae)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the pipeline folder; the caller makes it atomic by moving it into place."""
+        self.stock.save_pretrained(folder, safe_serialization=True)
+        (Path(folder) / "streaming.json").write_text(json.dumps(asdict(self.geometry), indent=1) + "\n")
+
+
+def _load(kind, folder: Path, dtype: torch.dtype):
+    """A stock class from its folder, every tensor accounted for."""
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        pickled = [p.name for pattern in PICKLES for p in folder.glob(pattern)]
+        reason = f"holds only {pickled}, which would have to be unpickled; convert them to safetensors" if pickled else "holds no *.safetensors file"
+        raise FileNotFoundError(f"{folder} {reason}")
+    for path in weights:
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a whole safetensors file ({error}); copy it again") from None
+    try:
+        model, info = kind.from_pretrained(folder, torch_dtype=dtype, output_loading_info=True, use_safetensors=True, local_files_only=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{folder} does not hold a {kind.__name__}: {str(error).splitlines()[0]}") from None
+    wrong = {what: sorted(map(str, info[what])) for what in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(what)}
+    if wrong:
+        listed = "; ".join(f"{what.replace('_', ' ')}: {', '.join(keys[:5])}{' ...' if len(keys) > 5 else ''}" for what, keys in wrong.items())
+        raise ValueError(f"{folder} holds weights of another model than its config.json describes: {listed}")
+    return model

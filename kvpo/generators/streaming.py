@@ -1,0 +1,48 @@
+"""Latents to pixels while they are generated: the causal VAE's decoder with its state outside the module."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+
+
+def latent_scale(vae: AutoencoderKLWan, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and scale of the VAE's latents, [C, 1, 1] each: model latent = (z - mean) / scale."""
+    return tuple(torch.tensor(v).view(-1, 1, 1).to(like) for v in (vae.config.latents_mean, vae.config.latents_std))
+
+
+class StreamingDecoder:
+    """Decodes a stream of latent frames; the first gives 1 pixel frame, every later one 4 (in Wan's VAE).
+
+    ``fork`` continues from the same state in several branches: a clip from the middle of a video is decoded as
+    that, not as if its first latent started a video.
+    """
+
+    def __init__(self, vae: AutoencoderKLWan):
+        self.vae = vae
+        self._cache: list = [None] * vae._cached_conv_counts["decoder"]
+        self._started = False
+
+    def fork(self, rows: int) -> StreamingDecoder:
+        """A decoder of ``rows`` streams that all continue from this one's state, which stays as it is."""
+        other = StreamingDecoder(self.vae)
+        # The convolutions replace their entries and never write into them, so sharing the memory is safe.
+        other._cache = [x.expand(rows, *x.shape[1:]) if isinstance(x, torch.Tensor) else x for x in self._cache]
+        other._started = self._started
+        return other
+
+    @torch.no_grad()
+    def __call__(self, latents_BNCHW: torch.Tensor) -> torch.Tensor:
+        """Model latents [B, N, C, h, w] -> uint8 pixels [B, T, 3, H, W] RGB."""
+        mean, scale = latent_scale(self.vae, latents_BNCHW)
+        z = self.vae.post_quant_conv((latents_BNCHW * scale + mean).transpose(1, 2).to(self.vae.dtype))
+        frames = []
+        for i in range(z.shape[2]):
+            frames.append(self.vae.decoder(z[:, :, i : i + 1], feat_cache=self._cache, feat_idx=[0], first_chunk=not self._started))
+            self._started = True
+        pixels = torch.cat(frames, dim=2)
+        if (patch := self.vae.config.patch_size) is not None:
+            pixels = unpatchify(pixels, patch)
+        return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).transpose(1, 2)
+
