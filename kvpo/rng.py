@@ -16,6 +16,10 @@ def stream(seed: int, *name: int | str) -> torch.Generator:
 
     Streams of different names are independent (their seeds are hashes); the same name gives the same draws.
     """
+    for part in (seed, *name):
+        if type(part) not in (int, str):
+            # A numpy or tensor integer would print, and so draw, differently from the int it equals.
+            raise TypeError(f"stream {(seed, *name)!r}: {part!r} is a {type(part).__name__}, but a stream is named by int and str; convert it with int() or str()")
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in (seed, *name))
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -45,6 +45,8 @@ class Script:
 
     def segment(self, block: int) -> int:
         """Index of the segment that holds at ``block``."""
+        if not 0 <= block < self.blocks:
+            raise ValueError(f"script {self.id!r} has no block {block}; its {self.blocks} blocks count from 0")
         return max(i for i, start in enumerate(self.starts) if start <= block)
 
     def text(self, block: int) -> str:

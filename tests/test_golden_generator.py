@@ -6,7 +6,8 @@ Free running: every step's input follows from our own outputs, so errors would a
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from golden import golden_case, golden_folder
+from golden import case as golden_case
+from golden import folder as golden_folder
 
 from kvpo.denoise import Renoise, Stream
 from kvpo.flow import add_noise

@@ -1,0 +1,167 @@
+"""Stage 4: rewards of a group -> one advantage per branch, measured against the anchor (method.md section 3).
+
+In this order, each step on the scale the one before left:
+
+    per component and signal   A = (r_g - r_anchor) / std over branches and anchor
+    over components            A = sum_k weight_k A_k
+    over signals               A = local A_local + global A_global            "safe" is read off here
+    centre, then clamp         A = clamp(A - mean_g A)
+
+A constant added to all A has (nearly) no gradient, because pi sums to one.  Clamping before centring would
+therefore flatten a group that is far above or far below its anchor: all A equal the clamp, nothing is learnt
+where there was most to learn.  Clamping after centring keeps the group's ranking.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, Mapping
+
+import torch
+
+from kvpo.types import RewardTable
+
+MIN_VALID = 0.75
+"""Share of rows that must be valid: a mean over fewer says more about the failures than about the branches."""
+
+
+@dataclass(frozen=True)
+class Advantage:
+    """Advantages of one group, and how they came about."""
+
+    values: torch.Tensor
+    """A_G float64: centred and clamped; 0 for branches without rewards."""
+    fused: torch.Tensor
+    """A_G float64 before centring: above 0 = better than the anchor; 0 for branches without rewards."""
+    local: torch.Tensor
+    """A_KG float64 per component, unweighted: the window's clip."""
+    global_: torch.Tensor
+    """A_KG float64 per component, unweighted: the clips from the fork on."""
+    valid: torch.Tensor
+    """bool_G: branches that have rewards."""
+    safe: bool
+    """Some branch beats the anchor in the fused advantage."""
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Advantages:
+    """The advantage rule and its settings."""
+
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """Component -> weight; empty = every component counts 1.  Otherwise it must name every component."""
+    local: float = 1.0
+    global_: float = 0.5
+    clamp: float = 5.0
+    """Bound of |A| after centring, 0 = none.  One component of weight 1 in a group of 8 stays below 1.5 * 2.7 = 4,
+    so the default only acts on heavier or several agreeing components."""
+    std_floor: float = 1e-5
+    """Reward units.  A component whose std is below this says nothing: it contributes 0, not amplified rounding."""
+
+    def __post_init__(self):
+        if self.clamp < 0.0 or self.std_floor <= 0.0:
+            raise ValueError(f"clamp = {self.clamp} must be 0 (none) or positive, and std_floor = {self.std_floor} positive")
+
+    def __call__(self, table: RewardTable) -> Advantage:
+        """ValueError if the anchor or over a quarter of the rows lack rewards, or a valid row holds a NaN."""
+        valid = _checked(table)
+        local_KG, global_KG = (relative_to_anchor(r_KB, valid, self.std_floor) for r_KB in (table.local, table.global_))
+        weights_K = self.component_weights(table.components)
+        fused = self.local * weigh(local_KG, weights_K) + self.global_ * weigh(global_KG, weights_K)
+        ranked = valid[:-1]
+        values = torch.where(ranked, fused - fused[ranked].mean(), 0.0)
+        clamped = values.clamp(-self.clamp, self.clamp) if self.clamp > 0.0 else values
+        return Advantage(
+            values=clamped,
+            fused=fused,
+            local=local_KG,
+            global_=global_KG,
+            valid=ranked,
+            safe=bool((fused[ranked] > 0.0).any()),
+            metrics=_metrics(table, fused, values, clamped, local_KG, global_KG, ranked),
+        )
+
+    def component_weights(self, components: tuple[str, ...]) -> torch.Tensor:
+        """w_K float64.  ValueError where names and weights do not match."""
+        if not self.weights:
+            return torch.ones(len(components), dtype=torch.float64)
+        if set(self.weights) != set(components):
+            raise ValueError(
+                f"advantage weights name {sorted(self.weights)} but the rewards are {sorted(components)}; give every component a weight (0 = log only), or none at all"
+            )
+        return torch.tensor([float(self.weights[name]) for name in components], dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class UnsafePolicy:
+    """What becomes of a group in which no branch beats the anchor: a factor on its whole loss."""
+
+    kind: Literal["skip", "scale", "none"] = "none"
+    """`skip` = 0, `scale` = ``factor``, `none` = the group counts like any other."""
+    factor: float = 0.5
+
+    def __post_init__(self):
+        if self.kind not in ("skip", "scale", "none"):
+            raise ValueError(f"unsafe policy {self.kind!r} is unknown; choose skip, scale or none")
+        if not 0.0 < self.factor < 1.0:
+            raise ValueError(f"unsafe factor {self.factor} must lie in (0, 1); write skip for 0 and none for 1")
+
+    def weight(self, safe: bool) -> float:
+        """Factor on the group's loss."""
+        if safe or self.kind == "none":
+            return 1.0
+        return 0.0 if self.kind == "skip" else self.factor
+
+
+def anchor_advantage(r_B: torch.Tensor, eps: float = 0.0) -> torch.Tensor:
+    """A_(B-1) = (r_g - r_anchor) / (std + eps), unbiased std over all rows; the anchor is the last row."""
+    return (r_B[:-1] - r_B[-1]) / (r_B.std() + eps)
+
+
+def relative_to_anchor(r_KB: torch.Tensor, valid_B: torch.Tensor, std_floor: float) -> torch.Tensor:
+    """A_KG float64 of every component over the valid rows; 0 for invalid rows and components without spread."""
+    A_KG = torch.zeros(r_KB.shape[0], r_KB.shape[1] - 1, dtype=torch.float64)
+    for A_G, r_B in zip(A_KG, r_KB.double()):
+        r = r_B[valid_B]
+        if r.std() >= std_floor:
+            A_G[valid_B[:-1]] = anchor_advantage(r)
+    return A_KG
+
+
+def weigh(A_KG: torch.Tensor, w_K: torch.Tensor) -> torch.Tensor:
+    """A_G = sum_k w_k A_k."""
+    return (w_K[:, None] * A_KG).sum(dim=0)
+
+
+def _checked(table: RewardTable) -> torch.Tensor:
+    """The valid rows, after everything that would silently spoil an advantage has been refused."""
+    K, B = len(table.components), table.valid.numel()
+    for signal, r_KB in (("local", table.local), ("global", table.global_)):
+        if r_KB.shape != (K, B):
+            raise ValueError(f"{signal} rewards have shape {tuple(r_KB.shape)}, expected {K} components x {B} rows")
+        bad = (~r_KB.isfinite() & table.valid).nonzero().tolist()
+        if bad:
+            cases = ", ".join(f"{table.components[k]} of row {b} = {r_KB[k, b].item()}" for k, b in bad)
+            raise ValueError(f"{signal} rewards of rows marked valid are not finite: {cases}; mark such rows invalid or repair the reward")
+    count = int(table.valid.sum())
+    if B < 3 or not table.valid[-1] or count < max(3, MIN_VALID * B):
+        missing = (~table.valid).nonzero().flatten().tolist()
+        raise ValueError(
+            f"{count} of {B} rows have rewards (missing: {missing}; row {B - 1} is the anchor); the anchor, at least two branches and {MIN_VALID:.0%} of all rows "
+            "are needed for a fair comparison; look at the reward's own error, or drop the group"
+        )
+    return table.valid
+
+
+def _metrics(table: RewardTable, fused, values, clamped, local_KG, global_KG, ranked) -> dict[str, float]:
+    """Plain numbers for the log."""
+    metrics = {
+        "advantage/std": values[ranked].std().item(),
+        "advantage/above_anchor": (fused[ranked] > 0.0).double().mean().item(),
+        "advantage/clamped": (values != clamped)[ranked].double().mean().item(),
+        "advantage/valid": table.valid.double().mean().item(),
+    }
+    for signal, A_KG in (("local", local_KG), ("global", global_KG)):
+        for name, A_G in zip(table.components, A_KG):
+            metrics[f"advantage/{signal}/{name}"] = A_G[ranked].mean().item()
+    return metrics

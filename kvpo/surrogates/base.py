@@ -1,0 +1,99 @@
+"""How likely a branch is: an energy per branch, and the temperature that turns energies into logits.
+
+    E(g) = 1 / (P S) sum_{b,s} w_s mean_{F,C,H,W} (v_{b,s} - u_{b,s})^2        logit_g = -E(g) / tau
+
+u are the velocities stored in the rollout, v those the evaluated weights give at the same inputs in the
+unperturbed context (method.md section 4).  Kinds of energy differ only in the step weights w_s.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol, Sequence
+
+import torch
+
+
+class Surrogate(Protocol):
+    """An energy that ranks branches by how well the unperturbed policy explains them."""
+
+    needs_differing_context: ClassVar[bool]
+    """True: zero, with zero gradient, on branches that the unperturbed policy would have made itself."""
+
+    def step_weights(self, sigmas: Sequence[float]) -> torch.Tensor:
+        """w_S float64, one weight per denoise step."""
+        ...
+
+    def energy(self, v_BPSFCHW: torch.Tensor, u_BPSFCHW: torch.Tensor, sigmas: Sequence[float]) -> torch.Tensor:
+        """E_B float64."""
+        ...
+
+    def block_energy(self, v_BSFCHW: torch.Tensor, u_BSFCHW: torch.Tensor, sigmas: Sequence[float]) -> torch.Tensor:
+        """Energy of one block, E_B float64; its mean over the window's blocks is `energy`, so replay can go block by block."""
+        ...
+
+
+def squared_residual(v_RFCHW: torch.Tensor, u_RFCHW: torch.Tensor) -> torch.Tensor:
+    """mean_{F,C,H,W} (v - u)^2 of every row, e_R float64.
+
+    The difference is taken in float32 at least (bf16 would round away small residuals), the mean in float64.
+    """
+    if v_RFCHW.shape != u_RFCHW.shape:
+        raise ValueError(f"velocities {tuple(v_RFCHW.shape)} and targets {tuple(u_RFCHW.shape)} must have one shape")
+    dtype = torch.promote_types(torch.promote_types(v_RFCHW.dtype, u_RFCHW.dtype), torch.float32)
+    residual = v_RFCHW.to(dtype) - u_RFCHW.to(dtype)
+    return residual.square().flatten(1).mean(dim=1, dtype=torch.float64)
+
+
+def weighted_block_energy(v_BSFCHW: torch.Tensor, u_BSFCHW: torch.Tensor, w_S: torch.Tensor) -> torch.Tensor:
+    """1 / S sum_s w_s mean_{F,C,H,W} (v - u)^2, E_B float64."""
+    if v_BSFCHW.shape != u_BSFCHW.shape or v_BSFCHW.dim() != 6:
+        raise ValueError(f"velocities {tuple(v_BSFCHW.shape)} and targets {tuple(u_BSFCHW.shape)} must share one BSFCHW shape")
+    if v_BSFCHW.shape[1] != w_S.numel():
+        raise ValueError(f"{v_BSFCHW.shape[1]} denoise steps in the velocities but {w_S.numel()} sigmas; pass the sampler's schedule, one sigma a step")
+    mean_BS = squared_residual(v_BSFCHW.flatten(0, 1), u_BSFCHW.flatten(0, 1)).unflatten(0, v_BSFCHW.shape[:2])
+    return (mean_BS * w_S.to(mean_BS)).mean(dim=1)
+
+
+def mean_over_blocks(surrogate: Surrogate, v_BPSFCHW: torch.Tensor, u_BPSFCHW: torch.Tensor, sigmas: Sequence[float]) -> torch.Tensor:
+    """E_B float64: the mean over the window's P blocks of the surrogate's block energies."""
+    if v_BPSFCHW.shape != u_BPSFCHW.shape or v_BPSFCHW.dim() != 7:
+        raise ValueError(f"velocities {tuple(v_BPSFCHW.shape)} and targets {tuple(u_BPSFCHW.shape)} must share one BPSFCHW shape")
+    blocks = [surrogate.block_energy(v, u, sigmas) for v, u in zip(v_BPSFCHW.unbind(1), u_BPSFCHW.unbind(1))]
+    return torch.stack(blocks).mean(dim=0)
+
+
+@dataclass(frozen=True)
+class Temperature:
+    """tau of the Gibbs policy, fixed for a group once its old energies are known."""
+
+    value: float | Literal["auto"] = "auto"
+    """A number in units of energy, or `auto`: the unbiased std over branches of the old policy's energies, so
+    that logits have spread 1.  Without it pi is uniform to several digits and clip and KL never act."""
+    floor: float = 1e-6
+    """`auto` is at least ``floor`` times the mean energy: a smaller spread is rounding and must not be amplified."""
+
+    def __post_init__(self):
+        number = isinstance(self.value, (int, float)) and not isinstance(self.value, bool)
+        if self.value != "auto" and not (number and 0.0 < self.value < math.inf):
+            raise ValueError(f"temperature {self.value!r} must be a positive number or 'auto'")
+        if not 0.0 < self.floor < 1.0:
+            raise ValueError(f"temperature floor {self.floor} must lie in (0, 1); it is relative to the mean energy")
+
+    def resolve(self, energy_old_G: torch.Tensor) -> float:
+        """tau.  ValueError where energies are not finite, fewer than 2, or all 0."""
+        energy = energy_old_G.detach().double().flatten()
+        if not energy.isfinite().all():
+            raise ValueError(f"old energies {energy.tolist()} are not all finite; branches {(~energy.isfinite()).nonzero().flatten().tolist()} are broken")
+        if self.value != "auto":
+            return float(self.value)
+        if energy.numel() < 2:
+            raise ValueError(f"automatic temperature is a spread over branches, but there is {energy.numel()} energy; use 2 or more branches or a number")
+        mean = energy.abs().mean().item()
+        if mean == 0.0:
+            raise ValueError(
+                f"all {energy.numel()} energies are 0: the unperturbed policy makes these branches itself, and no gradient can tell them apart; "
+                "explore with KV routing, or use an objective that is not an energy"
+            )
+        return max(energy.std().item(), self.floor * mean)
