@@ -6,8 +6,7 @@ Free running: every step's input follows from our own outputs, so errors would a
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from golden import case as golden_case
-from golden import folder as golden_folder
+from golden import case, read_tensors
 
 from kvpo.denoise import Renoise, Stream
 from kvpo.flow import add_noise
@@ -50,8 +49,7 @@ def model_of(config):
         num_attention_heads=m["num_heads"], attention_head_dim=m["dim"] // m["num_heads"], in_channels=16, out_channels=16, text_dim=m["text_dim"],
         freq_dim=m["freq_dim"], ffn_dim=m["ffn_dim"], num_layers=m["num_layers"], cross_attn_norm=True, eps=1e-6,
     )  # fmt: skip
-    _, weights = golden_case(config["weights"].removesuffix(".safetensors"))
-    transformer.load_state_dict(original_to_diffusers(weights), strict=True)
+    transformer.load_state_dict(original_to_diffusers(read_tensors(config["weights"].removesuffix(".safetensors"))), strict=True)
     return RecordingWan(transformer.requires_grad_(False).eval())
 
 
@@ -102,13 +100,13 @@ def assert_block(config, tensors, block, velocity, x0):
 
 @pytest.mark.parametrize("name", ["longlive_stream", "self_forcing_global", "self_forcing_local9", "causal_forcing_local9"])
 def test_golden_stream(name):
-    config, tensors = golden_case(name)
+    config, tensors = case(name)
     model, stream = stream_of(config, tensors)
     assert all(assert_block(config, tensors, b, *run_block(model, stream)) for b in range(config["blocks"]))
 
 
 def test_golden_per_frame_timesteps():
-    config, tensors = golden_case("longlive_per_frame_timesteps")
+    config, tensors = case("longlive_per_frame_timesteps")
     model, (geometry, capacity) = model_of(config), geometry_of(config)
     F, rows = geometry.block, tensors["text"].shape[0]
     cache = model.new_cache(capacity, geometry.latent_height, geometry.latent_width, rows=rows, sink=geometry.sink)
@@ -125,7 +123,7 @@ def test_golden_per_frame_timesteps():
 @pytest.mark.parametrize("name", ["longlive_routing_unrolled", "longlive_routing_rolled"])
 def test_golden_routing(name):
     """The reference reads frame f + 3 for a request of f once its cache has rolled; our plan names the frames it really read."""
-    config, tensors = golden_case(name)
+    config, tensors = case(name)
     model, stream = stream_of(config, tensors)
     g, fork = stream.geometry, config["fork_block"]
     routed = tuple(config["routed_frames_used"])
@@ -148,7 +146,7 @@ def test_golden_routing(name):
 
 
 def test_golden_prompt_switch():
-    config, tensors = golden_case("longlive_prompt_switch")
+    config, tensors = case("longlive_prompt_switch")
     model, stream = stream_of(config, tensors, starts=(0, *config["switch_blocks"]))
     for block in range(config["blocks"]):
         if block in config["switch_blocks"]:
@@ -170,8 +168,3 @@ def check_reencoding(config, tensors, model, stream, switch):
             if (expected := tensors.get(f"recached_{kind}.{name}.layer{layer}")) is not None:
                 got = torch.cat([pages[layer][:, stream.cache.slots[f]] for f in range(first, stop)], dim=1)
                 torch.testing.assert_close(got, expected[:, -tokens * (stop - first) :], atol=ATOL, rtol=0)
-
-
-def test_golden_folder_is_read():
-    """The cases above skip without the folder; with it they must not."""
-    assert (golden_folder() / "weights.safetensors").is_file()

@@ -1,0 +1,119 @@
+"""Stage 2: one prefix, then all branches and their anchor in one batch over one shared cache (method.md section 2).
+
+Everything but the plans is shared bit for bit: prefix, start noise, re-noise, prompts, tail noise.  The anchor is
+the row whose plan is empty; it goes through the same code in the same batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Mapping
+
+import torch
+
+from kvpo.denoise import NamedNoise, Noise, Sampler, Stream
+from kvpo.exploration.base import Explorer
+from kvpo.exploration.noise import mix_noise
+from kvpo.generators.history import Routed
+from kvpo.generators.pipeline import Pipeline
+from kvpo.rng import stream
+from kvpo.timing import Phases
+from kvpo.types import BranchPlan, Rollout, Script, Trajectory, Window
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How a group is rolled out."""
+
+    branches: int = 8
+    """G, besides the anchor."""
+    cache_frames: int = 33
+    """Latent frames the prefix keeps: the pool that routing draws from, sink and nearest frames included."""
+
+    def __post_init__(self):
+        if self.branches < 2:
+            raise ValueError(f"rollout.branches = {self.branches}, but a group compares at least 2 branches; set 2 or more")
+        if self.cache_frames < 1:
+            raise ValueError(f"rollout.cache_frames = {self.cache_frames} must be positive")
+
+
+@dataclass(frozen=True)
+class PlannedNoise:
+    """Start noise mixed per row as the plans say, inside the window; all else as in ``shared``."""
+
+    shared: NamedNoise
+    plans: tuple[BranchPlan, ...]
+    window: Window
+
+    def start(self, block: int) -> torch.Tensor:
+        noise = self.shared.start(block)
+        if block not in self.window or not any(plan.noise_mix for plan in self.plans):
+            return noise
+        return torch.stack([mix_noise(noise, self._fresh(row, block), plan.noise_mix) for row, plan in enumerate(self.plans)])
+
+    def renoise(self, block: int, step: int) -> torch.Tensor:
+        return self.shared.renoise(block, step)
+
+    def _fresh(self, row: int, block: int) -> torch.Tensor:
+        return NamedNoise(self.shared.shape, self.shared.seed, (*self.shared.name, "branch", row)).start(block)
+
+
+def roll_out(
+    pipeline: Pipeline, sampler: Sampler, explorer: Explorer, config: RolloutConfig, script: Script,
+    embeddings: Mapping[str, torch.Tensor], seed: int, name: tuple[int | str, ...], phases: Phases, fork: int | None = None, horizon: int | None = None,
+) -> Rollout:  # fmt: skip
+    """A group under ``script`` with the weights now in the pipeline.  ``name`` names its random streams.
+
+    ``fork``: fork block (default: drawn among the eligible ones).  ``horizon``: generate up to this block only
+    (default: the whole script).
+    """
+    geometry = pipeline.geometry
+    window = _window(explorer, script, geometry, seed, name, fork)
+    noise = NamedNoise(pipeline.latent_shape(geometry.block), seed, (*name, "noise"))
+    with phases("prefix"):
+        prefix = _prefix(pipeline, sampler, script, embeddings, noise, window.fork, config.cache_frames)
+    plans = explorer.plan(window, geometry, config.branches, stream(seed, *name, "plan"), prefix.cache.resident)
+    plans = (*plans, BranchPlan())
+    steps: list[tuple[torch.Tensor, torch.Tensor]] = []
+    with phases("branches"):
+        branches = _fork(pipeline, prefix, plans, PlannedNoise(noise, plans, window))
+        history = Routed(geometry.history, plans, window, geometry.block)
+        for _ in range(window.fork, window.stop):
+            branches.advance(history, lambda i, x, v: steps.append((x, v)))
+        for _ in range(window.stop, script.blocks if horizon is None else max(horizon, window.stop)):
+            branches.advance()
+    after = branches.blocks[window.fork :]
+    S = len(geometry.sigmas)
+    inputs, velocities = (torch.stack(x, dim=1).unflatten(1, (window.blocks, S)) for x in zip(*steps))
+    clean = torch.stack(after[: window.blocks], dim=1)
+    return Rollout(script, window, plans, Trajectory(inputs, velocities, clean), torch.cat(prefix.blocks, dim=1)[0], torch.cat(after, dim=1), prefix.cache)
+
+
+def _window(explorer: Explorer, script: Script, geometry, seed: int, name: tuple, fork: int | None) -> Window:
+    eligible = explorer.eligible_forks(script.blocks, geometry)
+    if fork is None:
+        fork = eligible[int(torch.randint(len(eligible), (), generator=stream(seed, *name, "fork")))]
+    elif fork not in eligible:
+        raise ValueError(f"block {fork} can not be a fork of script {script.id!r}; eligible are {eligible}")
+    return Window(fork, explorer.window_blocks)
+
+
+def _prefix(pipeline: Pipeline, sampler: Sampler, script: Script, embeddings, noise: Noise, fork: int, cache_frames: int) -> Stream:
+    """The shared past, up to the fork.  A prompt switch at the fork itself is part of it."""
+    geometry = pipeline.geometry
+    needed = geometry.window if geometry.window > 0 else script.blocks * geometry.block
+    cache = pipeline.new_cache(max(cache_frames, needed))
+    past = Stream(pipeline.generator, geometry, sampler, [script], embeddings, noise, cache)
+    for _ in range(fork):
+        past.advance()
+    past.switch()
+    return past
+
+
+def _fork(pipeline: Pipeline, prefix: Stream, plans: tuple[BranchPlan, ...], noise: Noise) -> Stream:
+    """All rows, continuing from the prefix.  Each row keeps what a block can read of its own, and the block itself."""
+    geometry = prefix.geometry
+    frames = (prefix.scripts[0].blocks - len(prefix.blocks)) * geometry.block if geometry.window < 0 else geometry.window + geometry.block
+    branches = Stream(pipeline.generator, geometry, prefix.sampler, prefix.scripts, prefix.embeddings, noise, prefix.cache.fork(len(plans), frames), prefix.blocks)
+    branches.reencoded = len(prefix.blocks)
+    return branches

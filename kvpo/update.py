@@ -1,0 +1,121 @@
+"""Stage 7: energies and objective to gradients, a finite check, and the optimizer's step (method.md section 5).
+
+The loss is a function of G numbers, so its cotangents are too: replay with gradient goes pass by pass, each
+multiplied by its branches' numbers and freed.  The gradient is exact, whatever the size of a pass.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Mapping
+
+import torch
+
+from kvpo.advantages import Advantage, UnsafePolicy
+from kvpo.loss import ClippedObjective, entropy
+from kvpo.policy import Policy
+from kvpo.replay import Replay
+from kvpo.surrogates.base import Temperature
+from kvpo.timing import Phases
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW on float32 master weights."""
+
+    lr: float = 1e-5
+    warmup: int = 5
+    """Updates over which the rate rises linearly to ``lr``; the first one already moves (lr / warmup)."""
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    clip: float = 1.0
+    """Largest gradient norm."""
+
+    def __post_init__(self):
+        if not (self.lr > 0.0 and self.clip > 0.0 and self.warmup >= 1):
+            raise ValueError(f"optimizer.lr = {self.lr} and clip = {self.clip} must be positive, warmup = {self.warmup} at least 1")
+
+
+@dataclass(frozen=True)
+class GroupUpdate:
+    """What one group added."""
+
+    energy: torch.Tensor
+    """E_G float64 under the current weights; NaN where the group was skipped."""
+    pi: torch.Tensor
+    """pi_old_G, the behaviour policy's share of every branch; likewise."""
+    metrics: Mapping[str, float]
+
+
+class Updater:
+    """Accumulates the gradients of a step's groups, then updates the policy."""
+
+    def __init__(self, policy: Policy, config: OptimizerConfig, objective: ClippedObjective, temperature: Temperature, unsafe: UnsafePolicy, groups: int):
+        self.policy, self.config, self.objective = policy, config, objective
+        self.temperature, self.unsafe, self.groups = temperature, unsafe, groups
+        self.optimizer = torch.optim.AdamW(policy.parameters, lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay)
+
+    def accumulate(self, replay: Replay, advantage: Advantage, phases: Phases) -> GroupUpdate:
+        """Add the gradient of one group's loss.  ValueError naming quantity and branch where a number is not finite."""
+        weight = self.unsafe.weight(advantage.safe)
+        metrics = {"group/safe": float(advantage.safe), "group/skipped": float(weight == 0.0)}
+        if weight == 0.0:
+            unknown = torch.full_like(advantage.values, float("nan"))
+            return GroupUpdate(unknown, unknown, metrics)
+        with phases("replay_old"):
+            reference_G = self._energies_under(self.policy.reference, replay) if self.objective.kl_beta > 0.0 and self.policy.updates > 0 else None
+            old_G = None if self.policy.on_policy else self._energies_under(self.policy.behaviour, replay)
+        with phases("replay_grad"):
+            shares = list(replay.passes()) if replay.single_pass else []
+            energy_G = _sum(shares, len(replay.rows)) if shares else replay.energies()
+            old_G = energy_G if old_G is None else old_G  # the same weights: the old scores are the detached new ones
+            tau = self.temperature.resolve(old_G)
+            logits = [None if e is None else -e / tau for e in (energy_G, old_G, energy_G if self.policy.updates == 0 else reference_G)]
+            loss = self.objective(*logits, advantage.values, weight / self.groups)
+            cotangent_G = -loss.cotangent / tau  # dL / dE
+            for branch, share in shares or replay.passes():
+                torch.dot(cotangent_G[branch].to(share.device), share).backward()
+        log_pi = torch.log_softmax(-old_G / tau, dim=0)
+        metrics |= {"energy/mean": float(energy_G.mean()), "energy/std": float(energy_G.std()), "policy/tau": tau, "policy/lag": self.policy.lag}
+        metrics |= {"policy/entropy": float(entropy(log_pi)), "policy/evenness": float(entropy(log_pi)) / math.log(len(log_pi)), "policy/top": float(log_pi.max().exp())}
+        return GroupUpdate(energy_G, log_pi.exp(), metrics | loss.metrics)
+
+    def step(self) -> dict[str, float]:
+        """One optimizer update.  FloatingPointError, before anything has changed, where a gradient is not finite."""
+        rate = self.config.lr * min(1.0, (self.policy.updates + 1) / self.config.warmup)
+        gradients = [p.grad for p in self.policy.parameters if p.grad is not None]
+        if not gradients:  # every group of the step was skipped
+            return {"optim/lr": rate, "optim/grad_norm": 0.0, "optim/grad_clipped": 0.0}
+        norm = float(torch.nn.utils.clip_grad_norm_(self.policy.parameters, self.config.clip))
+        if not math.isfinite(norm):
+            bad = [n for n, p in zip(self.policy.names, self.policy.parameters) if p.grad is not None and not p.grad.isfinite().all()]
+            raise FloatingPointError(
+                f"gradient norm is {norm} at update {self.policy.updates}; not finite in {len(bad)} tensors, first {', '.join(bad[:3])}; nothing was updated. "
+                "Lower optimizer.lr or look at this step's rewards and energies"
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.policy.updated()
+        return {"optim/lr": rate, "optim/grad_norm": norm, "optim/grad_clipped": float(norm > self.config.clip), "optim/drift": self.policy.drift()}
+
+    def _energies_under(self, weights: list[torch.Tensor], replay: Replay) -> torch.Tensor:
+        with self.policy.using(weights):
+            return replay.energies()
+
+
+def _sum(shares: list[tuple[torch.Tensor, torch.Tensor]], branches: int) -> torch.Tensor:
+    """E_G, detached, from the shares of all passes."""
+    energy = torch.zeros(branches, dtype=torch.float64)
+    for branch, share in shares:
+        energy.index_add_(0, branch, share.detach().cpu())
+    return energy
+
+
+def group_means(groups: list[Mapping[str, float]]) -> dict[str, float]:
+    """Mean over a step's groups of every metric, over the groups that have it."""
+    names = {name for metrics in groups for name in metrics}
+    return {name: sum(values) / len(values) for name in sorted(names) if (values := [m[name] for m in groups if name in m])}
