@@ -1,0 +1,166 @@
+"""The one interface of all rewards: clips with their prompts in, one number per clip out.
+
+    batch = VideoBatch(frames, fps=16.0, prompts=("it turns blue",), history=(("a small red circle ...",),))
+    output = check_output(reward.spec, batch, reward.score(batch))
+
+Clips have one layout, uint8 RGB [B, T, C, H, W], so that no scorer has to guess it from a shape.  A clip that
+cannot be measured is *invalid* (score NaN, ``valid`` False); it never gets a 0, which would be a verdict.
+Nothing heavy is imported or loaded before ``load``.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any, Callable, Literal, Mapping, Protocol
+
+import torch
+
+
+@dataclass(frozen=True, eq=False)
+class VideoBatch:
+    """Clips to be scored together: equal length, equal size.  Compared by identity, so that measurements can be shared."""
+
+    frames: torch.Tensor
+    """RGB uint8 [B, T, C=3, H, W]; no other layout, no other type."""
+    fps: float
+    """True rate of the pixel frames given, frames a second."""
+    prompts: tuple[str, ...]
+    """One per clip: the prompt that holds in this clip."""
+    history: tuple[tuple[str, ...], ...] = ()
+    """Per clip the earlier prompts of its script, oldest first (a later prompt may only say "it").  () = none for all clips."""
+    group: torch.Tensor | None = None
+    """int64 [B]: clips that are compared with each other (branches of one fork).  None becomes all zeros."""
+    meta: tuple[Mapping[str, Any], ...] = ()
+    """Per clip, for logs only: seed, branch, segment ...  () = nothing."""
+
+    def __post_init__(self):
+        _check_frames(self.frames)
+        B = len(self.frames)
+        if not self.fps > 0:
+            raise ValueError(f"fps = {self.fps} must be above 0; give the true rate of the frames (16 for Wan and the miniature)")
+        if isinstance(self.prompts, str) or not all(isinstance(p, str) for p in self.prompts):
+            raise ValueError(f"prompts = {self.prompts!r} must be a tuple with one string per clip")
+        group = torch.zeros(B, dtype=torch.int64) if self.group is None else self.group
+        lengths = {"prompts": len(self.prompts), "history": len(self.history) or B, "group": group.numel(), "meta": len(self.meta) or B}
+        for name, length in lengths.items():
+            if length != B:
+                raise ValueError(f"{length} {name} for {B} clips; give one per clip")
+        if group.dtype != torch.int64 or group.dim() != 1:
+            raise ValueError(f"group is {group.dtype} {list(group.shape)}; it must be int64 [B]")
+        object.__setattr__(self, "prompts", tuple(self.prompts))
+        object.__setattr__(self, "history", tuple(tuple(h) for h in self.history) or ((),) * B)
+        object.__setattr__(self, "group", group)
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    @property
+    def length(self) -> int:
+        """T, pixel frames of every clip."""
+        return self.frames.shape[1]
+
+    def script(self, clip: int) -> tuple[str, ...]:
+        """All prompts that a clip's meaning depends on: its history, then its own."""
+        return (*self.history[clip], self.prompts[clip])
+
+    def cut(self, first: int, stop: int) -> "VideoBatch":
+        """The same clips, frames [first, stop) only."""
+        return VideoBatch(self.frames[:, first:stop], self.fps, self.prompts, self.history, self.group, self.meta)
+
+
+@dataclass(frozen=True)
+class RewardOutput:
+    """What a reward says about a batch."""
+
+    scores: torch.Tensor
+    """float32 [B], higher is better; NaN where not valid."""
+    valid: torch.Tensor
+    """bool [B]: clips that could be measured."""
+    parts: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Name -> float32 [B]: what the score is made of, for logs; NaN where a clip has no such part."""
+    info: Mapping[str, Any] = field(default_factory=dict)
+    """``seconds`` it took, versions ..."""
+
+
+@dataclass(frozen=True)
+class RewardSpec:
+    """What one must know of a reward without running it."""
+
+    name: str
+    family: str
+    """Rewards of one family see alike and fail alike; an evaluator is held out only from training rewards of other families."""
+    bounds: tuple[float, float] = (0.0, 1.0)
+    needs_prompt: bool = True
+    min_frames: int = 1
+    """Shorter clips are invalid."""
+    level: Literal["frame", "clip", "segment", "rollout"] = "clip"
+    """What a clip has to be for the score to make sense: any frame, any stretch, one prompt segment, a whole video."""
+    licence: str = "Apache-2.0"
+    weights: str = ""
+    """Identity of the weights (name and hash); "" = none."""
+    report: tuple[str, ...] = ()
+    """Parts that evaluations list beside the score, as ``name.part``."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What an evaluation lists: the score, then the reported parts."""
+        return (self.name, *(f"{self.name}.{part}" for part in self.report))
+
+
+class Reward(Protocol):
+    """A reward model.  ``score`` may be called only between ``load`` and ``offload``."""
+
+    spec: RewardSpec
+
+    def load(self, device: str | torch.device) -> None: ...
+
+    def score(self, batch: VideoBatch) -> RewardOutput: ...
+
+    def offload(self) -> None: ...
+
+
+def scored(spec: RewardSpec, batch: VideoBatch, measure: Callable[[VideoBatch], tuple[torch.Tensor, Mapping[str, torch.Tensor]]]) -> RewardOutput:
+    """``measure(batch) -> (scores [B], parts)`` with what every reward owes: no gradient, the clock, invalid clips, float32 on the CPU."""
+    begin = time.perf_counter()
+    if batch.length < spec.min_frames:
+        nothing = torch.full((len(batch),), float("nan"))
+        reason = f"{spec.name} needs {spec.min_frames} frames, the clips have {batch.length}"
+        return RewardOutput(nothing, torch.zeros(len(batch), dtype=torch.bool), {}, {"seconds": 0.0, "invalid": reason})
+    with torch.inference_mode():
+        scores, parts = measure(batch)
+    scores = scores.float().cpu()
+    seconds = time.perf_counter() - begin
+    return RewardOutput(scores, scores.isfinite(), {k: v.float().cpu() for k, v in parts.items()}, {"seconds": seconds})
+
+
+def check_output(spec: RewardSpec, batch: VideoBatch, output: RewardOutput) -> RewardOutput:
+    """The output itself, or a ValueError that says in one line what is wrong with it."""
+    B = len(batch)
+    for name, value, kind in (("scores", output.scores, torch.float32), ("valid", output.valid, torch.bool)):
+        if value.shape != (B,) or value.dtype != kind:
+            raise ValueError(f"reward {spec.name!r} returned {name} {value.dtype} {list(value.shape)} for {B} clips; it must be {kind} [{B}]")
+    for name, value in output.parts.items():
+        if value.shape != (B,):
+            raise ValueError(f"reward {spec.name!r} returned part {name!r} {list(value.shape)} for {B} clips; give one number per clip")
+    low, high = spec.bounds
+    wrong = output.valid & ~((output.scores >= low) & (output.scores <= high))
+    if wrong.any():
+        cases = ", ".join(f"clip {b} = {output.scores[b].item():.6g}" for b in wrong.nonzero().flatten().tolist())
+        raise ValueError(f"reward {spec.name!r}: {cases}, outside [{low:g}, {high:g}] but marked valid; mark what cannot be measured invalid, or repair the reward")
+    return output
+
+
+def _check_frames(frames: torch.Tensor) -> None:
+    """ValueError unless uint8 [B, T, 3, H, W] with at least one clip and one frame."""
+    if frames.dtype != torch.uint8:
+        raise ValueError(f"frames are {frames.dtype}; they must be uint8 in [0, 255]: convert with (x.clamp(0, 1) * 255).round().to(torch.uint8)")
+    if frames.dim() != 5 or frames.shape[2] != 3:
+        raise ValueError(f"frames have shape {list(frames.shape)}; the only layout is [B, T, C=3, H, W], RGB: permute before the call")
+    if 0 in frames.shape:
+        raise ValueError(f"frames have shape {list(frames.shape)}: a batch needs at least one clip and one frame")
+
+
+def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
+    """RGB in [0, 1], any shape -> uint8 in [0, 255]."""
+    return (pixels.clamp(0, 1) * 255).round().to(torch.uint8)

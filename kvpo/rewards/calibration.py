@@ -1,0 +1,188 @@
+"""The calibration suite: degraded copies of good clips, which every training reward's recipe must score below the good ones.
+
+A degradation is a function (frames [B, T, C, H, W] uint8, generator) -> the same; ``wrong_caption`` changes the
+prompts instead.  Each single reward may be blind to some of them (blind spots are its nature: text alignment does
+not mind flicker), the combination may not.
+
+    table = calibrate(rewards, clips, weights)      share of pairs won and mean margin, by degradation
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Callable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+
+from kvpo.rewards.base import Reward, VideoBatch, check_output
+from kvpo.rng import stream
+
+Degrade = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
+
+
+def _as_uint8(x: torch.Tensor) -> torch.Tensor:
+    return x.round().clamp(0, 255).to(torch.uint8)
+
+
+def frozen(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """The first frame for ever."""
+    return frames[:, :1].expand_as(frames).clone()
+
+
+def stutter(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Every fourth frame, shown four times."""
+    return frames[:, torch.arange(frames.shape[1]) // 4 * 4]
+
+
+def noise(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Independent pixel noise, standard deviation 20 of 255."""
+    return _as_uint8(frames + 20.0 * torch.randn(frames.shape, generator=generator))
+
+
+def shuffle(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """The frames in random order."""
+    return frames[:, torch.randperm(frames.shape[1], generator=generator)]
+
+
+def backwards(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Time reversed: a flaw only if the motion has a direction."""
+    return frames.flip(1)
+
+
+def flicker(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Brightness of every frame times a factor of standard deviation 0.15."""
+    factor = 1 + 0.15 * torch.randn(frames.shape[1], generator=generator)
+    return _as_uint8(frames * factor[:, None, None, None])
+
+
+def blur(frames: torch.Tensor, generator: torch.Generator, sigma: float = 2.0) -> torch.Tensor:
+    """Gaussian blur of 2 pixels."""
+    at = torch.arange(-6, 7.0)
+    kernel = (-(at**2) / (2 * sigma**2)).exp()
+    kernel = kernel / kernel.sum()
+    x = frames.flatten(0, 1).float().flatten(0, 1)[:, None]
+    x = F.conv2d(F.pad(x, (6, 6, 6, 6), mode="replicate"), kernel.view(1, 1, 1, -1))
+    return _as_uint8(F.conv2d(x, kernel.view(1, 1, -1, 1)).view(frames.shape))
+
+
+def colour_drift(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Colours turn around the grey axis, up to 70 degrees at the end."""
+    angle = torch.linspace(0, math.radians(70), frames.shape[1])
+    return _mix(frames, torch.stack([_hue_rotation(float(a)) for a in angle]))
+
+
+def oversaturation(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Chroma grows to three times at the end: the favourite hack of image rewards."""
+    gain = torch.linspace(1, 3, frames.shape[1])[:, None, None]
+    grey = torch.full((3, 3), 1 / 3)
+    return _mix(frames, grey + gain * (torch.eye(3) - grey))
+
+
+def darkening(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Fades to a third of its brightness."""
+    return _as_uint8(frames * torch.linspace(1, 0.33, frames.shape[1])[:, None, None, None])
+
+
+def cut(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """From the middle on the picture is displaced by 20 to 44 pixels, both ways: the object jumps, the place breaks or stays."""
+    by = torch.randint(20, 45, (2,), generator=generator).tolist()
+    half = frames.shape[1] // 2
+    return torch.cat((frames[:, :half], frames[:, half:].roll(by, (-2, -1))), 1)
+
+
+def vanish(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """In the second half the object fades to the grey of its place."""
+    keep = torch.ones(frames.shape[1])
+    keep[frames.shape[1] // 2 :] = 0
+    grey = torch.full((3, 3), 1 / 3)
+    return _mix(frames, grey + keep[:, None, None] * (torch.eye(3) - grey))
+
+
+def twin(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A second object: the picture laid over itself, displaced by half, where it is colourful."""
+    other = frames.roll((24, 32), (-2, -1))
+    colourful = (other.amax(2, keepdim=True) - other.amin(2, keepdim=True)) > 60
+    return torch.where(colourful, other, frames)
+
+
+def jitter(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Every frame is displaced by up to 2 pixels."""
+    by = torch.randint(-2, 3, (frames.shape[1], 2), generator=generator).tolist()
+    return torch.stack([f.roll(d, (-2, -1)) for f, d in zip(frames.unbind(1), by)], 1)
+
+
+def grey(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """An empty grey picture."""
+    return torch.full_like(frames, 128)
+
+
+def static(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Nothing but noise."""
+    return torch.randint(0, 256, frames.shape, generator=generator).to(torch.uint8)
+
+
+DEGRADATIONS: dict[str, Degrade] = {
+    f.__name__: f
+    for f in (frozen, stutter, noise, shuffle, backwards, flicker, blur, colour_drift, oversaturation, darkening, cut, vanish, twin, jitter, grey, static)
+}
+
+
+def wrong_captions(prompts: Sequence[str], generator: torch.Generator) -> tuple[str, ...]:
+    """Every clip gets the prompt of another one: a cyclic shift by a random amount of clips with different prompts."""
+    n = len(prompts)
+    start = int(torch.randint(1, n, (), generator=generator)) if n > 1 else 0
+    for shift in ((start + i - 1) % (n - 1) + 1 for i in range(n - 1)):
+        moved = tuple(prompts[(b + shift) % n] for b in range(n))
+        if all(a != b for a, b in zip(prompts, moved)):
+            return moved
+    raise ValueError(f"no shift of {n} prompts gives every clip another one; calibrate on clips with more different prompts")
+
+
+def degrade(batch: VideoBatch, name: str, seed: int) -> VideoBatch:
+    """A copy of the batch with one flaw: a name of DEGRADATIONS, or ``wrong_caption`` (which also drops the history)."""
+    generator = stream(seed, "degrade", name)
+    if name == "wrong_caption":
+        return VideoBatch(batch.frames, batch.fps, wrong_captions(batch.prompts, generator), (), batch.group)
+    return VideoBatch(DEGRADATIONS[name](batch.frames, generator), batch.fps, batch.prompts, batch.history, batch.group, batch.meta)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How the good clips fare against one degradation under one score."""
+
+    won: float
+    """Share of clips scored above their own degraded copy (ties and invalid scores count as lost)."""
+    margin: float
+    """Mean of good minus degraded over the pairs that have both scores, reward units."""
+
+
+def combine(rewards: Sequence[Reward], batch: VideoBatch, weights: Mapping[str, float]) -> dict[str, torch.Tensor]:
+    """Every reward's scores [B] by name, and ``all``: their weighted mean."""
+    scores = {r.spec.name: check_output(r.spec, batch, r.score(batch)).scores for r in rewards}
+    total = sum(weights[name] for name in scores)
+    return scores | {"all": sum(weights[name] * score for name, score in scores.items()) / total}
+
+
+def calibrate(rewards: Sequence[Reward], batches: Sequence[VideoBatch], weights: Mapping[str, float], seed: int = 0) -> dict[str, dict[str, Verdict]]:
+    """Degradation -> score name -> verdict, over all clips of the batches (each batch of clips of one length)."""
+    good = [combine(rewards, batch, weights) for batch in batches]
+    table = {}
+    for name in (*DEGRADATIONS, "wrong_caption"):
+        bad = [combine(rewards, degrade(batch, name, seed + i), weights) for i, batch in enumerate(batches)]
+        gaps = {k: torch.cat([g[k] - b[k] for g, b in zip(good, bad)]) for k in good[0]}
+        table[name] = {k: Verdict((gap > 0).float().mean().item(), gap.nanmean().item()) for k, gap in gaps.items()}
+    return table
+
+
+def _mix(frames: torch.Tensor, matrix_TCC: torch.Tensor) -> torch.Tensor:
+    """A colour matrix per frame."""
+    return _as_uint8(torch.einsum("tdc,btchw->btdhw", matrix_TCC, frames.float()))
+
+
+def _hue_rotation(angle: float) -> torch.Tensor:
+    """Rotation about the grey axis by ``angle`` radians, [3, 3] (Rodrigues)."""
+    c, s = math.cos(angle), math.sin(angle) / math.sqrt(3.0)
+    cross = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]])
+    return c * torch.eye(3) + s * cross + (1 - c) / 3
