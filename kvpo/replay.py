@@ -8,7 +8,7 @@ the rows (branch, block, step) are independent of each other and are cut into as
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Iterator, Mapping, Protocol, Sequence
 
 import torch
@@ -80,6 +80,8 @@ class Replay:
         self.rows_per_pass = rows_per_pass
         self.sigmas = pipeline.geometry.sigmas
         self.weights_S = surrogate.step_weights(self.sigmas)
+        start = rollout.trajectory.inputs[self.rows, 0, 0]
+        self.shared_start = bool((start == start[:1]).all())
         self.plan = [self._parts(positions) for positions in self._runs()]
         """Rows of every pass, run by run."""
 
@@ -115,7 +117,7 @@ class Replay:
         prefix = [r.prefix[None, i : i + g.block] for i in range(0, len(r.prefix), g.block)]
         cache, past, F = r.cache, prefix, g.block
         for positions in self._runs():
-            cache = cache.fork(len(self.rows), (r.window.blocks * F) + max(g.window, 0))
+            cache = cache.fork(len(self.rows), r.window.stop * F if g.window < 0 else r.window.blocks * F + g.window)
             stream = Stream(self.pipeline.generator, g, None, [r.script], self.embeddings, None, cache, past)
             if positions[0] > 0:
                 stream.switch()
@@ -170,8 +172,16 @@ class Replay:
 
     def _velocity(self, cache: FrameCache, rows: list[_Row]) -> torch.Tensor:
         """v_RFCHW of the rows, which share one prompt: a run holds one segment."""
-        frames, past = [self._frames(r.position) for r in rows], [self._past(r.position) for r in rows]
+        places: dict[_Row, int] = {}
+        index = [places.setdefault(self._representative(row), len(places)) for row in rows]
+        distinct = list(places)
+        frames, past = [self._frames(r.position) for r in distinct], [self._past(r.position) for r in distinct]
         text = self.embeddings[self.rollout.script.text(self.rollout.window.fork + rows[0].position)][None]
-        sigma = torch.tensor([self.sigmas[r.step] for r in rows])
-        z = self._stored(self.rollout.trajectory.inputs, rows)
-        return self.pipeline.generator.velocity(z, sigma, text, frames, cache, past, [r.branch for r in rows])
+        sigma = torch.tensor([self.sigmas[r.step] for r in distinct])
+        z = self._stored(self.rollout.trajectory.inputs, distinct)
+        v = self.pipeline.generator.velocity(z, sigma, text, frames, cache, past, [r.branch for r in distinct])
+        return v if len(distinct) == len(rows) else v[index]
+
+    def _representative(self, row: _Row) -> _Row:
+        """At the fork all branches start from one noise and one past: that velocity is computed once."""
+        return replace(row, branch=0) if self.shared_start and row.position == row.step == 0 else row

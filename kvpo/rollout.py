@@ -15,7 +15,7 @@ from kvpo.denoise import NamedNoise, Noise, Sampler, Stream
 from kvpo.exploration.base import Explorer
 from kvpo.exploration.noise import mix_noise
 from kvpo.generators.history import Routed
-from kvpo.generators.pipeline import Pipeline
+from kvpo.generators.pipeline import Geometry, Pipeline
 from kvpo.rng import stream
 from kvpo.timing import Phases
 from kvpo.types import BranchPlan, Rollout, Script, Trajectory, Window
@@ -68,6 +68,7 @@ def roll_out(
     (default: the whole script).
     """
     geometry = pipeline.geometry
+    check_room(explorer, config, script.blocks, geometry)
     window = _window(explorer, script, geometry, seed, name, fork)
     noise = NamedNoise(pipeline.latent_shape(geometry.block), seed, (*name, "noise"))
     with phases("prefix"):
@@ -76,7 +77,7 @@ def roll_out(
     plans = (*plans, BranchPlan())
     steps: list[tuple[torch.Tensor, torch.Tensor]] = []
     with phases("branches"):
-        branches = _fork(pipeline, prefix, plans, PlannedNoise(noise, plans, window))
+        branches = _fork(pipeline, prefix, plans, PlannedNoise(noise, plans, window), window)
         history = Routed(geometry.history, plans, window, geometry.block)
         for _ in range(window.fork, window.stop):
             branches.advance(history, lambda i, x, v: steps.append((x, v)))
@@ -87,6 +88,16 @@ def roll_out(
     inputs, velocities = (torch.stack(x, dim=1).unflatten(1, (window.blocks, S)) for x in zip(*steps))
     clean = torch.stack(after[: window.blocks], dim=1)
     return Rollout(script, window, plans, Trajectory(inputs, velocities, clean), torch.cat(prefix.blocks, dim=1)[0], torch.cat(after, dim=1), prefix.cache)
+
+
+def check_room(explorer: Explorer, config: RolloutConfig, blocks: int, geometry: Geometry) -> None:
+    """ValueError, before anything is generated, where settings and generator do not fit: no block can be a fork, or the cache is too small."""
+    explorer.eligible_forks(blocks, geometry)
+    if config.cache_frames < (least := geometry.resident(blocks)):
+        raise ValueError(
+            f"rollout.cache_frames = {config.cache_frames}, but this generator (sink {geometry.sink}, window {geometry.window}) streams {blocks} blocks "
+            f"from a cache of at least {least} latent frames; set {least} or more, routing draws from what is beyond the window"
+        )
 
 
 def _window(explorer: Explorer, script: Script, geometry, seed: int, name: tuple, fork: int | None) -> Window:
@@ -100,20 +111,27 @@ def _window(explorer: Explorer, script: Script, geometry, seed: int, name: tuple
 
 def _prefix(pipeline: Pipeline, sampler: Sampler, script: Script, embeddings, noise: Noise, fork: int, cache_frames: int) -> Stream:
     """The shared past, up to the fork.  A prompt switch at the fork itself is part of it."""
-    geometry = pipeline.geometry
-    needed = geometry.window if geometry.window > 0 else script.blocks * geometry.block
-    cache = pipeline.new_cache(max(cache_frames, needed))
-    past = Stream(pipeline.generator, geometry, sampler, [script], embeddings, noise, cache)
+    past = Stream(pipeline.generator, pipeline.geometry, sampler, [script], embeddings, noise, pipeline.new_cache(cache_frames))
     for _ in range(fork):
         past.advance()
     past.switch()
     return past
 
 
-def _fork(pipeline: Pipeline, prefix: Stream, plans: tuple[BranchPlan, ...], noise: Noise) -> Stream:
-    """All rows, continuing from the prefix.  Each row keeps what a block can read of its own, and the block itself."""
-    geometry = prefix.geometry
-    frames = (prefix.scripts[0].blocks - len(prefix.blocks)) * geometry.block if geometry.window < 0 else geometry.window + geometry.block
-    branches = Stream(pipeline.generator, geometry, prefix.sampler, prefix.scripts, prefix.embeddings, noise, prefix.cache.fork(len(plans), frames), prefix.blocks)
+def _fork(pipeline: Pipeline, prefix: Stream, plans: tuple[BranchPlan, ...], noise: Noise, window: Window) -> Stream:
+    """All rows, continuing from the prefix."""
+    cache = prefix.cache.fork(len(plans), _own_frames(prefix.geometry, prefix.scripts[0], window))
+    branches = Stream(pipeline.generator, prefix.geometry, prefix.sampler, prefix.scripts, prefix.embeddings, noise, cache, prefix.blocks)
     branches.reencoded = len(prefix.blocks)
     return branches
+
+
+def _own_frames(geometry: Geometry, script: Script, window: Window) -> int:
+    """Frames that each row keeps of its own: what a block can read, and the block itself.
+
+    A switch inside the window re-encodes frames that branches may have been routed to; those stay to the window's end.
+    """
+    if geometry.window < 0:
+        return script.blocks * geometry.block
+    switch = next((b for b in range(window.fork + 1, window.stop) if script.segment(b) != script.segment(b - 1)), window.stop - 1)
+    return geometry.window + geometry.block * (window.stop - switch)

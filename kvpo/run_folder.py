@@ -26,7 +26,7 @@ import yaml
 from kvpo.types import RewardTable, Rollout
 
 
-class Missing(Exception):
+class Missing(ValueError):
     """A part of the run that cannot be shown; its text is the reason, a whole sentence without the full stop."""
 
 

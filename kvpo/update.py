@@ -88,13 +88,14 @@ class Updater:
         gradients = [p.grad for p in self.policy.parameters if p.grad is not None]
         if not gradients:  # every group of the step was skipped
             return {"optim/lr": rate, "optim/grad_norm": 0.0, "optim/grad_clipped": 0.0}
-        norm = float(torch.nn.utils.clip_grad_norm_(self.policy.parameters, self.config.clip))
-        if not math.isfinite(norm):
+        total = torch.nn.utils.get_total_norm(gradients)
+        if not math.isfinite(norm := float(total)):
             bad = [n for n, p in zip(self.policy.names, self.policy.parameters) if p.grad is not None and not p.grad.isfinite().all()]
             raise FloatingPointError(
                 f"gradient norm is {norm} at update {self.policy.updates}; not finite in {len(bad)} tensors, first {', '.join(bad[:3])}; nothing was updated. "
                 "Lower optimizer.lr or look at this step's rewards and energies"
             )
+        torch.nn.utils.clip_grads_with_norm_(self.policy.parameters, self.config.clip, total)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()

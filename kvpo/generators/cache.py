@@ -81,13 +81,17 @@ class FrameCache:
         _, _, tokens, heads, dim = self.k[0].shape
         return FrameCache(self.layers, capacity, tokens, heads, dim, rows=rows, sink=self.sink, dtype=self.k[0].dtype, device=self.k[0].device, parent=self)
 
-    def reserve(self, frames: Frames) -> torch.Tensor:
+    def reserve(self, frames: Frames, rows: Sequence[int] | None = None) -> torch.Tensor:
         """Slots to write ``frames`` to, [F]: their own where resident, else free ones, else the oldest frames' after the sink.
 
-        RuntimeError if the cache has been forked, ValueError if it has no room.
+        RuntimeError if the cache has been forked, ValueError if it has no room, or if only some ``rows`` are to be
+        written to a new page: the others would read nothing there.
         """
         if self.frozen:
             raise RuntimeError(f"frames {list(frames)} can not be written: this cache has been forked, and its branches share its pages; write to a fork")
+        new = [f for f in frames if f not in self.slots]
+        if new and rows is not None and len(rows) < self.rows:
+            raise ValueError(f"frames {new} have no page of this cache's own, so rows {list(rows)} of {self.rows} can not be written alone; write every row, or enlarge the cache")
         for frame in frames:
             if frame not in self.slots:
                 self.slots[frame] = self._free_slot(frames)
@@ -104,20 +108,20 @@ class FrameCache:
         self.evicted.add(frame)
         return self.slots.pop(frame)
 
-    def find(self, frames: Frames | Sequence[Frames], rows: Sequence[int] | None = None) -> list[tuple[FrameCache, torch.Tensor, torch.Tensor, tuple | None]]:
-        """Where pages live: (cache, row [M], slot [M], at).  See `Source`, which `sources` makes of it for a layer.
+    def find(self, frames: Frames | Sequence[Frames], batch: int, rows: Sequence[int] | None = None) -> list[tuple[FrameCache, torch.Tensor, torch.Tensor, tuple | None]]:
+        """Where the pages of ``batch`` query rows live: (cache, row [M], slot [M], at).  See `Source`, which `sources` makes of it for a layer.
 
         ``frames``: one list for all rows, or one list per query row (all of one length).  ``rows``: the cache row
-        of every query row; default: the query rows are the cache's rows.  KeyError naming frames not resident.
+        of every query row; default: one to one, and a cache of one row serves all.  KeyError naming frames not resident.
         """
         lists = frames if frames and not isinstance(frames[0], int) else [frames]
         if len({len(row) for row in lists}) > 1:
             raise ValueError(f"rows of one pass must read equally many frames, not {[len(row) for row in lists]}")
-        if rows is None and len(lists) == 1 and (self.rows > 1 or self.parent is not None):
-            lists = list(lists) * self.rows
+        if len(lists) not in (1, batch) or (rows is None and self.rows not in (1, batch)) or (rows is not None and len(rows) != batch):
+            raise ValueError(f"{batch} query rows with {len(lists)} lists of frames and {self.rows if rows is None else len(rows)} cache rows; give one for all, or one per query row")
+        if len(lists) == 1 and (rows is not None or self.rows > 1 or self.parent is not None):
+            lists = list(lists) * batch  # else one lookup serves all rows
         rows = range(len(lists)) if rows is None else rows
-        if len(rows) != len(lists):
-            lists = list(lists) * len(rows)
         found: dict[FrameCache, list[tuple[int, int, int, int]]] = {}
         for query, (row, wanted) in enumerate(zip(rows, lists)):
             for position, frame in enumerate(wanted):

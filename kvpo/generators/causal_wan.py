@@ -79,7 +79,7 @@ class CausalWan(nn.Module):
         if batch != (cache.rows if rows is None else len(rows)):
             raise ValueError(f"{batch} rows of latents for {cache.rows if rows is None else len(rows)} cache rows; commit one history per cache row")
         row = torch.arange(batch, device=self.device) if rows is None else torch.tensor(list(rows), device=self.device)
-        write = (row[:, None], cache.reserve(frames))
+        write = (row[:, None], cache.reserve(frames, rows))
         return self._forward(clean_BFCHW, self._per_frame(0.0, clean_BFCHW), text_PLD, [frames], cache, past, rows, own, write)
 
     def _per_frame(self, sigma: torch.Tensor | float, latents: torch.Tensor) -> torch.Tensor:
@@ -89,7 +89,7 @@ class CausalWan(nn.Module):
     def _views(self, batch: int, latents, frames, cache, past, rows, own, write):
         grid = self.grid(*latents.shape[-2:])
         angles = frame_angles(self.transformer.rope, torch.tensor(list(map(list, frames)), device=latents.device), grid)
-        found = cache.find(past, rows) if cache is not None and len(past) else []
+        found = cache.find(past, batch, rows) if cache is not None and len(past) else []
         num_past = 0 if not found else len(past if isinstance(past[0], int) else past[0])
         tokens = (own or latents.shape[1]) * grid[0] * grid[1]
         for i in range(self.transformer.config.num_layers):

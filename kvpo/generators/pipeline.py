@@ -8,7 +8,7 @@ All but `streaming.json` are what `WanPipeline` saves and loads.  Nothing here k
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Sequence
 
@@ -16,6 +16,7 @@ import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, UMT5EncoderModel
+from transformers.utils.logging import disable_progress_bar
 
 from kvpo.flow import warped_sigmas
 from kvpo.generators.cache import FrameCache
@@ -47,6 +48,14 @@ class Geometry:
     shift: float = 5.0
     """Warp of the step schedule, see `kvpo.flow.warp`."""
 
+    def __post_init__(self):
+        least = {"block": 1, "sink": 0, "window": -1, "latent_height": 1, "latent_width": 1, "fps": 1, "text_length": 1, "steps": 1}
+        for name, low in least.items():
+            if type(value := getattr(self, name)) is not int or value < low:
+                raise ValueError(f"{name} = {value!r} must be a whole number, {low} or more")
+        if 0 <= self.window < self.sink + self.block:
+            raise ValueError(f"window = {self.window} has no room for the sink ({self.sink}) and a block ({self.block}); widen it, or -1 for everything")
+
     @property
     def sigmas(self) -> tuple[float, ...]:
         return warped_sigmas(self.steps, self.shift)
@@ -55,6 +64,10 @@ class Geometry:
     def history(self) -> SinkWindow:
         return SinkWindow(self.sink, self.window)
 
+    def resident(self, blocks: int) -> int:
+        """Latent frames a cache must hold to stream so many blocks: a prompt switch re-encodes the latest ``window`` frames beside the sink."""
+        return min(blocks * self.block, blocks * self.block if self.window < 0 else self.sink + self.window)
+
     def pixel_frames(self, latent_frames: int) -> int:
         """Pixel frames of a video of so many latent frames: 1 for the first, 4 for each after it."""
         return max(0, 4 * latent_frames - 3)
@@ -62,11 +75,22 @@ class Geometry:
     @classmethod
     def read(cls, path: Path) -> Geometry:
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing: a pipeline folder needs it to know its block, sink and window; `kvpo import` and `kvpo pretrain` write it")
-        found = json.loads(path.read_text())
-        if unknown := set(found) - {f.name for f in fields(cls)}:
-            raise ValueError(f"{path}: unknown keys {sorted(unknown)}; known are {[f.name for f in fields(cls)]}")
-        return cls(**found)
+            raise FileNotFoundError(f"{path} is missing: a pipeline folder needs it to know its block, sink and window; `kvpo pretrain` writes one, `kvpo.generators.pipeline.Geometry` says what belongs in it")
+        try:
+            found = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from None
+        known = {f.name: f.default is MISSING for f in fields(cls)}
+        if not isinstance(found, dict):
+            raise ValueError(f"{path} must hold the keys {list(known)}, not {found!r}")
+        if unknown := sorted(set(found) - set(known)):
+            raise ValueError(f"{path}: unknown keys {unknown}; known are {list(known)}")
+        if missing := sorted(name for name, needed in known.items() if needed and name not in found):
+            raise ValueError(f"{path}: missing keys {missing}")
+        try:
+            return cls(**found)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
 
 @dataclass
@@ -83,15 +107,20 @@ class Pipeline:
     @classmethod
     def load(cls, folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Pipeline:
         """FileNotFoundError or ValueError, one line that names the file, for anything missing, broken, foreign or pickled."""
+        disable_progress_bar()  # transformers' own, one per component: stderr belongs to errors and to our bars
         folder = Path(folder)
         if not (folder / "model_index.json").is_file():
             raise FileNotFoundError(f"{folder} is no pipeline folder: model_index.json is missing; give a folder in diffusers layout")
         geometry = Geometry.read(folder / "streaming.json")
+        for part in ("transformer", "vae", "text_encoder", "tokenizer", "scheduler"):
+            if not (folder / part).is_dir():
+                raise FileNotFoundError(f"{folder} is no whole pipeline folder: {part}/ is missing; copy it again, or give a folder in diffusers layout")
         transformer = _load(WanTransformer3DModel, folder / "transformer", dtype)
         vae = _load(AutoencoderKLWan, folder / "vae", dtype)
         text_encoder = _load(UMT5EncoderModel, folder / "text_encoder", dtype)
-        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
+        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
+        _check_grid(folder, geometry, transformer.config.patch_size)
         stock = WanPipeline(tokenizer, text_encoder, vae, scheduler, transformer)
         for module in (transformer, vae, text_encoder):
             module.requires_grad_(False).eval().to(device)
@@ -124,6 +153,12 @@ class Pipeline:
         """Write the pipeline folder; the caller makes it atomic by moving it into place."""
         self.stock.save_pretrained(folder, safe_serialization=True)
         (Path(folder) / "streaming.json").write_text(json.dumps(asdict(self.geometry), indent=1) + "\n")
+
+
+def _check_grid(folder: Path, geometry: Geometry, patch: Sequence[int]) -> None:
+    for name, value, step in (("latent_height", geometry.latent_height, patch[1]), ("latent_width", geometry.latent_width, patch[2])):
+        if value % step:
+            raise ValueError(f"{folder / 'streaming.json'}: {name} = {value} is not a multiple of the transformer's patch, {step}")
 
 
 def _load(kind, folder: Path, dtype: torch.dtype):

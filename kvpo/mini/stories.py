@@ -170,12 +170,12 @@ def write_story(seed: int, *name: int | str, blocks: int = 10, segments: int | N
     texts = [describe(scenes[0], g)]
     for scene, change, brief in zip(scenes[1:], changes, short[1:]):
         texts.append(describe_change(scene, change, g) if brief else "now " + describe(scene, g))
-    x, y = _start(scenes[0], g)
+    x, y = start_place(scenes[0], g)
     script = Script("/".join(str(p) for p in name) or "story", tuple(texts), tuple(starts), blocks)
     return Story(script, tuple(scenes), x, y, memory)
 
 
-def _start(scene: Scene, generator: torch.Generator) -> tuple[float, float]:
+def start_place(scene: Scene, generator: torch.Generator) -> tuple[float, float]:
     """Centre in frame 0: well inside the picture, and beside the pillar rather than behind it."""
     x, y = (float(v) for v in torch.rand(2, generator=generator))
     if scene.pillar:

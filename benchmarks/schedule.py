@@ -1,0 +1,144 @@
+"""One KVPO step in two schedules: ours (branches, blocks and steps in one batch over one shared cache) and the one-by-one
+schedule of the paper's public code (batch 1, every branch alone, three replays).  Same weights, same numbers, both timed here.
+
+    python benchmarks/schedule.py [--pipeline FOLDER] [--repeats 3]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from kvpo.align import Alignment
+from kvpo.config import load_config, recipe_path
+from kvpo.environment import environment
+from kvpo.progress import Progress
+from kvpo.replay import CONTEXTS, Replay
+from kvpo.rollout import PlannedNoise, Routed, _fork, _prefix, roll_out
+from kvpo.denoise import NamedNoise
+from kvpo.timing import Phases
+from kvpo.types import Rollout, Trajectory
+
+
+def one_by_one(run: Alignment, script, embeddings, plans, window, name, phases: Phases) -> Rollout:
+    """The same rollout, branch after branch with batch 1; the prefix is generated once, as there."""
+    g, seed = run.pipeline.geometry, run.config.seed
+    noise = NamedNoise(run.pipeline.latent_shape(g.block), seed, (*name, "noise"))
+    with phases("prefix"):
+        prefix = _prefix(run.pipeline, run.sampler, script, embeddings, noise, window.fork, run.config.rollout.cache_frames)
+    inputs, velocities, cleans, latents = [], [], [], []
+    with phases("branches"):
+        for plan in plans:
+            branch = _fork(run.pipeline, prefix, (plan,), PlannedNoise(noise, (plan,), window))
+            steps, history = [], Routed(g.history, (plan,), window, g.block)
+            for _ in range(window.fork, window.stop):
+                branch.advance(history, lambda i, x, v: steps.append((x, v)))  # noqa: B023
+            for _ in range(window.stop, script.blocks):
+                branch.advance()
+            after = branch.blocks[window.fork :]
+            z, u = (torch.stack(x, dim=1).unflatten(1, (window.blocks, len(g.sigmas))) for x in zip(*steps))
+            inputs, velocities = [*inputs, z], [*velocities, u]
+            cleans, latents = [*cleans, torch.stack(after[: window.blocks], dim=1)], [*latents, torch.cat(after, dim=1)]
+    trajectory = Trajectory(torch.cat(inputs), torch.cat(velocities), torch.cat(cleans))
+    return Rollout(script, window, plans, trajectory, torch.cat(prefix.blocks, dim=1)[0], torch.cat(latents), prefix.cache)
+
+
+def energies_one_by_one(run: Alignment, rollout: Rollout, embeddings) -> torch.Tensor:
+    """Every branch alone, every velocity alone; the graph of all is kept where gradients are enabled."""
+    energies = []
+    for g in range(rollout.num_branches):
+        replay = Replay(run.pipeline, rollout, embeddings, CONTEXTS[run.config.context], run.config.energy, rows=[g], rows_per_pass=1)
+        energies.append(torch.stack([share.sum() for _, share in replay.passes()]).sum())
+    return torch.stack(energies)
+
+
+def gradient(run: Alignment, energy_G: torch.Tensor, A_G: torch.Tensor) -> None:
+    """Backward of the objective's policy part at theta = old."""
+    tau = run.config.temperature.resolve(energy_G)
+    loss = run.config.objective(-energy_G.detach() / tau, -energy_G.detach() / tau, None, A_G)
+    torch.dot(-loss.cotangent / tau, energy_G).backward()
+
+
+def measure(run: Alignment, script, embeddings, name, batched: bool, plan_of=None) -> dict:
+    """Rollout, old, initial and current replay, gradient; no rewards, which are the same work in both."""
+    phases, model = Phases(), run.pipeline.generator
+    run.updater.optimizer.zero_grad(set_to_none=True)
+    calls, started = model.calls, time.perf_counter()
+    if batched:
+        rollout = roll_out(run.pipeline, run.sampler, run.config.exploring, run.config.rollout, script, embeddings, run.config.seed, name, phases)
+        A_G = torch.linspace(-1.0, 1.0, rollout.num_branches, dtype=torch.float64)
+        replay = Replay(run.pipeline, rollout, embeddings, CONTEXTS[run.config.context], run.config.energy)
+        with phases("replay_old"):
+            reference = replay.energies()  # of the initial policy; the behaviour policy's are the detached current ones
+        with phases("replay_grad"):
+            shares = list(replay.passes())
+            energy_G = torch.zeros(rollout.num_branches, dtype=torch.float64).index_add(0, torch.cat([b for b, _ in shares]), torch.cat([s for _, s in shares]))
+            gradient(run, energy_G, A_G)
+    else:
+        rollout = one_by_one(run, script, embeddings, plan_of.plans, plan_of.window, name, phases)
+        A_G = torch.linspace(-1.0, 1.0, rollout.num_branches, dtype=torch.float64)
+        with phases("replay_old"), torch.no_grad():
+            energies_one_by_one(run, rollout, embeddings)
+            reference = energies_one_by_one(run, rollout, embeddings)
+        with phases("replay_grad"):
+            energy_G = energies_one_by_one(run, rollout, embeddings)
+            gradient(run, energy_G, A_G)
+    total = time.perf_counter() - started
+    grads = torch.cat([p.grad.flatten() for p in run.policy.parameters])
+    return {"rollout": rollout, "energy": energy_G.detach(), "reference": reference, "gradient": grads, "calls": model.calls - calls, "seconds": phases.take() | {"time/total": total}}
+
+
+def counted(fork: int, blocks: int = 49, P: int = 5, G: int = 8, S: int = 4) -> dict[str, int]:
+    """Calls of our schedule for one group of the paper's shape: 147 latent frames in 49 blocks, a window inside one segment."""
+    return {"prefix": (S + 1) * fork, "branches and anchor": (S + 1) * (blocks - fork), "replays": 2 * (P - 1 + 1)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pipeline", default="mini")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/schedule.json"))
+    args = parser.parse_args()
+    config = replace(load_config(recipe_path("mini")), pipeline=args.pipeline)
+    run = Alignment(config, Path("."), Progress())
+    script = run.source.script(0, 0)
+    embeddings, name = run.embed(script), ("benchmark",)
+    runs = {True: [], False: []}
+    for _ in range(args.repeats):
+        ours = measure(run, script, embeddings, name, True)
+        theirs = measure(run, script, embeddings, name, False, ours["rollout"])
+        runs[True].append(ours), runs[False].append(theirs)
+    differences = {
+        "latents": float((ours["rollout"].latents - theirs["rollout"].latents).abs().max()),
+        "energy, relative": float(((ours["energy"] - theirs["energy"]) / ours["energy"]).abs().max()),
+        "gradient, relative": float((ours["gradient"] - theirs["gradient"]).norm() / ours["gradient"].norm()),
+    }
+
+    def median(batched: bool, phase: str) -> float:
+        return statistics.median(r["seconds"][phase] for r in runs[batched])
+
+    phases = ("time/prefix", "time/branches", "time/replay_old", "time/replay_grad", "time/total")
+    replays = [median(b, "time/replay_old") + median(b, "time/replay_grad") for b in (True, False)]
+    result = {
+        "environment": environment(run.device),
+        "fork": ours["rollout"].window.fork,
+        "blocks": script.blocks,
+        "calls": {"batched": ours["calls"], "one by one": theirs["calls"]},
+        "seconds": {p.removeprefix("time/"): {"batched": median(True, p), "one by one": median(False, p)} for p in phases},
+        "speedup": {"whole step": median(False, "time/total") / median(True, "time/total"), "replays": replays[1] / replays[0]},
+        "largest difference": differences,
+        "paper's shape": {f"fork {fork}": counted(fork) | {"total": sum(counted(fork).values())} for fork in (7, 8, 19, 38)},
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,3 @@
+from kvpo.cli import main
+
+raise SystemExit(main())

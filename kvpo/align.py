@@ -1,0 +1,224 @@
+"""The main path: KVPO, stage by stage, in the paper's order.  Read `Alignment.group` first.
+
+    prompts -> rollout -> score -> advantages -> replay -> loss -> update        then checkpoint, evaluate, report
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import resource
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from kvpo.advantages import Advantage
+from kvpo.checkpoint import checkpoints, load_checkpoint, read_state, save_checkpoint
+from kvpo.config import RunConfig, differences, to_dict
+from kvpo.denoise import SAMPLERS
+from kvpo.environment import command, environment, pick_device
+from kvpo.evaluate import Scored, compare, evaluate, kinds_of, table, write_comparison
+from kvpo.files import write_atomic
+from kvpo.loading import load_pipeline
+from kvpo.metrics import MetricLog, console_line
+from kvpo.mini.source import StorySource
+from kvpo.policy import Policy
+from kvpo.progress import Progress
+from kvpo.prompts import PromptSet, ScriptSource, read_scripts
+from kvpo.replay import CONTEXTS, Replay
+from kvpo.report import write_report
+from kvpo.rewards.registry import load_rewards
+from kvpo.rng import stream
+from kvpo.rollout import check_room, roll_out
+from kvpo.score import pixel_diversity, score
+from kvpo.showing import show_group, show_samples
+from kvpo.timing import Phases
+from kvpo.types import RewardTable, Rollout, Script
+from kvpo.update import Updater, group_means
+
+MAY_CHANGE = ("steps", "show_every", "evaluate.", "checkpoint.")
+"""Settings that a resumed run may change: they do not touch what is trained on."""
+
+
+class Alignment:
+    """A run: its parts, and the loop over them."""
+
+    def __init__(self, config: RunConfig, out: Path, progress: Progress):
+        self.config, self.out, self.progress = config, out, progress
+        self.device = pick_device(config.device)
+        self.pipeline = load_pipeline(config.pipeline, self.device)
+        self.pipeline.generator.transformer.gradient_checkpointing = config.gradient_checkpointing
+        self.policy = Policy(self.pipeline.generator, config.policy, config.seed)
+        self.updater = Updater(self.policy, config.optimizer, config.objective, config.temperature, config.unsafe, config.groups)
+        check_room(config.exploring, config.rollout, config.data.blocks, self.pipeline.geometry)
+        self.source = script_source(config)
+        self.sampler = SAMPLERS[config.sampler]
+        entries = config.rewards_of("train")
+        self.rewards = load_rewards(entries, self.device)
+        self.advantages = replace(config.advantages, weights={r.spec.name: e.weight for r, e in zip(self.rewards, entries)})
+        self.embeddings: dict[str, torch.Tensor] = {}
+        self.phases = Phases()
+
+    def run(self, resume: bool) -> Path:
+        """Train, checkpoint, evaluate; the path of the report.  FloatingPointError or ValueError before an update that must not happen."""
+        start = self._begin(resume)
+        with MetricLog(self.out, resume_after=start - 1 if resume else None) as log, self.progress.bar("align", self.config.steps, start) as bar:
+            for done in range(start + 1, self.config.steps + 1):
+                metrics = self.step(done - 1)
+                log.write(done - 1, metrics)
+                bar.advance(console_line(done, metrics))
+                if done % self.config.checkpoint.every == 0 or done == self.config.steps:
+                    self.save(done)
+                if self.config.evaluate.every and done % self.config.evaluate.every == 0 and done < self.config.steps:
+                    log.write(done - 1, self.evaluate(done) | self.phases.take())
+            # A run that was killed in its last evaluation has only this left to do.
+            log.write(self.config.steps - 1, self.evaluate(self.config.steps) | self.phases.take())
+        return write_report(self.out)
+
+    def step(self, step: int) -> dict[str, float]:
+        """All groups of a step, then one update."""
+        calls = self.pipeline.generator.calls
+        with self.phases("total"):
+            metrics = group_means([self._named_group(step, index) for index in range(self.config.groups)])
+            with self.phases("optimizer"):
+                metrics |= self.updater.step()
+        peak = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        return metrics | self.phases.take() | {"memory/peak_gib": peak, "calls/generator": self.pipeline.generator.calls - calls}
+
+    def _named_group(self, step: int, index: int) -> dict[str, float]:
+        try:
+            return self.group(step, index)
+        except ValueError as error:  # a reward, an energy or an advantage that can not be: say when
+            raise ValueError(f"step {step}, group {index}: {error}. Nothing of this step was applied") from error
+
+    def group(self, step: int, index: int) -> dict[str, float]:
+        """One script: explore, score, and add its gradient."""
+        config, name = self.config, ("train", step, index)
+        script = self.source.script(step, index)
+        embeddings = self.embed(script)
+        with self.policy.using(self.policy.behaviour):
+            rollout = roll_out(self.pipeline, self.sampler, config.exploring, config.rollout, script, embeddings, config.seed, name, self.phases)
+        rewards, pixels = score(self.pipeline, rollout, self.rewards, config.score, self.phases)
+        advantage = self.advantages(rewards)
+        if config.shuffle_advantages:
+            advantage = _shuffled(advantage, stream(config.seed, *name, "shuffle"))
+        replay = Replay(self.pipeline, rollout, embeddings, CONTEXTS[config.context], config.energy, rows_per_pass=config.rows_per_pass)
+        update = self.updater.accumulate(replay, advantage, self.phases)
+        if config.show_every and step % config.show_every == 0 and index == 0:
+            show_group(self.out, step, self.pipeline, rollout, pixels, rewards, advantage, update, config.exploring)
+        return update.metrics | advantage.metrics | _reward_metrics(rewards) | _group_metrics(rollout, pixels)
+
+    def embed(self, script: Script) -> dict[str, torch.Tensor]:
+        """Prompt -> [L, D]; every text is encoded once."""
+        new = [t for t in script.texts if t not in self.embeddings]
+        if new:
+            self.embeddings |= dict(zip(new, self.pipeline.encode_text(new)))
+        return {t: self.embeddings[t] for t in script.texts}
+
+    def save(self, done: int) -> None:
+        """A checkpoint after ``done`` steps."""
+        with self.phases("checkpoint"):
+            save_checkpoint(self.out / "checkpoints", done, self.policy, self.updater.optimizer, self._identity(), self.config.checkpoint.keep)
+
+    def evaluate(self, done: int) -> dict[str, float]:
+        """Online and EMA weights against the start weights, on unseen scripts; the metrics of the comparison."""
+        config, scripts = self.config.evaluate, evaluation_scripts(self.config)
+        rewards = load_rewards(self.config.rewards, self.device)
+        kinds = kinds_of(rewards, [e.role for e in self.config.rewards])
+        sets = {"start": self.policy.reference, "online": self.policy.snapshot(), "ema": self.policy.average}
+        metrics: dict[str, float] = {}
+        scored: dict[str, Scored] = {}
+        for which, weights in sets.items():
+            with self.policy.using(weights), self.phases("evaluate"), self.progress.bar(f"evaluate {which}", len(scripts)) as bar:
+                scored[which] = evaluate(self.pipeline, self.sampler, scripts, rewards, self.config.score, config, bar.move_to)
+            show_samples(self.out, 0 if which == "start" else done, which, scripts, scored[which].videos, config.seed)
+            if which == "start":
+                continue
+            rows = compare(scored[which], scored["start"], kinds)
+            self.progress.say(table(rows, which, "start"))
+            write_comparison(self.out / "evaluation" / f"{which}-step-{done:06d}.json", rows, f"{which} step {done}", "start", scripts, config.seed, command())
+            for row in rows:
+                slug = row["component"].replace(" ", "_")
+                metrics |= {f"eval/{which}/{slug}/{k}": row[k] for k in ("diff", "low", "high", "win") if row[k] is not None}
+                if row["a"] is not None:
+                    metrics |= {f"eval/{which}/{slug}/mean": row["a"], f"eval/start/{slug}/mean": row["b"]}
+        return metrics
+
+    def _begin(self, resume: bool) -> int:
+        """Open or make the run's folder; the step to begin with."""
+        found = checkpoints(self.out / "checkpoints")
+        if not resume:
+            if (self.out / "config.resolved.yaml").exists():
+                raise ValueError(f"{self.out} already holds a run; go on with it by --resume, or choose another folder by --out")
+            write_atomic(self.out / "environment.json", json.dumps(environment(self.device), indent=1) + "\n")
+            write_atomic(self.out / "config.resolved.yaml", yaml.safe_dump(to_dict(self.config), sort_keys=False))
+            return 0
+        if not (self.out / "config.resolved.yaml").exists():
+            raise FileNotFoundError(f"{self.out} holds no run to resume; start one without --resume")
+        self._refuse_other(yaml.safe_load((self.out / "config.resolved.yaml").read_text()), to_dict(self.config))
+        write_atomic(self.out / "config.resolved.yaml", yaml.safe_dump(to_dict(self.config), sort_keys=False))
+        if not found:
+            self.progress.say(f"{self.out} has no checkpoint yet: starting again from step 0")
+            return 0
+        self._refuse_other(read_state(found[-1])["config"], self._identity())
+        if (step := read_state(found[-1])["step"]) > self.config.steps:
+            raise ValueError(f"{found[-1]} is beyond steps = {self.config.steps}; set steps to {step} or more, or start a new run by --out")
+        step = load_checkpoint(found[-1], self.policy, self.updater.optimizer)
+        self.progress.say(f"resumed from {found[-1]}")
+        return step
+
+    def _refuse_other(self, old: dict[str, Any], new: dict[str, Any]) -> None:
+        changed = [d for d in differences(old, new) if not d.startswith(MAY_CHANGE)]
+        if changed:
+            raise ValueError(f"{self.out} was run with other settings, {'; '.join(changed)}; resume with its own, or start a new run by --out")
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint belongs to: the settings, the world its scripts come from, the weights it started from."""
+        story = hashlib.blake2b(repr(self.source.script(0, 0)).encode(), digest_size=8).hexdigest()
+        return to_dict(self.config) | {"start_weights": self._start_weights, "first_script": story}
+
+    @functools.cached_property
+    def _start_weights(self) -> str:
+        """Digest of all the generator's weights as the run found them: an adapter's own say nothing of the backbone below it."""
+        digest = hashlib.blake2b(digest_size=8)
+        frozen = [p.detach() for p in self.pipeline.generator.parameters() if not p.requires_grad]
+        for w in (*self.policy.reference, *frozen):
+            digest.update(w.flatten().view(torch.uint8).cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def script_source(config: RunConfig) -> ScriptSource:
+    """The scripts to train on."""
+    if config.data.prompts == "mini":
+        return StorySource(config.seed, "train", config.data.blocks, config.data.memory)
+    return PromptSet(read_scripts(config.data.prompts, config.data.blocks), config.groups, config.seed)
+
+
+def evaluation_scripts(config: RunConfig) -> list[Script]:
+    """Unseen stories of the miniature; of a prompt file, its scripts themselves under seeds never trained on."""
+    if config.data.prompts == "mini":
+        source = StorySource(config.evaluate.seed, "evaluate", config.data.blocks, config.data.memory)
+        return [source.script(0, i) for i in range(config.evaluate.scripts)]
+    return list(read_scripts(config.data.prompts, config.data.blocks))[: config.evaluate.scripts]
+
+
+def _shuffled(advantage: Advantage, generator: torch.Generator) -> Advantage:
+    order = torch.randperm(len(advantage.values), generator=generator)
+    return replace(advantage, values=advantage.values[order])
+
+
+def _reward_metrics(rewards: RewardTable) -> dict[str, float]:
+    metrics = {}
+    for signal, r_KB in (("local", rewards.local), ("global", rewards.global_)):
+        for name, r_B in zip(rewards.components, r_KB[:, rewards.valid]):
+            metrics |= {f"reward/{signal}/{name}/{k}": float(v) for k, v in (("mean", r_B[:-1].mean()), ("anchor", r_B[-1]), ("best", r_B[:-1].max()), ("std", r_B.std()))}
+    return metrics
+
+
+def _group_metrics(rollout: Rollout, pixels: torch.Tensor) -> dict[str, float]:
+    length = 4 * rollout.trajectory.clean.shape[1] * rollout.trajectory.clean.shape[2]
+    return {"group/fork": rollout.window.fork, "diversity/pixel": pixel_diversity(pixels[:-1, :length])}

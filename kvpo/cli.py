@@ -1,0 +1,65 @@
+"""The command line: finds the command, says errors of the user's in one line."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from typing import Callable, Mapping
+
+COMMANDS: Mapping[str, str] = {
+    "align": "align a generator to rewards by KVPO",
+    "generate": "generate videos from prompts",
+    "explore": "show the branches of one story side by side, and what each of them reads",
+    "evaluate": "measure a generator on fixed scripts; against another one, with intervals",
+    "report": "write a run's report.html anew",
+    "doctor": "check the method's invariants on a generator and a recipe",
+    "pretrain": "make the miniature's start weights, from nothing",
+}
+USER_ERRORS = (ValueError, OSError, FloatingPointError)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit code: 0 done, 1 an error said in one line, 2 wrong usage, 130 interrupted."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help") or argv[0] not in COMMANDS:
+        asked = bool(argv) and argv[0] in ("-h", "--help")
+        print(_usage() if asked or not argv else _unknown(argv[0]), file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
+    name, rest = argv[0], argv[1:]
+    try:
+        _parse(name, rest)()
+    except USER_ERRORS as error:
+        print(f"kvpo {name}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except SystemExit as stop:  # how the parser ends --help (0) and wrong usage (2)
+        return int(stop.code or 0)
+    return 0
+
+
+def _parse(name: str, args: list[str]) -> Callable[[], None]:
+    """The command with its options; the recipe named first is where the settings' defaults come from."""
+    import tyro
+
+    from kvpo import commands  # seconds of imports, which --help and a mistyped command need not wait for
+    from kvpo.config import load_config, recipe_path
+
+    command = getattr(commands, name.capitalize())
+    if "settings" not in command.__dataclass_fields__:
+        return tyro.cli(command, args=args, prog=f"kvpo {name}")
+    recipe = args[0] if args and not args[0].startswith("-") else "mini"
+    rest = args[1:] if args and not args[0].startswith("-") else args
+    default = command(recipe, load_config(recipe_path(recipe)))
+    given = [] if {"-h", "--help"} & set(rest) else [recipe]  # an argument that is there already would be missing from the help
+    return tyro.cli(command, args=[*given, *rest], prog=f"kvpo {name}", default=default)
+
+
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(name, COMMANDS, n=1)
+    return f"kvpo: there is no command {name!r}" + (f"; did you mean {near[0]}?" if near else "") + f" Commands are {', '.join(COMMANDS)}; kvpo --help says more"
+
+
+def _usage() -> str:
+    lines = [f"  {name:<10} {summary}" for name, summary in COMMANDS.items()]
+    return "\n".join(["usage: kvpo COMMAND [OPTIONS]", "", "Align a streaming video generator to human preferences.", "", *lines, "", "kvpo COMMAND --help lists a command's options."])

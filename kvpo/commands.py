@@ -1,0 +1,238 @@
+"""The commands: each is a dataclass of its options, whose call does the work."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from kvpo.advantages import Advantages
+from kvpo.align import Alignment, evaluation_scripts
+from kvpo.config import RunConfig, load_config, recipe_path
+from kvpo.denoise import SAMPLERS
+from kvpo.doctor import examine
+from kvpo.environment import command, pick_device
+from kvpo.evaluate import compare, evaluate, generate, kinds_of, table, write_comparison
+from kvpo.files import write_atomic
+from kvpo.loading import load_generator
+from kvpo.mini.pretrain import pretrain
+from kvpo.progress import Progress
+from kvpo.prompts import even_starts, read_scripts
+from kvpo.replay import CONTEXTS, Replay
+from kvpo.report import write_report
+from kvpo.rewards.registry import load_rewards
+from kvpo.rollout import roll_out
+from kvpo.score import pixel_diversity, score
+from kvpo.showing import before_after, show_group
+from kvpo.timing import Phases
+from kvpo.types import Script
+from kvpo.update import GroupUpdate
+from kvpo.video import write_mp4
+
+Positional = tyro.conf.Positional
+Settings = Annotated[RunConfig, tyro.conf.arg(name="")]
+
+
+@dataclass(frozen=True)
+class Align:
+    """Align a generator to rewards by KVPO.  Every setting of the recipe can be given here, e.g. --optimizer.lr 1e-4."""
+
+    recipe: Positional[str]
+    """A shipped recipe (mini) or a YAML file."""
+    settings: Settings
+    out: Path = Path("runs/align")
+    """Folder of the run; it must not hold another one."""
+    resume: bool = False
+    """Go on with the run in --out from its newest checkpoint."""
+
+    def __call__(self) -> None:
+        progress = Progress()
+        run = Alignment(self.settings, self.out, progress)
+        try:
+            report = run.run(self.resume)
+        except KeyboardInterrupt:
+            progress.say(f"stopped in phase {run.phases.now}; nothing half-written. Go on with: kvpo align {self.recipe} --out {self.out} --resume")
+            raise
+        progress.say(f"report: {report.resolve()}")
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Generate videos from prompts."""
+
+    generator: Positional[str] = "mini"
+    """Pipeline folder, mini, or a run (RUN, RUN:ema, RUN:online, RUN:start)."""
+    prompt: tuple[str, ...] = ()
+    """Prompts of one story, in order; --prompts for a file of them."""
+    prompts: Path | None = None
+    blocks: int = 13
+    """Length, blocks."""
+    seed: int = 0
+    sampler: Literal["renoise", "ode"] = "renoise"
+    out: Path = Path("runs/generate")
+    device: str = "auto"
+
+    def __call__(self) -> None:
+        generate_command(self)
+
+
+@dataclass(frozen=True)
+class Explore:
+    """Show what an explorer does to one story: branches and anchor side by side, what each of them reads, rewards, diversity."""
+
+    recipe: Positional[str]
+    settings: Settings
+    generator: str = ""
+    """Whose weights: pipeline folder, mini or a run; default: the recipe's pipeline."""
+    script: int = 0
+    """Number of the story among the recipe's evaluation scripts."""
+    by: Literal["recipe", "kv_routing", "start_noise"] = "recipe"
+    """Which explorer; start_noise can be shown, but not trained by an energy."""
+    fork: int = -1
+    """Fork block; -1 = drawn among the eligible ones."""
+    out: Path = Path("runs/explore")
+
+    def __call__(self) -> None:
+        explore_command(self)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measure a generator on fixed scripts and seeds; with --against, paired differences with 95 % intervals."""
+
+    generator: Positional[str] = "mini"
+    """Pipeline folder, mini, or a run (RUN, RUN:ema, RUN:online, RUN:start)."""
+    against: str = ""
+    """The generator to compare with, on the same scripts and noise."""
+    recipe: str = "mini"
+    """Where rewards, evaluators, sampler and scripts are taken from."""
+    scripts: int = 128
+    seed: int = 1000
+    """Names the scripts' and the noise's streams."""
+    blocks: int = 0
+    """Length of the videos, blocks; 0 = the recipe's."""
+    out: Path = Path("runs/evaluate.json")
+    device: str = "auto"
+
+    def __call__(self) -> None:
+        evaluate_command(self)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write a run's report.html anew."""
+
+    run: Positional[Path]
+    strips: Path | None = None
+    """Also write a still picture of the same stories before and after, PNG."""
+
+    def __call__(self) -> None:
+        if not (self.run / "config.resolved.yaml").exists():
+            raise FileNotFoundError(f"{self.run} is no run folder: it has no config.resolved.yaml")
+        print(f"report: {write_report(self.run).resolve()}")
+        if self.strips is not None:
+            print(f"strips: {write_atomic(self.strips, before_after(self.run)).resolve()}")
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Check the method's invariants on a generator and a recipe, each with its measured number."""
+
+    recipe: Positional[str]
+    settings: Settings
+
+    def __call__(self) -> None:
+        if not examine(self.settings):
+            raise ValueError("some invariants do not hold; see the lines marked FAILED above")
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """Make the miniature's start weights, from nothing; resumable."""
+
+    out: Positional[Path]
+    """The pipeline folder to write."""
+    work: Path = Path("runs/pretrain")
+    """Checkpoints and log; a second call goes on from there."""
+    seed: int = 0
+    device: str = "auto"
+
+    def __call__(self) -> None:
+        pretrain(self.out, self.work, seed=self.seed, device=str(pick_device(self.device)))
+
+
+def generate_command(args: Generate) -> None:
+    if bool(args.prompt) == bool(args.prompts):
+        raise ValueError('give either --prompt "..." ["..." ...], the prompts of one story, or --prompts FILE')
+    scripts = list(read_scripts(args.prompts, args.blocks)) if args.prompts else [Script("story", args.prompt, even_starts(len(args.prompt), args.blocks), args.blocks)]
+    pipeline, label = load_generator(args.generator, pick_device(args.device))
+    progress = Progress()
+    with progress.bar(f"generate with {label}", len(scripts)) as bar:
+        for i, script in enumerate(scripts):
+            (video,) = generate(pipeline, SAMPLERS[args.sampler], [script], args.seed, [("generate", script.id)])
+            path = write_mp4(args.out / f"{i:03d}.mp4", video, pipeline.geometry.fps)
+            progress.say(f"{path}  {' | '.join(script.texts)}")
+            bar.advance()
+
+
+def evaluate_command(args: Evaluate) -> None:
+    recipe = load_config(recipe_path(args.recipe))
+    config = replace(recipe, evaluate=replace(recipe.evaluate, scripts=args.scripts, seed=args.seed, videos=0))
+    if args.blocks:
+        config = replace(config, data=replace(config.data, blocks=args.blocks))
+    device, scripts, progress = pick_device(args.device), evaluation_scripts(config), Progress()
+    rewards = load_rewards(config.rewards, device)
+    kinds = kinds_of(rewards, [e.role for e in config.rewards])
+    scored, labels = [], []
+    for spec in (args.generator, args.against or args.generator)[: 2 if args.against else 1]:
+        pipeline, label = load_generator(spec, device)
+        with progress.bar(f"evaluate {label}", len(scripts)) as bar:
+            scored.append(evaluate(pipeline, SAMPLERS[config.sampler], scripts, rewards, config.score, config.evaluate, bar.move_to))
+        labels.append(label)
+    if args.against:
+        rows = compare(*scored, kinds)
+        progress.say(table(rows, "A", "B"))
+        progress.say(f"A = {labels[0]}, B = {labels[1]}, {len(scripts)} scripts, seed {args.seed}")
+        write_comparison(args.out, rows, *labels, scripts, args.seed, command())
+    else:
+        for name, kind, r_N in zip(scored[0].components, kinds, scored[0].r_KN):
+            progress.say(f"{name:<20} {kind:<9} mean {r_N.nanmean():.4f}  scripts {int(r_N.isfinite().sum())}")
+        means = {name: float(r_N.nanmean()) for name, r_N in zip(scored[0].components, scored[0].r_KN)}
+        write_atomic(args.out, json.dumps({"label": labels[0], "means": means, "scripts": len(scripts), "seed": args.seed, "command": command()}, indent=1) + "\n")
+    progress.say(f"written to {args.out}")
+
+
+def explore_command(args: Explore) -> None:
+    config, device, progress, phases = args.settings, pick_device(args.settings.device), Progress(), Phases()
+    pipeline, label = load_generator(args.generator or config.pipeline, device)
+    scripts = evaluation_scripts(config)
+    if not 0 <= args.script < len(scripts):
+        raise ValueError(f"--script {args.script} does not exist: the recipe has evaluation scripts 0 to {len(scripts) - 1}")
+    script = scripts[args.script]
+    embeddings = dict(zip(script.texts, pipeline.encode_text(script.texts)))
+    rewards = load_rewards(config.rewards_of("train"), device)
+    fork, explorer = None if args.fork < 0 else args.fork, config.exploring if args.by == "recipe" else getattr(config, args.by)
+    rollout = roll_out(pipeline, SAMPLERS[config.sampler], explorer, config.rollout, script, embeddings, config.seed, ("explore", args.script), phases, fork)
+    scores, pixels = score(pipeline, rollout, rewards, config.score, phases)
+    advantage = Advantages()(scores)
+    energy = Replay(pipeline, rollout, embeddings, CONTEXTS[config.context], config.energy).energies()
+    pi = torch.softmax(-energy / config.temperature.resolve(energy), dim=0) if not explorer.deterministic_replay else torch.full_like(energy, 1 / len(energy))
+    folder = show_group(args.out, 0, pipeline, rollout, pixels, scores, advantage, GroupUpdate(energy, pi, {}), explorer)
+    progress.say(f"{label}, {type(explorer).__name__}, fork at block {rollout.window.fork} of {script.blocks}: " + " | ".join(script.texts))
+    progress.say(_branch_table(scores, advantage, energy, rollout))
+    progress.say(f"pixel diversity of the branches: {pixel_diversity(pixels[:-1]):.5f}")
+    progress.say(f"written to {Path(folder).resolve()}: grid.mp4, routing.png, group.json")
+
+
+def _branch_table(scores, advantage, energy, rollout) -> str:
+    lines = ["row       " + "".join(f"{name:>12}" for name in scores.components) + f"{'A':>9}{'energy':>11}  reads"]
+    for row, plan in enumerate(rollout.plans):
+        anchor = row == rollout.num_branches
+        numbers = "".join(f"{float(r):>12.3f}" for r in scores.local[:, row])
+        tail = f"{'':>20}  rolling window" if anchor else f"{float(advantage.values[row]):>+9.2f}{float(energy[row]):>11.2e}  {' '.join(map(str, plan.frames)) or 'rolling window, other noise'}"
+        lines.append(f"{'anchor' if anchor else f'branch {row}':<10}{numbers}{tail}")
+    return "\n".join(lines)

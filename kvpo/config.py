@@ -1,0 +1,186 @@
+"""A run's settings: strict, one default per knob at its definition, illegal pairs refused when it is read.
+
+Recipes are YAML files of the same shape.  Precedence: defaults here and in the parts < recipe < command line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Mapping, get_type_hints
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from kvpo.advantages import Advantages, UnsafePolicy
+from kvpo.checkpoint import CheckpointConfig
+from kvpo.evaluate import EvaluateConfig
+from kvpo.exploration.base import Explorer
+from kvpo.exploration.kv_routing import KVRouting
+from kvpo.exploration.noise import StartNoise
+from kvpo.loss import ClippedObjective
+from kvpo.policy import PolicyConfig
+from kvpo.rewards.registry import RewardEntry
+from kvpo.rollout import RolloutConfig
+from kvpo.score import ScoreConfig
+from kvpo.surrogates.base import Surrogate, Temperature
+from kvpo.surrogates.denoised_energy import DenoisedEnergy
+from kvpo.surrogates.velocity_energy import VelocityEnergy
+from kvpo.update import OptimizerConfig
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which stories are trained on."""
+
+    prompts: str = "mini"
+    """A prompt file (see `kvpo.prompts`), or `mini`: the miniature's stories without end."""
+    blocks: int = 13
+    """Length of a video, blocks (of 3 latent frames)."""
+    memory: float = 0.5
+    """Share of stories that only the past can resolve (`mini` only)."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides what a run does."""
+
+    pipeline: str = "mini"
+    """Pipeline folder in diffusers layout, or `mini`: the miniature that is shipped."""
+    device: str = "auto"
+    """`cpu`, `cuda`, or `auto`: a GPU if there is one."""
+    seed: int = 0
+    steps: int = 60
+    """Optimizer updates."""
+    groups: int = 2
+    """Groups (a script, a fork, its branches) of each step; their gradients add up."""
+    sampler: Literal["renoise", "ode"] = "renoise"
+    """How a denoise step leads to the next: fresh noise on the predicted clean latents, or Euler along the velocity."""
+    explorer: Literal["kv_routing", "start_noise"] = "kv_routing"
+    """Where branch diversity comes from; the section of that name holds its settings."""
+    surrogate: Literal["velocity_energy", "denoised_energy"] = "velocity_energy"
+    """The energy that says how likely a branch is; likewise."""
+    context: Literal["branch", "anchor", "self"] = "branch"
+    """What later blocks of the window read in replay: the branch's clean latents, the anchor's, or the policy's own prediction."""
+    rows_per_pass: int = 0
+    """Most velocities replayed in one pass, 0 = all: lower it where memory is short; the gradient stays exact."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+    shuffle_advantages: bool = False
+    """The control experiment: advantages are shuffled among the branches of each group, so there is nothing to learn."""
+    show_every: int = 20
+    """Steps between recorded branch grids; 0 = none."""
+    rewards: tuple[RewardEntry, ...] = (
+        RewardEntry("world_vq"), RewardEntry("world_mq"), RewardEntry("world_ta"),
+        RewardEntry("attributes", role="eval"), RewardEntry("identity", role="eval"), RewardEntry("flow_motion", role="eval"),
+        RewardEntry("world_facts", role="guard"),
+    )  # fmt: skip
+    data: DataConfig = DataConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    kv_routing: KVRouting = KVRouting()
+    start_noise: StartNoise = StartNoise()
+    score: ScoreConfig = ScoreConfig()
+    advantages: Advantages = Advantages()
+    unsafe: UnsafePolicy = UnsafePolicy()
+    velocity_energy: VelocityEnergy = VelocityEnergy()
+    denoised_energy: DenoisedEnergy = DenoisedEnergy()
+    temperature: Temperature = Temperature()
+    objective: ClippedObjective = ClippedObjective()
+    policy: PolicyConfig = PolicyConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    def __post_init__(self):
+        for name, value, least in (("steps", self.steps, 1), ("groups", self.groups, 1), ("rows_per_pass", self.rows_per_pass, 0), ("show_every", self.show_every, 0)):
+            if value < least:
+                raise ValueError(f"{name} = {value} must be {least} or more")
+        if not any(r.role == "train" for r in self.rewards):
+            raise ValueError("no reward has role `train`: there is nothing to align to; list at least one")
+        if self.advantages.weights:
+            raise ValueError("advantages.weights is set by the rewards' own weights; write them there")
+        if self.exploring.deterministic_replay and self.energy.needs_differing_context:
+            raise ValueError(
+                f"explorer {self.explorer} and surrogate {self.surrogate} can not be paired: the unperturbed policy makes these branches itself, so their energy "
+                "and its gradient are identically 0 and nothing would be learnt; use explorer kv_routing (start_noise serves comparison, see `kvpo explore --by start_noise`)"
+            )
+
+    @property
+    def exploring(self) -> Explorer:
+        return getattr(self, self.explorer)
+
+    @property
+    def energy(self) -> Surrogate:
+        return getattr(self, self.surrogate)
+
+    def rewards_of(self, role: str) -> list[RewardEntry]:
+        return [r for r in self.rewards if r.role == role]
+
+
+def recipe_path(name: str) -> Path:
+    """A shipped recipe by its name, or a file.  FileNotFoundError lists the shipped ones."""
+    for path in (Path(name), RECIPES / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    raise FileNotFoundError(f"there is no recipe {name!r}; shipped are {', '.join(sorted(p.stem for p in RECIPES.glob('*.yaml')))}, or give a YAML file")
+
+
+def load_config(path: Path) -> RunConfig:
+    """ValueError, one line with the file and the key, for anything that is not a setting or does not fit it."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    try:
+        return from_dict(content or {})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def from_dict(content: Mapping[str, Any]) -> RunConfig:
+    _refuse_unknown(RunConfig, content)
+    try:
+        return TypeAdapter(RunConfig).validate_python(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        reason = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "missing":
+            raise ValueError(f"{key} is missing") from None
+        raise ValueError(f"{key} = {first['input']!r}: {reason}" if key and not isinstance(first["input"], dict) else reason) from None
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    return TypeAdapter(RunConfig).dump_python(config, mode="json")
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """``key: old -> new`` of every setting that differs."""
+    found = []
+    for key in sorted({*old, *new}):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key}: {a} -> {b}")
+    return found
+
+
+def _refuse_unknown(kind: type, content: Any, prefix: str = "") -> None:
+    """ValueError with the nearest known key."""
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{prefix.rstrip('.') or 'a recipe'} must hold keys and values, not {content!r}")
+    hints = get_type_hints(kind)
+    for key, value in content.items():
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1)
+            raise ValueError(f"unknown key {prefix}{key}" + (f"; did you mean {prefix}{near[0]}?" if near else f"; known here: {', '.join(hints)}"))
+        if dataclasses.is_dataclass(hints[key]):
+            _refuse_unknown(hints[key], value, f"{prefix}{key}.")
+        elif key == "rewards" and isinstance(value, list):
+            for i, entry in enumerate(value):
+                _refuse_unknown(RewardEntry, entry, f"rewards.{i}.")

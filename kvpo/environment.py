@@ -1,0 +1,69 @@
+"""Where a run happens: versions, commit, hardware, command; written before step 0."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("kvpo", "torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "pydantic")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """JSON-ready facts."""
+    return {
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": command(),
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_processor()}, {torch.get_num_threads()} threads",
+        "device": str(device),
+    }
+
+
+def command() -> str:
+    """The command line, without the folders that lead to the program."""
+    return " ".join(["kvpo", *sys.argv[1:]])
+
+
+def pick_device(name: str) -> torch.device:
+    """ValueError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device = {name!r} is unknown; use cpu, cuda, cuda:1 ... or auto") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device = {name!r}, but this torch sees no GPU; use cpu or auto")
+    return device
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """The commit of the source tree the package runs from; None for an installed one."""
+    folder = Path(__file__).parent
+    try:
+        found = subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0] if names else platform.machine()

@@ -1,0 +1,156 @@
+"""Evaluation: fixed scripts and seeds, two sets of weights, paired.
+
+Both sets see the same scripts with the same noise, so a difference is the weights' doing; its interval is a
+bootstrap over scripts, the unit that varies.  Evaluators that were never trained on stand in the same table.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Callable, Sequence
+
+import torch
+
+from kvpo.denoise import NamedNoise, Sampler, StackedNoise, Stream
+from kvpo.files import write_atomic
+from kvpo.generators.pipeline import Pipeline
+from kvpo.rewards.base import Reward, VideoBatch, check_output
+from kvpo.rng import stream
+from kvpo.score import ScoreConfig, global_clips
+from kvpo.types import Script, Window
+
+RESAMPLES = 4000
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    every: int = 0
+    """Steps between evaluations during training; 0 = only after the last."""
+    scripts: int = 64
+    """Unseen scripts of an evaluation."""
+    batch: int = 16
+    """Videos generated together."""
+    seed: int = 1000
+    """Names the scripts' and the noise's streams; training never draws from them."""
+    videos: int = 4
+    """Scripts whose videos are kept, before and after."""
+
+    def __post_init__(self):
+        if self.every < 0 or self.videos < 0 or self.batch < 1 or self.scripts < 2:
+            raise ValueError(f"evaluate: every = {self.every} and videos = {self.videos} must not be negative, batch = {self.batch} at least 1, scripts = {self.scripts} at least 2")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Rewards of one set of weights on an evaluation's scripts."""
+
+    components: tuple[str, ...]
+    r_KN: torch.Tensor
+    """float64, one number per component and script; NaN where a script has no clip the component could measure."""
+    videos: tuple[torch.Tensor, ...]
+    """uint8 [T, 3, H, W] of the first scripts."""
+
+
+@torch.no_grad()
+def generate(pipeline: Pipeline, sampler: Sampler, scripts: Sequence[Script], seed: int, names: Sequence[tuple[int | str, ...]]) -> torch.Tensor:
+    """uint8 [B, T, 3, H, W]: a video per script, all of one length, with noise from the streams (seed, *name)."""
+    lengths = {s.blocks for s in scripts}
+    if len(lengths) != 1:
+        raise ValueError(f"videos generated together must be equally long, not {sorted(lengths)} blocks")
+    g, (blocks,) = pipeline.geometry, lengths
+    texts = sorted({t for s in scripts for t in s.texts})
+    embeddings = dict(zip(texts, pipeline.encode_text(texts)))
+    noise = StackedNoise(tuple(NamedNoise(pipeline.latent_shape(g.block), seed, name) for name in names))
+    cache = pipeline.new_cache(g.resident(blocks), rows=len(scripts))
+    videos, decoder = Stream(pipeline.generator, g, sampler, scripts, embeddings, noise, cache), pipeline.decoder()
+    return torch.cat([decoder(videos.advance()).cpu() for _ in range(blocks)], dim=1)
+
+
+def evaluate(
+    pipeline: Pipeline, sampler: Sampler, scripts: Sequence[Script], rewards: Sequence[Reward], clips: ScoreConfig, config: EvaluateConfig,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Scored:  # fmt: skip
+    """The weights now in the pipeline on all scripts; a script's number is the mean over its segments' clips."""
+    columns, videos = [], []
+    for first in range(0, len(scripts), config.batch):
+        part = scripts[first : first + config.batch]
+        pixels = generate(pipeline, sampler, part, config.seed, [("evaluate", s.id) for s in part])
+        columns += [_score_script(pixels[i : i + 1], script, pipeline, rewards, clips) for i, script in enumerate(part)]
+        videos += [pixels[i] for i in range(len(part)) if len(videos) + i < config.videos]
+        progress(first + len(part))
+    return Scored(tuple(c for r in rewards for c in r.spec.columns), torch.stack(columns, dim=1), tuple(videos[: config.videos]))
+
+
+def _score_script(pixels: torch.Tensor, script: Script, pipeline: Pipeline, rewards: Sequence[Reward], clips: ScoreConfig) -> torch.Tensor:
+    """r_K of one video: NaN-ignoring mean over the clips of its segments; NaN without any."""
+    found = global_clips(script, Window(0, 1), pipeline.geometry, clips, script.blocks)
+    scores = []
+    for clip in found:
+        batch = VideoBatch(pixels[:, clip.first : clip.stop], pipeline.geometry.fps, (script.texts[clip.segment],), (script.texts[: clip.segment],))
+        scores.append(torch.cat([_columns(reward, batch) for reward in rewards]))
+    scores = scores or [torch.full((sum(len(r.spec.columns) for r in rewards),), float("nan"))]
+    return torch.stack(scores).double().nanmean(dim=0)
+
+
+def _columns(reward: Reward, batch: VideoBatch) -> torch.Tensor:
+    """Score and reported parts of a single clip, in the order of `RewardSpec.columns`; NaN for what it can not tell."""
+    output = check_output(reward.spec, batch, reward.score(batch))
+    nothing = torch.full((1,), float("nan"))
+    return torch.cat([output.scores, *(output.parts.get(part, nothing) for part in reward.spec.report)])
+
+
+ROLES = {"train": "train", "eval": "heldout", "guard": "guard"}
+"""Role of a recipe's reward -> what its rows are called in a table."""
+
+
+def kinds_of(rewards: Sequence[Reward], roles: Sequence[str]) -> list[str]:
+    """The kind of every component, given the role of every reward; parts of a trained reward are no reward of their own."""
+    return [ROLES[role] if column == r.spec.name or role != "train" else "part" for r, role in zip(rewards, roles) for column in r.spec.columns]
+
+
+def compare(a: Scored, b: Scored, kinds: Sequence[str], seed: int = 0) -> list[dict]:
+    """Rows of the table A against B: means, paired difference with its 95 % bootstrap interval over scripts, win rate (ties half)."""
+    total = [k for k, kind in enumerate(kinds) if kind == "train"]
+    rows = [_row(name, kind, a.r_KN[k], b.r_KN[k], seed) for k, (name, kind) in enumerate(zip(a.components, kinds))]
+    return [_row("mean of trained", "train", a.r_KN[total].mean(dim=0), b.r_KN[total].mean(dim=0), seed), *rows]
+
+
+def _row(component: str, kind: str, a_N: torch.Tensor, b_N: torch.Tensor, seed: int) -> dict:
+    both = a_N.isfinite() & b_N.isfinite()
+    a, b = a_N[both], b_N[both]
+    n = int(both.sum())
+    if n < 2:
+        return {"component": component, "kind": kind, **dict.fromkeys(("a", "b", "diff", "low", "high", "win")), "n": n}
+    low, high = bootstrap_interval(a - b, stream(seed, "bootstrap", component))
+    win = float(((a > b).double() + 0.5 * (a == b).double()).mean())
+    return {"component": component, "kind": kind, "a": float(a.mean()), "b": float(b.mean()), "diff": float((a - b).mean()), "low": low, "high": high, "win": win, "n": n}
+
+
+def bootstrap_interval(diff_N: torch.Tensor, generator: torch.Generator, level: float = 0.95) -> tuple[float, float]:
+    """Percentile interval of the mean over ``RESAMPLES`` resamples of the scripts."""
+    pick = torch.randint(len(diff_N), (RESAMPLES, len(diff_N)), generator=generator)
+    means = diff_N[pick].mean(dim=1)
+    tail = (1.0 - level) / 2.0
+    low, high = means.quantile(torch.tensor([tail, 1.0 - tail], dtype=means.dtype)).tolist()
+    return low, high
+
+
+def table(rows: Sequence[dict], label_a: str, label_b: str) -> str:
+    """The comparison as text."""
+    lines = [f"{'component':<20} {'kind':<9} {label_a:>9} {label_b:>9} {'diff':>8} {'95 % interval':>19} {'win':>6} {'n':>5}"]
+    for r in rows:
+        if r["diff"] is None:
+            lines.append(f"{r['component']:<20} {r['kind']:<9} {'could not be measured on enough scripts':>53} {r['n']:>5}")
+        else:
+            lines.append(f"{r['component']:<20} {r['kind']:<9} {r['a']:>9.4f} {r['b']:>9.4f} {r['diff']:>+8.4f}   [{r['low']:>+7.4f}, {r['high']:>+7.4f}] {r['win']:>6.1%} {r['n']:>5}")
+    return "\n".join(lines)
+
+
+def write_comparison(path: Path, rows: Sequence[dict], label_a: str, label_b: str, scripts: Sequence[Script], seed: int, command: str) -> Path:
+    """The record that `kvpo.report` reads."""
+    created = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    record = {"label_a": label_a, "label_b": label_b, "scripts": [s.id for s in scripts], "seeds": [seed], "rows": list(rows), "created": created, "command": command}
+    return write_atomic(path, json.dumps(record, indent=1) + "\n")

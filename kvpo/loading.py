@@ -1,0 +1,51 @@
+"""A generator by its name: a pipeline folder, `mini`, or the weights of a run (`RUN`, `RUN:ema`, `RUN:online`, `RUN:start`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import yaml
+
+from kvpo.checkpoint import checkpoints, read_tensors
+from kvpo.config import RunConfig, from_dict
+from kvpo.generators.pipeline import Pipeline
+from kvpo.mini import WEIGHTS
+from kvpo.policy import Policy
+
+SETS = {"ema": "average", "online": "current", "start": "reference"}
+"""Weights of a run -> their name in a checkpoint."""
+
+
+def load_pipeline(name: str, device: torch.device | str = "cpu") -> Pipeline:
+    """A pipeline folder, or `mini`."""
+    return Pipeline.load(WEIGHTS if name == "mini" else name, device)
+
+
+def load_generator(spec: str, device: torch.device | str = "cpu") -> tuple[Pipeline, str]:
+    """The generator and a label for it.  FileNotFoundError or ValueError that names what is missing."""
+    run, _, which = spec.partition(":")
+    if not is_run(Path(run)):
+        return load_pipeline(spec, device), spec
+    which = which or "ema"
+    if which not in SETS:
+        raise ValueError(f"{spec!r} names weights {which!r} of a run; choose one of {', '.join(SETS)}")
+    found = checkpoints(Path(run) / "checkpoints")
+    if not found:
+        raise FileNotFoundError(f"{run} has no complete checkpoint; let the run go on until its first one")
+    config = run_config(Path(run))
+    pipeline = load_pipeline(config.pipeline, device)
+    policy, tensors = Policy(pipeline.generator, config.policy, config.seed), read_tensors(found[-1])
+    for name, p in zip(policy.names, policy.parameters):
+        p.data.copy_(tensors[f"{SETS[which]}.{name}"])
+        p.requires_grad_(False)
+    return pipeline, f"{Path(run).name}:{which} {found[-1].name}"
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / "config.resolved.yaml").is_file()
+
+
+def run_config(run: Path) -> RunConfig:
+    """The settings a run was made with."""
+    return from_dict(yaml.safe_load((run / "config.resolved.yaml").read_text()))

@@ -1,0 +1,171 @@
+"""``kvpo pretrain``: the miniature's start weights, from nothing, in four stages.
+
+    decoder           latents -> clips; the encoder is computed, not trained           (kvpo.mini.autoencoder)
+    teacher_forcing   causal flow matching on true pasts, with the text encoder        (kvpo.mini.teacher_forcing)
+    few_step          the four-step sampler: opening blocks, and continuations of true pasts
+    streaming         the same on videos that are the model's own from the first block (kvpo.mini.few_step)
+
+Everything random is named by (seed, stage, step).  Killed at any instant and started again, it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from diffusers import WanPipeline
+
+from kvpo.files import write_atomic
+from kvpo.generators.causal_wan import CausalWan
+from kvpo.generators.pipeline import Geometry, Pipeline
+from kvpo.mini.autoencoder import decoder_loss, fit_encoder, set_latent_scale
+from kvpo.mini.card import measured, write_card
+from kvpo.mini.few_step import FEW_STEP_TURNS, STREAMING_TURNS, Writer, build_openings, few_step_loss
+from kvpo.mini.library import Library, build_library, load_library, save_library
+from kvpo.mini.linear_encoder import LinearEncoder, install
+from kvpo.mini.networks import BLOCK, SINK, STEPS, TEXT_LEN, WINDOW, new_scheduler, new_text_encoder, new_tokenizer, new_transformer, new_vae
+from kvpo.mini.teacher_forcing import teacher_forcing_loss, use_flat_attention
+from kvpo.mini.training import Stage
+from kvpo.mini.world import FPS, SIZE
+from kvpo.progress import Progress
+
+GEOMETRY = Geometry(block=BLOCK, sink=SINK, window=WINDOW, latent_height=SIZE // 8, latent_width=SIZE // 8, fps=FPS, text_length=TEXT_LEN, steps=STEPS, shift=5.0)
+
+
+@dataclass(frozen=True)
+class Settings:
+    code_clips: int = 400
+    """Clips to which the encoder's linear code is fitted."""
+    scale_clips: int = 64
+    """Clips from which the latents' mean and scale are measured."""
+    decoder_steps: int = 2500
+    decoder_batch: int = 4
+    decoder_lr: float = 2e-3
+    stories: int = 2400
+    """Stories that stages 2 and 3 cut their crops from."""
+    flow_steps: int = 3200
+    flow_batch: int = 8
+    flow_lr: float = 2e-3
+    few_steps: int = 700
+    few_batch: int = 8
+    few_lr: float = 5e-4
+    streaming_steps: int = 400
+    streaming_lr: float = 8e-4
+    openings: int = 512
+    """Prompts of which stages 3 and 4 keep many true openings."""
+    save_every: int = 100
+    """Steps between two states on disk: what a kill costs at most."""
+    measured: int = 64
+    """Held-out stories for the model card; 0 = no card."""
+    compile: bool = True
+    """Compile the transformer's blocks for stages 2 and 3."""
+
+
+@dataclass(frozen=True)
+class Networks:
+    vae: torch.nn.Module
+    transformer: torch.nn.Module
+    encoder: torch.nn.Module
+
+    def to(self, device) -> Networks:
+        for module in (self.vae, self.transformer, self.encoder):
+            module.to(device)
+        return self
+
+
+def pretrain(out: Path, work: Path, seed: int = 0, settings: Settings = Settings(), device: str = "cpu") -> None:
+    """Train everything and write the pipeline folder ``out``; states, the encoded stories and the log go to ``work``."""
+    out, work, progress = Path(out), Path(work), Progress()
+    claim(work, seed, settings)
+    nets = Networks(new_vae(seed), new_transformer(seed), new_text_encoder(seed)).to(device)
+    code = set_code(nets, seed, settings)
+    seconds = {"decoder": train_decoder(nets, code, work, seed, settings, device, progress)}
+    library = stories(nets, code, work, seed, settings, progress)
+    use_flat_attention(nets.transformer)
+    if settings.compile:
+        nets.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
+    seconds["teacher_forcing"] = train_flow(nets, library, work, seed, settings, device, progress)
+    export(nets, out, progress)
+    seconds |= train_few_step(nets, code, library, work, seed, settings, device, progress)
+    export(nets, out, progress)
+    if settings.measured:
+        numbers = measured(Pipeline.load(out, device), settings.measured)
+        write_card(out, numbers, settings.measured, settings, seed, seconds)
+        progress.say("held-out stories: " + ", ".join(f"{name} {value:.3f}" for name, value in numbers.items()))
+
+
+def claim(work: Path, seed: int, settings: Settings) -> None:
+    """Remember what this folder is being made with; ValueError if it was begun with something else."""
+    made_with, path = {"seed": seed, **asdict(settings)}, work / "settings.json"
+    if not path.exists():
+        write_atomic(path, json.dumps(made_with, indent=1) + "\n")
+    elif (before := json.loads(path.read_text())) != made_with:
+        changed = {k: (before.get(k), v) for k, v in made_with.items() if before.get(k) != v}
+        raise ValueError(f"{work} was begun with other settings: {changed} (then, now); use another work folder, or the settings it was begun with")
+
+
+def set_code(nets: Networks, seed: int, s: Settings) -> LinearEncoder:
+    """Compute the encoder and the scale of its latents: seconds, so it is done again after a restart."""
+    code = fit_encoder(seed, s.code_clips)
+    install(code, nets.vae)
+    set_latent_scale(nets.vae, code, seed, s.scale_clips)
+    return code
+
+
+def train_decoder(nets: Networks, code: LinearEncoder, work: Path, seed: int, s: Settings, device: str, progress: Progress) -> float:
+    loss = decoder_loss(nets.vae, code, seed, s.decoder_batch, device)
+    modules = {"decoder": nets.vae.decoder, "post_quant_conv": nets.vae.post_quant_conv}
+    stage = Stage("decoder", work, modules, loss, steps=s.decoder_steps, lr=s.decoder_lr, save_every=s.save_every)
+    stage.run(progress)
+    return stage.seconds
+
+
+def stories(nets: Networks, code: LinearEncoder, work: Path, seed: int, s: Settings, progress: Progress) -> Library:
+    path = work / "stories.pt"
+    if path.exists():
+        progress.say(f"stories: {path} is there already")
+    else:
+        with progress.bar("stories", s.stories) as bar:
+            save_library(build_library(nets.vae, code, seed, s.stories, bar.move_to), path)
+    return load_library(path)
+
+
+def train_flow(nets: Networks, library: Library, work: Path, seed: int, s: Settings, device: str, progress: Progress) -> float:
+    loss = teacher_forcing_loss(nets.transformer, nets.encoder, library, seed, s.flow_batch, device)
+    modules = {"transformer": nets.transformer, "text_encoder": nets.encoder}
+    stage = Stage("teacher_forcing", work, modules, loss, steps=s.flow_steps, lr=s.flow_lr, ema=0.995, save_every=s.save_every)
+    stage.run(progress)
+    return stage.seconds
+
+
+def train_few_step(nets: Networks, code: LinearEncoder, library: Library, work: Path, seed: int, s: Settings, device: str, progress: Progress) -> dict[str, float]:
+    openings, seconds = build_openings(nets.vae, code, seed, s.openings), {}
+    for name, turns, steps, lr in (("few-step", FEW_STEP_TURNS, s.few_steps, s.few_lr), ("streaming", STREAMING_TURNS, s.streaming_steps, s.streaming_lr)):
+        loss = few_step_loss(name, nets.transformer, nets.encoder, Writer(nets.vae, code), library, openings, turns, seed, s.few_batch, device)
+        modules = {"transformer": nets.transformer, "text_encoder": nets.encoder}
+        stage = Stage(name, work, modules, loss, steps=steps, lr=lr, warmup=20, save_every=s.save_every)
+        stage.run(progress)
+        seconds[name] = stage.seconds
+    return seconds
+
+
+def export(nets: Networks, out: Path, progress: Progress) -> None:
+    """The pipeline folder, there completely or not at all; a model card already in it stays."""
+    part, old = out.with_name(f".{out.name}.part"), out.with_name(f".{out.name}.old")
+    for leftover in (part, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    transformer = type(nets.transformer).from_config(nets.transformer.config)
+    transformer.load_state_dict(nets.transformer.state_dict())
+    stock = WanPipeline(new_tokenizer(), nets.encoder, nets.vae, new_scheduler(), transformer)
+    Pipeline(CausalWan(transformer), nets.vae, GEOMETRY, stock, str(part)).save(part)
+    if (card := out / "README.md").exists():
+        shutil.copy(card, part / "README.md")
+    if out.exists():
+        os.replace(out, old)
+    os.replace(part, out)
+    shutil.rmtree(old, ignore_errors=True)
+    progress.say(f"weights: written to {out}")

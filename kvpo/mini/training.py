@@ -1,0 +1,120 @@
+"""A small resumable training loop, shared by the stages of ``kvpo pretrain``."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Callable, Mapping
+
+import torch
+from torch import nn
+
+from kvpo.files import write_atomic
+from kvpo.progress import Progress
+
+LOG = "pretrain.jsonl"
+
+
+class Stage:
+    """Trains ``modules`` on ``loss(step) -> (loss, {name: value})`` and leaves their averaged weights in place.
+
+    Everything random comes from streams named by the step, and the state file is replaced whole or not at all, so
+    a stage that was killed at any instant goes on from its last state and ends bit for bit as if it had not been.
+    """
+
+    def __init__(self, name: str, folder: Path, modules: Mapping[str, nn.Module], loss: Callable, *, steps: int, lr: float, warmup: int = 50,
+                 weight_decay: float = 0.01, ema: float = 0.99, save_every: int = 100, clip: float = 1.0):  # fmt: skip
+        self.name, self.folder, self.modules, self.loss = name, Path(folder), nn.ModuleDict(dict(modules)), loss
+        self.steps, self.lr, self.warmup, self.ema_decay, self.save_every, self.clip = steps, lr, warmup, ema, save_every, clip
+        self.parameters = [p for p in self.modules.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay)
+        self.average = [p.detach().clone() for p in self.parameters]
+        self.step, self.seconds = 0, 0.0
+
+    @property
+    def path(self) -> Path:
+        return self.folder / f"{self.name}.state.pt"
+
+    def resume(self) -> bool:
+        """Go on from the state file, if there is one."""
+        if not self.path.exists():
+            return False
+        state = torch.load(self.path, weights_only=True, map_location=self.parameters[0].device)
+        self.modules.load_state_dict(state["modules"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for mine, saved in zip(self.average, state["average"]):
+            mine.copy_(saved)
+        self.step, self.seconds = state["step"], state["seconds"]
+        forget(self.folder / LOG, self.name, self.step)
+        return True
+
+    def save(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".part")
+        state = {"modules": self.modules.state_dict(), "optimizer": self.optimizer.state_dict(), "average": self.average}
+        torch.save({**state, "step": self.step, "seconds": self.seconds}, temporary)
+        os.replace(temporary, self.path)
+
+    def rate(self) -> float:
+        if self.step < self.warmup:
+            return self.lr * (self.step + 1) / self.warmup
+        done = (self.step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+
+    def update(self) -> dict[str, float]:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate()
+        loss, metrics = self.loss(self.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.clip))
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"{self.name}: gradient norm is {norm} at step {self.step}; nothing was updated. Lower the learning rate ({self.rate():.2g})")
+        self.optimizer.step()
+        decay = min(self.ema_decay, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
+        self.step += 1
+        return {"loss": float(loss.detach()), "grad_norm": norm, "lr": self.rate(), **metrics}
+
+    def run(self, progress: Progress) -> None:
+        if self.resume():
+            progress.say(f"{self.name}: goes on after step {self.step} of {self.steps}")
+        self.modules.train()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with progress.bar(self.name, self.steps, self.step) as bar:
+            while self.step < self.steps:
+                began = time.monotonic()
+                metrics = self.update()
+                self.seconds += time.monotonic() - began
+                bar.advance(f"loss {metrics['loss']:.4f}")
+                if self.step % 10 == 0 or self.step == self.steps:
+                    with (self.folder / LOG).open("a") as file:
+                        file.write(json.dumps({"stage": self.name, "step": self.step, "seconds": round(self.seconds, 1), **metrics}) + "\n")
+                if self.step % self.save_every == 0 or self.step == self.steps:
+                    self.save()
+        self.take_average()
+
+    @torch.no_grad()
+    def take_average(self) -> None:
+        """Put the averaged weights into the modules."""
+        for p, mean in zip(self.parameters, self.average):
+            p.copy_(mean)
+        self.modules.eval()
+
+
+def forget(log: Path, stage: str, step: int) -> None:
+    """Drop a stage's log lines after ``step``, and a last line cut off in the middle: those steps are done again."""
+    if not log.exists():
+        return
+    kept = []
+    for line in log.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if row["stage"] != stage or row["step"] <= step:
+            kept.append(line + "\n")
+    write_atomic(log, "".join(kept))

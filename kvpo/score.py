@@ -1,0 +1,120 @@
+"""Stage 3: decode what differs, cut clips, ask the rewards (method.md section 3).
+
+    local    the window's clip, cut where the prompt changes
+    global   one clip in every prompt segment, from the fork on
+
+A segment wholly before the fork is equal in all rows: it is neither decoded for each of them nor scored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Sequence
+
+import torch
+
+from kvpo.generators.pipeline import Geometry, Pipeline
+from kvpo.rewards.base import Reward, VideoBatch, check_output
+from kvpo.timing import Phases
+from kvpo.types import RewardTable, Rollout, Script, Window
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """Which clips are scored."""
+
+    clip_frames: int = 36
+    """Longest clip of the global signal, pixel frames; it lies in the middle of what its segment has from the fork on."""
+    min_frames: int = 12
+    """Shorter stretches are not scored: too little to judge motion by."""
+
+    def __post_init__(self):
+        if not 1 <= self.min_frames <= self.clip_frames:
+            raise ValueError(f"score.min_frames = {self.min_frames} must lie between 1 and score.clip_frames = {self.clip_frames}")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A stretch of pixel frames [first, stop) of the video, under one segment's prompt."""
+
+    segment: int
+    first: int
+    stop: int
+
+
+def pixel_span(blocks: tuple[int, int], geometry: Geometry) -> tuple[int, int]:
+    """Pixel frames [first, stop) of blocks [first, stop)."""
+    return tuple(geometry.pixel_frames(b * geometry.block) for b in blocks)
+
+
+def local_clips(script: Script, window: Window, geometry: Geometry, config: ScoreConfig) -> list[Clip]:
+    """The window's pixel frames, one clip per prompt in it; where all are short, the window is one clip of its last prompt."""
+    segments = sorted({script.segment(b) for b in range(window.fork, window.stop)})
+    clips = []
+    for segment in segments:
+        first, stop = script.span(segment)
+        clips.append(Clip(segment, *pixel_span((max(first, window.fork), min(stop, window.stop)), geometry)))
+    long = [c for c in clips if c.stop - c.first >= config.min_frames]
+    return long or [Clip(segments[-1], clips[0].first, clips[-1].stop)]
+
+
+def global_clips(script: Script, window: Window, geometry: Geometry, config: ScoreConfig, blocks: int) -> list[Clip]:
+    """One clip in every segment from the fork to block ``blocks``; stretches too short to be judged are left out."""
+    clips = []
+    for segment in range(script.segment(window.fork), len(script.texts)):
+        first, stop = script.span(segment)
+        first, stop = pixel_span((max(first, window.fork), min(stop, blocks)), geometry)
+        length = min(config.clip_frames, stop - first)
+        if length >= config.min_frames:
+            start = first + (stop - first - length) // 2
+            clips.append(Clip(segment, start, start + length))
+    return clips
+
+
+def decode(pipeline: Pipeline, rollout: Rollout, frames: int) -> torch.Tensor:
+    """uint8 [B, T, 3, H, W] of all rows from the fork on, at least ``frames`` pixel frames of it.
+
+    The prefix goes through the decoder once and leaves it in the state from which every row continues.
+    """
+    decoder = pipeline.decoder()
+    if len(rollout.prefix):
+        decoder(rollout.prefix[None])
+    latents = -(-frames // 4)  # after the video's first latent frame every one gives four pixel frames
+    return decoder.fork(len(rollout.plans))(rollout.latents[:, :latents])
+
+
+def score(pipeline: Pipeline, rollout: Rollout, rewards: Sequence[Reward], config: ScoreConfig, phases: Phases) -> tuple[RewardTable, torch.Tensor]:
+    """Rewards of a group, and its decoded pixels from the fork on, uint8 [B, T, 3, H, W].
+
+    ValueError where no clip is long enough, or a reward returns what it may not.
+    """
+    geometry, script, window = pipeline.geometry, rollout.script, rollout.window
+    blocks = window.fork + rollout.latents.shape[1] // geometry.block
+    clips = {"local": local_clips(script, window, geometry, config), "global": global_clips(script, window, geometry, config, blocks)}
+    clips["global"] = clips["global"] or clips["local"]
+    start = geometry.pixel_frames(window.fork * geometry.block)
+    last = max(c.stop for signal in clips.values() for c in signal)
+    with phases("decode"):
+        pixels = decode(pipeline, rollout, max(last, geometry.pixel_frames(window.stop * geometry.block)) - start).cpu()
+    with phases("reward"):
+        scores = {c: _score_clip(pixels[:, c.first - start : c.stop - start], script, c.segment, geometry.fps, rewards) for c in {*clips["local"], *clips["global"]}}
+    names = tuple(r.spec.name for r in rewards)
+    local, global_ = (torch.stack([scores[c] for c in signal]).mean(dim=0) for signal in clips.values())
+    valid = (local.isfinite() & global_.isfinite()).all(dim=0)
+    return RewardTable(names, local.double(), global_.double(), valid), pixels
+
+
+def _score_clip(frames: torch.Tensor, script: Script, segment: int, fps: float, rewards: Sequence[Reward]) -> torch.Tensor:
+    """r_KB of one clip in all rows; NaN where a reward could not measure."""
+    rows = len(frames)
+    batch = VideoBatch(frames, fps, (script.texts[segment],) * rows, (script.texts[:segment],) * rows)
+    return torch.stack([check_output(r.spec, batch, r.score(batch)).scores for r in rewards])
+
+
+def pixel_diversity(pixels_BTCHW: torch.Tensor) -> float:
+    """Mean squared difference of two rows' pixels in [0, 1], over all pairs of rows."""
+    x = pixels_BTCHW.flatten(1).float() / 255.0
+    B = len(x)
+    # Sum over pairs |a - b|^2 = B sum |a|^2 - |sum a|^2, and the last sum is 0 once the mean is taken off (which also keeps the digits).
+    total = B * (x - x.mean(dim=0)).square().sum(dtype=torch.float64)
+    return float(total / (B * (B - 1) / 2) / x.shape[1])

@@ -1,0 +1,63 @@
+"""Pictures of a run for people to look at: the branches of a group, and videos of fixed scripts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Sequence
+
+import torch
+
+from kvpo.advantages import Advantage
+from kvpo.exploration.base import Explorer
+from kvpo.files import write_atomic
+from kvpo.generators.pipeline import Pipeline
+from kvpo.routing_map import routing_map
+from kvpo.run_folder import group_record, read_samples
+from kvpo.types import RewardTable, Rollout, Script
+from kvpo.update import GroupUpdate
+from kvpo.video import grid, read_mp4, strips, write_mp4
+
+
+def show_group(
+    out: Path, step: int, pipeline: Pipeline, rollout: Rollout, pixels: torch.Tensor, rewards: RewardTable, advantage: Advantage, update: GroupUpdate, explorer: Explorer
+) -> Path:  # fmt: skip
+    """groups/step-.../: the anchor and the branches as one video, the routing map, the numbers.  ``pixels``: uint8 [B, T, 3, H, W] from the fork on."""
+    folder = out / "groups" / f"step-{step:06d}"
+    order = [len(rollout.plans) - 1, *range(rollout.num_branches)]
+    write_mp4(folder / "grid.mp4", grid([pixels[i] for i in order], [_caption(i, rewards, advantage) for i in order]), pipeline.geometry.fps, factor=1)
+    nearest = getattr(explorer, "nearest", 0)
+    write_atomic(folder / "routing.png", routing_map(rollout.plans, rollout.window, pipeline.geometry, nearest, rollout.script.starts))
+    record = group_record(rollout, rewards, update.energy, advantage.values, update.pi)
+    write_atomic(folder / "group.json", json.dumps(record, indent=1) + "\n")
+    return folder
+
+
+def _caption(row: int, rewards: RewardTable, advantage: Advantage) -> str:
+    numbers = "  ".join(f"{name.removeprefix('world_')} {float(r):.2f}" for name, r in zip(rewards.components, rewards.local[:, row]))
+    return f"anchor\n{numbers}" if row == rewards.local.shape[1] - 1 else f"branch {row}  A {float(advantage.values[row]):+.2f}\n{numbers}"
+
+
+def show_samples(out: Path, step: int, which: str, scripts: Sequence[Script], videos: Sequence[torch.Tensor], seed: int, fps: float = 16.0) -> None:
+    """samples/step-.../: one file per script, and the index that says what they show."""
+    folder, entries = out / "samples" / f"step-{step:06d}", []
+    index = folder / "index.json"
+    for i, (script, video) in enumerate(zip(scripts, videos)):
+        name = f"{which}-{i:02d}.mp4"
+        write_mp4(folder / name, video, fps)
+        entries.append({"file": name, "script_id": script.id, "texts": script.texts, "starts": script.starts, "blocks": script.blocks, "seed": seed, "which": which})
+    others = [e for e in json.loads(index.read_text()) if e["which"] != which] if index.exists() else []
+    write_atomic(index, json.dumps(others + entries, indent=1) + "\n")
+
+
+def before_after(run: Path, stories: int = 3, frames: int = 12) -> bytes:
+    """PNG: the first stories' videos by the start weights and by the last ones, as strips.  `Missing` where the run has none."""
+    samples = read_samples(run)
+    last = max(s.step for s in samples)
+    before = {s.script_id: s for s in samples if s.which == "start"}
+    after = {s.script_id: s for s in samples if s.step == last and s.which == "ema"}
+    rows = []
+    for script_id in [i for i in before if i in after][:stories]:
+        story = " | ".join(before[script_id].texts)
+        rows += [(f"before: {story}", read_mp4(before[script_id].path)[0]), (f"after: {story}", read_mp4(after[script_id].path)[0])]
+    return strips(rows, frames)

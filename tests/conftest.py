@@ -1,0 +1,39 @@
+"""Tests run stricter than production: deterministic algorithms only, uninitialised memory is NaN, one thread, no network."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def strict_torch():
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+
+
+@pytest.fixture(scope="session")
+def pipeline():
+    """The tiny random generator.  Shared: a test that trains it, or changes its weights, takes `own_pipeline`."""
+    from tiny import new_pipeline
+
+    return new_pipeline()
+
+
+@pytest.fixture
+def own_pipeline():
+    from tiny import new_pipeline
+
+    return new_pipeline()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """The tiny generator as a pipeline folder.  Shared: copy it before breaking it."""
+    from tiny import save_pipeline
+
+    return save_pipeline(tmp_path_factory.mktemp("pipeline") / "tiny")

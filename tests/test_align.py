@@ -1,0 +1,395 @@
+"""The whole loop on the tiny generator: reproducible, resumable bit for bit, and stopped by nothing half-way."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from tiny import Warmth, story
+
+from kvpo import cli
+from kvpo.align import Alignment
+from kvpo.checkpoint import checkpoints, read_tensors
+from kvpo.config import from_dict
+from kvpo.metrics import read_metrics
+from kvpo.progress import Progress
+from kvpo.rewards.base import RewardSpec, scored
+
+CLOCK = ("unix_time", "time/", "memory/")
+
+
+def settings(folder: Path, **changes) -> dict:
+    return {
+        "pipeline": str(folder), "steps": 4, "groups": 1, "show_every": 0, "device": "cpu",
+        "rewards": [{"name": "tiny:Warmth"}, {"name": "tiny:Change", "weight": 0.5}],
+        "data": {"blocks": 6}, "rollout": {"branches": 3, "cache_frames": 12}, "kv_routing": {"window_blocks": 2},
+        "score": {"clip_frames": 8, "min_frames": 4}, "evaluate": {"scripts": 2, "batch": 2, "videos": 1}, "checkpoint": {"every": 1, "keep": 2},
+        "optimizer": {"lr": 1e-3, "warmup": 2}, "policy": {"train": "full", "sync_interval": 2},
+    } | changes  # fmt: skip
+
+
+def write_recipe(path: Path, content: dict) -> str:
+    path.write_text(yaml.safe_dump(content))
+    return str(path)
+
+
+@pytest.fixture
+def recipe(folder, tmp_path):
+    return write_recipe(tmp_path / "tiny.yaml", settings(folder))
+
+
+def align(recipe: str, out: Path, *options: str) -> int:
+    return cli.main(["align", recipe, "--out", str(out), *options])
+
+
+def final(out: Path) -> dict[str, torch.Tensor]:
+    return read_tensors(checkpoints(out / "checkpoints")[-1])
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def records(out: Path, evaluations: bool = True) -> list[dict[str, float]]:
+    """The log without what a clock or the operating system decides."""
+    kept = [r for r in read_metrics(out / "metrics.jsonl") if evaluations or not any(k.startswith("eval/") for k in r)]
+    return [{k: v for k, v in r.items() if not k.startswith(CLOCK)} for r in kept]
+
+
+@pytest.fixture(scope="module")
+def straight(folder, tmp_path_factory):
+    """An uninterrupted run of 4 steps, its recipe, and how long it took."""
+    home = tmp_path_factory.mktemp("straight")
+    path = write_recipe(home / "tiny.yaml", settings(folder))
+    begin = time.perf_counter()
+    assert align(path, home / "run", "--show-every", "3") == 0
+    return home / "run", path, time.perf_counter() - begin
+
+
+# --- What a run leaves behind ---
+
+
+def test_a_run_leaves_everything(straight):
+    out, *_ = straight
+    for name in ("config.resolved.yaml", "environment.json", "metrics.jsonl", "report.html", "groups/step-000003/group.json", "groups/step-000000/grid.mp4", "evaluation/ema-step-000004.json"):  # fmt: skip
+        assert (out / name).stat().st_size > 0, name
+    assert [p.name for p in checkpoints(out / "checkpoints")] == ["step-000003", "step-000004"]
+    assert sorted(p.name for p in (out / "samples" / "step-000004").iterdir()) == ["ema-00.mp4", "index.json", "online-00.mp4"]
+    assert not list(out.rglob("*.part"))
+    log = records(out)
+    assert [r["step"] for r in log] == [0, 1, 2, 3, 3] and any(k.startswith("eval/ema/") for k in log[-1])
+    assert all({"loss/policy", "optim/grad_norm", "policy/tau", "reward/local/Warmth/mean", "calls/generator"} <= r.keys() for r in log[:4])
+    moved = final(out)
+    assert any(not torch.equal(moved[k], moved[k.replace("current.", "reference.")]) for k in moved if k.startswith("current."))
+    assert [r["policy/lag"] for r in log[:4]] == [0, 1, 0, 1] and log[1]["loss/ratio_min"] < 1.0 < log[1]["loss/ratio_max"]
+
+
+def test_resume_is_the_uninterrupted_run(straight, tmp_path):
+    """Two steps, then two more in another process's memory, against four in one go: the same seed, the same run, bit for bit."""
+    out, recipe, _ = straight
+    assert align(recipe, tmp_path / "run", "--steps", "2") == 0
+    assert align(recipe, tmp_path / "run", "--resume") == 0
+    assert equal(final(tmp_path / "run"), final(out))
+    assert records(tmp_path / "run", evaluations=False) == records(out, evaluations=False)
+    assert records(tmp_path / "run")[-1] == records(out)[-1], "and the last evaluation"
+    assert yaml.safe_load((tmp_path / "run" / "config.resolved.yaml").read_text())["steps"] == 4, "the folder says what was asked last"
+
+
+def test_more_evaluations_and_rewards_change_no_draw(straight, folder, tmp_path):
+    """An evaluation after every step, an evaluator beside the rewards, a reward of weight 0, pictures: the weights stay the same numbers."""
+    out, *_ = straight
+    rewards = [{"name": "tiny:Warmth"}, {"name": "tiny:Change", "weight": 0.5}, {"name": "test_align:Constant", "weight": 0.0}, {"name": "test_align:Judge", "role": "eval"}]
+    evaluate = {"scripts": 3, "batch": 2, "videos": 0, "every": 1, "seed": 5}
+    path = write_recipe(tmp_path / "more.yaml", settings(folder, steps=2, rewards=rewards, evaluate=evaluate))
+    assert align(path, tmp_path / "run") == 0
+    few = records(out, evaluations=False)[:2]
+    for a, b in zip(records(tmp_path / "run", evaluations=False), few, strict=True):
+        assert {k: v for k, v in a.items() if "Constant" not in k} == b
+
+
+@dataclass
+class Constant(Warmth):
+    """Says the same of everything."""
+
+    spec: RewardSpec = RewardSpec("Constant", "toy", needs_prompt=False)
+
+    def score(self, batch):
+        return scored(self.spec, batch, lambda b: (torch.full((len(b),), 0.5), {}))
+
+
+@dataclass
+class Judge(Warmth):
+    """An evaluator with a name of its own."""
+
+    spec: RewardSpec = RewardSpec("Judge", "other", needs_prompt=False)
+
+
+# --- Killed, interrupted, out of disk ---
+
+
+def forked(recipe: str, out: Path, *options: str, kill_after: float | None = None) -> int:
+    """A real process: its exit code, -9 where it was killed after so many seconds."""
+    pid = os.fork()
+    if pid == 0:
+        code = 99
+        try:
+            quiet = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(quiet, 1)
+            os.dup2(quiet, 2)
+            code = align(recipe, out, *options)
+        finally:
+            os._exit(code)
+    if kill_after is not None:
+        deadline = time.perf_counter() + kill_after
+        while time.perf_counter() < deadline and os.waitpid(pid, os.WNOHANG) == (0, 0):
+            time.sleep(0.002)
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return 0  # it was through, and has been waited for
+    try:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    except ChildProcessError:
+        return 0
+
+
+def killed_again_and_again(recipe: str, out: Path, instants: list[float]) -> int:
+    """Kill at each instant after the start, go on, and let the last one through; how often a kill really hit."""
+    hits = 0
+    for after in [*instants, None]:
+        options = ["--resume"] if (out / "config.resolved.yaml").exists() else []
+        code = forked(recipe, out, *options, kill_after=after)
+        hits += code == -signal.SIGKILL
+        assert code in (0, -signal.SIGKILL)
+    return hits
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_killed_at_any_instant_and_resumed(straight, tmp_path):
+    out, recipe, seconds = straight
+    assert killed_again_and_again(recipe, tmp_path / "run", [0.3 * seconds, 0.45 * seconds]) >= 1
+    assert equal(final(tmp_path / "run"), final(out))
+    assert records(tmp_path / "run", evaluations=False) == records(out, evaluations=False)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_killed_twenty_times_and_resumed(straight, tmp_path):
+    out, recipe, seconds = straight
+    draw = random.Random(0)
+    hits = 0
+    for i in range(20):
+        run = tmp_path / f"{i}"
+        hits += killed_again_and_again(recipe, run, [draw.uniform(0.02, 1.0) * seconds])
+        assert equal(final(run), final(out)), f"run {i}"
+        shutil.rmtree(run)
+    assert hits >= 15
+
+
+def test_ctrl_c(recipe, tmp_path, monkeypatch, capsys):
+    """In the middle of a step: exit code 130, where it stopped, how to go on; nothing is half-written, and resuming works."""
+    step = Alignment.step
+
+    def interrupted(self, number):
+        if number == 1:
+            with self.phases("branches"):
+                raise KeyboardInterrupt
+        return step(self, number)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Alignment, "step", interrupted)
+        assert align(recipe, tmp_path / "run", "--steps", "2") == 130
+    said = capsys.readouterr().out
+    assert f"stopped in phase branches; nothing half-written. Go on with: kvpo align {recipe} --out {tmp_path / 'run'} --resume" in said
+    assert [p.name for p in checkpoints(tmp_path / "run" / "checkpoints")] == ["step-000001"] and not list((tmp_path / "run").rglob("*.part"))
+
+
+def test_killed_before_the_last_evaluation(straight, tmp_path):
+    """All steps are done, the evaluation is not: resuming makes it."""
+    out, recipe, _ = straight
+    shutil.copytree(out, tmp_path / "run")
+    log = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(log[:-1]))
+    shutil.rmtree(tmp_path / "run" / "evaluation")
+    assert align(recipe, tmp_path / "run", "--resume", "--show-every", "3") == 0
+    assert records(tmp_path / "run") == records(out) and (tmp_path / "run" / "evaluation" / "ema-step-000004.json").exists()
+
+
+def test_a_full_disk(recipe, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("kvpo.checkpoint.save_file", full)
+    assert align(recipe, tmp_path / "run", "--steps", "1") == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert line.startswith("kvpo align: checkpoint ") and "No space left on device" in line and "--resume" in line
+    assert checkpoints(tmp_path / "run" / "checkpoints") == []
+
+
+# --- What is refused ---
+
+
+def refused(recipe: str, out: Path, capsys, *options: str) -> str:
+    """The one line that an error is."""
+    capsys.readouterr()
+    assert align(recipe, out, *options) == 1
+    err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("kvpo align: ")]
+    assert len(err) == 1
+    return err[0]
+
+
+def test_a_folder_that_holds_a_run(straight, capsys):
+    out, recipe, _ = straight
+    before = (out / "metrics.jsonl").read_bytes()
+    assert "already holds a run; go on with it by --resume, or choose another folder by --out" in refused(recipe, out, capsys)
+    assert (out / "metrics.jsonl").read_bytes() == before
+
+
+def test_nothing_to_resume(recipe, tmp_path, capsys):
+    assert "holds no run to resume; start one without --resume" in refused(recipe, tmp_path / "nowhere", capsys, "--resume")
+
+
+def test_resuming_with_other_settings(straight, capsys):
+    out, recipe, _ = straight
+    line = refused(recipe, out, capsys, "--resume", "--optimizer.lr", "0.01", "--context", "self")
+    assert "was run with other settings, context: branch -> self; optimizer.lr: 0.001 -> 0.01; resume with its own, or start a new run by --out" in line
+
+
+def test_resuming_in_another_world(straight, tmp_path, capsys, monkeypatch):
+    out, recipe, _ = straight
+    shutil.copytree(out, tmp_path / "run")
+    monkeypatch.setattr("kvpo.mini.source.StorySource.script", lambda self, step, index: story(6, id=f"other {step} {index}"))
+    assert "was run with other settings, first_script: " in refused(recipe, tmp_path / "run", capsys, "--resume")
+
+
+def test_resuming_behind_the_checkpoint(straight, capsys):
+    out, recipe, _ = straight
+    assert "step-000004 is beyond steps = 2; set steps to 4 or more" in refused(recipe, out, capsys, "--resume", "--steps", "2")
+
+
+def test_a_broken_newest_checkpoint_is_named(straight, tmp_path, capsys):
+    """And once it is deleted, the one before it serves."""
+    out, recipe, _ = straight
+    shutil.copytree(out, tmp_path / "run")
+    newest = checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    path = newest / "tensors.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    line = refused(recipe, tmp_path / "run", capsys, "--resume")
+    assert f"{path} is broken or missing" in line and f"delete {newest} to go on from the checkpoint before it" in line
+    shutil.rmtree(newest)
+    assert align(recipe, tmp_path / "run", "--resume") == 0
+    assert equal(final(tmp_path / "run"), final(out))
+
+
+@pytest.mark.parametrize("train", ["full", "lora"])
+def test_resuming_on_other_weights(folder, tmp_path, capsys, train):
+    """Also where an adapter is trained: its own start values say nothing of the backbone below it."""
+    shutil.copytree(folder, tmp_path / "pipeline")
+    content = settings(tmp_path / "pipeline", steps=1, policy={"train": train, "rank": 2}, evaluate={"scripts": 2, "videos": 0})
+    recipe = write_recipe(tmp_path / "r.yaml", content)
+    assert align(recipe, tmp_path / "run") == 0
+    (weights,) = (tmp_path / "pipeline" / "transformer").glob("*.safetensors")
+    state = load_file(weights)
+    state["blocks.0.ffn.net.2.bias"][0] += 0.01
+    save_file(state, weights, metadata={"format": "pt"})
+    assert "was run with other settings, start_weights: " in refused(recipe, tmp_path / "run", capsys, "--resume", "--steps", "2")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--kv-routing.window-blocks", "7"], "window longer than the video: window_blocks = 7, the video has 6 blocks"),
+        (["--kv-routing.window-blocks", "4"], "no block can be a fork"),
+        (["--rollout.cache-frames", "7"], "rollout.cache_frames = 7, but this generator (sink 1, window 7) streams 6 blocks from a cache of at least 8"),
+        (["--kv-routing.nearest", "4"], "no room for routed frames"),
+        (["--data.blocks", "3"], "the video has 3 blocks"),
+        (["--data.prompts", "nowhere.txt"], "nowhere.txt"),
+        (["--pipeline", "nowhere"], "nowhere is no pipeline folder"),
+        (["--device", "tpu9"], "device = 'tpu9' is unknown"),
+    ],
+)
+def test_what_can_not_work_is_said_before_the_folder_is_made(recipe, tmp_path, capsys, options, message):
+    assert message in refused(recipe, tmp_path / "run", capsys, *options)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no prompts in it"),
+        ("3,[a cat],[a dog]\n", "line 1"),
+        ("7,[a],[b],[c],[d],[e],[f],[g]\n", "7 segments in a video of 6 blocks"),
+    ],
+    ids=["empty", "malformed", "more segments than blocks"],
+)
+def test_a_prompt_file_that_is_wrong(recipe, tmp_path, capsys, text, message):
+    path = tmp_path / "prompts.txt"
+    path.write_text(text)
+    line = refused(recipe, tmp_path / "run", capsys, "--data.prompts", str(path))
+    assert str(path) in line and message in line and not (tmp_path / "run").exists()
+
+
+def test_a_prompt_file(folder, tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("2,[a red circle rises slowly],[it turns blue]\n3,[a small square],[it moves left],[it rises]\n")
+    content = settings(folder, steps=1, data={"prompts": str(path), "blocks": 6}, policy={"train": "lora", "rank": 2})
+    assert align(write_recipe(tmp_path / "r.yaml", content), tmp_path / "run") == 0
+    assert len(records(tmp_path / "run")) == 2
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [("Broken", "step 0, group 0: reward 'Warmth': clip 0 = nan"), ("Unmeasured", "step 0, group 0: 0 of 4 rows have rewards")],
+)
+def test_rewards_that_are_no_numbers(folder, tmp_path, capsys, reward, message):
+    recipe = write_recipe(tmp_path / "r.yaml", settings(folder, rewards=[{"name": f"tiny:{reward}"}]))
+    line = refused(recipe, tmp_path / "run", capsys)
+    assert message in line and "Nothing of this step was applied" in line
+    assert checkpoints(tmp_path / "run" / "checkpoints") == [] and records(tmp_path / "run") == []
+
+
+def test_a_gradient_that_is_not_finite(recipe, tmp_path, capsys, monkeypatch):
+    """After a good step: its checkpoint stays, the bad step leaves nothing."""
+    from kvpo.update import Updater
+
+    step = Updater.step
+
+    def spoiled(self):
+        if self.policy.updates == 1:
+            self.policy.parameters[3].grad.fill_(float("inf"))
+        return step(self)
+
+    monkeypatch.setattr(Updater, "step", spoiled)
+    line = refused(recipe, tmp_path / "run", capsys, "--steps", "2")
+    assert "gradient norm is inf at update 1" in line and "nothing was updated" in line
+    assert [p.name for p in checkpoints(tmp_path / "run" / "checkpoints")] == ["step-000001"] and len(records(tmp_path / "run")) == 1
+
+
+# --- Controls ---
+
+
+def test_shuffling_only_reorders_advantages(folder, tmp_path):
+    """The control: same rollouts, same rewards, the advantages of a group dealt out anew."""
+    logs = []
+    for shuffle in (False, True):
+        config = from_dict(settings(folder, shuffle_advantages=shuffle, groups=2))
+        logs.append(Alignment(config, tmp_path, Progress()).step(0))
+    plain, shuffled = logs
+    same = [k for k in plain if k.startswith(("reward/", "advantage/", "energy/", "group/", "diversity/"))]
+    assert len(same) > 10 and all(plain[k] == shuffled[k] for k in same)
+    assert plain["optim/grad_norm"] != shuffled["optim/grad_norm"]
+
+
+def test_the_environment_says_what_ran(straight):
+    facts = json.loads((straight[0] / "environment.json").read_text())
+    assert facts["packages"]["torch"] and facts["device"] == "cpu" and facts["command"].startswith("kvpo")

@@ -1,0 +1,239 @@
+"""The command line: every option in the help, every mistake in one line, and the right exit code."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+import torch
+from test_align import align, settings, write_recipe
+from tiny import BLUE, RED
+
+from kvpo import cli, commands
+from kvpo.commands import Settings
+from kvpo.config import RunConfig
+from kvpo.loading import load_generator
+
+
+def options(kind: type, prefix: str = "") -> list[str]:
+    """--optimizer.lr ... of all settings, from the dataclasses themselves."""
+    found, hints = [], get_type_hints(kind)
+    for field in fields(kind):
+        name = prefix + field.name.replace("_", "-")
+        found += options(hints[field.name], f"{name}.") if is_dataclass(hints[field.name]) else [f"--{name.rstrip('-')}"]
+    return found
+
+
+def run(capsys, *argv: str) -> tuple[int, str, str]:
+    capsys.readouterr()
+    code = cli.main(list(argv))
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+# --- Help and usage ---
+
+
+@pytest.mark.parametrize("argv", [("--help",), ("-h",)])
+def test_help_lists_the_commands(capsys, argv):
+    code, out, _ = run(capsys, *argv)
+    assert code == 0 and all(f"  {name} " in out and summary in out for name, summary in cli.COMMANDS.items())
+
+
+def test_no_command(capsys):
+    code, out, err = run(capsys)
+    assert code == 2 and not out and err.startswith("usage: kvpo COMMAND")
+
+
+@pytest.mark.parametrize(("name", "near"), [("alin", "align"), ("evalute", "evaluate"), ("reprot", "report")])
+def test_a_mistyped_command(capsys, name, near):
+    code, _, err = run(capsys, name, "mini")
+    assert code == 2 and f"there is no command {name!r}; did you mean {near}?" in err
+
+
+@pytest.mark.parametrize("name", sorted(cli.COMMANDS))
+def test_help_mentions_every_option(capsys, name):
+    code, out, _ = run(capsys, name, "--help")
+    command = getattr(commands, name.capitalize())
+    hints = get_type_hints(command, include_extras=True)
+    wanted = [f"--{f.name.replace('_', '-')}" for f in fields(command) if hints[f.name] != Settings and f.name not in positional(command)]
+    if Settings in hints.values():
+        wanted += [o for o in options(RunConfig) if not o.startswith(("--rewards", "--advantages.weights"))]
+    assert code == 0 and not [o for o in wanted if o not in out]
+    assert ("positional arguments" in out) == bool(positional(command))
+
+
+def positional(command: type) -> list[str]:
+    return [f.name for f in fields(command) if f.name in ("recipe", "generator", "run", "out") and str(f.type).startswith("Positional")]
+
+
+@pytest.mark.parametrize(
+    ("argv", "near"),
+    [
+        (("align", "RECIPE", "--optimizer.lrr", "1"), "--optimizer.lr"),
+        (("align", "RECIPE", "--step", "1"), "--steps"),
+        (("evaluate", "--agianst", "mini"), "--against"),
+        (("generate", "--promt", "x"), "--prompt"),
+    ],
+)
+def test_a_mistyped_option_gets_a_suggestion(capsys, tmp_path, folder, argv, near):
+    recipe = write_recipe(tmp_path / "tiny.yaml", settings(folder))
+    code, out, err = run(capsys, *(recipe if a == "RECIPE" else a for a in argv))
+    assert code == 2 and near in out + err
+
+
+@pytest.mark.parametrize("argv", [("--steps", "many"), ("--sampler", "euler"), ("--policy.train", "all")])
+def test_a_value_of_the_wrong_kind(capsys, tmp_path, folder, argv):
+    recipe = write_recipe(tmp_path / "tiny.yaml", settings(folder))
+    code, out, err = run(capsys, "align", recipe, "--out", str(tmp_path / "run"), *argv)
+    assert code == 2 and argv[1] in out + err and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--explorer", "start_noise"), "explorer start_noise and surrogate velocity_energy can not be paired"),
+        (("--rollout.branches", "1"), "rollout.branches = 1, but a group compares at least 2 branches"),
+        (("--rollout.branches", "0"), "rollout.branches = 0, but a group compares at least 2 branches"),
+        (("--steps", "0"), "steps = 0 must be 1 or more"),
+    ],
+)
+def test_an_illegal_value(capsys, tmp_path, folder, argv, message):
+    recipe = write_recipe(tmp_path / "tiny.yaml", settings(folder))
+    code, out, err = run(capsys, "align", recipe, "--out", str(tmp_path / "run"), *argv)
+    assert code in (1, 2) and message in " ".join((out + err).replace("│", " ").split()) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("align", "minni"), "kvpo align: there is no recipe 'minni'; shipped are "),
+        (("doctor", "minni"), "kvpo doctor: there is no recipe 'minni'"),
+        (("report", "nowhere"), "kvpo report: nowhere is no run folder"),
+        (("generate", "nowhere", "--prompt", RED), "kvpo generate: nowhere is no pipeline folder"),
+        (("generate", "nowhere"), "kvpo generate: give either --prompt"),
+        (("generate", "nowhere", "--prompt", RED, BLUE, "--blocks", "1"), "kvpo generate: 2 segments in a video of 1 blocks"),
+        (("evaluate", "nowhere:ema", "--scripts", "2"), "kvpo evaluate: nowhere:ema is no pipeline folder"),
+    ],
+)
+def test_errors_are_one_line(capsys, argv, message):
+    code, _, err = run(capsys, *argv)
+    assert code == 1 and err.startswith(message) and len(err.strip().splitlines()) == 1
+
+
+def test_a_recipe_that_is_wrong(capsys, tmp_path):
+    path = write_recipe(tmp_path / "bad.yaml", {"optimizer": {"lrr": 1}})
+    assert run(capsys, "align", path)[::2] == (1, f"kvpo align: {path}: unknown key optimizer.lrr; did you mean optimizer.lr?\n")
+
+
+def test_interrupted(capsys, monkeypatch):
+    def stop(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands.Report, "__call__", stop)
+    assert run(capsys, "report", "x")[0] == 130
+
+
+# --- The commands, on the tiny generator ---
+
+
+def test_generate(capsys, tmp_path, folder):
+    code, out, _ = run(capsys, "generate", str(folder), "--prompt", RED, BLUE, "--blocks", "4", "--out", str(tmp_path), "--device", "cpu")
+    assert code == 0 and (tmp_path / "000.mp4").stat().st_size > 500 and f"{RED} | {BLUE}" in out
+
+
+def test_generate_from_a_file(capsys, tmp_path, folder):
+    (tmp_path / "p.txt").write_text(f"{RED}\n{BLUE}\n")
+    code, *_ = run(capsys, "generate", str(folder), "--prompts", str(tmp_path / "p.txt"), "--blocks", "2", "--out", str(tmp_path / "videos"), "--sampler", "ode")
+    assert code == 0 and sorted(p.name for p in (tmp_path / "videos").iterdir()) == ["000.mp4", "001.mp4"]
+
+
+@pytest.fixture(scope="module")
+def trained(folder, tmp_path_factory):
+    """A short run and its recipe."""
+    home = tmp_path_factory.mktemp("trained")
+    recipe = write_recipe(home / "tiny.yaml", settings(folder, steps=1, policy={"train": "lora", "rank": 2}))
+    assert align(recipe, home / "run") == 0
+    return home / "run", recipe
+
+
+def test_weights_of_a_run_by_name(trained, folder):
+    run_folder, _ = trained
+    start, online, ema = (load_generator(f"{run_folder}:{which}")[0].generator for which in ("start", "online", "ema"))
+    base, label = load_generator(str(folder))
+    x, text = torch.ones(1, 2, 4, 4, 4), base.encode_text([RED])
+    v = [m.velocity(x, 0.5, text, [0, 1]).detach() for m in (base.generator, start, online, ema)]
+    assert torch.equal(v[0], v[1]) and not torch.equal(v[1], v[2]) and not torch.equal(v[2], v[3])
+    assert load_generator(str(run_folder))[1] == "run:ema step-000001" and label == str(folder)
+    with pytest.raises(ValueError, match="names weights 'emma' of a run; choose one of ema, online, start"):
+        load_generator(f"{run_folder}:emma")
+
+
+def test_a_run_without_a_checkpoint(trained, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(FileNotFoundError, match="has no complete checkpoint"):
+        load_generator(str(tmp_path / "run"))
+
+
+def test_evaluate_against(capsys, tmp_path, trained, folder):
+    run_folder, recipe = trained
+    code, out, _ = run(capsys, "evaluate", str(run_folder), "--against", str(folder), "--recipe", recipe, "--scripts", "3", "--out", str(tmp_path / "e.json"))
+    record = json.loads((tmp_path / "e.json").read_text())
+    assert code == 0 and "mean of trained" in out and "3 scripts, seed 1000" in out
+    assert [r["component"] for r in record["rows"]] == ["mean of trained", "Warmth", "Change"] and record["rows"][1]["n"] == 3
+
+
+def test_evaluate_alone(capsys, tmp_path, trained, folder):
+    code, out, _ = run(capsys, "evaluate", str(folder), "--recipe", trained[1], "--scripts", "2", "--out", str(tmp_path / "e.json"))
+    assert code == 0 and set(json.loads((tmp_path / "e.json").read_text())["means"]) == {"Warmth", "Change"} and "Warmth" in out
+
+
+@pytest.mark.parametrize("by", ["recipe", "start_noise"])
+def test_explore(capsys, tmp_path, trained, by):
+    code, out, _ = run(capsys, "explore", trained[1], "--by", by, "--out", str(tmp_path))
+    group = json.loads((tmp_path / "groups" / "step-000000" / "group.json").read_text())
+    assert code == 0 and "branch 2" in out and "anchor" in out and len(group["plans"]) == 4
+    if by == "start_noise":
+        assert group["pi"] == pytest.approx([1 / 3] * 3) and "other noise" in out
+
+
+def test_explore_names_what_exists(capsys, trained):
+    code, _, err = run(capsys, "explore", trained[1], "--script", "9")
+    assert code == 1 and "--script 9 does not exist: the recipe has evaluation scripts 0 to 1" in err
+    code, _, err = run(capsys, "explore", trained[1], "--fork", "1")
+    assert code == 1 and "block 1 can not be a fork of script" in err
+
+
+def test_report(capsys, trained):
+    run_folder, _ = trained
+    (run_folder / "report.html").unlink()
+    code, out, _ = run(capsys, "report", str(run_folder))
+    assert code == 0 and out.strip() == f"report: {(run_folder / 'report.html').resolve()}" and (run_folder / "report.html").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("train", ["full", "lora"])
+def test_doctor(capsys, tmp_path, folder, train):
+    """All invariants hold on the tiny generator, each with its number; nothing is left in the working folder."""
+    recipe = write_recipe(tmp_path / "d.yaml", settings(folder, policy={"train": train, "rank": 2}))
+    before = set(Path.cwd().iterdir())
+    code, out, err = run(capsys, "doctor", recipe)
+    assert code == 0 and "all invariants hold" in out and "FAILED" not in out and not err.strip()
+    assert out.count("\nok ") >= 9 and set(Path.cwd().iterdir()) == before
+
+
+def test_doctor_says_what_fails(capsys, tmp_path, folder, monkeypatch):
+    """A policy whose later replays are off by a little: the doctor must see it, say where, and fail."""
+    from kvpo.replay import Replay
+
+    energies = Replay.energies
+    monkeypatch.setattr(Replay, "energies", lambda self: energies(self) + 1e-3 * (self.rows_per_pass == 1) + 1e-6)
+    recipe = write_recipe(tmp_path / "d.yaml", settings(folder))
+    code, out, err = run(capsys, "doctor", recipe)
+    failed = [line for line in out.splitlines() if line.startswith("FAILED")]
+    assert code == 1 and "some invariants do not hold" in err
+    assert len(failed) == 2 and "energy" in failed[0] and "one velocity at a time" in failed[1]

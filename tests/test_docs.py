@@ -1,0 +1,194 @@
+"""The documents say what is there: files, symbols, tests, commands, the example that users copy."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+import sys
+import tomllib
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from kvpo import cli
+from kvpo.config import from_dict
+from kvpo.rewards.base import VideoBatch, check_output
+from kvpo.rewards.registry import make_reward
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+IGNORED = {".git", ".venv", "runs", "build", "dist", "__pycache__", ".pytest_cache"}
+TEXT = {".py", ".md", ".toml", ".yaml", ".yml", ".json", ".txt", ".html", ".sh", ""}
+
+
+def files(folder: Path) -> list[Path]:
+    """Files below, without what git ignores."""
+    return [p for p in sorted(folder.rglob("*")) if p.is_file() and not any(part in IGNORED or part.endswith(".egg-info") for part in p.relative_to(ROOT).parts)]
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"^ *```{language}\n(.*?)^ *```", path.read_text(encoding="utf-8"), flags=re.S | re.M)
+
+
+# --- The README's tree ---
+
+
+def tree(text: str) -> dict[str, str]:
+    """Path -> its line's explanation.  Two spaces a level; a folder ends with a slash."""
+    found, parents = {}, []
+    for line in text.splitlines():
+        depth, (name, _, what) = (len(line) - len(line.lstrip())) // 2, line.strip().partition(" ")
+        parents = [*parents[:depth], name]
+        found["".join(parents)] = what.strip()
+    return found
+
+
+def listed() -> dict[str, str]:
+    (text,) = [b for b in blocks(ROOT / "README.md", "text") if b.startswith("kvpo/")]
+    return tree(text)
+
+
+def test_tree_lists_the_packages_files():
+    """Of folders that hold only data, such as weights, the folder."""
+    shown = {path for path in listed() if not path.endswith("/")}
+    data = {path for path in listed() if path.endswith("weights/")}
+    there = {str(p.relative_to(ROOT)) for p in files(ROOT / "kvpo") if p.name != "__init__.py"}
+    there = {p for p in there if not p.startswith(tuple(data))}
+    assert sorted(there - shown) == [], "not in the README's tree"
+    assert sorted(shown - there) == [], "in the README's tree, but not there"
+
+
+def test_every_file_of_the_tree_is_explained():
+    assert not [path for path, what in listed().items() if not what and path not in ("kvpo/", "kvpo/recipes/")]
+
+
+def test_data_is_packaged():
+    """What is not Python reaches an installed package only by a pattern of pyproject.toml."""
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["kvpo"]
+    packaged = {p for pattern in patterns for p in (ROOT / "kvpo").glob(pattern)}
+    assert not [p for p in files(ROOT / "kvpo") if p.suffix != ".py" and p not in packaged]
+
+
+# --- Symbols, tests, links ---
+
+
+def named(body: list[ast.stmt]) -> dict[str, ast.stmt]:
+    """What a module or class defines, name -> node."""
+    found = {n.name: n for n in body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    for node in body:
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        found |= {t.id: node for t in targets if isinstance(t, ast.Name)}
+    return found
+
+
+@cache
+def parsed(path: Path) -> dict[str, ast.stmt]:
+    return named(ast.parse(path.read_text(encoding="utf-8")).body)
+
+
+def exists(symbol: str) -> bool:
+    """``kvpo.replay.Replay.passes``: a module, then names that it defines; read, not imported."""
+    parts = symbol.split(".")
+    for n in range(len(parts), 0, -1):
+        path = ROOT.joinpath(*parts[:n])
+        if path.is_dir():
+            return n == len(parts)
+        if not path.with_suffix(".py").is_file():
+            continue
+        names = parsed(path.with_suffix(".py"))
+        for name in parts[n:]:
+            if name not in names:
+                return False
+            names = named(getattr(names[name], "body", []))
+        return True
+    return False
+
+
+@cache
+def known_tests() -> set[str]:
+    return {f"{p.name}::{name}" for p in (ROOT / "tests").rglob("test_*.py") for name in parsed(p)}
+
+
+def test_names_that_do_not_exist_are_seen():
+    assert exists("kvpo.replay.Replay.passes") and exists("kvpo.types.BranchPlan.frames")
+    assert not exists("kvpo.replay.Replay.pass") and not exists("kvpo.nothing.at_all")
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda p: p.name)
+def test_cited_symbols_and_tests_exist(path):
+    text = path.read_text(encoding="utf-8")
+    symbols = re.findall(r"`(kvpo(?:\.\w+)+)`", text)
+    assert not [s for s in symbols if not s.endswith(".py") and not exists(s)]
+    assert not [t for t in re.findall(r"`(test_\w+\.py::\w+)`", text) if t not in known_tests()]
+    assert not [f for f in re.findall(r"`((?:tests|kvpo|benchmarks|docs)/[\w./]+)`", text) if not (ROOT / f).exists()]
+
+
+def test_every_equation_has_its_function_and_its_test():
+    (section,) = re.findall(r"^## 2 .*?(?=^## 3 )", (ROOT / "docs" / "method.md").read_text(), flags=re.S | re.M)
+    rows = [[cell.strip() for cell in line.strip("|\n").split(" | ")] for line in section.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 20
+    for rule, function, proof in rows:
+        assert "`kvpo." in function and ("`test_" in proof or "`kvpo.doctor" in proof), rule
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda p: p.name)
+def test_links_lead_somewhere(path):
+    targets = re.findall(r"(?<!!)\[[^\]]+\]\(([^)#]+)\)", path.read_text(encoding="utf-8"))
+    assert not [t for t in targets if not t.startswith("http") and not (path.parent / t).exists()]
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda p: p.name)
+def test_no_line_numbers_are_cited(path):
+    assert not re.findall(r"\.py[:#]L?\d+", path.read_text(encoding="utf-8"))
+
+
+def test_nothing_of_a_machine_is_written_down():
+    """Neither its folders nor the addresses of its package registries."""
+    machine = re.compile(r"(?<![\w.])/(?:work|tmp|home|root|Users|mnt)/\w|file://|(?:index-url|find-links|trusted-host)|https?://\S*(?:pypi|simple/|artifactory|nexus|mirror)")
+    texts = {p: p.read_text(encoding="utf-8", errors="replace") for p in files(ROOT) if p.suffix in TEXT and p != Path(__file__)}
+    assert not {str(p.relative_to(ROOT)): found for p, text in texts.items() if (found := machine.findall(text))}
+
+
+# --- Commands and the example ---
+
+
+def commands(path: Path) -> list[list[str]]:
+    """Every ``kvpo ...`` in the shell blocks of a document, a loop's variables replaced by one value."""
+    text = "\n".join(blocks(path, "bash")).replace("$seed", "0").replace("$which", "ema")
+    return [shlex.split(found, comments=True) for found in re.findall(r"(?:^|(?<=do ))\s*(kvpo [^;\n]*)", text, flags=re.M)]
+
+
+@pytest.mark.parametrize("path", [p for p in DOCS if commands(p)], ids=lambda p: p.name)
+def test_commands_are_understood(path):
+    for program, name, *args in commands(path):
+        assert program == "kvpo" and callable(cli._parse(name, args))
+
+
+def test_the_readme_shows_every_command():
+    assert {name for _, name, *_ in commands(ROOT / "README.md")} == set(cli.COMMANDS)
+
+
+def test_the_rewards_of_the_guide_are_a_recipe():
+    (recipe,) = blocks(ROOT / "docs" / "extending.md", "yaml")
+    assert [r.name for r in from_dict(yaml.safe_load(recipe)).rewards] == ["my_reward:Brightness", "world_ta", "attributes"]
+
+
+def test_the_example_reward_works(tmp_path, monkeypatch):
+    """As a user has it: a file in the working folder, named on the command line."""
+    (code,) = blocks(ROOT / "docs" / "extending.md", "python")
+    (tmp_path / "my_reward.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
+    monkeypatch.delitem(sys.modules, "my_reward", raising=False)
+    (named,) = [c for c in commands(ROOT / "docs" / "extending.md") if "my_reward:Brightness" in c]
+    reward = make_reward(cli._parse(named[1], named[2:]).settings.rewards[0].name)
+    reward.load("cpu")
+    frames = torch.stack([torch.zeros(2, 3, 4, 4), torch.full((2, 3, 4, 4), 255)]).to(torch.uint8)
+    batch = VideoBatch(frames, 16.0, ("night", "day"))
+    output = check_output(reward.spec, batch, reward.score(batch))
+    assert output.scores.tolist() == [0.0, 1.0] and output.valid.all()
+    del sys.modules["my_reward"]

@@ -1,0 +1,144 @@
+"""Evaluation: paired, with an interval that is what it says."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from tiny import BLUE, RED, SMALL, Change, Unmeasured, Warmth, draw, new_pipeline, story
+
+from kvpo.denoise import SAMPLERS
+from kvpo.evaluate import EvaluateConfig, Scored, bootstrap_interval, compare, evaluate, generate, table, write_comparison
+from kvpo.rng import stream
+from kvpo.score import ScoreConfig
+
+CLIPS = ScoreConfig(clip_frames=8, min_frames=4)
+NAN = math.nan
+
+
+def scored(**rows: list[float]) -> Scored:
+    return Scored(tuple(rows), torch.tensor(list(rows.values()), dtype=torch.float64), ())
+
+
+def test_win_rates_and_means_by_hand():
+    """Two wins, a loss and a tie that counts half; the pairs that lack a number on either side do not count."""
+    a, b = scored(VQ=[0.9, 0.8, 0.1, 0.5, NAN, 0.3]), scored(VQ=[0.5, 0.4, 0.7, 0.5, 0.1, NAN])
+    total, row = compare(a, b, ["train"])
+    assert row["component"] == "VQ" and row["kind"] == "train" and row["n"] == 4
+    assert row["win"] == pytest.approx(2.5 / 4) and row["a"] == pytest.approx(0.575) and row["b"] == pytest.approx(0.525) and row["diff"] == pytest.approx(0.05)
+    assert row["low"] <= row["diff"] <= row["high"]
+    assert {k: v for k, v in total.items() if k not in ("component", "low", "high")} == {k: v for k, v in row.items() if k not in ("component", "low", "high")}
+
+
+def test_the_total_is_over_trained_components_and_scripts_that_have_all():
+    a = scored(VQ=[0.2, 0.4, 0.6], TA=[0.4, NAN, 0.8], flow=[0.0, 0.0, 0.0])
+    b = scored(VQ=[0.1, 0.1, 0.1], TA=[0.1, 0.1, 0.1], flow=[0.9, 0.9, 0.9])
+    total, *rows = compare(a, b, ["train", "train", "heldout"])
+    assert total["component"] == "mean of trained" and total["n"] == 2
+    assert total["a"] == pytest.approx((0.3 + 0.7) / 2) and total["diff"] == pytest.approx((0.2 + 0.6) / 2) and total["win"] == 1.0
+    assert [(r["component"], r["n"]) for r in rows] == [("VQ", 3), ("TA", 2), ("flow", 3)] and rows[2]["diff"] == pytest.approx(-0.9) and rows[2]["win"] == 0.0
+
+
+@pytest.mark.parametrize("values", [[NAN, NAN, NAN], [0.5, NAN, NAN]])
+def test_too_few_pairs_say_nothing(values):
+    rows = compare(scored(VQ=values), scored(VQ=[0.1, 0.2, 0.3]), ["train"])
+    assert all(r["diff"] is None and r["low"] is None and r["win"] is None for r in rows) and rows[1]["n"] == sum(v == v for v in values)
+    assert "could not be measured on enough scripts" in table(rows, "A", "B")
+
+
+def test_the_bootstrap_is_near_the_normal_interval():
+    """Of 400 nearly normal differences: mean +- 1.96 standard errors, to a tenth of an error."""
+    diff = 0.3 + draw(400, dtype=torch.float64)
+    error = float(diff.std()) / 20.0
+    low, high = bootstrap_interval(diff, stream(0, "tests", "bootstrap"))
+    assert low == pytest.approx(float(diff.mean()) - 1.96 * error, abs=0.1 * error)
+    assert high == pytest.approx(float(diff.mean()) + 1.96 * error, abs=0.1 * error)
+    narrow = bootstrap_interval(diff, stream(0, "tests", "bootstrap"), level=0.5)
+    assert narrow[1] - narrow[0] == pytest.approx(2 * 0.6745 * error, rel=0.05)
+
+
+def test_the_bootstrap_covers_as_often_as_it_says():
+    """200 samples of 40 with mean 0: about 95 % of the intervals hold it (a percentile interval of 40 covers a little less)."""
+    samples = draw(200, 40, seed=5, dtype=torch.float64)
+    hits = sum(low <= 0.0 <= high for low, high in (bootstrap_interval(s, stream(0, "cover", i)) for i, s in enumerate(samples)))
+    assert 0.89 <= hits / 200 <= 0.99
+
+
+def test_an_interval_is_reproducible_and_each_component_has_its_own_stream():
+    a, b = scored(VQ=[0.9, 0.8, 0.1], TA=[0.9, 0.8, 0.1]), scored(VQ=[0.5, 0.6, 0.3], TA=[0.5, 0.6, 0.3])
+    assert compare(a, b, ["train", "train"]) == compare(a, b, ["train", "train"])
+
+
+def test_equal_weights_tie():
+    a = scored(VQ=[0.3, 0.6, 0.9])
+    _, row = compare(a, a, ["train"])
+    assert (row["diff"], row["low"], row["high"], row["win"]) == (0.0, 0.0, 0.0, 0.5)
+
+
+# --- Generating and scoring ---
+
+SCRIPTS = (story(6, 3, id="a"), story(6, id="b"), story(6, 2, 4, id="c", texts=(SMALL, RED, BLUE)))
+
+
+def measured(pipeline, batch: int, rewards=(Warmth(), Change()), scripts=SCRIPTS, clips=CLIPS) -> Scored:
+    return evaluate(pipeline, SAMPLERS["renoise"], scripts, rewards, clips, EvaluateConfig(scripts=3, batch=batch, videos=2))
+
+
+def test_the_batch_does_not_matter(pipeline):
+    """Scripts that switch at other blocks go through together; the smallest cache is enough for that."""
+    done = []
+    together = evaluate(pipeline, SAMPLERS["renoise"], SCRIPTS, [Warmth(), Change()], CLIPS, EvaluateConfig(scripts=3, batch=2, videos=2), done.append)
+    apart = measured(pipeline, 1)
+    torch.testing.assert_close(together.r_KN, apart.r_KN, atol=1e-3, rtol=0)
+    assert together.components == ("Warmth", "Change") and together.r_KN.shape == (2, 3) and done == [2, 3]
+    assert len(together.videos) == 2 and together.videos[0].shape == (45, 3, 32, 32)
+    assert all((a.int() - b.int()).abs().max() <= 1 for a, b in zip(together.videos, apart.videos))
+
+
+def test_a_scripts_number_is_the_mean_over_its_segments(pipeline):
+    (video,) = generate(pipeline, SAMPLERS["renoise"], SCRIPTS[:1], 1000, [("evaluate", "a")])
+    clips = [video[6:14], video[29:37]]  # segments show frames 0..20 and 21..44, clips lie in their middle
+    expected = sum(float(c[4:, 0].float().mean() / 255.0) for c in clips) / 2
+    assert float(measured(pipeline, 1, [Warmth()]).r_KN[0, 0]) == pytest.approx(expected, abs=1e-6)
+
+
+def test_other_weights_see_the_same_noise(pipeline):
+    """Paired: the same weights give the same videos, bit for bit, and other weights others."""
+    again, other = new_pipeline(), new_pipeline()
+    for p in other.generator.parameters():
+        p.data *= 1.05
+    names = [("evaluate", s.id) for s in SCRIPTS]
+    a, b, c = (generate(p, SAMPLERS["renoise"], SCRIPTS, 0, names) for p in (pipeline, again, other))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert not torch.equal(a, generate(pipeline, SAMPLERS["renoise"], SCRIPTS, 1, names))
+
+
+def test_what_can_not_be_measured_is_nan(pipeline):
+    result = measured(pipeline, 3, [Warmth(), Unmeasured()])
+    assert result.r_KN[0].isfinite().all() and result.r_KN[1].isnan().all()
+
+
+def test_scripts_without_a_long_enough_clip_are_nan(pipeline):
+    """They crashed the evaluation once, after all videos had been made."""
+    result = measured(pipeline, 3, [Warmth()], clips=ScoreConfig(30, 30))
+    assert result.r_KN[0].isnan().tolist() == [True, False, True]
+
+
+def test_videos_of_one_batch_are_equally_long(pipeline):
+    with pytest.raises(ValueError, match=r"equally long, not \[3, 6\] blocks"):
+        generate(pipeline, SAMPLERS["renoise"], [story(3, id="x"), story(6, id="y")], 0, [("x",), ("y",)])
+
+
+def test_the_record_can_be_read(tmp_path):
+    rows = compare(scored(VQ=[0.9, 0.8, 0.1]), scored(VQ=[0.5, 0.6, NAN]), ["train"])
+    path = write_comparison(tmp_path / "evaluation" / "x.json", rows, "A", "B", SCRIPTS, 7, "kvpo evaluate")
+    record = json.loads(path.read_text())
+    assert record["scripts"] == ["a", "b", "c"] and record["seeds"] == [7] and record["rows"] == rows and record["label_b"] == "B"
+
+
+@pytest.mark.parametrize("bad", [{"every": -1}, {"scripts": 1}, {"batch": 0}, {"videos": -1}])
+def test_bad_settings_are_refused(bad):
+    with pytest.raises(ValueError, match="evaluate: every = "):
+        EvaluateConfig(**bad)
