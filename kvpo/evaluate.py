@@ -19,7 +19,7 @@ from kvpo.files import write_atomic
 from kvpo.generators.pipeline import Pipeline
 from kvpo.rewards.base import Reward, VideoBatch, check_output
 from kvpo.rng import stream
-from kvpo.score import ScoreConfig, global_clips
+from kvpo.score import Clip, ScoreConfig, global_clips
 from kvpo.types import Script, Window
 
 RESAMPLES = 4000
@@ -78,28 +78,37 @@ def evaluate(
     for first in range(0, len(scripts), config.batch):
         part = scripts[first : first + config.batch]
         pixels = generate(pipeline, sampler, part, config.seed, [("evaluate", s.id) for s in part])
-        columns += [_score_script(pixels[i : i + 1], script, pipeline, rewards, clips) for i, script in enumerate(part)]
+        columns.append(_score(pixels, part, pipeline, rewards, clips))
         videos += [pixels[i] for i in range(len(part)) if len(videos) + i < config.videos]
         progress(first + len(part))
-    return Scored(tuple(c for r in rewards for c in r.spec.columns), torch.stack(columns, dim=1), tuple(videos[: config.videos]))
+    return Scored(tuple(c for r in rewards for c in r.spec.columns), torch.cat(columns, dim=1), tuple(videos[: config.videos]))
 
 
-def _score_script(pixels: torch.Tensor, script: Script, pipeline: Pipeline, rewards: Sequence[Reward], clips: ScoreConfig) -> torch.Tensor:
-    """r_K of one video: NaN-ignoring mean over the clips of its segments; NaN without any."""
-    found = global_clips(script, Window(0, 1), pipeline.geometry, clips, script.blocks)
-    scores = []
-    for clip in found:
-        batch = VideoBatch(pixels[:, clip.first : clip.stop], pipeline.geometry.fps, (script.texts[clip.segment],), (script.texts[: clip.segment],))
-        scores.append(torch.cat([_columns(reward, batch) for reward in rewards]))
-    scores = scores or [torch.full((sum(len(r.spec.columns) for r in rewards),), float("nan"))]
-    return torch.stack(scores).double().nanmean(dim=0)
+def _score(pixels: torch.Tensor, scripts: Sequence[Script], pipeline: Pipeline, rewards: Sequence[Reward], clips: ScoreConfig) -> torch.Tensor:
+    """r_KN of some videos: mean over the clips of each video's segments, clips that a component can not tell left out.
+
+    Clips of one length are scored together, whatever video they come from.
+    """
+    by_length: dict[int, list[tuple[int, Clip]]] = {}
+    for i, script in enumerate(scripts):
+        for clip in global_clips(script, Window(0, 1), pipeline.geometry, clips, script.blocks):
+            by_length.setdefault(clip.stop - clip.first, []).append((i, clip))
+    columns: list[list[torch.Tensor]] = [[] for _ in scripts]
+    for found in by_length.values():
+        frames = torch.stack([pixels[i, clip.first : clip.stop] for i, clip in found])
+        texts = [scripts[i].texts[: clip.segment + 1] for i, clip in found]
+        batch = VideoBatch(frames, pipeline.geometry.fps, tuple(t[-1] for t in texts), tuple(t[:-1] for t in texts))
+        for (i, _), column in zip(found, torch.cat([_columns(reward, batch) for reward in rewards]).T):
+            columns[i].append(column)
+    nothing = torch.full((sum(len(r.spec.columns) for r in rewards),), float("nan"))  # of a script whose segments are all too short
+    return torch.stack([torch.stack(column or [nothing]).double().nanmean(dim=0) for column in columns], dim=1)
 
 
 def _columns(reward: Reward, batch: VideoBatch) -> torch.Tensor:
-    """Score and reported parts of a single clip, in the order of `RewardSpec.columns`; NaN for what it can not tell."""
+    """Score and reported parts, r_KB in the order of `RewardSpec.columns`; NaN for what a clip can not tell."""
     output = check_output(reward.spec, batch, reward.score(batch))
-    nothing = torch.full((1,), float("nan"))
-    return torch.cat([output.scores, *(output.parts.get(part, nothing) for part in reward.spec.report)])
+    nothing = torch.full_like(output.scores, float("nan"))
+    return torch.stack([output.scores, *(output.parts.get(part, nothing) for part in reward.spec.report)])
 
 
 ROLES = {"train": "train", "eval": "heldout", "guard": "guard"}

@@ -10,6 +10,7 @@ import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Callable
 
 import pytest
 import torch
@@ -68,12 +69,11 @@ def records(out: Path, evaluations: bool = True) -> list[dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def straight(folder, tmp_path_factory):
-    """An uninterrupted run of 4 steps, its recipe, and how long it took."""
+    """An uninterrupted run of 4 steps, its recipe, and the seconds of a step."""
     home = tmp_path_factory.mktemp("straight")
     path = write_recipe(home / "tiny.yaml", settings(folder))
-    begin = time.perf_counter()
     assert align(path, home / "run", "--show-every", "3") == 0
-    return home / "run", path, time.perf_counter() - begin
+    return home / "run", path, read_metrics(home / "run" / "metrics.jsonl")[1]["time/total"]
 
 
 # --- What a run leaves behind ---
@@ -109,7 +109,7 @@ def test_more_evaluations_and_rewards_change_no_draw(straight, folder, tmp_path)
     """An evaluation after every step, an evaluator beside the rewards, a reward of weight 0, pictures: the weights stay the same numbers."""
     out, *_ = straight
     rewards = [{"name": "tiny:Warmth"}, {"name": "tiny:Change", "weight": 0.5}, {"name": "test_align:Constant", "weight": 0.0}, {"name": "test_align:Judge", "role": "eval"}]
-    evaluate = {"scripts": 3, "batch": 2, "videos": 0, "every": 1, "seed": 5}
+    evaluate = {"scripts": 2, "batch": 2, "videos": 0, "every": 1, "seed": 5}
     path = write_recipe(tmp_path / "more.yaml", settings(folder, steps=2, rewards=rewards, evaluate=evaluate))
     assert align(path, tmp_path / "run") == 0
     few = records(out, evaluations=False)[:2]
@@ -137,8 +137,8 @@ class Judge(Warmth):
 # --- Killed, interrupted, out of disk ---
 
 
-def forked(recipe: str, out: Path, *options: str, kill_after: float | None = None) -> int:
-    """A real process: its exit code, -9 where it was killed after so many seconds."""
+def forked(recipe: str, out: Path, *options: str, kill_when: Callable[[], bool] | None = None, delay: float = 0.0) -> int:
+    """A real process: its exit code, -9 where it was killed, ``delay`` seconds after ``kill_when`` came true."""
     pid = os.fork()
     if pid == 0:
         code = 99
@@ -149,26 +149,28 @@ def forked(recipe: str, out: Path, *options: str, kill_after: float | None = Non
             code = align(recipe, out, *options)
         finally:
             os._exit(code)
-    if kill_after is not None:
-        deadline = time.perf_counter() + kill_after
-        while time.perf_counter() < deadline and os.waitpid(pid, os.WNOHANG) == (0, 0):
-            time.sleep(0.002)
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            return 0  # it was through, and has been waited for
-    try:
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    except ChildProcessError:
-        return 0
+    done, status = (0, 0) if kill_when else os.waitpid(pid, 0)
+    while not done and not kill_when():
+        time.sleep(0.001)
+        done, status = os.waitpid(pid, os.WNOHANG)
+    if not done:
+        time.sleep(delay)
+        os.kill(pid, signal.SIGKILL)  # a process that has just ended by itself is there until it is waited for
+        done, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status)
 
 
-def killed_again_and_again(recipe: str, out: Path, instants: list[float]) -> int:
-    """Kill at each instant after the start, go on, and let the last one through; how often a kill really hit."""
+def killed_again_and_again(recipe: str, out: Path, instants: list[tuple[int, float]]) -> int:
+    """Kill at each instant (records in the log, seconds after the last of them), go on, and let the last one through; how often a kill really hit."""
+
+    def logged(count: int) -> bool:
+        path = out / "metrics.jsonl"
+        return path.exists() and path.read_bytes().count(b"\n") >= count
+
     hits = 0
-    for after in [*instants, None]:
+    for count, delay in [*instants, (None, 0.0)]:
         options = ["--resume"] if (out / "config.resolved.yaml").exists() else []
-        code = forked(recipe, out, *options, kill_after=after)
+        code = forked(recipe, out, *options, kill_when=None if count is None else lambda: logged(count), delay=delay)  # noqa: B023, called before the next round
         hits += code == -signal.SIGKILL
         assert code in (0, -signal.SIGKILL)
     return hits
@@ -176,8 +178,9 @@ def killed_again_and_again(recipe: str, out: Path, instants: list[float]) -> int
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_killed_at_any_instant_and_resumed(straight, tmp_path):
-    out, recipe, seconds = straight
-    assert killed_again_and_again(recipe, tmp_path / "run", [0.3 * seconds, 0.45 * seconds]) >= 1
+    """Before the first checkpoint is through, and before the last but one is."""
+    out, recipe, _ = straight
+    assert killed_again_and_again(recipe, tmp_path / "run", [(1, 0.0), (3, 0.0)]) == 2
     assert equal(final(tmp_path / "run"), final(out))
     assert records(tmp_path / "run", evaluations=False) == records(out, evaluations=False)
 
@@ -185,12 +188,13 @@ def test_killed_at_any_instant_and_resumed(straight, tmp_path):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_killed_twenty_times_and_resumed(straight, tmp_path):
-    out, recipe, seconds = straight
+    """At random instants from the first line of the log to the last evaluation."""
+    out, recipe, step = straight
     draw = random.Random(0)
     hits = 0
     for i in range(20):
         run = tmp_path / f"{i}"
-        hits += killed_again_and_again(recipe, run, [draw.uniform(0.02, 1.0) * seconds])
+        hits += killed_again_and_again(recipe, run, [(draw.randrange(5), draw.uniform(0.0, 1.2) * step)])
         assert equal(final(run), final(out)), f"run {i}"
         shutil.rmtree(run)
     assert hits >= 15
