@@ -41,7 +41,7 @@ class DataConfig:
     """A prompt file (see `kvpo.prompts`), or `mini`: the miniature's stories without end."""
     blocks: int = 13
     """Length of a video, blocks (of 3 latent frames)."""
-    memory: float = 0.5
+    memory: float = 0.25
     """Share of stories that only the past can resolve (`mini` only)."""
 
 
@@ -54,6 +54,7 @@ class RunConfig:
     device: str = "auto"
     """`cpu`, `cuda`, or `auto`: a GPU if there is one."""
     seed: int = 0
+    """Names all random streams of the run: scripts, forks, plans, noise, adapter."""
     steps: int = 60
     """Optimizer updates."""
     groups: int = 2
