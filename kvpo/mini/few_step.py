@@ -1,4 +1,4 @@
-"""Stages 3 and 4 of pretraining: few-step training on the model's own rollouts.
+"""Stage 3 of pretraining: few-step training on the model's own rollouts.
 
 Stage 2 has only seen true pasts and truly noised inputs.  In the stream both are the model's own work: its inputs
 are its own predictions with fresh noise on them, its past is what it committed.  So here the model plays with its
@@ -7,28 +7,29 @@ own sampler and its own cache, and is taught at the inputs and in the context it
 *   continuations: every block after the first has one true answer, the story's; the world is deterministic once a
     block of it is known, so this is the target at every noise level and a few steps suffice;
 *   openings: the first block may show its object anywhere, and the mean of all places, which flow matching
-    predicts at high noise, is several faint objects or none.  So the target is ONE of many true openings of the
+    predicts at high noise, is several faint objects or none.  So the target is ONE of 9 true openings of the
     prompt, the one that the input speaks for most: argmax_k <x, c_k> - (1 - sigma) |c_k|^2 / 2, the likeliest of
     them under x = (1 - sigma) c + sigma eps.  The noise decides where, and the first steps already commit to it;
-*   streams (stage 4): ten blocks of the model's own from the first on.  The true opening nearest to the model's own
-    tells where its object is, and so what the true continuation of its own video is.
+*   streams: six blocks of the model's own from the first on.  The true opening nearest to its own tells where its
+    object is, and so what the true continuation of its own video is.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
 from kvpo.denoise import Renoise, denoise_block
-from kvpo.flow import warped_sigmas
+from kvpo.flow import add_noise, velocity_of, warped_sigmas
 from kvpo.generators.causal_wan import CausalWan
 from kvpo.mini.autoencoder import encode
 from kvpo.mini.library import OBJECT_WEIGHT, Library, object_cells
 from kvpo.mini.linear_encoder import LinearEncoder
 from kvpo.mini.networks import BLOCK, SINK, STEPS, encode_text, new_tokenizer, tokenize
-from kvpo.mini.stories import chance, describe, describe_change, next_scene, pick, start_place, write_story
+from kvpo.mini.stories import chance, describe, describe_change, next_scene, pick, write_story
 from kvpo.mini.teacher_forcing import Crops, Layout, Slot, cut, draw_layout, flat_velocity, flow_error, layout, slot_text
 from kvpo.mini.world import Scene, pixel_frames, render
 from kvpo.mini.world import play as play_truth
@@ -37,12 +38,17 @@ from kvpo.rng import stream
 SIGMAS = warped_sigmas(STEPS)
 LESSON_SLOTS = 24
 """Blocks of a flat sequence of this stage: playing costs more than learning from it, so much is learnt from what was played."""
-CANDIDATES = 48
-"""True openings of a prompt among which the input chooses."""
-FEW_STEP_TURNS = ("opening", "opening", "continuation")
-STREAMING_TURNS = ("opening", "stream", "stream", "continuation")
-"""What the steps of stages 3 and 4 teach, in turn."""
-STREAM_BLOCKS = 10
+FIRST_TURNS = ("told", "told", "told", "continuation")
+THEN_TURNS = ("played", "stream", "told", "stream", "continuation")
+"""What the steps teach, one of these drawn for each, in the first half of the stage and in the second: streams are worth little before openings are good."""
+GRID = (16.0, 32.0, 48.0)
+BESIDE = (8.0, 56.0)
+"""Where openings may show their object: whole tokens apart, 9 places (6 beside a pillar).  Not anywhere: which of many near places the
+noise speaks for nobody could compute in one step, and the mean of near places is a blob without shape or motion (measured)."""
+STREAM_BLOCKS = 6
+ASTRAY = 0.25
+"""Relative error of the past at which a lesson's weight falls to 1 / e: out of a past that has lost the object nobody can tell the true
+continuation, and teaching it all the same teaches to draw the mean of all places (measured: 100 steps of that, and nothing was learnt)."""
 
 
 def cached_twin(transformer: WanTransformer3DModel) -> CausalWan:
@@ -71,9 +77,10 @@ class Openings:
 def build_openings(vae, code: LinearEncoder, seed: int, prompts: int) -> Openings:
     tokenizer, rows, scenes = new_tokenizer(), [], []
     for i in range(prompts):
-        story, g = write_story(seed, "openings", i), stream(seed, "openings", "places", i)
+        story = write_story(seed, "openings", i)
         scene, frames = story.scenes[0], pixel_frames(BLOCK)
-        places = [start_place(scene, g) for _ in range(CANDIDATES)]
+        places = [(x, y) for x in (BESIDE if scene.pillar else GRID) for y in GRID]
+        places = (2 * places)[: len(GRID) ** 2]
         scenes.append(scene)
         pixels = torch.stack([render([scene], play_truth([scene], [0], frames, x, y)) for x, y in places])
         rows.append((tokenize(tokenizer, story.script.texts[:1])[0], encode(vae, code, pixels).half(), torch.stack([object_cells(p) for p in pixels]), torch.tensor(places)))
@@ -163,8 +170,8 @@ def draw_lessons(plan: Layout, generator: torch.Generator) -> Lessons:
     return Lessons(Layout(plan.kind, plan.switch, clean + tuple(slot for slot, _ in drawn)), tuple(level for _, level in drawn))
 
 
-def few_step_loss(name: str, transformer, encoder, write: Writer, library: Library, openings: Openings, turns: tuple[str, ...], seed: int, batch: int, device="cpu"):
-    """loss(step) of stages 3 and 4; ``name`` names their random streams."""
+def few_step_loss(transformer, encoder, write: Writer, library: Library, openings: Openings, steps: int, seed: int, batch: int, device="cpu"):
+    """loss(step) of stage 3, which takes ``steps``."""
     student = cached_twin(transformer)
 
     def continuation(g: torch.Generator):
@@ -177,22 +184,24 @@ def few_step_loss(name: str, transformer, encoder, write: Writer, library: Libra
         switch = switch if switch < STREAM_BLOCKS else None
         drawn = torch.randint(len(openings.tokens), (batch,), generator=g)
         made = sample_openings(student, encode_text(encoder, openings.tokens[drawn].to(device)), openings.latents[drawn, 0].shape, g)[1]
-        best = (openings.latents[drawn].float().to(device) - made[:, None]).square().sum((2, 3, 4, 5)).argmin(1).cpu()
+        best = likeliest(made, openings.latents[drawn].float().to(device), 0.0).cpu()
         crops = write.continue_from(openings, drawn, best, switch, g).to(device)
+        truth = crops.latents.clone()
         crops.latents[:, :BLOCK] = made
-        return played_on(layout("stream", switch), crops, g)
+        return played_on(layout("stream", switch), crops, g, truth)
 
-    def played_on(plan: Layout, crops: Crops, g: torch.Generator):
+    def played_on(plan: Layout, crops: Crops, g: torch.Generator, truth: torch.Tensor | None = None):
         with torch.no_grad():
             text = encode_text(encoder, crops.ids.flatten(0, 1)).unflatten(0, crops.ids.shape[:2])
         played, lessons = play(student, plan, crops, text, g), draw_lessons(plan, g)
         x, sigma, target = exercise(lessons, crops, played)
         at = lessons.plan.frames()
-        return lessons.plan, x, sigma, slot_text(encoder, lessons.plan, crops.ids), crops.frames[:, at], target, crops.weight[:, at]
+        weight = crops.weight[:, at] * (trust(lessons, crops, played, truth) if truth is not None else 1.0)
+        return lessons.plan, x, sigma, slot_text(encoder, lessons.plan, crops.ids), crops.frames[:, at], target, weight
 
-    def opening(g: torch.Generator):
+    def opening(g: torch.Generator, told: bool):
         drawn = torch.randint(len(openings.tokens), (batch * LESSON_SLOTS // STEPS,), generator=g)
-        x, target, weight = open_stories(student, encoder, openings, drawn, g, device)
+        x, target, weight = told_openings(openings, drawn, g, device) if told else open_stories(student, encoder, openings, drawn, g, device)
         text = encode_text(encoder, openings.tokens[drawn].to(device))[None].expand(STEPS, -1, -1, -1)
         sigma = torch.tensor(SIGMAS)[:, None].expand(-1, len(drawn))
         rows = lambda t: t.reshape(batch, LESSON_SLOTS, *t.shape[2:])  # noqa: E731
@@ -200,9 +209,10 @@ def few_step_loss(name: str, transformer, encoder, write: Writer, library: Libra
         return APART, rows(x).flatten(1, 2), rows(sigma).to(device), rows(text), frames.to(device), rows(target).flatten(1, 2), rows(weight).flatten(1, 2)
 
     def loss(step: int):
-        turn = turns[step % len(turns)]
-        teach = {"opening": opening, "stream": streamed, "continuation": continuation}[turn]
-        plan, x, sigma, text, frames, target, weight = teach(stream(seed, name, step))
+        turns = FIRST_TURNS if 2 * step < steps else THEN_TURNS
+        turn = turns[int(torch.randint(len(turns), (), generator=stream(seed, "few-step-turn", step)))]
+        teach = {"told": partial(opening, told=True), "played": partial(opening, told=False), "stream": streamed, "continuation": continuation}[turn]
+        plan, x, sigma, text, frames, target, weight = teach(stream(seed, "few-step", step))
         with torch.autocast(torch.device(device).type, torch.bfloat16):
             v = flat_velocity(transformer, plan, x, sigma, text, frames)
         taught = target.shape[1]  # the noisy frames stand last
@@ -221,6 +231,18 @@ def exercise(lessons: Lessons, crops: Crops, played: Played):
     return torch.cat(clean + x, 1), sigma.to(crops.latents.device), torch.cat(targets, 1)
 
 
+def trust(lessons: Lessons, crops: Crops, played: Played, truth: torch.Tensor) -> torch.Tensor:
+    """How much the lessons of every frame of the flat sequence count [B, N, 1, 1, 1]: exp(-e / ASTRAY), e = the worst error of the blocks before it."""
+    trusted, worst = {}, torch.zeros(len(truth), device=truth.device)
+    for source in range(lessons.plan.sources):
+        trusted[source] = (-worst / ASTRAY).exp()
+        at = slice(BLOCK * source, BLOCK * (source + 1))
+        weight = crops.weight[:, at]
+        error = (weight * (played.clean[source] - truth[:, at]).square()).sum((1, 2, 3, 4))
+        worst = torch.maximum(worst, error / (weight * truth[:, at].square()).sum((1, 2, 3, 4)))
+    return torch.stack([trusted[slot.source] for slot in lessons.plan.slots], 1).repeat_interleave(BLOCK, 1)[:, :, None, None, None]
+
+
 APART = Layout("opening", None, tuple(Slot(i, True, i, ()) for i in range(LESSON_SLOTS)))
 """A flat sequence of opening blocks that do not see each other."""
 
@@ -232,15 +254,26 @@ def open_stories(model: CausalWan, encoder, openings: Openings, drawn: torch.Ten
     met, _ = sample_openings(model, encode_text(encoder, openings.tokens[drawn].to(device)), candidates[:, 0].shape, generator)
     targets, weights, row = [], [], torch.arange(len(drawn))
     for x, sigma in zip(met, SIGMAS):
-        best = likeliest(x, candidates, sigma)
-        targets.append((x - candidates[row, best]) / sigma)
-        weights.append(1.0 + OBJECT_WEIGHT * openings.cells[drawn, best.cpu()][:, :, None].float().to(device))
+        best = likeliest(x, candidates, sigma).cpu()
+        answer, cells = candidates[row, best], openings.cells[drawn, best]
+        targets.append((x - answer) / sigma)
+        weights.append(1.0 + OBJECT_WEIGHT * cells[:, :, None].float().to(device))
     return met, torch.stack(targets), torch.stack(weights)
+
+
+def told_openings(openings: Openings, drawn: torch.Tensor, generator: torch.Generator, device):
+    """The same from true openings in places drawn at random, with true noise at the sampler's levels: plain flow matching."""
+    row, best = torch.arange(len(drawn)), torch.randint(openings.latents.shape[1], (STEPS, len(drawn)), generator=generator)
+    answers = torch.stack([openings.latents[drawn[row], k] for k in best]).float().to(device)
+    eps = torch.randn(answers.shape, generator=generator).to(device)
+    sigma = torch.tensor(SIGMAS, device=device).view(-1, 1, 1, 1, 1, 1)
+    cells = torch.stack([openings.cells[drawn[row], k] for k in best])
+    return add_noise(answers, eps, sigma), velocity_of(answers, eps), 1.0 + OBJECT_WEIGHT * cells[:, :, :, None].float().to(device)
 
 
 @torch.no_grad()
 def sample_openings(model: CausalWan, text: torch.Tensor, shape: torch.Size, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Opening blocks of the model's own: the inputs it met x_SRFCHW, and what it made x0_RFCHW."""
+    """Opening blocks of the model's own: the inputs it met x_SRFCHW and what it made x0_RFCHW."""
     eps = torch.randn(STEPS, *shape, generator=generator).to(text.device)
     met: list[torch.Tensor] = []
     made = denoise_block(
@@ -258,7 +291,7 @@ class Writer:
     code: LinearEncoder
 
     def continue_from(self, openings: Openings, drawn: torch.Tensor, best: torch.Tensor, switch: int | None, generator: torch.Generator) -> Crops:
-        """Stories that open with prompts ``drawn`` [B], their objects at the places ``best`` [B], and change at block ``switch``."""
+        """Stories that open with prompts ``drawn`` [B], their objects at their places ``best`` [B], and change at block ``switch``."""
         tokenizer, rows = new_tokenizer(), []
         for prompt, place in zip(drawn.tolist(), best.tolist()):
             first = openings.scenes[prompt]

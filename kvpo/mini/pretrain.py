@@ -1,9 +1,8 @@
-"""``kvpo pretrain``: the miniature's start weights, from nothing, in four stages.
+"""``kvpo pretrain``: the miniature's start weights, from nothing, in three stages.
 
     decoder           latents -> clips; the encoder is computed, not trained           (kvpo.mini.autoencoder)
     teacher_forcing   causal flow matching on true pasts, with the text encoder        (kvpo.mini.teacher_forcing)
-    few_step          the four-step sampler: opening blocks, and continuations of true pasts
-    streaming         the same on videos that are the model's own from the first block (kvpo.mini.few_step)
+    few_step          the four-step sampler on the model's own rollouts                (kvpo.mini.few_step)
 
 Everything random is named by (seed, stage, step).  Killed at any instant and started again, it goes on where it was.
 """
@@ -24,7 +23,7 @@ from kvpo.generators.causal_wan import CausalWan
 from kvpo.generators.pipeline import Geometry, Pipeline
 from kvpo.mini.autoencoder import decoder_loss, fit_encoder, set_latent_scale
 from kvpo.mini.card import measured, write_card
-from kvpo.mini.few_step import FEW_STEP_TURNS, STREAMING_TURNS, Writer, build_openings, few_step_loss
+from kvpo.mini.few_step import Writer, build_openings, few_step_loss
 from kvpo.mini.library import Library, build_library, load_library, save_library
 from kvpo.mini.linear_encoder import LinearEncoder, install
 from kvpo.mini.networks import BLOCK, SINK, STEPS, TEXT_LEN, WINDOW, new_scheduler, new_text_encoder, new_tokenizer, new_transformer, new_vae
@@ -50,13 +49,11 @@ class Settings:
     flow_steps: int = 3200
     flow_batch: int = 8
     flow_lr: float = 2e-3
-    few_steps: int = 700
+    few_steps: int = 1000
     few_batch: int = 8
-    few_lr: float = 5e-4
-    streaming_steps: int = 400
-    streaming_lr: float = 8e-4
+    few_lr: float = 1.5e-3
     openings: int = 512
-    """Prompts of which stages 3 and 4 keep many true openings."""
+    """Prompts of which stage 3 keeps the true openings."""
     save_every: int = 100
     """Steps between two states on disk: what a kill costs at most."""
     measured: int = 64
@@ -90,7 +87,7 @@ def pretrain(out: Path, work: Path, seed: int = 0, settings: Settings = Settings
         nets.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
     seconds["teacher_forcing"] = train_flow(nets, library, work, seed, settings, device, progress)
     export(nets, out, progress)
-    seconds |= train_few_step(nets, code, library, work, seed, settings, device, progress)
+    seconds["few_step"] = train_few_step(nets, code, library, work, seed, settings, device, progress)
     export(nets, out, progress)
     if settings.measured:
         numbers = measured(Pipeline.load(out, device), settings.measured)
@@ -142,15 +139,13 @@ def train_flow(nets: Networks, library: Library, work: Path, seed: int, s: Setti
     return stage.seconds
 
 
-def train_few_step(nets: Networks, code: LinearEncoder, library: Library, work: Path, seed: int, s: Settings, device: str, progress: Progress) -> dict[str, float]:
-    openings, seconds = build_openings(nets.vae, code, seed, s.openings), {}
-    for name, turns, steps, lr in (("few-step", FEW_STEP_TURNS, s.few_steps, s.few_lr), ("streaming", STREAMING_TURNS, s.streaming_steps, s.streaming_lr)):
-        loss = few_step_loss(name, nets.transformer, nets.encoder, Writer(nets.vae, code), library, openings, turns, seed, s.few_batch, device)
-        modules = {"transformer": nets.transformer, "text_encoder": nets.encoder}
-        stage = Stage(name, work, modules, loss, steps=steps, lr=lr, warmup=20, save_every=s.save_every)
-        stage.run(progress)
-        seconds[name] = stage.seconds
-    return seconds
+def train_few_step(nets: Networks, code: LinearEncoder, library: Library, work: Path, seed: int, s: Settings, device: str, progress: Progress) -> float:
+    openings = build_openings(nets.vae, code, seed, s.openings)
+    loss = few_step_loss(nets.transformer, nets.encoder, Writer(nets.vae, code), library, openings, s.few_steps, seed, s.few_batch, device)
+    modules = {"transformer": nets.transformer, "text_encoder": nets.encoder}
+    stage = Stage("few_step", work, modules, loss, steps=s.few_steps, lr=s.few_lr, warmup=20, save_every=s.save_every)
+    stage.run(progress)
+    return stage.seconds
 
 
 def export(nets: Networks, out: Path, progress: Progress) -> None:

@@ -46,8 +46,8 @@ class Slot:
 @dataclass(frozen=True)
 class Layout:
     """A flat sequence.  ``kind``: opening (sources are blocks 0, 1, ... of a story), later (source 0 is the story's
-    block 0, its sink; the others a stretch further on), routed (as later, then far blocks between the two) or stream (a
-    longer opening, every block noisy once; for stage 3).
+    block 0, its sink; the others a stretch further on), routed (as later, then far blocks between the two) or stream
+    (an opening, every block noisy once; for stage 3).
     ``switch``: the position in the stretch at which the prompt changes, None = nowhere."""
 
     kind: str
@@ -75,7 +75,7 @@ class Layout:
 
 def _stretch(kind: str) -> list[int]:
     """Sources of the consecutive blocks, in time order."""
-    return {"opening": list(range(6)), "stream": list(range(10)), "later": list(range(1, 8)), "routed": list(range(1, 7))}[kind]
+    return {"opening": list(range(6)), "stream": list(range(6)), "later": list(range(1, 8)), "routed": list(range(1, 7))}[kind]
 
 
 class _Builder:
