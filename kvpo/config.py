@@ -58,7 +58,7 @@ class RunConfig:
     steps: int = 60
     """Optimizer updates."""
     groups: int = 2
-    """Groups (a script, a fork, its branches) of each step; their gradients add up."""
+    """Groups (a script, a fork, its branches) of each step; the update takes the mean of their gradients."""
     sampler: Literal["renoise", "ode"] = "renoise"
     """How a denoise step leads to the next: fresh noise on the predicted clean latents, or Euler along the velocity."""
     explorer: Literal["kv_routing", "start_noise"] = "kv_routing"

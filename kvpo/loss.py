@@ -13,7 +13,7 @@ is exact.  At theta = old, with logit = -E / tau and beta = 0, it is the contras
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Mapping
+from typing import Literal, Mapping
 
 import torch
 
@@ -41,8 +41,10 @@ class ClippedObjective:
     kl_beta: float = 1.0
     """Its unit is advantage per nat.  Without clipping, and for a uniform old policy, the optimum is
     pi_theta ~ pi_ref exp(A / beta): a branch one advantage better may end 1 / beta in log odds above where the
-    reference put it.  Automatic temperature gives logits of spread 1 and A has spread of about 1, so 1 lets
-    preferences move pi by about as much as branches differ already; 10 holds it to a tenth of that, 0 is free."""
+    reference put it.  Automatic temperature gives logits of spread 1 and A has a spread of about 1 per component, so 1
+    lets preferences move pi by about as much as branches differ already; 10 holds it to a tenth of that, 0 is free."""
+    kl_to: Literal["initial", "old"] = "initial"
+    """The reference policy: the start weights, or the behaviour weights (then KL acts only between syncs)."""
 
     def __post_init__(self):
         if not (0.0 < self.clip_low < 1.0 and self.clip_high > 0.0):

@@ -65,7 +65,8 @@ class Updater:
             unknown = torch.full_like(advantage.values, float("nan"))
             return GroupUpdate(unknown, unknown, metrics)
         with phases("replay_old"):
-            reference_G = self._energies_under(self.policy.reference, replay) if self.objective.kl_beta > 0.0 and self.policy.updates > 0 else None
+            moved = self.policy.updates > 0 and self.objective.kl_beta > 0.0 and self.objective.kl_to == "initial"
+            reference_G = self._energies_under(self.policy.reference, replay) if moved else None
             old_G = None if self.policy.on_policy else self._energies_under(self.policy.behaviour, replay)
         with phases("replay_grad"):
             shares = list(replay.passes()) if replay.single_pass else []

@@ -155,7 +155,7 @@ def test_flat_forward_equals_cached_forward(switch):
 
 
 TINY = Settings(
-    code_clips=40, scale_clips=2, decoder_steps=2, decoder_batch=1, stories=90, flow_steps=2, flow_batch=1, few_steps=2, few_batch=1, openings=2,
+    code_clips=40, scale_clips=2, decoder_steps=2, decoder_batch=1, stories=90, flow_steps=2, flow_batch=1, few_steps=2, streaming_steps=2, few_batch=1, openings=2,
     save_every=1, measured=0, compile=False,
 )  # fmt: skip
 
@@ -181,11 +181,11 @@ def test_pretraining_killed_in_every_stage_ends_bit_for_bit_the_same(tmp_path, m
     monkeypatch.setattr(Stage, "save", dying)
     (tmp_path / "work_b").mkdir()
     shutil.copy(tmp_path / "work_a" / "stories.pt", tmp_path / "work_b")  # encoding them again would only take time
-    for name in ("decoder", "teacher_forcing", "few_step"):
+    for name in ("decoder", "teacher_forcing", "few_step", "streaming"):
         with pytest.raises(Killed, match=name):
             pretrain(tmp_path / "resumed", tmp_path / "work_b", settings=TINY)
     pretrain(tmp_path / "resumed", tmp_path / "work_b", settings=TINY)
-    assert "few_step: goes on after step 1 of 2" in capsys.readouterr().out
+    assert "streaming: goes on after step 1 of 2" in capsys.readouterr().out
     assert weights(tmp_path / "resumed") == weights(tmp_path / "whole")
     geometry = Pipeline.load(tmp_path / "whole").geometry
     assert (geometry.block, geometry.sink, geometry.window, geometry.text_length) == (3, 3, 12, 24)

@@ -141,6 +141,20 @@ def test_the_kl_measures_from_the_start_weights():
     assert kl[0] == 0.0 < min(kl[1:])
 
 
+def test_the_kl_may_be_to_the_old_policy():
+    """On policy it is then 0 with gradient 0, whatever has been learnt since the start."""
+    run = Run(objective=ClippedObjective(kl_beta=10.0, kl_to="old"), optimizer=OptimizerConfig(lr=1e-2, warmup=1))
+    for _ in range(2):
+        update = run.accumulate()
+        run.updater.step()
+    assert update.metrics["loss/kl"] == 0.0
+    plain = Run(objective=ClippedObjective(kl_beta=0.0), optimizer=OptimizerConfig(lr=1e-2, warmup=1))
+    for _ in range(2):
+        plain.accumulate()
+        plain.updater.step()
+    assert all(torch.equal(a, b) for a, b in zip(run.state(), plain.state()))
+
+
 def test_without_kl_no_reference_is_replayed():
     calls = []
     for beta in (0.0, 1.0):

@@ -86,7 +86,7 @@ CARD = """\
 
 A streaming text-to-video generator of the smallest size that still has everything: Wan's transformer (1.6 M parameters, causal over a
 KV cache), Wan's causal autoencoder, a UMT5 text encoder, a four-step sampler.  It draws one coloured object that moves over a plain place,
-64x64 pixels, as a script of short prompts asks.  It is not perfect on purpose: it is where KVPO starts.
+64x64 pixels, as a script of short prompts asks.  It is where KVPO starts, and the numbers below say how far from perfect that is.
 
 Made from nothing, without any data but the program's own synthetic world, by
 

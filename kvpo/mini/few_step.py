@@ -1,4 +1,4 @@
-"""Stage 3 of pretraining: few-step training on the model's own rollouts.
+"""Stages 3 and 4 of pretraining: few-step training on the model's own rollouts.
 
 Stage 2 has only seen true pasts and truly noised inputs.  In the stream both are the model's own work: its inputs
 are its own predictions with fresh noise on them, its past is what it committed.  So here the model plays with its
@@ -40,7 +40,7 @@ LESSON_SLOTS = 24
 """Blocks of a flat sequence of this stage: playing costs more than learning from it, so much is learnt from what was played."""
 FIRST_TURNS = ("told", "told", "told", "continuation")
 THEN_TURNS = ("played", "stream", "told", "stream", "continuation")
-"""What the steps teach, one of these drawn for each, in the first half of the stage and in the second: streams are worth little before openings are good."""
+"""What the steps teach, one of these drawn for each, in the first half of stage 3, and from then on: streams are worth little before openings are good."""
 GRID = (16.0, 32.0, 48.0)
 BESIDE = (8.0, 56.0)
 """Where openings may show their object: whole tokens apart, 9 places (6 beside a pillar).  Not anywhere: which of many near places the
@@ -170,8 +170,8 @@ def draw_lessons(plan: Layout, generator: torch.Generator) -> Lessons:
     return Lessons(Layout(plan.kind, plan.switch, clean + tuple(slot for slot, _ in drawn)), tuple(level for _, level in drawn))
 
 
-def few_step_loss(transformer, encoder, write: Writer, library: Library, openings: Openings, steps: int, seed: int, batch: int, device="cpu"):
-    """loss(step) of stage 3, which takes ``steps``."""
+def few_step_loss(transformer, encoder, write: Writer, library: Library, openings: Openings, name: str, first: int, seed: int, batch: int, device="cpu"):
+    """loss(step) of stages 3 and 4.  ``name`` names their random streams; the ``first`` steps take FIRST_TURNS."""
     student = cached_twin(transformer)
 
     def continuation(g: torch.Generator):
@@ -209,10 +209,10 @@ def few_step_loss(transformer, encoder, write: Writer, library: Library, opening
         return APART, rows(x).flatten(1, 2), rows(sigma).to(device), rows(text), frames.to(device), rows(target).flatten(1, 2), rows(weight).flatten(1, 2)
 
     def loss(step: int):
-        turns = FIRST_TURNS if 2 * step < steps else THEN_TURNS
-        turn = turns[int(torch.randint(len(turns), (), generator=stream(seed, "few-step-turn", step)))]
+        turns = FIRST_TURNS if step < first else THEN_TURNS
+        turn = turns[int(torch.randint(len(turns), (), generator=stream(seed, f"{name}-turn", step)))]
         teach = {"told": partial(opening, told=True), "played": partial(opening, told=False), "stream": streamed, "continuation": continuation}[turn]
-        plan, x, sigma, text, frames, target, weight = teach(stream(seed, "few-step", step))
+        plan, x, sigma, text, frames, target, weight = teach(stream(seed, name, step))
         with torch.autocast(torch.device(device).type, torch.bfloat16):
             v = flat_velocity(transformer, plan, x, sigma, text, frames)
         taught = target.shape[1]  # the noisy frames stand last

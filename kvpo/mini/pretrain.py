@@ -1,8 +1,9 @@
-"""``kvpo pretrain``: the miniature's start weights, from nothing, in three stages.
+"""``kvpo pretrain``: the miniature's start weights, from nothing, in four stages.
 
     decoder           latents -> clips; the encoder is computed, not trained           (kvpo.mini.autoencoder)
     teacher_forcing   causal flow matching on true pasts, with the text encoder        (kvpo.mini.teacher_forcing)
-    few_step          the four-step sampler on the model's own rollouts                (kvpo.mini.few_step)
+    few_step          the four-step sampler: openings, then the model's own streams    (kvpo.mini.few_step)
+    streaming         more of its own streams (off by default)                         (kvpo.mini.few_step)
 
 Everything random is named by (seed, stage, step).  Killed at any instant and started again, it goes on where it was.
 """
@@ -50,13 +51,15 @@ class Settings:
     flow_batch: int = 8
     flow_lr: float = 2e-3
     few_steps: int = 1000
+    streaming_steps: int = 0
+    """Stage 4; 0 = none, as the shipped weights were made."""
     few_batch: int = 8
     few_lr: float = 1.5e-3
     openings: int = 512
-    """Prompts of which stage 3 keeps the true openings."""
+    """Prompts of which stages 3 and 4 keep the true openings."""
     save_every: int = 100
     """Steps between two states on disk: what a kill costs at most."""
-    measured: int = 64
+    measured: int = 32
     """Held-out stories for the model card; 0 = no card."""
     compile: bool = True
     """Compile the transformer's blocks for stages 2 and 3."""
@@ -87,7 +90,7 @@ def pretrain(out: Path, work: Path, seed: int = 0, settings: Settings = Settings
         nets.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
     seconds["teacher_forcing"] = train_flow(nets, library, work, seed, settings, device, progress)
     export(nets, out, progress)
-    seconds["few_step"] = train_few_step(nets, code, library, work, seed, settings, device, progress)
+    seconds |= train_few_step(nets, code, library, work, seed, settings, device, progress)
     export(nets, out, progress)
     if settings.measured:
         numbers = measured(Pipeline.load(out, device), settings.measured)
@@ -139,13 +142,18 @@ def train_flow(nets: Networks, library: Library, work: Path, seed: int, s: Setti
     return stage.seconds
 
 
-def train_few_step(nets: Networks, code: LinearEncoder, library: Library, work: Path, seed: int, s: Settings, device: str, progress: Progress) -> float:
-    openings = build_openings(nets.vae, code, seed, s.openings)
-    loss = few_step_loss(nets.transformer, nets.encoder, Writer(nets.vae, code), library, openings, s.few_steps, seed, s.few_batch, device)
-    modules = {"transformer": nets.transformer, "text_encoder": nets.encoder}
-    stage = Stage("few_step", work, modules, loss, steps=s.few_steps, lr=s.few_lr, warmup=20, save_every=s.save_every)
-    stage.run(progress)
-    return stage.seconds
+def train_few_step(nets: Networks, code: LinearEncoder, library: Library, work: Path, seed: int, s: Settings, device: str, progress: Progress) -> dict[str, float]:
+    """Stages 3 and 4: the same lessons, the second time from a warm start and with streams from its first step on."""
+    openings, seconds = build_openings(nets.vae, code, seed, s.openings), {}
+    for name, steps, first in (("few_step", s.few_steps, s.few_steps // 2), ("streaming", s.streaming_steps, 0)):
+        if steps == 0:
+            continue
+        loss = few_step_loss(nets.transformer, nets.encoder, Writer(nets.vae, code), library, openings, name.replace("_", "-"), first, seed, s.few_batch, device)
+        modules = {"transformer": nets.transformer, "text_encoder": nets.encoder}
+        stage = Stage(name, work, modules, loss, steps=steps, lr=s.few_lr, warmup=20, save_every=s.save_every)
+        stage.run(progress)
+        seconds[name] = stage.seconds
+    return seconds
 
 
 def export(nets: Networks, out: Path, progress: Progress) -> None:

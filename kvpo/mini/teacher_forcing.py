@@ -47,7 +47,7 @@ class Slot:
 class Layout:
     """A flat sequence.  ``kind``: opening (sources are blocks 0, 1, ... of a story), later (source 0 is the story's
     block 0, its sink; the others a stretch further on), routed (as later, then far blocks between the two) or stream
-    (an opening, every block noisy once; for stage 3).
+    (an opening, every block noisy once; for stages 3 and 4).
     ``switch``: the position in the stretch at which the prompt changes, None = nowhere."""
 
     kind: str
