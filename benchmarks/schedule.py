@@ -35,7 +35,7 @@ def one_by_one(run: Alignment, script, embeddings, plans, window, name, phases: 
     inputs, velocities, cleans, latents = [], [], [], []
     with phases("branches"):
         for plan in plans:
-            branch = _fork(run.pipeline, prefix, (plan,), PlannedNoise(noise, (plan,), window))
+            branch = _fork(run.pipeline, prefix, (plan,), PlannedNoise(noise, (plan,), window), window)
             steps, history = [], Routed(g.history, (plan,), window, g.block)
             for _ in range(window.fork, window.stop):
                 branch.advance(history, lambda i, x, v: steps.append((x, v)))  # noqa: B023
