@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,25 +20,32 @@ import torch
 
 from kvpo.align import Alignment
 from kvpo.config import load_config, recipe_path
+from kvpo.denoise import NamedNoise
 from kvpo.environment import environment
+from kvpo.generators.history import Routed
+from kvpo.generators.pipeline import Geometry
 from kvpo.progress import Progress
 from kvpo.replay import CONTEXTS, Replay
-from kvpo.rollout import PlannedNoise, Routed, _fork, _prefix, roll_out
-from kvpo.denoise import NamedNoise
+from kvpo.rollout import PlannedNoise, branch_out, generate_prefix, roll_out
+from kvpo.rng import stream
+from kvpo.score import ScoreConfig, horizon
 from kvpo.timing import Phases
-from kvpo.types import Rollout, Trajectory
+from kvpo.types import BranchPlan, Rollout, Script, Trajectory, Window
 
 
-def one_by_one(run: Alignment, script, embeddings, plans, window, name, phases: Phases) -> Rollout:
+def one_by_one(run: Alignment, script, embeddings, fork: int, name, phases: Phases) -> Rollout:
     """The same rollout, branch after branch with batch 1; the prefix is generated once, as there."""
-    g, seed = run.pipeline.geometry, run.config.seed
+    g, seed, explorer = run.pipeline.geometry, run.config.seed, run.config.exploring
+    window = Window(fork, explorer.window_blocks)
     noise = NamedNoise(run.pipeline.latent_shape(g.block), seed, (*name, "noise"))
     with phases("prefix"):
-        prefix = _prefix(run.pipeline, run.sampler, script, embeddings, noise, window.fork, run.config.rollout.cache_frames)
+        prefix = generate_prefix(run.pipeline, run.sampler, script, embeddings, noise, window.fork, run.config.rollout.cache_frames)
+    plans = explorer.plan(window, g, run.config.rollout.branches, stream(seed, *name, "plan"), prefix.cache.resident)
+    plans = (*plans, BranchPlan())
     inputs, velocities, cleans, latents = [], [], [], []
     with phases("branches"):
         for plan in plans:
-            branch = _fork(run.pipeline, prefix, (plan,), PlannedNoise(noise, (plan,), window), window)
+            branch = branch_out(run.pipeline, prefix, (plan,), PlannedNoise(noise, (plan,), window), window)
             steps, history = [], Routed(g.history, (plan,), window, g.block)
             for _ in range(window.fork, window.stop):
                 branch.advance(history, lambda i, x, v: steps.append((x, v)))  # noqa: B023
@@ -65,13 +75,16 @@ def gradient(run: Alignment, energy_G: torch.Tensor, A_G: torch.Tensor) -> None:
     torch.dot(-loss.cotangent / tau, energy_G).backward()
 
 
-def measure(run: Alignment, script, embeddings, name, batched: bool, plan_of=None) -> dict:
+def measure(run: Alignment, batched: bool) -> dict:
     """Rollout, old, initial and current replay, gradient; no rewards, which are the same work in both."""
-    phases, model = Phases(), run.pipeline.generator
+    script, name = run.source.script(0, 0), ("benchmark",)
+    embeddings, phases, model = run.embed(script), Phases(), run.pipeline.generator
+    forks = run.config.exploring.eligible_forks(script.blocks, run.pipeline.geometry)
+    fork = forks[len(forks) // 2]
     run.updater.optimizer.zero_grad(set_to_none=True)
     calls, started = model.calls, time.perf_counter()
     if batched:
-        rollout = roll_out(run.pipeline, run.sampler, run.config.exploring, run.config.rollout, script, embeddings, run.config.seed, name, phases)
+        rollout = roll_out(run.pipeline, run.sampler, run.config.exploring, run.config.rollout, script, embeddings, run.config.seed, name, phases, fork)
         A_G = torch.linspace(-1.0, 1.0, rollout.num_branches, dtype=torch.float64)
         replay = Replay(run.pipeline, rollout, embeddings, CONTEXTS[run.config.context], run.config.energy)
         with phases("replay_old"):
@@ -81,7 +94,7 @@ def measure(run: Alignment, script, embeddings, name, batched: bool, plan_of=Non
             energy_G = torch.zeros(rollout.num_branches, dtype=torch.float64).index_add(0, torch.cat([b for b, _ in shares]), torch.cat([s for _, s in shares]))
             gradient(run, energy_G, A_G)
     else:
-        rollout = one_by_one(run, script, embeddings, plan_of.plans, plan_of.window, name, phases)
+        rollout = one_by_one(run, script, embeddings, fork, name, phases)
         A_G = torch.linspace(-1.0, 1.0, rollout.num_branches, dtype=torch.float64)
         with phases("replay_old"), torch.no_grad():
             energies_one_by_one(run, rollout, embeddings)
@@ -94,25 +107,44 @@ def measure(run: Alignment, script, embeddings, name, batched: bool, plan_of=Non
     return {"rollout": rollout, "energy": energy_G.detach(), "reference": reference, "gradient": grads, "calls": model.calls - calls, "seconds": phases.take() | {"time/total": total}}
 
 
-def counted(fork: int, blocks: int = 49, P: int = 5, G: int = 8, S: int = 4) -> dict[str, int]:
-    """Calls of our schedule for one group of the paper's shape: 147 latent frames in 49 blocks, a window inside one segment."""
-    return {"prefix": (S + 1) * fork, "branches and anchor": (S + 1) * (blocks - fork), "replays": 2 * (P - 1 + 1)}
+def peak_mib(pipeline: str, batched: bool) -> float:
+    """Most resident memory of one schedule above what the loaded run holds, MiB: in a process of its own, because the system only tells a process's peak."""
+    command = [sys.executable, __file__, "--pipeline", pipeline, "--peak", "batched" if batched else "one-by-one"]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def print_peak(run: Alignment, batched: bool) -> None:
+    run.embed(run.source.script(0, 0))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    measure(run, batched)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10)
+
+
+PAPER = Script("paper", ("a", "b", "c", "d"), (0, 13, 25, 37), 49)
+"""147 latent frames, prompts switching at frames 39, 75 and 111."""
+
+
+def counted(fork: int, P: int = 5, S: int = 4) -> dict[str, int]:
+    """Calls of our schedule for one group of the paper's shape, its window inside one segment; the number of branches does not matter."""
+    geometry = Geometry(block=3, sink=3, window=12, latent_height=60, latent_width=104, fps=16, text_length=512)
+    end = horizon(PAPER, Window(fork, P), geometry, ScoreConfig())
+    return {"prefix": (S + 1) * fork, "branches and anchor": (S + 1) * (end - fork), "replays": 2 * (P - 1 + 1)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pipeline", default="mini")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--peak", choices=("batched", "one-by-one"), help="only print how much memory this schedule adds, MiB")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/schedule.json"))
     args = parser.parse_args()
     config = replace(load_config(recipe_path("mini")), pipeline=args.pipeline)
     run = Alignment(config, Path("."), Progress())
-    script = run.source.script(0, 0)
-    embeddings, name = run.embed(script), ("benchmark",)
+    if args.peak:
+        return print_peak(run, args.peak == "batched")
     runs = {True: [], False: []}
     for _ in range(args.repeats):
-        ours = measure(run, script, embeddings, name, True)
-        theirs = measure(run, script, embeddings, name, False, ours["rollout"])
+        ours, theirs = measure(run, True), measure(run, False)
         runs[True].append(ours), runs[False].append(theirs)
     differences = {
         "latents": float((ours["rollout"].latents - theirs["rollout"].latents).abs().max()),
@@ -128,9 +160,10 @@ def main() -> None:
     result = {
         "environment": environment(run.device),
         "fork": ours["rollout"].window.fork,
-        "blocks": script.blocks,
+        "blocks": ours["rollout"].script.blocks,
         "calls": {"batched": ours["calls"], "one by one": theirs["calls"]},
         "seconds": {p.removeprefix("time/"): {"batched": median(True, p), "one by one": median(False, p)} for p in phases},
+        "peak memory above the loaded run, MiB": {"batched": peak_mib(args.pipeline, True), "one by one": peak_mib(args.pipeline, False)},
         "speedup": {"whole step": median(False, "time/total") / median(True, "time/total"), "replays": replays[1] / replays[0]},
         "largest difference": differences,
         "paper's shape": {f"fork {fork}": counted(fork) | {"total": sum(counted(fork).values())} for fork in (7, 8, 19, 38)},

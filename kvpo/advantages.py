@@ -159,6 +159,7 @@ def _metrics(table: RewardTable, fused, values, clamped, local_KG, global_KG, ra
         "advantage/std": values[ranked].std().item(),
         "advantage/above_anchor": (fused[ranked] > 0.0).double().mean().item(),
         "advantage/clamped": (values != clamped)[ranked].double().mean().item(),
+        "advantage/tied": float(not values[ranked].any()),
         "advantage/valid": table.valid.double().mean().item(),
     }
     for signal, A_KG in (("local", local_KG), ("global", global_KG)):

@@ -34,7 +34,7 @@ from kvpo.report import write_report
 from kvpo.rewards.registry import load_rewards
 from kvpo.rng import stream
 from kvpo.rollout import check_room, roll_out
-from kvpo.score import pixel_diversity, score
+from kvpo.score import horizon, pixel_diversity, score
 from kvpo.showing import show_group, show_samples
 from kvpo.timing import Phases
 from kvpo.types import RewardTable, Rollout, Script
@@ -56,6 +56,7 @@ class Alignment:
         self.updater = Updater(self.policy, config.optimizer, config.objective, config.temperature, config.unsafe, config.groups)
         check_room(config.exploring, config.rollout, config.data.blocks, self.pipeline.geometry)
         self.source = script_source(config)
+        self.scripts = evaluation_scripts(config)  # read now: a malformed file must not show itself after the training
         self.sampler = SAMPLERS[config.sampler]
         entries = config.rewards_of("train")
         self.rewards = load_rewards(entries, self.device)
@@ -67,13 +68,15 @@ class Alignment:
         """Train, checkpoint, evaluate; the path of the report.  FloatingPointError or ValueError before an update that must not happen."""
         start = self._begin(resume)
         with MetricLog(self.out, resume_after=start - 1 if resume else None) as log, self.progress.bar("align", self.config.steps, start) as bar:
+            if self._evaluation_due(start) and not self._comparison("ema", start).exists():  # killed between a checkpoint and its evaluation
+                log.write(start - 1, self.evaluate(start) | self.phases.take())
             for done in range(start + 1, self.config.steps + 1):
                 metrics = self.step(done - 1)
                 log.write(done - 1, metrics)
                 bar.advance(console_line(done, metrics))
                 if done % self.config.checkpoint.every == 0 or done == self.config.steps:
                     self.save(done)
-                if self.config.evaluate.every and done % self.config.evaluate.every == 0 and done < self.config.steps:
+                if self._evaluation_due(done):
                     log.write(done - 1, self.evaluate(done) | self.phases.take())
             # A run that was killed in its last evaluation has only this left to do.
             log.write(self.config.steps - 1, self.evaluate(self.config.steps) | self.phases.take())
@@ -101,7 +104,8 @@ class Alignment:
         script = self.source.script(step, index)
         embeddings = self.embed(script)
         with self.policy.using(self.policy.behaviour):
-            rollout = roll_out(self.pipeline, self.sampler, config.exploring, config.rollout, script, embeddings, config.seed, name, self.phases)
+            seen = lambda window: horizon(script, window, self.pipeline.geometry, config.score)  # noqa: E731
+            rollout = roll_out(self.pipeline, self.sampler, config.exploring, config.rollout, script, embeddings, config.seed, name, self.phases, horizon=seen)
         rewards, pixels = score(self.pipeline, rollout, self.rewards, config.score, self.phases)
         advantage = self.advantages(rewards)
         if config.shuffle_advantages:
@@ -125,8 +129,8 @@ class Alignment:
             save_checkpoint(self.out / "checkpoints", done, self.policy, self.updater.optimizer, self._identity(), self.config.checkpoint.keep)
 
     def evaluate(self, done: int) -> dict[str, float]:
-        """Online and EMA weights against the start weights, on unseen scripts; the metrics of the comparison."""
-        config, scripts = self.config.evaluate, evaluation_scripts(self.config)
+        """Online and EMA weights against the start weights, on fixed scripts; the metrics of the comparison."""
+        config, scripts = self.config.evaluate, self.scripts
         rewards = load_rewards(self.config.rewards, self.device)
         kinds = kinds_of(rewards, [e.role for e in self.config.rewards])
         sets = {"start": self.policy.reference, "online": self.policy.snapshot(), "ema": self.policy.average}
@@ -140,13 +144,20 @@ class Alignment:
                 continue
             rows = compare(scored[which], scored["start"], kinds)
             self.progress.say(table(rows, which, "start"))
-            write_comparison(self.out / "evaluation" / f"{which}-step-{done:06d}.json", rows, f"{which} step {done}", "start", scripts, config.seed, command())
+            write_comparison(self._comparison(which, done), rows, f"{which} step {done}", "start", scripts, config.seed, command(), unseen(self.config))
             for row in rows:
                 slug = row["component"].replace(" ", "_")
                 metrics |= {f"eval/{which}/{slug}/{k}": row[k] for k in ("diff", "low", "high", "win") if row[k] is not None}
                 if row["a"] is not None:
                     metrics |= {f"eval/{which}/{slug}/mean": row["a"], f"eval/start/{slug}/mean": row["b"]}
         return metrics
+
+    def _evaluation_due(self, done: int) -> bool:
+        """Whether training pauses here to be evaluated; the last evaluation follows it."""
+        return self.config.evaluate.every > 0 and 0 < done < self.config.steps and done % self.config.evaluate.every == 0
+
+    def _comparison(self, which: str, done: int) -> Path:
+        return self.out / "evaluation" / f"{which}-step-{done:06d}.json"
 
     def _begin(self, resume: bool) -> int:
         """Open or make the run's folder; the step to begin with."""
@@ -199,11 +210,17 @@ def script_source(config: RunConfig) -> ScriptSource:
 
 
 def evaluation_scripts(config: RunConfig) -> list[Script]:
-    """Unseen stories of the miniature; of a prompt file, its scripts themselves under seeds never trained on."""
-    if config.data.prompts == "mini":
+    """Those of `evaluate.prompts`; else unseen stories of the miniature, or the training prompts (see `unseen`)."""
+    prompts = config.evaluate.prompts or config.data.prompts
+    if prompts == "mini":
         source = StorySource(config.evaluate.seed, "evaluate", config.data.blocks, config.data.memory)
         return [source.script(0, i) for i in range(config.evaluate.scripts)]
-    return list(read_scripts(config.data.prompts, config.data.blocks))[: config.evaluate.scripts]
+    return list(read_scripts(prompts, config.data.blocks))[: config.evaluate.scripts]
+
+
+def unseen(config: RunConfig) -> bool:
+    """The evaluation's scripts are not those that are trained on; its noise never is."""
+    return config.data.prompts == "mini" or config.evaluate.prompts not in ("", config.data.prompts)
 
 
 def _shuffled(advantage: Advantage, generator: torch.Generator) -> Advantage:

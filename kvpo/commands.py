@@ -11,7 +11,7 @@ import torch
 import tyro
 
 from kvpo.advantages import Advantages
-from kvpo.align import Alignment, evaluation_scripts
+from kvpo.align import Alignment, evaluation_scripts, unseen
 from kvpo.config import RunConfig, load_config, recipe_path
 from kvpo.denoise import SAMPLERS
 from kvpo.doctor import examine
@@ -110,6 +110,8 @@ class Evaluate:
     """The generator to compare with, on the same scripts and noise."""
     recipe: str = "mini"
     """Where rewards, evaluators, sampler and scripts are taken from."""
+    prompts: str = ""
+    """Prompt file to measure on; default: what the recipe evaluates on."""
     scripts: int = 128
     seed: int = 1000
     """Names the scripts' and the noise's streams."""
@@ -181,7 +183,7 @@ def generate_command(args: Generate) -> None:
 
 def evaluate_command(args: Evaluate) -> None:
     recipe = load_config(recipe_path(args.recipe))
-    config = replace(recipe, evaluate=replace(recipe.evaluate, scripts=args.scripts, seed=args.seed, videos=0))
+    config = replace(recipe, evaluate=replace(recipe.evaluate, scripts=args.scripts, seed=args.seed, videos=0, prompts=args.prompts or recipe.evaluate.prompts))
     if args.blocks:
         config = replace(config, data=replace(config.data, blocks=args.blocks))
     device, scripts, progress = pick_device(args.device), evaluation_scripts(config), Progress()
@@ -197,7 +199,7 @@ def evaluate_command(args: Evaluate) -> None:
         rows = compare(*scored, kinds)
         progress.say(table(rows, "A", "B"))
         progress.say(f"A = {labels[0]}, B = {labels[1]}, {len(scripts)} scripts, seed {args.seed}")
-        write_comparison(args.out, rows, *labels, scripts, args.seed, command())
+        write_comparison(args.out, rows, *labels, scripts, args.seed, command(), unseen(config))
     else:
         for name, kind, r_N in zip(scored[0].components, kinds, scored[0].r_KN):
             progress.say(f"{name:<20} {kind:<9} mean {r_N.nanmean():.4f}  scripts {int(r_N.isfinite().sum())}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 import subprocess
 import sys
@@ -57,7 +58,9 @@ def _git_commit() -> str | None:
     """The commit of the source tree the package runs from; None for an installed one."""
     folder = Path(__file__).parent
     try:
-        found = subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        git = functools.partial(subprocess.run, capture_output=True, text=True, check=True, cwd=folder)
+        git(["git", "ls-files", "--error-unmatch", Path(__file__).name])  # an environment inside some other repository is not its commit
+        found = git(["git", "rev-parse", "HEAD"])
     except (OSError, subprocess.CalledProcessError):
         return None
     return found.stdout.strip()

@@ -29,8 +29,11 @@ RESAMPLES = 4000
 class EvaluateConfig:
     every: int = 0
     """Steps between evaluations during training; 0 = only after the last."""
+    prompts: str = ""
+    """Prompt file of scripts that are not trained on.  Empty: unseen stories where the miniature's are trained on; else the
+    training prompts themselves under other noise, and the report says so."""
     scripts: int = 64
-    """Unseen scripts of an evaluation."""
+    """Scripts of an evaluation."""
     batch: int = 16
     """Videos generated together."""
     seed: int = 1000
@@ -91,7 +94,7 @@ def _score(pixels: torch.Tensor, scripts: Sequence[Script], pipeline: Pipeline, 
     """
     by_length: dict[int, list[tuple[int, Clip]]] = {}
     for i, script in enumerate(scripts):
-        for clip in global_clips(script, Window(0, 1), pipeline.geometry, clips, script.blocks):
+        for clip in global_clips(script, Window(0, 1), pipeline.geometry, clips):
             by_length.setdefault(clip.stop - clip.first, []).append((i, clip))
     columns: list[list[torch.Tensor]] = [[] for _ in scripts]
     for found in by_length.values():
@@ -158,8 +161,8 @@ def table(rows: Sequence[dict], label_a: str, label_b: str) -> str:
     return "\n".join(lines)
 
 
-def write_comparison(path: Path, rows: Sequence[dict], label_a: str, label_b: str, scripts: Sequence[Script], seed: int, command: str) -> Path:
-    """The record that `kvpo.report` reads."""
+def write_comparison(path: Path, rows: Sequence[dict], label_a: str, label_b: str, scripts: Sequence[Script], seed: int, command: str, unseen: bool = True) -> Path:
+    """The record that `kvpo.report` reads.  ``unseen``: the scripts are not those that were trained on."""
     created = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    record = {"label_a": label_a, "label_b": label_b, "scripts": [s.id for s in scripts], "seeds": [seed], "rows": list(rows), "created": created, "command": command}
+    record = {"label_a": label_a, "label_b": label_b, "scripts": [s.id for s in scripts], "unseen": unseen, "seeds": [seed], "rows": list(rows), "created": created, "command": command}
     return write_atomic(path, json.dumps(record, indent=1) + "\n")

@@ -45,8 +45,3 @@ def denoised(x: torch.Tensor, v: torch.Tensor, sigma: torch.Tensor | float) -> t
     if isinstance(sigma, torch.Tensor):
         sigma = sigma.double()
     return (x.double() - sigma * v.double()).to(x.dtype)
-
-
-def noise_of(x: torch.Tensor, v: torch.Tensor, sigma: torch.Tensor | float) -> torch.Tensor:
-    """eps from the network's velocity: x + (1 - sigma) v."""
-    return x + (1.0 - sigma) * v

@@ -19,7 +19,7 @@ from typing import Literal, Mapping, TypeVar
 
 T = TypeVar("T")
 
-PHASES = ("plan", "prefix", "branches", "decode", "reward", "replay_old", "replay_grad", "optimizer", "checkpoint", "evaluate", "total")
+PHASES = ("prefix", "branches", "decode", "reward", "replay_old", "replay_grad", "optimizer", "checkpoint", "evaluate", "total")
 
 PLACEHOLDERS: Mapping[str, tuple[str, ...]] = {
     "signal": ("local", "global"),
@@ -46,15 +46,14 @@ DECLARED: tuple[Metric, ...] = (
     Metric("reward/{signal}/{component}/anchor", "reward", "The anchor's: the same story without routing.", "higher"),
     Metric("reward/{signal}/{component}/best", "reward", "The best branch's.", "higher"),
     Metric("reward/{signal}/{component}/std", "reward", "Standard deviation over branches and anchor; 0 leaves nothing to rank."),
-    Metric("reward/extra/{component}", "its own", "Mean over the branches of a part that is logged and not trained on."),
     Metric("advantage/std", "1", "Standard deviation of the fused, centred advantage over the branches, before the clamp."),
     Metric("advantage/above_anchor", "share", "Branches whose fused advantage is above the anchor's."),
     Metric("advantage/clamped", "share", "Branches whose advantage the clamp changed."),
+    Metric("advantage/tied", "share", "Groups whose branches all earned the same: nothing to rank, so only the KL acts.", "lower"),
     Metric("advantage/valid", "share", "Rows, anchor included, that have rewards.", "higher"),
     Metric("advantage/{signal}/{component}", "1", "Mean over the branches of (reward - anchor's) / std, unweighted."),
     Metric("energy/mean", "latent^2", "Mean energy of the branches under the current weights: squared velocity error per element."),
     Metric("energy/std", "latent^2", "Standard deviation of the energy over the branches; pi is uniform where tau is far above it."),
-    Metric("energy/anchor", "latent^2", "Energy of the anchor; 0 to rounding while the weights are those that made it."),
     Metric("policy/tau", "latent^2", "Temperature of the Gibbs policy, logit = -energy / tau."),
     Metric("policy/entropy", "nats", "Entropy of the behaviour policy pi_old; log G = uniform."),
     Metric("policy/evenness", "1", "Entropy of pi_old over log G; at 1 pi is uniform and neither clip nor KL can act."),

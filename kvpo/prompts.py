@@ -59,13 +59,6 @@ class PromptSet:
         return self.scripts[int(order[place])]
 
 
-def shard(count: int, rank: int, world_size: int) -> range:
-    """The indices below ``count`` that a rank works on: every one on exactly one rank, shares equal to within one."""
-    if world_size < 1 or not 0 <= rank < world_size:
-        raise ValueError(f"rank {rank} of {world_size} ranks does not exist; ranks count from 0 to world_size - 1")
-    return range(rank, count, world_size)
-
-
 def even_starts(segments: int, blocks: int) -> tuple[int, ...]:
     """First block of every segment; segments as even as possible, lengths differing by at most one block."""
     if not 1 <= segments <= blocks:

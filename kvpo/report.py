@@ -113,6 +113,7 @@ def warnings(run: Path, records: Records, evaluations: Sequence[Any]) -> list[st
     found += [f"{name} was not finite in {len(steps)} record{'s' * (len(steps) > 1)}, first at step {steps[0]}" for name, steps in sorted(broken.items())]
     for name, limit, text in (
         ("group/skipped", 0.5, "of the groups gave no update"),
+        ("advantage/tied", 0.2, "of the groups had branches that all earned the same, and taught nothing"),
         ("optim/grad_clipped", 0.9, "of the updates had their gradient clipped: the learning rate acts on its direction only"),
     ):
         share = _mean(records, name)

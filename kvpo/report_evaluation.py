@@ -97,6 +97,8 @@ def warnings(evaluations: Sequence[Evaluation]) -> list[str]:
         pair = f"{evaluation.label_a} against {evaluation.label_b}"
         if evaluation.scripts < FEW_PAIRS:
             found.append(f"{pair} was measured on {evaluation.scripts} scripts only: expect wide intervals, and do not trust narrow ones")
+        if not evaluation.unseen:
+            found.append(f"{pair} was measured on the prompts that were trained on, under other noise: it does not show what other prompts gain; set evaluate.prompts")
         fallen = [row.component for row in evaluation.rows if row.kind != "train" and row.verdict == "worse"]
         gained = any(row.kind == "train" and row.verdict == "better" for row in evaluation.rows)
         if fallen:

@@ -7,7 +7,7 @@ the row whose plan is empty; it goes through the same code in the same batch.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Mapping
+from typing import Callable, Mapping
 
 import torch
 
@@ -60,28 +60,28 @@ class PlannedNoise:
 
 def roll_out(
     pipeline: Pipeline, sampler: Sampler, explorer: Explorer, config: RolloutConfig, script: Script,
-    embeddings: Mapping[str, torch.Tensor], seed: int, name: tuple[int | str, ...], phases: Phases, fork: int | None = None, horizon: int | None = None,
+    embeddings: Mapping[str, torch.Tensor], seed: int, name: tuple[int | str, ...], phases: Phases, fork: int | None = None, horizon: Callable[[Window], int] | None = None,
 ) -> Rollout:  # fmt: skip
     """A group under ``script`` with the weights now in the pipeline.  ``name`` names its random streams.
 
-    ``fork``: fork block (default: drawn among the eligible ones).  ``horizon``: generate up to this block only
-    (default: the whole script).
+    ``fork``: fork block (default: drawn among the eligible ones).  ``horizon``: the block to stop
+    before, but never within the window (default: the whole script).
     """
     geometry = pipeline.geometry
     check_room(explorer, config, script.blocks, geometry)
     window = _window(explorer, script, geometry, seed, name, fork)
     noise = NamedNoise(pipeline.latent_shape(geometry.block), seed, (*name, "noise"))
     with phases("prefix"):
-        prefix = _prefix(pipeline, sampler, script, embeddings, noise, window.fork, config.cache_frames)
+        prefix = generate_prefix(pipeline, sampler, script, embeddings, noise, window.fork, config.cache_frames)
     plans = explorer.plan(window, geometry, config.branches, stream(seed, *name, "plan"), prefix.cache.resident)
     plans = (*plans, BranchPlan())
     steps: list[tuple[torch.Tensor, torch.Tensor]] = []
     with phases("branches"):
-        branches = _fork(pipeline, prefix, plans, PlannedNoise(noise, plans, window), window)
+        branches = branch_out(pipeline, prefix, plans, PlannedNoise(noise, plans, window), window)
         history = Routed(geometry.history, plans, window, geometry.block)
         for _ in range(window.fork, window.stop):
             branches.advance(history, lambda i, x, v: steps.append((x, v)))
-        for _ in range(window.stop, script.blocks if horizon is None else max(horizon, window.stop)):
+        for _ in range(window.stop, script.blocks if horizon is None else max(horizon(window), window.stop)):
             branches.advance()
     after = branches.blocks[window.fork :]
     S = len(geometry.sigmas)
@@ -109,7 +109,7 @@ def _window(explorer: Explorer, script: Script, geometry, seed: int, name: tuple
     return Window(fork, explorer.window_blocks)
 
 
-def _prefix(pipeline: Pipeline, sampler: Sampler, script: Script, embeddings, noise: Noise, fork: int, cache_frames: int) -> Stream:
+def generate_prefix(pipeline: Pipeline, sampler: Sampler, script: Script, embeddings, noise: Noise, fork: int, cache_frames: int) -> Stream:
     """The shared past, up to the fork.  A prompt switch at the fork itself is part of it."""
     past = Stream(pipeline.generator, pipeline.geometry, sampler, [script], embeddings, noise, pipeline.new_cache(cache_frames))
     for _ in range(fork):
@@ -118,7 +118,7 @@ def _prefix(pipeline: Pipeline, sampler: Sampler, script: Script, embeddings, no
     return past
 
 
-def _fork(pipeline: Pipeline, prefix: Stream, plans: tuple[BranchPlan, ...], noise: Noise, window: Window) -> Stream:
+def branch_out(pipeline: Pipeline, prefix: Stream, plans: tuple[BranchPlan, ...], noise: Noise, window: Window) -> Stream:
     """All rows, continuing from the prefix."""
     cache = prefix.cache.fork(len(plans), _own_frames(prefix.geometry, prefix.scripts[0], window))
     branches = Stream(pipeline.generator, prefix.geometry, prefix.sampler, prefix.scripts, prefix.embeddings, noise, cache, prefix.blocks)

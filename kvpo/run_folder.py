@@ -97,6 +97,8 @@ class Evaluation:
     rows: tuple[Row, ...]
     created: str
     command: str
+    unseen: bool
+    """Measured on scripts that were not trained on."""
 
 
 def number(value: Any) -> float:
@@ -166,7 +168,7 @@ def _evaluation(path: Path) -> Evaluation:
         scripts, seeds = data["scripts"], data["seeds"]
         shown = ", ".join(map(str, seeds)) if isinstance(seeds, list) else str(seeds)
         count = len(scripts) if isinstance(scripts, list) else int(scripts)
-        return Evaluation(path, str(data["label_a"]), str(data["label_b"]), count, shown, rows, str(data.get("created", "")), str(data.get("command", "")))
+        return Evaluation(path, str(data["label_a"]), str(data["label_b"]), count, shown, rows, str(data.get("created", "")), str(data.get("command", "")), bool(data.get("unseen", True)))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise Missing(f"an evaluation is lost: {path.name} does not have the expected form ({error!r})") from None
 

@@ -58,17 +58,23 @@ def local_clips(script: Script, window: Window, geometry: Geometry, config: Scor
     return long or [Clip(segments[-1], clips[0].first, clips[-1].stop)]
 
 
-def global_clips(script: Script, window: Window, geometry: Geometry, config: ScoreConfig, blocks: int) -> list[Clip]:
-    """One clip in every segment from the fork to block ``blocks``; stretches too short to be judged are left out."""
+def global_clips(script: Script, window: Window, geometry: Geometry, config: ScoreConfig) -> list[Clip]:
+    """One clip in every segment from the fork on; stretches too short to be judged are left out."""
     clips = []
     for segment in range(script.segment(window.fork), len(script.texts)):
         first, stop = script.span(segment)
-        first, stop = pixel_span((max(first, window.fork), min(stop, blocks)), geometry)
+        first, stop = pixel_span((max(first, window.fork), stop), geometry)
         length = min(config.clip_frames, stop - first)
         if length >= config.min_frames:
             start = first + (stop - first - length) // 2
             clips.append(Clip(segment, start, start + length))
     return clips
+
+
+def horizon(script: Script, window: Window, geometry: Geometry, config: ScoreConfig) -> int:
+    """The block before which everything lies that `score` looks at: what comes after need not be generated."""
+    last = max(c.stop for c in (*local_clips(script, window, geometry, config), *global_clips(script, window, geometry, config)))
+    return next(b for b in range(window.stop, script.blocks + 1) if geometry.pixel_frames(b * geometry.block) >= last)
 
 
 def decode(pipeline: Pipeline, rollout: Rollout, frames: int) -> torch.Tensor:
@@ -89,8 +95,7 @@ def score(pipeline: Pipeline, rollout: Rollout, rewards: Sequence[Reward], confi
     ValueError where no clip is long enough, or a reward returns what it may not.
     """
     geometry, script, window = pipeline.geometry, rollout.script, rollout.window
-    blocks = window.fork + rollout.latents.shape[1] // geometry.block
-    clips = {"local": local_clips(script, window, geometry, config), "global": global_clips(script, window, geometry, config, blocks)}
+    clips = {"local": local_clips(script, window, geometry, config), "global": global_clips(script, window, geometry, config)}
     clips["global"] = clips["global"] or clips["local"]
     start = geometry.pixel_frames(window.fork * geometry.block)
     last = max(c.stop for signal in clips.values() for c in signal)

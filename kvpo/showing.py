@@ -26,8 +26,7 @@ def show_group(
     folder = out / "groups" / f"step-{step:06d}"
     order = [len(rollout.plans) - 1, *range(rollout.num_branches)]
     write_mp4(folder / "grid.mp4", grid([pixels[i] for i in order], [_caption(i, rewards, advantage) for i in order]), pipeline.geometry.fps, factor=1)
-    nearest = getattr(explorer, "nearest", 0)
-    write_atomic(folder / "routing.png", routing_map(rollout.plans, rollout.window, pipeline.geometry, nearest, rollout.script.starts))
+    write_atomic(folder / "routing.png", routing_map(rollout.plans, rollout.window, pipeline.geometry, explorer.nearest, rollout.script.starts))
     record = group_record(rollout, rewards, update.energy, advantage.values, update.pi)
     write_atomic(folder / "group.json", json.dumps(record, indent=1) + "\n")
     return folder

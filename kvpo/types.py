@@ -15,8 +15,8 @@ A frame is named by its absolute latent index, a block by its absolute index; bl
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -131,19 +131,3 @@ class RewardTable:
     """r_KB float64: mean of the rewards of the clips cut per prompt segment from the fork on; NaN-free."""
     valid: torch.Tensor
     """bool_B: rows all of whose rewards could be measured."""
-    extra: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """Parts that are logged but not trained on, name -> r_B."""
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Energies of the G branches under one set of weights."""
-
-    energy: torch.Tensor
-    """E_G float64, lower = likelier."""
-    tau: float
-    """Temperature: logit_g = -E_g / tau."""
-
-    @property
-    def logits(self) -> torch.Tensor:
-        return -self.energy / self.tau

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tiny import Warmth, story
 
 from kvpo import cli
-from kvpo.align import Alignment
+from kvpo.align import Alignment, evaluation_scripts, unseen
 from kvpo.checkpoint import checkpoints, read_tensors
 from kvpo.config import from_dict
 from kvpo.metrics import read_metrics
@@ -229,6 +229,22 @@ def test_killed_before_the_last_evaluation(straight, tmp_path):
     assert records(tmp_path / "run") == records(out) and (tmp_path / "run" / "evaluation" / "ema-step-000004.json").exists()
 
 
+def test_killed_in_an_evaluation_on_the_way(folder, tmp_path, monkeypatch):
+    """After the checkpoint of step 1, inside its evaluation: it was lost once, now resuming makes it first."""
+    recipe = write_recipe(tmp_path / "r.yaml", settings(folder, steps=2, evaluate={"scripts": 2, "batch": 2, "videos": 1, "every": 1}))
+    whole, evaluate = tmp_path / "whole", Alignment.evaluate
+    assert align(recipe, whole) == 0
+
+    def interrupted(self, done):
+        raise KeyboardInterrupt if done == 1 else AssertionError("the run goes on after a kill")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Alignment, "evaluate", interrupted)
+        assert align(recipe, tmp_path / "run") == 130
+    assert Alignment.evaluate is evaluate and align(recipe, tmp_path / "run", "--resume") == 0
+    assert records(tmp_path / "run") == records(whole) and len(records(whole)) == 4
+
+
 def test_a_full_disk(recipe, tmp_path, monkeypatch, capsys):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
@@ -397,3 +413,21 @@ def test_shuffling_only_reorders_advantages(folder, tmp_path):
 def test_the_environment_says_what_ran(straight):
     facts = json.loads((straight[0] / "environment.json").read_text())
     assert facts["packages"]["torch"] and facts["device"] == "cpu" and facts["command"].startswith("kvpo")
+
+
+def test_an_evaluation_on_the_training_prompts_is_called_that(folder, tmp_path):
+    """Until `evaluate.prompts` existed, a prompt file was evaluated on itself, and the report called it unseen."""
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.txt").write_text(f"a {name} cat\na {name} dog\n")
+    data = {"blocks": 6, "prompts": str(tmp_path / "train.txt")}
+    own = from_dict(settings(folder, data=data))
+    apart = from_dict(settings(folder, data=data, evaluate={"scripts": 2, "prompts": str(tmp_path / "test.txt")}))
+    assert [s.texts for s in evaluation_scripts(own)] == [("a train cat",), ("a train dog",)] and not unseen(own)
+    assert [s.texts for s in evaluation_scripts(apart)] == [("a test cat",), ("a test dog",)] and unseen(apart)
+    assert unseen(from_dict(settings(folder)))
+
+
+def test_a_malformed_evaluation_file_stops_a_run_before_it_trains(folder, tmp_path, capsys):
+    recipe = write_recipe(tmp_path / "r.yaml", settings(folder, evaluate={"scripts": 2, "prompts": str(tmp_path / "none.txt")}))
+    assert align(recipe, tmp_path / "run") != 0
+    assert "none.txt" in capsys.readouterr().err and not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -140,6 +140,8 @@ def test_unknown_rewards():
         make_reward("world_vw")
     with pytest.raises(ValueError, match="reward 'nowhere:Thing' can not be imported"):
         make_reward("nowhere:Thing")
+    with pytest.raises(ValueError, match="module 'tiny' has no 'Cold'"):
+        make_reward("tiny:Cold")
     with pytest.raises(ValueError, match="rewards share a name"):
         load_rewards([RewardEntry("tiny:Warmth"), RewardEntry("tiny:Warmth")], "cpu")
 

@@ -135,7 +135,7 @@ def test_the_record_can_be_read(tmp_path):
     rows = compare(scored(VQ=[0.9, 0.8, 0.1]), scored(VQ=[0.5, 0.6, NAN]), ["train"])
     path = write_comparison(tmp_path / "evaluation" / "x.json", rows, "A", "B", SCRIPTS, 7, "kvpo evaluate")
     record = json.loads(path.read_text())
-    assert record["scripts"] == ["a", "b", "c"] and record["seeds"] == [7] and record["rows"] == rows and record["label_b"] == "B"
+    assert record["scripts"] == ["a", "b", "c"] and record["seeds"] == [7] and record["rows"] == rows and record["label_b"] == "B" and record["unseen"] is True
 
 
 @pytest.mark.parametrize("bad", [{"every": -1}, {"scripts": 1}, {"batch": 0}, {"videos": -1}])

@@ -36,7 +36,7 @@ LAYERS = {
     "persistence": "checkpoint run_folder",
     "evaluation": "evaluate",
     "report": "routing_map showing report_page report_curves report_videos report_evaluation report",
-    "the miniature's making": "mini.networks mini.linear_encoder mini.autoencoder mini.library mini.training mini.teacher_forcing mini.few_step mini.card mini.pretrain",
+    "the miniature's making": "mini.networks mini.linear_encoder mini.autoencoder mini.library mini.training mini.layouts mini.flat mini.openings mini.teacher_forcing mini.few_step mini.card mini.pretrain",
     "configuration": "config",
     "weights by name": "loading",
     "the main path": "align",

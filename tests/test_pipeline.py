@@ -50,6 +50,11 @@ def test_round_trip(folder, pipeline):
     assert not any(p.requires_grad for m in modules for p in m.parameters()) and not any(m.training for m in modules)
 
 
+def test_a_prompt_that_would_be_cut_is_refused(pipeline):
+    with pytest.raises(ValueError, match=r"a prompt has \d+ tokens, this generator reads \d+"):
+        pipeline.encode_text([RED, " ".join([RED] * 40)])
+
+
 def test_missing_folder(tmp_path):
     assert "model_index.json is missing" in refused(tmp_path / "nowhere", FileNotFoundError)
 

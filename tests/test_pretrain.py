@@ -14,11 +14,16 @@ from diffusers import WanTransformer3DModel
 from kvpo.generators.causal_wan import CausalWan
 from kvpo.generators.history import SinkWindow
 from kvpo.mini.autoencoder import clip, encode, fit_encoder, set_latent_scale
+from kvpo.mini.few_step import Played, draw_stretch
+from kvpo.mini.flat import flat_velocity, use_flat_attention
+from kvpo.mini.layouts import SLOTS, draw_layout, draw_switch, frames_of, layout
 from kvpo.mini.linear_encoder import install
-from kvpo.mini.networks import BLOCK, SINK, WINDOW, new_vae
+from kvpo.mini.networks import BLOCK, SINK, WINDOW, new_text_encoder, new_vae
+from kvpo.mini.openings import build_openings, likeliest, noised_openings, opening_lesson
 from kvpo.mini.pretrain import Settings, pretrain
-from kvpo.mini.training import LOG, Stage, forget
-from kvpo.mini.teacher_forcing import SLOTS, draw_layout, flat_velocity, frames_of, layout, use_flat_attention
+from kvpo.mini.teacher_forcing import Crops
+from kvpo.mini.training import LOG, Stage, forget, optimizers
+from kvpo.mini.world import PILLAR
 from kvpo.generators.pipeline import Pipeline
 from kvpo.rng import normal, stream
 
@@ -79,8 +84,8 @@ def test_layout_of_an_opening_by_hand():
         (1, False, 3, first + again_2), (2, False, 3, first + again_1), (3, False, 3, first + again_1 + again_2),
     ]  # fmt: skip
     assert seen[7:13] == [
-        (0, True, 0, ()), (1, True, 1, first), (2, True, 2, first + second), (3, True, 3, first + again_1 + again_2),
-        (4, True, 4, first + again_2 + frames_of(5)), (5, True, 5, first + frames_of(5) + frames_of(6)),
+        (1, True, 1, first), (2, True, 2, first + second), (3, True, 3, first + again_1 + again_2),
+        (4, True, 4, first + again_2 + frames_of(5)), (5, True, 5, first + frames_of(5) + frames_of(6)), (5, True, 5, first + frames_of(5) + frames_of(6)),
     ]  # fmt: skip
     assert third == (6, 7, 8)
 
@@ -155,7 +160,7 @@ def test_flat_forward_equals_cached_forward(switch):
 
 
 TINY = Settings(
-    code_clips=40, scale_clips=2, decoder_steps=2, decoder_batch=1, stories=90, flow_steps=2, flow_batch=1, few_steps=2, streaming_steps=2, few_batch=1, openings=2,
+    code_clips=40, scale_clips=2, decoder_steps=2, decoder_batch=1, stories=90, flow_steps=2, flow_batch=1, few_steps=2, long_steps=2, few_batch=1, openings=2,
     save_every=1, measured=0, compile=False,
 )  # fmt: skip
 
@@ -181,11 +186,11 @@ def test_pretraining_killed_in_every_stage_ends_bit_for_bit_the_same(tmp_path, m
     monkeypatch.setattr(Stage, "save", dying)
     (tmp_path / "work_b").mkdir()
     shutil.copy(tmp_path / "work_a" / "stories.pt", tmp_path / "work_b")  # encoding them again would only take time
-    for name in ("decoder", "teacher_forcing", "few_step", "streaming"):
+    for name in ("decoder", "teacher_forcing", "few_step", "long_stream"):
         with pytest.raises(Killed, match=name):
             pretrain(tmp_path / "resumed", tmp_path / "work_b", settings=TINY)
     pretrain(tmp_path / "resumed", tmp_path / "work_b", settings=TINY)
-    assert "streaming: goes on after step 1 of 2" in capsys.readouterr().out
+    assert "long_stream: goes on after step 1 of 2" in capsys.readouterr().out
     assert weights(tmp_path / "resumed") == weights(tmp_path / "whole")
     geometry = Pipeline.load(tmp_path / "whole").geometry
     assert (geometry.block, geometry.sink, geometry.window, geometry.text_length) == (3, 3, 12, 24)
@@ -198,3 +203,73 @@ def test_a_resumed_log_tells_every_step_once(tmp_path):
     (tmp_path / LOG).write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"stage": "b", "st')
     forget(tmp_path / LOG, "b", 10)
     assert [json.loads(line) for line in (tmp_path / LOG).read_text().splitlines()] == rows[:2]
+
+
+def test_muon_gets_the_matrices_of_the_blocks_and_nothing_else():
+    model = tiny_transformer()
+    muon, adamw = optimizers(model, lr=1e-3, weight_decay=0.0)
+    names = {p: n for n, p in model.named_parameters()}
+    matrices = {names[p] for p in muon.param_groups[0]["params"]}
+    assert matrices == {n for n in names.values() if n.startswith("blocks.") and n.endswith(".weight") and model.get_parameter(n).dim() == 2}
+    assert len(matrices) == 3 * 10 and not matrices & {names[p] for p in adamw.param_groups[0]["params"]}
+    assert len(matrices) + len(adamw.param_groups[0]["params"]) == len(names)
+    assert [type(o) for o in optimizers(new_vae(0).decoder, 1e-3, 0.0)] == [torch.optim.AdamW]
+
+
+def test_the_likeliest_opening_by_hand():
+    """sigma 0: the nearest; sigma 1: the one that the noise has the largest product with, whatever its norm."""
+    candidates = torch.tensor([[1.0, 0.0], [0.0, 3.0], [-1.0, 0.0]])[None, :, None, :, None, None]  # [R, K, F, C, H, W]
+    x = torch.tensor([0.9, 1.0])[None, None, :, None, None]
+    assert likeliest(x, candidates, 0.0).tolist() == [0]  # distances^2 1.01, 4.81, 4.61
+    assert likeliest(x, candidates, 1.0).tolist() == [1]  # products 0.9, 3, -0.9
+
+
+@pytest.fixture(scope="module")
+def openings(code):
+    vae = new_vae(0)
+    set_latent_scale(vae, code, 0, 8)
+    return build_openings(vae, code, 0, 6)
+
+
+def test_an_opening_lesson_asks_for_one_true_opening(openings):
+    """x - sigma v of every block is one of the prompt's openings, to half precision; at little noise the very one that was noised."""
+    encoder, tokens = new_text_encoder(0), {tuple(t.tolist()): i for i, t in enumerate(openings.tokens)}
+    inputs = []
+
+    def noised(candidates, text, generator):
+        inputs.append(noised_openings(candidates, text, generator))
+        return inputs[0]
+
+    lesson = opening_lesson(encoder, openings, noised, 2, stream(0, "lesson"), "cpu")
+    assert len(tokens) == 6 and lesson.x.shape[:2] == (2, 72) and lesson.target.shape == lesson.x.shape
+    sigma = lesson.sigma.repeat_interleave(BLOCK, 1)[:, :, None, None, None]
+    answers = (lesson.x - sigma * lesson.target).unflatten(1, (-1, BLOCK)).flatten(0, 1)
+    every = openings.latents.flatten(0, 1).float()
+    nearest = torch.cdist(answers.flatten(1), every.flatten(1), compute_mode="donot_use_mm_for_euclid_dist").amin(1)
+    assert float(nearest.max()) < 1e-3
+    assert torch.equal(inputs[0].reshape(lesson.x.shape), lesson.x)
+
+
+def test_openings_leave_a_pillar_free(openings):
+    for scene, places in zip(openings.scenes, openings.places):
+        assert not scene.pillar or all(x < PILLAR[0] or x > PILLAR[1] for x in places[:, 0].tolist())
+        assert len(set(map(tuple, places.tolist()))) == (6 if scene.pillar else 9)
+
+
+def test_a_stretch_of_a_long_stream_holds_its_switch():
+    for i in range(200):
+        g = stream(0, "stretch", i)
+        whole = layout("long", draw_switch("long", g))
+        plan, sources = draw_stretch(whole, g)
+        assert sources[0] == 0 and sources[1] >= 1 and sources[-1] < whole.sources and len(sources) == plan.sources == 8
+        if whole.switch is not None:
+            assert sources[1 + plan.switch] == whole.switch if whole.switch >= 2 else plan.switch is None
+            assert whole.switch < 3 or plan.switch >= 2, "taught, not only read"
+
+
+def test_sources_of_what_was_played_are_counted_anew():
+    latents = torch.arange(12.0)[None, :, None, None, None]
+    crops = Crops(latents, latents + 100, torch.arange(4)[None, :, None], torch.arange(12)[None]).of([0, 2])
+    assert crops.latents.flatten().tolist() == [0, 1, 2, 6, 7, 8] and crops.frames.tolist() == [[0, 1, 2, 6, 7, 8]] and crops.ids.flatten().tolist() == [0, 2]
+    played = Played({2: torch.tensor(2.0)}, {i: torch.tensor(10.0 + i) for i in range(4)}).of([0, 2])
+    assert {k: float(v) for k, v in played.inputs.items()} == {1: 2.0} and [float(v) for v in played.clean.values()] == [10.0, 12.0]

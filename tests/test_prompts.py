@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from kvpo.mini.source import StorySource
-from kvpo.prompts import PromptSet, ScriptSource, even_starts, outer_brackets, read_scripts, shard, starts_at
+from kvpo.prompts import PromptSet, ScriptSource, even_starts, outer_brackets, read_scripts, starts_at
 from kvpo.types import Script
 
 BLOCKS = 49
@@ -193,13 +193,6 @@ def test_a_resumed_run_continues_where_it_stopped():
     assert ids(prompt_set(), range(10))[12:] == ids(prompt_set(), range(4, 10))
 
 
-def test_ranks_share_a_step_without_changing_it():
-    whole = ids(prompt_set(groups=5), [3], groups=5)
-    for world_size in (1, 2, 3, 5):
-        by_rank = {index: prompt_set(groups=5).script(3, index).id for rank in range(world_size) for index in shard(5, rank, world_size)}
-        assert [by_rank[index] for index in range(5)] == whole
-
-
 def test_another_seed_is_another_order():
     assert ids(prompt_set(seed=1), range(7)) != ids(prompt_set(seed=0), range(7))
 
@@ -220,19 +213,6 @@ def test_empty_sets_and_steps_are_refused():
         PromptSet((), 1, 0)
     with pytest.raises(ValueError, match="groups = 0"):
         prompt_set(groups=0)
-
-
-@pytest.mark.parametrize(("count", "world_size"), [(8, 1), (8, 3), (2, 4), (0, 2)])
-def test_shards_part_the_whole_evenly(count, world_size):
-    shares = [list(shard(count, rank, world_size)) for rank in range(world_size)]
-    assert sorted(sum(shares, [])) == list(range(count))
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
-
-
-@pytest.mark.parametrize(("rank", "world_size"), [(2, 2), (-1, 2), (0, 0)])
-def test_a_rank_that_does_not_exist_is_refused(rank, world_size):
-    with pytest.raises(ValueError, match=f"rank {rank} of {world_size} ranks does not exist"):
-        shard(4, rank, world_size)
 
 
 # --- Stories without end ---

@@ -203,6 +203,13 @@ def test_not_a_run_is_an_error(tmp_path):
         write_report(tmp_path)
 
 
+def test_an_evaluation_on_training_prompts_is_warned_of(run):
+    path = run / "evaluation/ema.json"
+    assert "prompts that were trained on" not in text_of(write_report(run))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"unseen": False}))
+    assert "prompts that were trained on" in text_of(write_report(run))
+
+
 def test_early_stop_and_nan_are_warned_of(run):
     (run / "metrics.jsonl").unlink()
     with MetricLog(run, tensorboard=False) as log:

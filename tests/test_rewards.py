@@ -246,6 +246,8 @@ def test_facts_of_true_clips(open_clips, pillar_clips):
 def test_facts_see_what_is_wrong():
     clip = film(RED)
     wrong = measure(batch_of(clip, prompt="a large blue cross moves quickly up in the night"))
+    hurried = measure(batch_of(film(RED), prompt=PROMPT.replace("slowly", "quickly")))
+    assert PROMPT.count("slowly") == 1 and hurried.kind == ("left",) and hurried.means()["motion"] == 0
     assert wrong.means() == {"alone": 1, "colour": 0, "shape": 0, "place": 0, "motion": 0} and wrong.kind == ("left",)
     assert measure(degrade(batch_of(clip), "frozen", 0)).kind == ("still",)
 

@@ -13,7 +13,7 @@ import torch
 from tiny import BLUE, GEOMETRY, RED, SMALL, Broken, Change, Unmeasured, Warmth, new_rollout, story
 
 from kvpo.exploration.kv_routing import KVRouting
-from kvpo.score import Clip, ScoreConfig, decode, global_clips, local_clips, pixel_diversity, pixel_span, score
+from kvpo.score import Clip, ScoreConfig, decode, global_clips, horizon, local_clips, pixel_diversity, pixel_span, score
 from kvpo.timing import Phases
 from kvpo.types import Window
 
@@ -43,22 +43,38 @@ def test_local_clips(script, window, config, clips):
 
 
 @pytest.mark.parametrize(
-    ("script", "fork", "config", "blocks", "clips"),
+    ("script", "fork", "config", "clips"),
     [
-        (story(8), 4, CONFIG, 8, [(0, 41, 49)]),
-        (story(8), 4, ScoreConfig(100, 4), 8, [(0, 29, 61)]),
-        (story(8, 2), 4, CONFIG, 8, [(1, 41, 49)]),
-        (story(8, 2, 6), 4, CONFIG, 8, [(1, 33, 41), (2, 49, 57)]),
-        (story(8, 4, 7), 4, CONFIG, 8, [(1, 37, 45), (2, 53, 61)]),
-        (story(8, 4, 7), 4, ScoreConfig(16, 9), 8, [(1, 33, 49)]),
-        (story(8, 6), 4, CONFIG, 6, [(0, 33, 41)]),
-        (story(8, 6), 4, ScoreConfig(99, 99), 8, []),
+        (story(8), 4, CONFIG, [(0, 41, 49)]),
+        (story(8), 4, ScoreConfig(100, 4), [(0, 29, 61)]),
+        (story(8, 2), 4, CONFIG, [(1, 41, 49)]),
+        (story(8, 2, 6), 4, CONFIG, [(1, 33, 41), (2, 49, 57)]),
+        (story(8, 4, 7), 4, CONFIG, [(1, 37, 45), (2, 53, 61)]),
+        (story(8, 4, 7), 4, ScoreConfig(16, 9), [(1, 33, 49)]),
+        (story(8, 6), 4, ScoreConfig(99, 99), []),
     ],
-    ids=["middle", "whole stretch", "segment before the fork", "cut at the fork", "switch at the fork", "short segment left out", "up to the horizon", "all too short"],
+    ids=["middle", "whole stretch", "segment before the fork", "cut at the fork", "switch at the fork", "short segment left out", "all too short"],
 )
-def test_global_clips(script, fork, config, blocks, clips):
+def test_global_clips(script, fork, config, clips):
     """The middle of what each segment has from the fork on; a segment wholly before it is equal in all rows, and not asked about."""
-    assert global_clips(script, Window(fork, 2), GEOMETRY, config, blocks) == [Clip(*c) for c in clips]
+    assert global_clips(script, Window(fork, 2), GEOMETRY, config) == [Clip(*c) for c in clips]
+
+
+@pytest.mark.parametrize(
+    ("script", "config", "block"), [(story(8), CONFIG, 7), (story(8), ScoreConfig(100, 4), 8), (story(8, 2, 6), CONFIG, 8), (story(8, 7), ScoreConfig(9, 9), 6)],
+    ids=["frame 49 ends block 6", "whole stretch", "last segment", "the window at least"],
+)  # fmt: skip
+def test_horizon(script, config, block):
+    assert horizon(script, Window(4, 2), GEOMETRY, config) == block
+
+
+def test_rewards_are_the_same_without_what_lies_beyond_the_horizon(pipeline):
+    script = story(9)
+    seen = lambda window: horizon(script, window, pipeline.geometry, CONFIG)  # noqa: E731
+    whole, cut = (new_rollout(pipeline, script, KVRouting(window_blocks=2), fork=4, horizon=h) for h in (None, seen))
+    assert cut.latents.shape[1] < whole.latents.shape[1]
+    a, b = (score(pipeline, r, [Warmth()], CONFIG, Phases())[0] for r in (whole, cut))
+    assert torch.equal(a.local, b.local) and torch.equal(a.global_, b.global_)
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvpo.types import BranchPlan, Rollout, Scores, Script, Trajectory, Window
+from kvpo.types import BranchPlan, Rollout, Script, Trajectory, Window
 
 STORY = Script("cat", ("a cat sleeps", "it wakes", "it leaves"), (0, 13, 25), 49)
 
@@ -57,11 +57,6 @@ def test_the_anchor_is_not_counted_as_a_branch():
     empty = torch.empty(0)
     rollout = Rollout(STORY, Window(7, 3), plans, Trajectory(empty, empty, empty), empty, empty, cache=None)
     assert rollout.num_branches == 2
-
-
-def test_lower_energy_is_likelier():
-    logits = Scores(torch.tensor([1.0, 3.0], dtype=torch.float64), tau=2.0).logits
-    assert logits.tolist() == [-0.5, -1.5]
 
 
 def test_records_are_frozen():

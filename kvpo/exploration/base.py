@@ -29,6 +29,8 @@ class Explorer(Protocol):
 
     window_blocks: int
     """P, blocks explored after the fork."""
+    nearest: int
+    """Latest past frames that every branch reads as they are; 0 = none is set apart."""
     deterministic_replay: ClassVar[bool]
     """True: the unperturbed policy, given the branch's own inputs, produces that very branch.  Its energy is then
     identically 0 with zero gradient, so an energy objective on such branches is refused (method.md section 7)."""

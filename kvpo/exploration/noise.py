@@ -25,6 +25,7 @@ class StartNoise:
     window_blocks: int = 3
     """P, blocks explored after the fork."""
 
+    nearest: ClassVar[int] = 0
     deterministic_replay: ClassVar[bool] = True
 
     def __post_init__(self):

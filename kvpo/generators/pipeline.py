@@ -132,7 +132,10 @@ class Pipeline:
 
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str]) -> torch.Tensor:
-        """Prompts -> embeddings [P, L, D], zeros after each prompt's end (the network reads them unmasked)."""
+        """Prompts -> embeddings [P, L, D], zeros after each prompt's end (the network reads them unmasked).  ValueError for a prompt that would be cut."""
+        for text in texts:
+            if (count := len(self.stock.tokenizer(text).input_ids)) > self.geometry.text_length:
+                raise ValueError(f"a prompt has {count} tokens, this generator reads {self.geometry.text_length} and would ignore the rest; shorten {text[:60]!r}...")
         # One at a time: padding to a batch's longest prompt may round differently, and a prompt must always read the same.
         rows = [self.stock.encode_prompt(t, do_classifier_free_guidance=False, max_sequence_length=self.geometry.text_length)[0] for t in texts]
         return torch.cat(rows)

@@ -29,7 +29,7 @@ FACTS = {
     "colour": "its colour as asked",
     "shape": "its shape as asked",
     "place": "the place as asked",
-    "motion": "it moves as asked (share of segments)",
+    "motion": "it moves as asked, kind and speed (share of segments)",
     "VQ": "visual quality (mean reward)",
     "MQ": "motion quality (mean reward)",
     "TA": "text alignment (mean reward)",
@@ -92,7 +92,7 @@ Made from nothing, without any data but the program's own synthetic world, by
 
     kvpo pretrain --seed {seed}
 
-in three stages on a CPU ({spent}; seconds are those of the training steps alone) with the settings
+in four stages on a CPU ({spent}; seconds are those of the training steps alone) with the settings
 
 {knobs}
 

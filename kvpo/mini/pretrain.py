@@ -2,8 +2,8 @@
 
     decoder           latents -> clips; the encoder is computed, not trained           (kvpo.mini.autoencoder)
     teacher_forcing   causal flow matching on true pasts, with the text encoder        (kvpo.mini.teacher_forcing)
-    few_step          the four-step sampler: openings, then the model's own streams    (kvpo.mini.few_step)
-    streaming         more of its own streams (off by default)                         (kvpo.mini.few_step)
+    few_step          the four-step sampler on the model's own streams                 (kvpo.mini.few_step)
+    long_stream       the same on longer ones                                          (kvpo.mini.few_step)
 
 Everything random is named by (seed, stage, step).  Killed at any instant and started again, it goes on where it was.
 """
@@ -15,6 +15,7 @@ import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Callable
 
 import torch
 from diffusers import WanPipeline
@@ -24,11 +25,13 @@ from kvpo.generators.causal_wan import CausalWan
 from kvpo.generators.pipeline import Geometry, Pipeline
 from kvpo.mini.autoencoder import decoder_loss, fit_encoder, set_latent_scale
 from kvpo.mini.card import measured, write_card
-from kvpo.mini.few_step import Writer, build_openings, few_step_loss
+from kvpo.mini.few_step import LONG_TURNS, TURNS, Writer, few_step_loss
+from kvpo.mini.flat import use_flat_attention
 from kvpo.mini.library import Library, build_library, load_library, save_library
 from kvpo.mini.linear_encoder import LinearEncoder, install
 from kvpo.mini.networks import BLOCK, SINK, STEPS, TEXT_LEN, WINDOW, new_scheduler, new_text_encoder, new_tokenizer, new_transformer, new_vae
-from kvpo.mini.teacher_forcing import teacher_forcing_loss, use_flat_attention
+from kvpo.mini.openings import build_openings
+from kvpo.mini.teacher_forcing import teacher_forcing_loss
 from kvpo.mini.training import Stage
 from kvpo.mini.world import FPS, SIZE
 from kvpo.progress import Progress
@@ -47,16 +50,16 @@ class Settings:
     decoder_lr: float = 2e-3
     stories: int = 2400
     """Stories that stages 2 and 3 cut their crops from."""
-    flow_steps: int = 3200
+    flow_steps: int = 7000
     flow_batch: int = 8
     flow_lr: float = 2e-3
-    few_steps: int = 1000
-    streaming_steps: int = 0
-    """Stage 4; 0 = none, as the shipped weights were made."""
+    few_steps: int = 1800
     few_batch: int = 8
-    few_lr: float = 1.5e-3
-    openings: int = 512
-    """Prompts of which stages 3 and 4 keep the true openings."""
+    few_lr: float = 1e-3
+    long_steps: int = 700
+    long_lr: float = 3e-4
+    openings: int = 2048
+    """Prompts of which stages 2 to 4 keep the true openings."""
     save_every: int = 100
     """Steps between two states on disk: what a kill costs at most."""
     measured: int = 32
@@ -88,9 +91,13 @@ def pretrain(out: Path, work: Path, seed: int = 0, settings: Settings = Settings
     use_flat_attention(nets.transformer)
     if settings.compile:
         nets.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
-    seconds["teacher_forcing"] = train_flow(nets, library, work, seed, settings, device, progress)
+    openings = build_openings(nets.vae, code, seed, settings.openings)
+    loss = teacher_forcing_loss(nets.transformer, nets.encoder, library, openings, seed, settings.flow_batch, device)
+    seconds["teacher_forcing"] = train_generator("teacher_forcing", nets, loss, settings.flow_steps, settings.flow_lr, work, settings, progress)
     export(nets, out, progress)
-    seconds |= train_few_step(nets, code, library, work, seed, settings, device, progress)
+    for name, turns, steps, lr in (("few_step", TURNS, settings.few_steps, settings.few_lr), ("long_stream", LONG_TURNS, settings.long_steps, settings.long_lr)):
+        loss = few_step_loss(nets.transformer, nets.encoder, Writer(nets.vae, code), library, openings, turns, seed, name.replace("_", "-"), settings.few_batch, device)
+        seconds[name] = train_generator(name, nets, loss, steps, lr, work, settings, progress)
     export(nets, out, progress)
     if settings.measured:
         numbers = measured(Pipeline.load(out, device), settings.measured)
@@ -134,26 +141,11 @@ def stories(nets: Networks, code: LinearEncoder, work: Path, seed: int, s: Setti
     return load_library(path)
 
 
-def train_flow(nets: Networks, library: Library, work: Path, seed: int, s: Settings, device: str, progress: Progress) -> float:
-    loss = teacher_forcing_loss(nets.transformer, nets.encoder, library, seed, s.flow_batch, device)
+def train_generator(name: str, nets: Networks, loss: Callable, steps: int, lr: float, work: Path, s: Settings, progress: Progress) -> float:
     modules = {"transformer": nets.transformer, "text_encoder": nets.encoder}
-    stage = Stage("teacher_forcing", work, modules, loss, steps=s.flow_steps, lr=s.flow_lr, ema=0.995, save_every=s.save_every)
+    stage = Stage(name, work, modules, loss, steps=steps, lr=lr, ema=0.995, save_every=s.save_every)
     stage.run(progress)
     return stage.seconds
-
-
-def train_few_step(nets: Networks, code: LinearEncoder, library: Library, work: Path, seed: int, s: Settings, device: str, progress: Progress) -> dict[str, float]:
-    """Stages 3 and 4: the same lessons, the second time from a warm start and with streams from its first step on."""
-    openings, seconds = build_openings(nets.vae, code, seed, s.openings), {}
-    for name, steps, first in (("few_step", s.few_steps, s.few_steps // 2), ("streaming", s.streaming_steps, 0)):
-        if steps == 0:
-            continue
-        loss = few_step_loss(nets.transformer, nets.encoder, Writer(nets.vae, code), library, openings, name.replace("_", "-"), first, seed, s.few_batch, device)
-        modules = {"transformer": nets.transformer, "text_encoder": nets.encoder}
-        stage = Stage(name, work, modules, loss, steps=steps, lr=s.few_lr, warmup=20, save_every=s.save_every)
-        stage.run(progress)
-        seconds[name] = stage.seconds
-    return seconds
 
 
 def export(nets: Networks, out: Path, progress: Progress) -> None:

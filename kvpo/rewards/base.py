@@ -120,6 +120,23 @@ class Reward(Protocol):
     def offload(self) -> None: ...
 
 
+class Measured:
+    """A reward that is one function, ``measure``: what has nothing to load needs no more than that and its ``spec``."""
+
+    spec: RewardSpec
+
+    def load(self, device: str | torch.device = "cpu") -> None: ...
+
+    def offload(self) -> None: ...
+
+    def measure(self, batch: VideoBatch) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+        """Scores [B], NaN where a clip can not be measured, and named parts [B]."""
+        raise NotImplementedError(f"{type(self).__name__} has no measure(batch)")
+
+    def score(self, batch: VideoBatch) -> RewardOutput:
+        return scored(self.spec, batch, self.measure)
+
+
 def scored(spec: RewardSpec, batch: VideoBatch, measure: Callable[[VideoBatch], tuple[torch.Tensor, Mapping[str, torch.Tensor]]]) -> RewardOutput:
     """``measure(batch) -> (scores [B], parts)`` with what every reward owes: no gradient, the clock, invalid clips, float32 on the CPU."""
     begin = time.perf_counter()

@@ -11,14 +11,15 @@ hides the object are not counted at all.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 from kvpo.mini.world import COLOURS, FPS, HEADING, PLACES, SHAPES, SPEEDS
-from kvpo.rewards.base import RewardOutput, RewardSpec, VideoBatch, scored
+from kvpo.rewards.base import Measured, RewardSpec, VideoBatch
 from kvpo.rewards.judge import EVIDENCE, NONE, PALETTE, asked, excused, share, tip
-from kvpo.rewards.motion import KINDS, REST, agreement, motion
+from kvpo.rewards.motion import KINDS, REST, agreement, motion, typical_speed
 from kvpo.rewards.track import observe
 from kvpo.rewards.world import FAMILY, VisualQuality, hides
 
@@ -51,7 +52,7 @@ class Facts:
     place: torch.Tensor
     """1 or 0: place and pillar as asked."""
     motion: torch.Tensor
-    """1 or 0: the track is of the asked kind."""
+    """1 or 0: the track is of the asked kind, and its speed nearer to the asked one than to the other."""
     kind: tuple[str, ...]
     """What the track looks like: a kind of motion, ``still``, ``hide``, ``unclear`` or ``unseen``."""
 
@@ -65,19 +66,10 @@ PARTS = ("alone", "colour", "shape", "place", "motion")
 
 
 @dataclass
-class WorldFacts:
+class WorldFacts(Measured):
     """The facts as a guard of evaluations: mean of the parts a clip can tell, and the parts themselves."""
 
     spec: RewardSpec = RewardSpec("facts", FAMILY, min_frames=8, level="segment", report=PARTS)
-
-    def load(self, device: str | torch.device = "cpu") -> None:
-        pass
-
-    def offload(self) -> None:
-        pass
-
-    def score(self, batch: VideoBatch) -> RewardOutput:
-        return scored(self.spec, batch, self.measure)
 
     def measure(self, batch: VideoBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         facts = _measure(batch)
@@ -102,8 +94,8 @@ def _measure(batch: VideoBatch) -> Facts:
     coloured = (distance.argmin(-1) == colour[:, None]) & (distance.amin(-1) < OFF_COLOUR)
     shaped = s.fit.argmax(-1) == shape[:, None]
     judged = ~hidden & (s.whole | ~s.seen)
-    kind = _kinds(batch)
-    right = [NONE if scene.motion is None or k == "unseen" else float(k == scene.motion) for scene, k in zip(scenes, kind)]
+    kind, paced = _kinds(batch), _paced(batch)
+    right = [NONE if scene.motion is None or k == "unseen" else float(k == scene.motion and p) for scene, k, p in zip(scenes, kind, paced)]
     return Facts(
         present=present,
         counted=~hidden,
@@ -145,6 +137,20 @@ def _kinds(batch: VideoBatch) -> list[str]:
         else:
             best = int(m_BK[b].argmax())
             out.append(KINDS[best] if m_BK[b, best] > CLEAR else "unclear")
+    return out
+
+
+def _paced(batch: VideoBatch) -> list[bool]:
+    """The speed is nearer, as a ratio, to the asked one than to any other; true where none is asked, and of hiding, which ends at rest."""
+    s, out = observe(batch), []
+    moved = motion(s)
+    speed_B = share(moved.smooth.norm(dim=-1), moved.valid, moved.valid)
+    for scene, speed in zip(asked(batch), speed_B.tolist()):
+        if scene.speed is None or scene.motion in (None, "hide") or not speed > 0:
+            out.append(True)
+            continue
+        off = {name: abs(math.log(speed / typical_speed(scene.motion, pace * FPS / batch.fps))) for name, pace in SPEEDS.items()}
+        out.append(min(off, key=off.get) == scene.speed)
     return out
 
 

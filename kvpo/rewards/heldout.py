@@ -19,7 +19,7 @@ from typing import Mapping
 import torch
 
 from kvpo.rewards.attributes import HEADS, WEIGHTS, AttributeNet, load_network, read_frames
-from kvpo.rewards.base import RewardOutput, RewardSpec, VideoBatch, scored
+from kvpo.rewards.base import Measured, RewardSpec, VideoBatch
 from kvpo.rewards.judge import EVIDENCE, NONE, asked
 
 FAMILY = "learned-classifier"
@@ -28,8 +28,8 @@ FIRST = 4
 
 
 @dataclass
-class _Classifier:
-    """Loading, shared by the evaluators that look through the network."""
+class _Classifier(Measured):
+    """What looks through the network."""
 
     path: Path = WEIGHTS
     network: AttributeNet | None = field(default=None, init=False, repr=False)
@@ -47,26 +47,16 @@ class _Classifier:
 
 
 @dataclass
-class AttributeAgreement:
+class AttributeAgreement(_Classifier):
     """Mean over the asked attributes of their probability, in [0, 1].
 
     part = sum_t p_object(t) p_asked(t) / sum_t w(t), with w = 1 in the open and w = p_object in a scene with a pillar
     (which may hide the object): what is missing in the open counts 0.  Place and pillar: plain means over frames."""
 
-    classifier: _Classifier = field(default_factory=_Classifier)
     spec: RewardSpec = RewardSpec("attributes", FAMILY, weights=WEIGHTS.name)
 
-    def load(self, device: str | torch.device = "cpu") -> None:
-        self.classifier.load(device)
-
-    def offload(self) -> None:
-        self.classifier.offload()
-
-    def score(self, batch: VideoBatch) -> RewardOutput:
-        return scored(self.spec, batch, self.measure)
-
     def measure(self, batch: VideoBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        p, _ = self.classifier.read(batch)
+        p, _ = self.read(batch)
         scenes, rows = asked(batch), {name: [] for name in ("shape", "colour", "size", "place", "pillar")}
         for b, scene in enumerate(scenes):
             seen = p["object"][b, :, 1]
@@ -85,7 +75,7 @@ class AttributeAgreement:
 
 
 @dataclass
-class IdentityDrift:
+class IdentityDrift(_Classifier):
     """How much stays as in the clip's own first FIRST frames that show an object, in [0, 1]; 1 = nothing has changed.
 
     embedding    mean cosine to the mean of the first frames' embeddings
@@ -96,20 +86,10 @@ class IdentityDrift:
     Frames whose object probability is below one half are left out; NaN if too few remain.  A frozen clip is perfect:
     read it beside a motion measure."""
 
-    classifier: _Classifier = field(default_factory=_Classifier)
     spec: RewardSpec = RewardSpec("identity", FAMILY, needs_prompt=False, min_frames=2 * FIRST, level="segment", weights=WEIGHTS.name)
 
-    def load(self, device: str | torch.device = "cpu") -> None:
-        self.classifier.load(device)
-
-    def offload(self) -> None:
-        self.classifier.offload()
-
-    def score(self, batch: VideoBatch) -> RewardOutput:
-        return scored(self.spec, batch, self.measure)
-
     def measure(self, batch: VideoBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        p, embedding = self.classifier.read(batch)
+        p, embedding = self.read(batch)
         rows = []
         for b, seen in enumerate(p["object"][..., 1] > 0.5):
             if seen.sum() < 2 * FIRST:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from kvpo.mini.world import HEADING, PILLAR, SIZE
-from kvpo.rewards.base import RewardOutput, RewardSpec, VideoBatch, scored
+from kvpo.rewards.base import Measured, RewardSpec, VideoBatch
 from kvpo.rewards.judge import EVIDENCE, NONE, asked
 
 FAMILY = "optical-flow"
@@ -38,18 +38,13 @@ TURN = 8
 
 
 @dataclass(frozen=True)
-class FlowMotion:
+class FlowMotion(Measured):
     """Direction match and smoothness by optical flow, in [0, 1]."""
 
     spec: RewardSpec = RewardSpec("flow_motion", FAMILY, min_frames=2 * TURN, level="segment", licence="Apache-2.0 (OpenCV)")
 
-    def load(self, device) -> None:
+    def load(self, device: str | torch.device = "cpu") -> None:
         _opencv()
-
-    def offload(self) -> None: ...
-
-    def score(self, batch: VideoBatch) -> RewardOutput:
-        return scored(self.spec, batch, self.measure)
 
     def measure(self, batch: VideoBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         scenes = asked(batch)

@@ -47,9 +47,12 @@ def make_reward(name: str) -> Reward:
     if path == name and (here := os.getcwd()) not in sys.path:
         sys.path.append(here)  # as `python -m kvpo` has it: a reward in a file of the working folder need not be installed
     try:
-        return getattr(importlib.import_module(module), attribute)()
-    except (ImportError, AttributeError) as error:
+        found = getattr(importlib.import_module(module), attribute, None)
+    except ImportError as error:
         raise ValueError(f"reward {name!r} can not be imported from {path}: {error}") from None
+    if found is None:
+        raise ValueError(f"reward {name!r} can not be imported: module {module!r} has no {attribute!r}")
+    return found()
 
 
 def load_rewards(entries: Sequence[RewardEntry], device: torch.device | str) -> list[Reward]:

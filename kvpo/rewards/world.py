@@ -46,7 +46,7 @@ from dataclasses import dataclass
 import torch
 
 from kvpo.mini.world import COLOURS, FPS, PILLAR, PLACES, SHAPES, Scene
-from kvpo.rewards.base import RewardOutput, RewardSpec, VideoBatch, scored
+from kvpo.rewards.base import Measured, RewardSpec, VideoBatch
 from kvpo.rewards.judge import EVIDENCE, NONE, PALETTE, asked, blend, excused, paces, share, soft, there, tip
 from kvpo.rewards.motion import FASTEST, KINDS, LAG, Motion, agreement, motion, typical_bend, typical_speed, wrap
 from kvpo.rewards.track import AREA, Observed, observe
@@ -56,15 +56,8 @@ MIDDLE = (PILLAR[0] + PILLAR[1]) / 2
 
 
 @dataclass(frozen=True)
-class VisualQuality:
+class VisualQuality(Measured):
     spec: RewardSpec = RewardSpec("VQ", FAMILY, needs_prompt=False, min_frames=2)
-
-    def load(self, device) -> None: ...
-
-    def offload(self) -> None: ...
-
-    def score(self, batch: VideoBatch) -> RewardOutput:
-        return scored(self.spec, batch, self.measure)
 
     def measure(self, batch: VideoBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         s = observe(batch)
@@ -84,15 +77,8 @@ class VisualQuality:
 
 
 @dataclass(frozen=True)
-class MotionQuality:
+class MotionQuality(Measured):
     spec: RewardSpec = RewardSpec("MQ", FAMILY, min_frames=2 * LAG)
-
-    def load(self, device) -> None: ...
-
-    def offload(self) -> None: ...
-
-    def score(self, batch: VideoBatch) -> RewardOutput:
-        return scored(self.spec, batch, self.measure)
 
     def measure(self, batch: VideoBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         s, scenes = observe(batch), asked(batch)
@@ -127,15 +113,8 @@ def _speed(moved: Motion, scenes: list[Scene], range_B: list[tuple[float, float]
 
 
 @dataclass(frozen=True)
-class TextAlignment:
+class TextAlignment(Measured):
     spec: RewardSpec = RewardSpec("TA", FAMILY, min_frames=2 * LAG, level="segment")
-
-    def load(self, device) -> None: ...
-
-    def offload(self) -> None: ...
-
-    def score(self, batch: VideoBatch) -> RewardOutput:
-        return scored(self.spec, batch, self.measure)
 
     def measure(self, batch: VideoBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         s, scenes = observe(batch), asked(batch)

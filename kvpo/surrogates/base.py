@@ -25,14 +25,6 @@ class Surrogate(Protocol):
         """w_S float64, one weight per denoise step."""
         ...
 
-    def energy(self, v_BPSFCHW: torch.Tensor, u_BPSFCHW: torch.Tensor, sigmas: Sequence[float]) -> torch.Tensor:
-        """E_B float64."""
-        ...
-
-    def block_energy(self, v_BSFCHW: torch.Tensor, u_BSFCHW: torch.Tensor, sigmas: Sequence[float]) -> torch.Tensor:
-        """Energy of one block, E_B float64; its mean over the window's blocks is `energy`, so replay can go block by block."""
-        ...
-
 
 def squared_residual(v_RFCHW: torch.Tensor, u_RFCHW: torch.Tensor) -> torch.Tensor:
     """mean_{F,C,H,W} (v - u)^2 of every row, e_R float64.
@@ -44,24 +36,6 @@ def squared_residual(v_RFCHW: torch.Tensor, u_RFCHW: torch.Tensor) -> torch.Tens
     dtype = torch.promote_types(torch.promote_types(v_RFCHW.dtype, u_RFCHW.dtype), torch.float32)
     residual = v_RFCHW.to(dtype) - u_RFCHW.to(dtype)
     return residual.square().flatten(1).mean(dim=1, dtype=torch.float64)
-
-
-def weighted_block_energy(v_BSFCHW: torch.Tensor, u_BSFCHW: torch.Tensor, w_S: torch.Tensor) -> torch.Tensor:
-    """1 / S sum_s w_s mean_{F,C,H,W} (v - u)^2, E_B float64."""
-    if v_BSFCHW.shape != u_BSFCHW.shape or v_BSFCHW.dim() != 6:
-        raise ValueError(f"velocities {tuple(v_BSFCHW.shape)} and targets {tuple(u_BSFCHW.shape)} must share one BSFCHW shape")
-    if v_BSFCHW.shape[1] != w_S.numel():
-        raise ValueError(f"{v_BSFCHW.shape[1]} denoise steps in the velocities but {w_S.numel()} sigmas; pass the sampler's schedule, one sigma a step")
-    mean_BS = squared_residual(v_BSFCHW.flatten(0, 1), u_BSFCHW.flatten(0, 1)).unflatten(0, v_BSFCHW.shape[:2])
-    return (mean_BS * w_S.to(mean_BS)).mean(dim=1)
-
-
-def mean_over_blocks(surrogate: Surrogate, v_BPSFCHW: torch.Tensor, u_BPSFCHW: torch.Tensor, sigmas: Sequence[float]) -> torch.Tensor:
-    """E_B float64: the mean over the window's P blocks of the surrogate's block energies."""
-    if v_BPSFCHW.shape != u_BPSFCHW.shape or v_BPSFCHW.dim() != 7:
-        raise ValueError(f"velocities {tuple(v_BPSFCHW.shape)} and targets {tuple(u_BPSFCHW.shape)} must share one BPSFCHW shape")
-    blocks = [surrogate.block_energy(v, u, sigmas) for v, u in zip(v_BPSFCHW.unbind(1), u_BPSFCHW.unbind(1))]
-    return torch.stack(blocks).mean(dim=0)
 
 
 @dataclass(frozen=True)

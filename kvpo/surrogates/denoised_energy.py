@@ -7,8 +7,6 @@ from typing import ClassVar, Sequence
 
 import torch
 
-from kvpo.surrogates.base import mean_over_blocks, weighted_block_energy
-
 
 @dataclass(frozen=True)
 class DenoisedEnergy:
@@ -32,9 +30,3 @@ class DenoisedEnergy:
         if not (sigma > 0.0).all():
             raise ValueError(f"sigmas {sigma.tolist()} must be positive: at 0 nothing is left to denoise")
         return sigma.square() / (2.0 * sigma.clamp_min(self.floor).square())
-
-    def block_energy(self, v_BSFCHW: torch.Tensor, u_BSFCHW: torch.Tensor, sigmas: Sequence[float]) -> torch.Tensor:
-        return weighted_block_energy(v_BSFCHW, u_BSFCHW, self.step_weights(sigmas))
-
-    def energy(self, v_BPSFCHW: torch.Tensor, u_BPSFCHW: torch.Tensor, sigmas: Sequence[float]) -> torch.Tensor:
-        return mean_over_blocks(self, v_BPSFCHW, u_BPSFCHW, sigmas)
