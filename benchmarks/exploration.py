@@ -72,7 +72,7 @@ def main() -> None:
     config: RunConfig = load_config(recipe_path("mini"))
     progress = Progress()
     run = Alignment(config, Path("."), progress)
-    run.pipeline, label = load_generator(args.generator, run.device)
+    run.pipeline, label = load_generator(args.generator, run.device, config.vae_dtype)
     run.pipeline.generator.requires_grad_(False)
     network, results = load_network(), {}
     with progress.bar("explore", len(EXPLORERS) * 2 * args.groups) as bar, torch.no_grad():

@@ -50,7 +50,7 @@ class Alignment:
     def __init__(self, config: RunConfig, out: Path, progress: Progress):
         self.config, self.out, self.progress = config, out, progress
         self.device = pick_device(config.device)
-        self.pipeline = load_pipeline(config.pipeline, self.device)
+        self.pipeline = load_pipeline(config.pipeline, self.device, config.vae_dtype)
         self.pipeline.generator.transformer.gradient_checkpointing = config.gradient_checkpointing
         self.policy = Policy(self.pipeline.generator, config.policy, config.seed)
         self.updater = Updater(self.policy, config.optimizer, config.objective, config.temperature, config.unsafe, config.groups)

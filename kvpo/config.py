@@ -53,6 +53,8 @@ class RunConfig:
     """Pipeline folder in diffusers layout, or `mini`: the miniature that is shipped."""
     device: str = "auto"
     """`cpu`, `cuda`, or `auto`: a GPU if there is one."""
+    vae_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision in which videos are decoded; trained and evaluated weights are always decoded alike."""
     seed: int = 0
     """Names all random streams of the run: scripts, forks, plans, noise, adapter."""
     steps: int = 60

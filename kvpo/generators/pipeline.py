@@ -105,8 +105,8 @@ class Pipeline:
     folder: str
 
     @classmethod
-    def load(cls, folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Pipeline:
-        """FileNotFoundError or ValueError, one line that names the file, for anything missing, broken, foreign or pickled."""
+    def load(cls, folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, vae_dtype: torch.dtype | None = None) -> Pipeline:
+        """``vae_dtype``: default ``dtype``.  FileNotFoundError or ValueError, one line that names the file, for anything missing, broken, foreign or pickled."""
         disable_progress_bar()  # transformers' own, one per component: stderr belongs to errors and to our bars
         folder = Path(folder)
         if not (folder / "model_index.json").is_file():
@@ -116,7 +116,7 @@ class Pipeline:
             if not (folder / part).is_dir():
                 raise FileNotFoundError(f"{folder} is no whole pipeline folder: {part}/ is missing; copy it again, or give a folder in diffusers layout")
         transformer = _load(WanTransformer3DModel, folder / "transformer", dtype)
-        vae = _load(AutoencoderKLWan, folder / "vae", dtype)
+        vae = _load(AutoencoderKLWan, folder / "vae", vae_dtype or dtype)
         text_encoder = _load(UMT5EncoderModel, folder / "text_encoder", dtype)
         tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
