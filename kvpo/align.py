@@ -104,7 +104,7 @@ class Alignment:
         script = self.source.script(step, index)
         embeddings = self.embed(script)
         with self.policy.using(self.policy.behaviour):
-            seen = lambda window: horizon(script, window, self.pipeline.geometry, config.score)  # noqa: E731
+            seen = functools.partial(horizon, script, geometry=self.pipeline.geometry, config=config.score)
             rollout = roll_out(self.pipeline, self.sampler, config.exploring, config.rollout, script, embeddings, config.seed, name, self.phases, horizon=seen)
         rewards, pixels = score(self.pipeline, rollout, self.rewards, config.score, self.phases)
         advantage = self.advantages(rewards)

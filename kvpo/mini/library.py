@@ -1,4 +1,4 @@
-"""Stories with their latents, encoded once: what stages 2 and 3 of pretraining cut their batches from."""
+"""Stories with their latents, encoded once: what stages 2 to 4 of pretraining cut their batches from."""
 
 from __future__ import annotations
 

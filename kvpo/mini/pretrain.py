@@ -49,7 +49,7 @@ class Settings:
     decoder_batch: int = 4
     decoder_lr: float = 2e-3
     stories: int = 2400
-    """Stories that stages 2 and 3 cut their crops from."""
+    """Stories that stages 2 to 4 cut their crops from."""
     flow_steps: int = 7000
     flow_batch: int = 8
     flow_lr: float = 2e-3
@@ -65,7 +65,7 @@ class Settings:
     measured: int = 32
     """Held-out stories for the model card; 0 = no card."""
     compile: bool = True
-    """Compile the transformer's blocks for stages 2 and 3."""
+    """Compile the transformer's blocks for stages 2 to 4."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Sequence
 
 import torch
 
-from kvpo.flow import add_noise, velocity_of, warp, warped_sigmas
+from kvpo.flow import add_noise, velocity_of, warped_sigmas
 from kvpo.mini.flat import Lesson, lesson_error, slot_text
 from kvpo.mini.layouts import ROUTED_SOURCES, Layout, draw_layout, stretch
 from kvpo.mini.library import Library

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 import torch
 
-from kvpo.mini.world import COLOURS, FPS, HEADING, PLACES, SHAPES, SPEEDS
+from kvpo.mini.world import COLOURS, FPS, HEADING, PLACES, SHAPES, SPEEDS, Scene
 from kvpo.rewards.base import Measured, RewardSpec, VideoBatch
 from kvpo.rewards.judge import EVIDENCE, NONE, PALETTE, asked, excused, share, tip
-from kvpo.rewards.motion import KINDS, REST, agreement, motion, typical_speed
+from kvpo.rewards.motion import KINDS, REST, Motion, agreement, motion, typical_speed
 from kvpo.rewards.track import observe
 from kvpo.rewards.world import FAMILY, VisualQuality, hides
 
@@ -94,7 +94,9 @@ def _measure(batch: VideoBatch) -> Facts:
     coloured = (distance.argmin(-1) == colour[:, None]) & (distance.amin(-1) < OFF_COLOUR)
     shaped = s.fit.argmax(-1) == shape[:, None]
     judged = ~hidden & (s.whole | ~s.seen)
-    kind, paced = _kinds(batch), _paced(batch)
+    moved = motion(s)
+    speed_B = share(moved.smooth.norm(dim=-1), moved.valid, moved.valid)
+    kind, paced = _kinds(batch, moved, speed_B), _paced(scenes, speed_B, FPS / batch.fps)
     right = [NONE if scene.motion is None or k == "unseen" else float(k == scene.motion and p) for scene, k, p in zip(scenes, kind, paced)]
     return Facts(
         present=present,
@@ -118,13 +120,11 @@ def _placed(s, b: int, scene) -> float:
     return float(right and s.place_error[b, nearest] < 0.15 and bool(s.pillar[b]) == scene.pillar)
 
 
-def _kinds(batch: VideoBatch) -> list[str]:
+def _kinds(batch: VideoBatch, moved: Motion, speed_B: torch.Tensor) -> list[str]:
     """The best agreeing kind of motion of every clip; hiding only where it is asked (else it is the way there)."""
     s, scenes = observe(batch), asked(batch)
-    moved = motion(s)
     m_BK = torch.stack([agreement(moved, torch.full((len(batch),), pace * FPS / batch.fps)) for pace in SPEEDS.values()]).amax(0)
     m_BK = m_BK - HANDICAP * torch.tensor([k not in HEADING for k in KINDS])
-    speed = share(moved.smooth.norm(dim=-1), moved.valid, moved.valid)
     arrived = hides(s, torch.full((len(batch),), min(SPEEDS.values()))) > 0.5
     out = []
     for b, scene in enumerate(scenes):
@@ -132,7 +132,7 @@ def _kinds(batch: VideoBatch) -> list[str]:
             out.append("hide")
         elif moved.valid[b].sum() < EVIDENCE:
             out.append("unseen" if excused(batch, s, scenes)[b].any() else "unclear")
-        elif speed[b] < REST:
+        elif speed_B[b] < REST:
             out.append("still")
         else:
             best = int(m_BK[b].argmax())
@@ -140,16 +140,16 @@ def _kinds(batch: VideoBatch) -> list[str]:
     return out
 
 
-def _paced(batch: VideoBatch) -> list[bool]:
-    """The speed is nearer, as a ratio, to the asked one than to any other; true where none is asked, and of hiding, which ends at rest."""
-    s, out = observe(batch), []
-    moved = motion(s)
-    speed_B = share(moved.smooth.norm(dim=-1), moved.valid, moved.valid)
-    for scene, speed in zip(asked(batch), speed_B.tolist()):
+def _paced(scenes: list[Scene], speed_B: torch.Tensor, rate: float) -> list[bool]:
+    """The speed is nearer, as a ratio, to the asked one than to any other; true where none is asked, and of hiding, which ends at rest.
+
+    ``rate``: world frames per frame of the clips."""
+    out = []
+    for scene, speed in zip(scenes, speed_B.tolist()):
         if scene.speed is None or scene.motion in (None, "hide") or not speed > 0:
             out.append(True)
             continue
-        off = {name: abs(math.log(speed / typical_speed(scene.motion, pace * FPS / batch.fps))) for name, pace in SPEEDS.items()}
+        off = {name: abs(math.log(speed / typical_speed(scene.motion, pace * rate))) for name, pace in SPEEDS.items()}
         out.append(min(off, key=off.get) == scene.speed)
     return out
 
