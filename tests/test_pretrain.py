@@ -20,7 +20,7 @@ from kvpo.mini.layouts import SLOTS, draw_layout, draw_switch, frames_of, layout
 from kvpo.mini.linear_encoder import install
 from kvpo.mini.networks import BLOCK, SINK, WINDOW, new_text_encoder, new_vae
 from kvpo.mini.openings import build_openings, likeliest, noised_openings, opening_lesson
-from kvpo.mini.pretrain import Settings, pretrain
+from kvpo.mini.pretrain import Settings, mixed, pretrain
 from kvpo.mini.teacher_forcing import Crops
 from kvpo.mini.training import LOG, Stage, forget, optimizers
 from kvpo.mini.world import PILLAR
@@ -163,6 +163,15 @@ TINY = Settings(
     code_clips=40, scale_clips=2, decoder_steps=2, decoder_batch=1, stories=90, flow_steps=2, flow_batch=1, few_steps=2, long_steps=2, few_batch=1, openings=2,
     save_every=1, measured=0, compile=False,
 )  # fmt: skip
+
+
+def test_the_last_stage_is_averaged_with_the_one_before_it():
+    layer = torch.nn.Linear(1, 1)
+    torch.nn.init.constant_(layer.weight, 2.0)
+    torch.nn.init.constant_(layer.bias, 1.0)
+    with mixed(layer, 0.75):
+        torch.nn.init.constant_(layer.weight, 4.0)
+    assert (layer.weight.item(), layer.bias.item()) == (3.5, 1.0)
 
 
 class Killed(Exception):
