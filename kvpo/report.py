@@ -114,7 +114,7 @@ def warnings(run: Path, records: Records, evaluations: Sequence[Any]) -> list[st
     for name, limit, text in (
         ("group/skipped", 0.5, "of the groups gave no update"),
         ("advantage/tied", 0.2, "of the groups had branches that all earned the same, and taught nothing"),
-        ("optim/grad_clipped", 0.9, "of the updates had their gradient clipped: the learning rate acts on its direction only"),
+        ("optim/grad_clipped", 0.9, "of the groups had their gradient clipped: the learning rate acts on its direction only"),
     ):
         share = _mean(records, name)
         if share > limit:

@@ -31,7 +31,8 @@ class OptimizerConfig:
     beta1: float = 0.9
     beta2: float = 0.999
     clip: float = 1.0
-    """Largest gradient norm."""
+    """Largest gradient norm of one group.  Groups differ a hundredfold (`auto` temperature divides by the spread of their energies): clipped
+    together, one group would speak for all."""
 
     def __post_init__(self):
         if not (self.lr > 0.0 and self.clip > 0.0 and self.warmup >= 1):
@@ -58,8 +59,9 @@ class Updater:
         self.optimizer = torch.optim.AdamW(policy.parameters, lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay)
 
     def accumulate(self, replay: Replay, advantage: Advantage, phases: Phases) -> GroupUpdate:
-        """Add the gradient of one group's loss.  ValueError naming quantity and branch where a number is not finite."""
+        """Add the clipped gradient of one group's loss.  ValueError naming quantity and branch where a number is not finite."""
         weight = self.unsafe.weight(advantage.safe)
+        share = weight / self.groups
         metrics = {"group/safe": float(advantage.safe), "group/skipped": float(weight == 0.0)}
         if weight == 0.0:
             unknown = torch.full_like(advantage.values, float("nan"))
@@ -74,35 +76,58 @@ class Updater:
             old_G = energy_G if old_G is None else old_G  # the same weights: the old scores are the detached new ones
             tau = self.temperature.resolve(old_G)
             logits = [None if e is None else -e / tau for e in (energy_G, old_G, energy_G if self.policy.updates == 0 else reference_G)]
-            loss = self.objective(*logits, advantage.values, weight / self.groups)
+            loss = self.objective(*logits, advantage.values, share)
             cotangent_G = -loss.cotangent / tau  # dL / dE
-            for branch, share in shares or replay.passes():
-                torch.dot(cotangent_G[branch].to(share.device), share).backward()
+            earlier = self._put_aside()
+            for branch, energy in shares or replay.passes():
+                torch.dot(cotangent_G[branch].to(energy.device), energy).backward()
+            norm = self._clip(share)
+            self._add(earlier)
         log_pi = torch.log_softmax(-old_G / tau, dim=0)
         metrics |= {"energy/mean": float(energy_G.mean()), "energy/std": float(energy_G.std()), "policy/tau": tau, "policy/lag": self.policy.lag}
         metrics |= {"policy/entropy": float(entropy(log_pi)), "policy/evenness": float(entropy(log_pi)) / math.log(len(log_pi)), "policy/top": float(log_pi.max().exp())}
+        metrics |= {"optim/grad_norm": norm, "optim/grad_clipped": float(norm > self.config.clip)}
         return GroupUpdate(energy_G, log_pi.exp(), metrics | loss.metrics)
 
     def step(self) -> dict[str, float]:
         """One optimizer update.  FloatingPointError, before anything has changed, where a gradient is not finite."""
         rate = self.config.lr * min(1.0, (self.policy.updates + 1) / self.config.warmup)
-        gradients = [p.grad for p in self.policy.parameters if p.grad is not None]
-        if not gradients:  # every group of the step was skipped
-            return {"optim/lr": rate, "optim/grad_norm": 0.0, "optim/grad_clipped": 0.0}
-        total = torch.nn.utils.get_total_norm(gradients)
-        if not math.isfinite(norm := float(total)):
+        if all(p.grad is None for p in self.policy.parameters):  # every group of the step was skipped
+            return {"optim/lr": rate}
+        if not math.isfinite(norm := self._norm()):
             bad = [n for n, p in zip(self.policy.names, self.policy.parameters) if p.grad is not None and not p.grad.isfinite().all()]
             raise FloatingPointError(
                 f"gradient norm is {norm} at update {self.policy.updates}; not finite in {len(bad)} tensors, first {', '.join(bad[:3])}; nothing was updated. "
                 "Lower optimizer.lr or look at this step's rewards and energies"
             )
-        torch.nn.utils.clip_grads_with_norm_(self.policy.parameters, self.config.clip, total)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.policy.updated()
-        return {"optim/lr": rate, "optim/grad_norm": norm, "optim/grad_clipped": float(norm > self.config.clip), "optim/drift": self.policy.drift()}
+        return {"optim/lr": rate, "optim/drift": self.policy.drift()}
+
+    def _put_aside(self) -> list[torch.Tensor | None]:
+        """The gradients of the step's earlier groups, so that the next one's stand alone."""
+        earlier = [p.grad for p in self.policy.parameters]
+        self.optimizer.zero_grad(set_to_none=True)
+        return earlier
+
+    def _clip(self, share: float) -> float:
+        """Norm of a group's gradient before clipping; the gradient in place is ``share`` of it.  One that is not finite is left for `step` to name."""
+        norm = self._norm()
+        if math.isfinite(norm):
+            torch.nn.utils.clip_grads_with_norm_(self.policy.parameters, self.config.clip * share, torch.tensor(norm))
+        return norm / share
+
+    @torch.no_grad()
+    def _add(self, earlier: list[torch.Tensor | None]) -> None:
+        for p, before in zip(self.policy.parameters, earlier):
+            if before is not None:
+                p.grad = before if p.grad is None else p.grad.add_(before)
+
+    def _norm(self) -> float:
+        return float(torch.nn.utils.get_total_norm([p.grad for p in self.policy.parameters if p.grad is not None]))
 
     def _energies_under(self, weights: list[torch.Tensor], replay: Replay) -> torch.Tensor:
         with self.policy.using(weights):
