@@ -22,6 +22,7 @@ from kvpo.align import Alignment
 from kvpo.config import load_config, recipe_path
 from kvpo.denoise import NamedNoise
 from kvpo.environment import environment
+from kvpo.exploration.kv_routing import KVRouting
 from kvpo.generators.history import Routed
 from kvpo.generators.pipeline import Geometry
 from kvpo.progress import Progress
@@ -31,6 +32,9 @@ from kvpo.rng import stream
 from kvpo.score import ScoreConfig, horizon
 from kvpo.timing import Phases
 from kvpo.types import BranchPlan, Rollout, Script, Trajectory, Window
+
+EXPLORER = KVRouting()
+"""Windows of more than one block, as the paper's: the miniature's recipe has a single one."""
 
 
 def one_by_one(run: Alignment, script, embeddings, fork: int, name, phases: Phases) -> Rollout:
@@ -138,7 +142,7 @@ def main() -> None:
     parser.add_argument("--peak", choices=("batched", "one-by-one"), help="only print how much memory this schedule adds, MiB")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/schedule.json"))
     args = parser.parse_args()
-    config = replace(load_config(recipe_path("mini")), pipeline=args.pipeline)
+    config = replace(load_config(recipe_path("mini")), pipeline=args.pipeline, kv_routing=EXPLORER)
     run = Alignment(config, Path("."), Progress())
     if args.peak:
         return print_peak(run, args.peak == "batched")

@@ -22,7 +22,8 @@ def load(name: str):
 
 def test_both_schedules_give_the_same_numbers(folder):
     schedule, config = load("schedule"), load_config(recipe_path("mini"))
-    run = Alignment(replace(config, pipeline=str(folder), rollout=replace(config.rollout, branches=3)), Path("."), Progress())
+    config = replace(config, pipeline=str(folder), rollout=replace(config.rollout, branches=3), kv_routing=schedule.EXPLORER)
+    run = Alignment(config, Path("."), Progress())
     ours, theirs = schedule.measure(run, True), schedule.measure(run, False)
     assert ours["rollout"].plans == theirs["rollout"].plans and ours["rollout"].window == theirs["rollout"].window
     assert float((ours["rollout"].latents - theirs["rollout"].latents).abs().max()) < 1e-4
