@@ -93,11 +93,11 @@ class Updater:
         """One optimizer update.  FloatingPointError, before anything has changed, where a gradient is not finite."""
         rate = self.config.lr * min(1.0, (self.policy.updates + 1) / self.config.warmup)
         if all(p.grad is None for p in self.policy.parameters):  # every group of the step was skipped
-            return {"optim/lr": rate}
-        if not math.isfinite(norm := self._norm()):
+            return {"optim/lr": rate, "optim/grad_norm": 0.0, "optim/grad_clipped": 0.0}
+        if not (norm := self._norm()).isfinite():
             bad = [n for n, p in zip(self.policy.names, self.policy.parameters) if p.grad is not None and not p.grad.isfinite().all()]
             raise FloatingPointError(
-                f"gradient norm is {norm} at update {self.policy.updates}; not finite in {len(bad)} tensors, first {', '.join(bad[:3])}; nothing was updated. "
+                f"gradient norm is {float(norm)} at update {self.policy.updates}; not finite in {len(bad)} tensors, first {', '.join(bad[:3])}; nothing was updated. "
                 "Lower optimizer.lr or look at this step's rewards and energies"
             )
         for group in self.optimizer.param_groups:
@@ -116,9 +116,9 @@ class Updater:
     def _clip(self, share: float) -> float:
         """Norm of a group's gradient before clipping; the gradient in place is ``share`` of it.  One that is not finite is left for `step` to name."""
         norm = self._norm()
-        if math.isfinite(norm):
-            torch.nn.utils.clip_grads_with_norm_(self.policy.parameters, self.config.clip * share, torch.tensor(norm))
-        return norm / share
+        if norm.isfinite():
+            torch.nn.utils.clip_grads_with_norm_(self.policy.parameters, self.config.clip * share, norm)
+        return float(norm) / share
 
     @torch.no_grad()
     def _add(self, earlier: list[torch.Tensor | None]) -> None:
@@ -126,8 +126,8 @@ class Updater:
             if before is not None:
                 p.grad = before if p.grad is None else p.grad.add_(before)
 
-    def _norm(self) -> float:
-        return float(torch.nn.utils.get_total_norm([p.grad for p in self.policy.parameters if p.grad is not None]))
+    def _norm(self) -> torch.Tensor:
+        return torch.nn.utils.get_total_norm([p.grad for p in self.policy.parameters if p.grad is not None])
 
     def _energies_under(self, weights: list[torch.Tensor], replay: Replay) -> torch.Tensor:
         with self.policy.using(weights):

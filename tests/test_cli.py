@@ -237,3 +237,19 @@ def test_doctor_says_what_fails(capsys, tmp_path, folder, monkeypatch):
     failed = [line for line in out.splitlines() if line.startswith("FAILED")]
     assert code == 1 and "some invariants do not hold" in err
     assert len(failed) == 2 and "energy" in failed[0] and "one velocity at a time" in failed[1]
+
+
+def test_doctor_sees_a_gradient_that_is_wrong_by_a_factor(capsys, tmp_path, folder, monkeypatch):
+    """Once every group was clipped, gradients were compared after the clip, which makes any factor equal."""
+    from kvpo.replay import Replay
+
+    passes = Replay.passes
+
+    def doubled(self):
+        for branch, share in passes(self):
+            yield branch, share if self.single_pass else 2 * share - share.detach()
+
+    monkeypatch.setattr(Replay, "passes", doubled)
+    code, out, _ = run(capsys, "doctor", write_recipe(tmp_path / "d.yaml", settings(folder, optimizer={"clip": 1e-6})))
+    failed = [line for line in out.splitlines() if line.startswith("FAILED")]
+    assert code == 1 and len(failed) == 1 and "a few velocities at a time" in failed[0]

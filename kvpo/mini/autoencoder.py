@@ -75,7 +75,7 @@ def decoder_loss(vae: AutoencoderKLWan, code: LinearEncoder, seed: int, batch: i
         z = code.raw(pixels)
         z = z + GRAIN * latent_scale(vae, z)[1] * torch.randn(z.shape, generator=stream(seed, "decoder-grain", step))
         pixels = pixels.transpose(1, 2).to(device) * 2 - 1
-        with torch.autocast(torch.device(device).type, torch.bfloat16):  # a quarter of the time less
+        with torch.autocast(pixels.device.type, torch.bfloat16):  # a quarter of the time less
             error = vae.decode(z.transpose(1, 2).to(device)).sample.float() - pixels
         weight = 1 + 4 * (pixels.amax(1, keepdim=True) - pixels.amin(1, keepdim=True) > 0.5).float()
         rebuild = (weight * (error.abs() + 2 * error.square())).sum() / weight.sum() / 3

@@ -16,7 +16,7 @@ import shutil
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Callable, Iterator, Sequence
 
 import torch
 from diffusers import WanPipeline
@@ -104,13 +104,14 @@ def pretrain(out: Path, work: Path, seed: int = 0, settings: Settings = Settings
     loss = teacher_forcing_loss(nets.transformer, nets.encoder, library, openings, seed, settings.flow_batch, device)
     seconds["teacher_forcing"] = train_generator("teacher_forcing", nets, loss, settings.flow_steps, settings.flow_lr, work, settings, progress)
     export(nets, out, progress)
-    for name, turns, steps, lr, share in (
-        ("few_step", TURNS, settings.few_steps, settings.few_lr, 1.0),
-        ("long_stream", LONG_TURNS, settings.long_steps, settings.long_lr, settings.long_share),
-    ):
+
+    def on_own_streams(name: str, turns: Sequence[str], steps: int, lr: float) -> None:
         loss = few_step_loss(nets.transformer, nets.encoder, Writer(nets.vae, code), library, openings, turns, seed, name.replace("_", "-"), settings.few_batch, device)
-        with mixed(nets.generator, share):
-            seconds[name] = train_generator(name, nets, loss, steps, lr, work, settings, progress)
+        seconds[name] = train_generator(name, nets, loss, steps, lr, work, settings, progress)
+
+    on_own_streams("few_step", TURNS, settings.few_steps, settings.few_lr)
+    with mixed(nets.generator, settings.long_share):
+        on_own_streams("long_stream", LONG_TURNS, settings.long_steps, settings.long_lr)
     export(nets, out, progress)
     if settings.measured:
         numbers = measured(Pipeline.load(out, device), settings.measured)
