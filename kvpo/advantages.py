@@ -5,11 +5,11 @@ In this order, each step on the scale the one before left:
     per component and signal   A = (r_g - r_anchor) / std over branches and anchor
     over components            A = sum_k weight_k A_k
     over signals               A = local A_local + global A_global            "safe" is read off here
-    centre, then clamp         A = clamp(A - mean_g A)
+    centre, then clamp         A = clamp(A - mean A), the mean over the group's members: the branches, and if asked for the anchor with A = 0
 
-A constant added to all A has (nearly) no gradient, because pi sums to one.  Clamping before centring would
-therefore flatten a group that is far above or far below its anchor: all A equal the clamp, nothing is learnt
-where there was most to learn.  Clamping after centring keeps the group's ranking.
+A constant added to all A has (nearly) no gradient, because pi sums to one.  So without the anchor among the members
+only the branches' ranking counts: that all of them are worse than what the policy does by itself teaches nothing.
+Clamping before centring would flatten a group that is far above or far below its anchor.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Advantage:
     """Advantages of one group, and how they came about."""
 
     values: torch.Tensor
-    """A_G float64: centred and clamped; 0 for branches without rewards."""
+    """A_M float64 of the group's M members, the first M rows of the rollout: centred and clamped; 0 where rewards are missing."""
     fused: torch.Tensor
     """A_G float64 before centring: above 0 = better than the anchor; 0 for branches without rewards."""
     local: torch.Tensor
@@ -38,7 +38,7 @@ class Advantage:
     global_: torch.Tensor
     """A_KG float64 per component, unweighted: the clips from the fork on."""
     valid: torch.Tensor
-    """bool_G: branches that have rewards."""
+    """bool_M: members that have rewards."""
     safe: bool
     """Some branch beats the anchor in the fused advantage."""
     metrics: Mapping[str, float]
@@ -52,6 +52,9 @@ class Advantages:
     """Component -> weight; empty = every component counts 1.  Otherwise it must name every component."""
     local: float = 1.0
     global_: float = 0.5
+    anchor: bool = False
+    """The anchor is a member of the group: it has A = 0 before centring, an energy (0 under the weights that made it) and a share of pi.
+    Then branches compete with what the policy does by itself, not only with each other."""
     clamp: float = 5.0
     """Bound of |A| after centring, 0 = none.  One component of weight 1 in a group of 8 stays below 1.5 * 2.7 = 4,
     so the default only acts on heavier or several agreeing components."""
@@ -68,8 +71,9 @@ class Advantages:
         local_KG, global_KG = (relative_to_anchor(r_KB, valid, self.std_floor) for r_KB in (table.local, table.global_))
         weights_K = self.component_weights(table.components)
         fused = self.local * weigh(local_KG, weights_K) + self.global_ * weigh(global_KG, weights_K)
-        ranked = valid[:-1]
-        values = torch.where(ranked, fused - fused[ranked].mean(), 0.0)
+        members = torch.cat((fused, fused.new_zeros(1))) if self.anchor else fused
+        ranked = valid[: len(members)]
+        values = torch.where(ranked, members - members[ranked].mean(), 0.0)
         clamped = values.clamp(-self.clamp, self.clamp) if self.clamp > 0.0 else values
         return Advantage(
             values=clamped,
@@ -77,7 +81,7 @@ class Advantages:
             local=local_KG,
             global_=global_KG,
             valid=ranked,
-            safe=bool((fused[ranked] > 0.0).any()),
+            safe=bool((fused[valid[:-1]] > 0.0).any()),
             metrics=_metrics(table, fused, values, clamped, local_KG, global_KG, ranked),
         )
 
@@ -155,14 +159,15 @@ def _checked(table: RewardTable) -> torch.Tensor:
 
 def _metrics(table: RewardTable, fused, values, clamped, local_KG, global_KG, ranked) -> dict[str, float]:
     """Plain numbers for the log."""
+    branches = table.valid[:-1]
     metrics = {
         "advantage/std": values[ranked].std().item(),
-        "advantage/above_anchor": (fused[ranked] > 0.0).double().mean().item(),
+        "advantage/above_anchor": (fused[branches] > 0.0).double().mean().item(),
         "advantage/clamped": (values != clamped)[ranked].double().mean().item(),
         "advantage/tied": float(not values[ranked].any()),
         "advantage/valid": table.valid.double().mean().item(),
     }
     for signal, A_KG in (("local", local_KG), ("global", global_KG)):
         for name, A_G in zip(table.components, A_KG):
-            metrics[f"advantage/{signal}/{name}"] = A_G[ranked].mean().item()
+            metrics[f"advantage/{signal}/{name}"] = A_G[branches].mean().item()
     return metrics

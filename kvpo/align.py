@@ -110,7 +110,7 @@ class Alignment:
         advantage = self.advantages(rewards)
         if config.shuffle_advantages:
             advantage = _shuffled(advantage, stream(config.seed, *name, "shuffle"))
-        replay = Replay(self.pipeline, rollout, embeddings, CONTEXTS[config.context], config.energy, rows_per_pass=config.rows_per_pass)
+        replay = Replay(self.pipeline, rollout, embeddings, CONTEXTS[config.context], config.energy, range(len(advantage.values)), config.rows_per_pass)
         update = self.updater.accumulate(replay, advantage, self.phases)
         if config.show_every and step % config.show_every == 0 and index == 0:
             show_group(self.out, step, self.pipeline, rollout, pixels, rewards, advantage, update, config.exploring)

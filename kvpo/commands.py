@@ -10,7 +10,6 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from kvpo.advantages import Advantages
 from kvpo.align import Alignment, evaluation_scripts, unseen
 from kvpo.config import RunConfig, load_config, recipe_path
 from kvpo.denoise import SAMPLERS
@@ -220,8 +219,8 @@ def explore_command(args: Explore) -> None:
     fork, explorer = None if args.fork < 0 else args.fork, config.exploring if args.by == "recipe" else getattr(config, args.by)
     rollout = roll_out(pipeline, SAMPLERS[config.sampler], explorer, config.rollout, script, embeddings, config.seed, ("explore", args.script), phases, fork)
     scores, pixels = score(pipeline, rollout, rewards, config.score, phases)
-    advantage = Advantages()(scores)
-    energy = Replay(pipeline, rollout, embeddings, CONTEXTS[config.context], config.energy).energies()
+    advantage = config.advantages(scores)
+    energy = Replay(pipeline, rollout, embeddings, CONTEXTS[config.context], config.energy, range(len(advantage.values))).energies()
     pi = torch.softmax(-energy / config.temperature.resolve(energy), dim=0) if not explorer.deterministic_replay else torch.full_like(energy, 1 / len(energy))
     folder = show_group(args.out, 0, pipeline, rollout, pixels, scores, advantage, GroupUpdate(energy, pi, {}), explorer)
     progress.say(f"{label}, {type(explorer).__name__}, fork at block {rollout.window.fork} of {script.blocks}: " + " | ".join(script.texts))

@@ -120,6 +120,14 @@ def test_a_table_of_another_shape_is_refused():
         Advantages()(table([[1.0, 2.0, 3.0]], components=("a", "b")))
 
 
+def test_the_anchor_as_a_member_by_hand():
+    """A = 2, 1 and the anchor's 0, so 1, 0, -1; a group without it knows only the ranking."""
+    r_B = [3.0, 2.0, 1.0]
+    found = Advantages(anchor=True)(table([r_B]))
+    assert found.fused.tolist() == [2.0, 1.0] and found.values.tolist() == [1.0, 0.0, -1.0] and found.valid.tolist() == [True] * 3
+    assert Advantages()(table([r_B])).values.tolist() == [0.5, -0.5]
+
+
 @pytest.mark.parametrize("bad", [{"clamp": -1.0}, {"std_floor": 0.0}])
 def test_settings_without_meaning_are_refused(bad):
     with pytest.raises(ValueError, match=str(list(bad.values())[0])):

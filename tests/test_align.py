@@ -410,6 +410,15 @@ def test_shuffling_only_reorders_advantages(folder, tmp_path):
     assert plain["optim/grad_norm"] != shuffled["optim/grad_norm"]
 
 
+def test_the_anchor_may_be_a_member_of_the_group(folder, tmp_path):
+    """Its row is replayed too: one energy more, the recorded group included."""
+    config = from_dict(settings(folder, advantages={"anchor": True}, show_every=1))
+    metrics = Alignment(config, tmp_path, Progress()).step(0)
+    record = json.loads((tmp_path / "groups" / "step-000000" / "group.json").read_text())
+    assert len(record["energies"]) == len(record["pi"]) == len(record["plans"]) and record["energies"][-1] < 1e-9
+    assert record["pi"][-1] == max(record["pi"]) and metrics["optim/grad_norm"] > 0
+
+
 def test_the_environment_says_what_ran(straight):
     facts = json.loads((straight[0] / "environment.json").read_text())
     assert facts["packages"]["torch"] and facts["device"] == "cpu" and facts["command"].startswith("kvpo")

@@ -101,6 +101,22 @@ def test_at_the_old_weights_it_is_contrastive_flow_matching():
     assert update.metrics["policy/tau"] == 0.003
 
 
+def test_with_the_anchor_in_the_group_branches_that_all_lose_become_less_likely():
+    """Ranked among themselves, branches that are all equally worse than the anchor teach nothing."""
+    run = Run(optimizer=OptimizerConfig(lr=1e-3, warmup=1))
+    run.accumulate(advantages(0.0, 0.0, 0.0))
+    assert run.gradient().norm() < 1e-9
+    whole = Replay(run.pipeline, run.rollout, run.replay().embeddings, CONTEXTS["branch"], VelocityEnergy(), range(4))
+    before = whole.energies()
+    assert before[3] < 1e-9 < before[:3].min(), "the anchor's energy is 0 under the weights that made it"
+    update = run.updater.accumulate(whole, advantages(-0.5, -0.5, -0.5, 1.5), Phases())
+    run.updater.step()
+    after = whole.energies()
+    tau = update.metrics["policy/tau"]
+    share = [float(torch.softmax(-e / tau, 0)[3]) for e in (before, after)]
+    assert share[1] > share[0] + 1e-3
+
+
 def test_one_step_raises_the_best_branch():
     run = Run(optimizer=OptimizerConfig(lr=1e-3, warmup=1))
     before = run.replay().energies()
