@@ -81,7 +81,7 @@ class Advantages:
             local=local_KG,
             global_=global_KG,
             valid=ranked,
-            safe=bool((fused[valid[:-1]] > 0.0).any()),
+            safe=bool((fused > 0.0).any()),
             metrics=_metrics(table, fused, values, clamped, local_KG, global_KG, ranked),
         )
 

@@ -234,6 +234,7 @@ def _branch_table(scores, advantage, energy, rollout) -> str:
     for row, plan in enumerate(rollout.plans):
         anchor = row == rollout.num_branches
         numbers = "".join(f"{float(r):>12.3f}" for r in scores.local[:, row])
-        tail = f"{'':>20}  rolling window" if anchor else f"{float(advantage.values[row]):>+9.2f}{float(energy[row]):>11.2e}  {' '.join(map(str, plan.frames)) or 'rolling window, other noise'}"
-        lines.append(f"{'anchor' if anchor else f'branch {row}':<10}{numbers}{tail}")
+        judged = f"{float(advantage.values[row]):>+9.2f}{float(energy[row]):>11.2e}" if row < len(energy) else f"{'':>20}"
+        reads = " ".join(map(str, plan.frames)) or ("rolling window" if anchor else "rolling window, other noise")
+        lines.append(f"{'anchor' if anchor else f'branch {row}':<10}{numbers}{judged}  {reads}")
     return "\n".join(lines)

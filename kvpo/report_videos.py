@@ -69,7 +69,7 @@ def group(shown: Group) -> tuple[str, str]:
     return lead, f"""{_prompts(record["texts"], record["starts"], None)}<div class="grid">{video}</div>
 <h3>Which past frames each row reads</h3>{image}
 <h3>What came of it</h3>{_numbers(record)}
-<p class="note">Bold: the best of its column. The anchor reads the rolling window; pi is over the branches.</p>"""
+<p class="note">Bold: the best of its column. The anchor reads the rolling window; pi is over the rows that have one.</p>"""
 
 
 def _numbers(record: Mapping[str, Any]) -> str:

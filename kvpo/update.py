@@ -44,9 +44,9 @@ class GroupUpdate:
     """What one group added."""
 
     energy: torch.Tensor
-    """E_G float64 under the current weights; NaN where the group was skipped."""
+    """E_M float64 of the group's members under the current weights; NaN where the group was skipped."""
     pi: torch.Tensor
-    """pi_old_G, the behaviour policy's share of every branch; likewise."""
+    """pi_old_M, the behaviour policy's share of every member; likewise."""
     metrics: Mapping[str, float]
 
 

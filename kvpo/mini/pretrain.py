@@ -167,9 +167,7 @@ def mixed(modules: torch.nn.Module, share: float) -> Iterator[None]:
     before = [p.detach().clone() for p in modules.parameters()]
     yield
     with torch.no_grad():
-        torch._foreach_lerp_(before, list(modules.parameters()), share)
-        for p, w in zip(modules.parameters(), before):
-            p.copy_(w)
+        torch._foreach_lerp_(list(modules.parameters()), before, 1.0 - share)
 
 
 def export(nets: Networks, out: Path, progress: Progress) -> None:

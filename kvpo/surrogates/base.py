@@ -43,7 +43,7 @@ class Temperature:
     """tau of the Gibbs policy, fixed for a group once its old energies are known."""
 
     value: float | Literal["auto"] = "auto"
-    """A number in units of energy, or `auto`: the unbiased std over branches of the old policy's energies, so
+    """A number in units of energy, or `auto`: the unbiased std over the group's members of the old policy's energies, so
     that logits have spread 1.  Without it pi is uniform to several digits and clip and KL never act."""
     floor: float = 1e-6
     """`auto` is at least ``floor`` times the mean energy: a smaller spread is rounding and must not be amplified."""
