@@ -1,15 +1,18 @@
 """Where does each explorer's diversity come from, and what is it worth?  KV routing against start noise at equal branches.
 
 For many groups: the rewards' spread, the best branch minus the anchor, and how far branches differ low-level (pixels) and in
-meaning (attributes, by the held-out classifier), split by stories that need memory and stories that do not.
+meaning (attributes, by the held-out classifier), split by stories that need memory and stories that do not, and by where they fork.
+Groups of one story are the same for all explorers but for what the explorer does.
 
-    python benchmarks/exploration.py [--generator mini] [--groups 24]
+    python benchmarks/exploration.py [--generator mini] [--groups 12]
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,26 +29,41 @@ from kvpo.progress import Progress
 from kvpo.rewards.attributes import load_network
 from kvpo.rewards.heldout import diversity
 from kvpo.rollout import roll_out
-from kvpo.score import score
+from kvpo.score import horizon, score
 from kvpo.timing import Phases
+from kvpo.types import Script
 
+KINDS = {"memory stories": 1.0, "other stories": 0.0}
+"""Kind of stories -> share of them that only the past can resolve."""
 EXPLORERS = {
     **{f"routing, nearest {n}, P {p}": KVRouting(nearest=n, window_blocks=p) for p in (3, 1) for n in (1, 2, 3, 4)},
     **{f"start noise {m}, P {p}": StartNoise(mix=m, window_blocks=p) for p in (3, 1) for m in (0.5, 1.0)},
 }
 
 
-def story_fork(story, explorer, geometry) -> int:
+ELSEWHERE = ("routing, nearest 1, P 3", "routing, nearest 2, P 1", "start noise 0.5, P 1")
+"""Explorers that are also measured at the forks away from a switch."""
+
+
+def at_switch(script: Script, eligible: list[int]) -> int:
     """The last prompt switch that can be a fork (in a memory story: where the object comes out again), else the middle one."""
-    eligible = explorer.eligible_forks(story.script.blocks, geometry)
-    switches = [s for s in story.script.starts if s in eligible]
+    switches = [s for s in script.starts if s in eligible]
     return switches[-1] if switches else eligible[len(eligible) // 2]
+
+
+FORKS = {"at a switch": at_switch, "earliest": lambda script, eligible: eligible[0], "latest": lambda script, eligible: eligible[-1]}
+
+
+def forks_of_all(blocks: int, geometry) -> list[int]:
+    """Blocks at which every explorer can fork, so that all of them are compared at the same places."""
+    return sorted(set.intersection(*(set(e.eligible_forks(blocks, geometry)) for e in EXPLORERS.values())))
 
 
 def measure(run: Alignment, network, explorer, story, name, cache_frames: int, fork: int) -> dict[str, float]:
     embeddings = run.embed(story.script)
     rollout_config = replace(run.config.rollout, cache_frames=cache_frames)
-    rollout = roll_out(run.pipeline, run.sampler, explorer, rollout_config, story.script, embeddings, run.config.seed, name, Phases(), fork)
+    seen = functools.partial(horizon, story.script, geometry=run.pipeline.geometry, config=run.config.score)
+    rollout = roll_out(run.pipeline, run.sampler, explorer, rollout_config, story.script, embeddings, run.config.seed, name, Phases(), fork, seen)
     table, pixels = score(run.pipeline, rollout, run.rewards, run.config.score, Phases())
     r_KB = (table.local + table.global_) / 2
     r_B = r_KB.mean(dim=0)
@@ -58,14 +76,16 @@ def measure(run: Alignment, network, explorer, story, name, cache_frames: int, f
     }  # fmt: skip
 
 
-def mean(rows: list[dict[str, float]]) -> dict[str, float]:
-    return {k: sum(r[k] for r in rows) / len(rows) for k in rows[0]}
+def mean_and_error(rows: list[dict[str, float]]) -> dict[str, tuple[float, float]]:
+    """Name -> mean over the groups and its standard error."""
+    columns = {k: torch.tensor([r[k] for r in rows]) for k in rows[0]}
+    return {k: (float(x.mean()), float(x.std()) / math.sqrt(len(rows))) for k, x in columns.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--generator", default="mini")
-    parser.add_argument("--groups", type=int, default=16)
+    parser.add_argument("--groups", type=int, default=12)
     parser.add_argument("--cache-frames", type=int, default=0, help="frames the prefix keeps; 0 = the recipe's")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/exploration.json"))
     args = parser.parse_args()
@@ -75,17 +95,16 @@ def main() -> None:
     run.pipeline, label = load_generator(args.generator, run.device, config.vae_dtype)
     run.pipeline.generator.requires_grad_(False)
     network, results = load_network(), {}
-    with progress.bar("explore", len(EXPLORERS) * 2 * args.groups) as bar, torch.no_grad():
-        for memory in (True, False):
-            source = StorySource(config.evaluate.seed, "explore", config.data.blocks, 1.0 if memory else 0.0)
-            for name, explorer in EXPLORERS.items():
-                rows = []
-                for i in range(args.groups):
-                    story = source.story(0, i)
-                    fork = story_fork(story, explorer, run.pipeline.geometry)
-                    rows.append(measure(run, network, explorer, story, ("explore", i), args.cache_frames or config.rollout.cache_frames, fork))
-                    bar.advance()
-                results.setdefault("memory stories" if memory else "other stories", {})[name] = mean(rows)
+    cases = [(kind, where, name) for kind in KINDS for where in FORKS for name in EXPLORERS if where == "at a switch" or name in ELSEWHERE]
+    with progress.bar("explore", len(cases) * args.groups) as bar, torch.no_grad():
+        for kind, where, name in cases:
+            source, explorer, rows = StorySource(config.evaluate.seed, "explore", config.data.blocks, KINDS[kind]), EXPLORERS[name], []
+            for i in range(args.groups):
+                story = source.story(0, i)
+                fork = FORKS[where](story.script, forks_of_all(story.script.blocks, run.pipeline.geometry))
+                rows.append(measure(run, network, explorer, story, ("explore", i), args.cache_frames or config.rollout.cache_frames, fork))
+                bar.advance()
+            results.setdefault(f"{kind}, fork {where}", {})[name] = mean_and_error(rows)
     record = {"environment": environment(run.device), "generator": label, "groups": args.groups, "branches": config.rollout.branches, "results": results}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(record, indent=1) + "\n")
@@ -93,7 +112,7 @@ def main() -> None:
         columns = ["mean - anchor", "std", "best > anchor", "best - anchor", "pixel diversity", "attribute diversity"]
         print(f"\n{kind}\n| explorer | " + " | ".join(columns) + " |\n|---" * 1 + "|---" * len(columns) + "|")
         for name, row in table.items():
-            print(f"| {name} | " + " | ".join(f"{row[c]:.4f}" for c in columns) + " |")
+            print(f"| {name} | " + " | ".join(f"{row[c][0]:.4f} ({row[c][1]:.4f})" for c in columns) + " |")
 
 
 if __name__ == "__main__":

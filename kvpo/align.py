@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import yaml
 
-from kvpo.advantages import Advantage
+from kvpo.advantages import Advantage, Advantages
 from kvpo.checkpoint import checkpoints, load_checkpoint, read_state, save_checkpoint
 from kvpo.config import RunConfig, differences, to_dict
 from kvpo.denoise import SAMPLERS
@@ -31,6 +31,7 @@ from kvpo.progress import Progress
 from kvpo.prompts import PromptSet, ScriptSource, read_scripts
 from kvpo.replay import CONTEXTS, Replay
 from kvpo.report import write_report
+from kvpo.rewards.base import Reward
 from kvpo.rewards.registry import load_rewards
 from kvpo.rng import stream
 from kvpo.rollout import check_room, roll_out
@@ -58,9 +59,7 @@ class Alignment:
         self.source = script_source(config)
         self.scripts = evaluation_scripts(config)  # read now: a malformed file must not show itself after the training
         self.sampler = SAMPLERS[config.sampler]
-        entries = config.rewards_of("train")
-        self.rewards = load_rewards(entries, self.device)
-        self.advantages = replace(config.advantages, weights={r.spec.name: e.weight for r, e in zip(self.rewards, entries)})
+        self.rewards, self.advantages = judges(config, self.device)
         self.embeddings: dict[str, torch.Tensor] = {}
         self.phases = Phases()
 
@@ -200,6 +199,13 @@ class Alignment:
         for w in (*self.policy.reference, *frozen):
             digest.update(w.flatten().view(torch.uint8).cpu().numpy().tobytes())
         return digest.hexdigest()
+
+
+def judges(config: RunConfig, device: torch.device) -> tuple[list[Reward], Advantages]:
+    """The rewards that are trained on, loaded, and the advantage rule with their weights."""
+    entries = config.rewards_of("train")
+    rewards = load_rewards(entries, device)
+    return rewards, replace(config.advantages, weights={r.spec.name: e.weight for r, e in zip(rewards, entries)})
 
 
 def script_source(config: RunConfig) -> ScriptSource:

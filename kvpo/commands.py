@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from kvpo.align import Alignment, evaluation_scripts, unseen
+from kvpo.align import Alignment, evaluation_scripts, judges, unseen
 from kvpo.config import RunConfig, load_config, recipe_path
 from kvpo.denoise import SAMPLERS
 from kvpo.doctor import examine
@@ -215,11 +215,11 @@ def explore_command(args: Explore) -> None:
         raise ValueError(f"--script {args.script} does not exist: the recipe has evaluation scripts 0 to {len(scripts) - 1}")
     script = scripts[args.script]
     embeddings = dict(zip(script.texts, pipeline.encode_text(script.texts)))
-    rewards = load_rewards(config.rewards_of("train"), device)
+    rewards, advantages = judges(config, device)
     fork, explorer = None if args.fork < 0 else args.fork, config.exploring if args.by == "recipe" else getattr(config, args.by)
     rollout = roll_out(pipeline, SAMPLERS[config.sampler], explorer, config.rollout, script, embeddings, config.seed, ("explore", args.script), phases, fork)
     scores, pixels = score(pipeline, rollout, rewards, config.score, phases)
-    advantage = config.advantages(scores)
+    advantage = advantages(scores)
     energy = Replay(pipeline, rollout, embeddings, CONTEXTS[config.context], config.energy, range(len(advantage.values))).energies()
     pi = torch.softmax(-energy / config.temperature.resolve(energy), dim=0) if not explorer.deterministic_replay else torch.full_like(energy, 1 / len(energy))
     folder = show_group(args.out, 0, pipeline, rollout, pixels, scores, advantage, GroupUpdate(energy, pi, {}), explorer)

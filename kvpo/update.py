@@ -30,13 +30,16 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.999
+    eps: float = 1e-8
+    """Added to the root mean square that a weight's step is divided by.  Where most of a gradient is noise, AdamW moves every weight by about
+    ``lr`` whichever way it falls; an ``eps`` of the gradients' own size lets weights of little gradient rest."""
     clip: float = 1.0
     """Largest gradient norm of one group.  Groups differ a hundredfold (`auto` temperature divides by the spread of their energies): clipped
     together, one group would speak for all."""
 
     def __post_init__(self):
-        if not (self.lr > 0.0 and self.clip > 0.0 and self.warmup >= 1):
-            raise ValueError(f"optimizer.lr = {self.lr} and clip = {self.clip} must be positive, warmup = {self.warmup} at least 1")
+        if not (self.lr > 0.0 and self.eps > 0.0 and self.clip > 0.0 and self.warmup >= 1):
+            raise ValueError(f"optimizer.lr = {self.lr}, eps = {self.eps} and clip = {self.clip} must be positive, warmup = {self.warmup} at least 1")
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Updater:
     def __init__(self, policy: Policy, config: OptimizerConfig, objective: ClippedObjective, temperature: Temperature, unsafe: UnsafePolicy, groups: int):
         self.policy, self.config, self.objective = policy, config, objective
         self.temperature, self.unsafe, self.groups = temperature, unsafe, groups
-        self.optimizer = torch.optim.AdamW(policy.parameters, lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay)
+        self.optimizer = torch.optim.AdamW(policy.parameters, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, weight_decay=config.weight_decay)
 
     def accumulate(self, replay: Replay, advantage: Advantage, phases: Phases) -> GroupUpdate:
         """Add the clipped gradient of one group's loss.  ValueError naming quantity and branch where a number is not finite."""

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from kvpo.align import Alignment
 from kvpo.config import load_config, recipe_path
+from kvpo.mini.pretrain import GEOMETRY
 from kvpo.progress import Progress
+from kvpo.types import Script
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -35,3 +37,12 @@ def test_both_schedules_give_the_same_numbers(folder):
 def test_calls_are_counted_as_they_are_made():
     """45 of 49 blocks are looked at, of 5 calls each, whatever the fork; and a replay of 5 window blocks for two sets of weights."""
     assert {sum(load("schedule").counted(fork).values()) for fork in (7, 20, 32)} == {5 * 45 + 10}
+
+
+def test_explorers_are_compared_at_the_same_forks():
+    exploration = load("exploration")
+    eligible = exploration.forks_of_all(13, GEOMETRY)
+    assert eligible == list(range(4, 11)), "a choice of frames for every routing, room for windows of 3 blocks"
+    story, plain = Script("s", ("a", "b", "c"), (0, 5, 8), 13), Script("p", ("a",), (0,), 13)
+    assert [pick(story, eligible) for pick in exploration.FORKS.values()] == [8, 4, 10]
+    assert exploration.at_switch(plain, eligible) == 7

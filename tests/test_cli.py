@@ -202,6 +202,14 @@ def test_explore(capsys, tmp_path, trained, by):
         assert group["pi"] == pytest.approx([1 / 3] * 3) and "other noise" in out
 
 
+def test_explore_judges_as_training_does(capsys, tmp_path, folder):
+    """A recipe's rewards bring their own weights; `explore` once counted all of them 1."""
+    recipe = write_recipe(tmp_path / "w.yaml", settings(folder, rewards=[{"name": "tiny:Warmth", "weight": 0.0}, {"name": "tiny:Change", "weight": 0.0}]))
+    code, _, _ = run(capsys, "explore", recipe, "--out", str(tmp_path))
+    group = json.loads((tmp_path / "groups" / "step-000000" / "group.json").read_text())
+    assert code == 0 and group["advantages"] == [0.0] * 3 and len(set(group["rewards"]["local"]["Warmth"])) > 1
+
+
 def test_explore_names_what_exists(capsys, trained):
     code, _, err = run(capsys, "explore", trained[1], "--script", "9")
     assert code == 1 and "--script 9 does not exist: the recipe has evaluation scripts 0 to 1" in err

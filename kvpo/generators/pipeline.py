@@ -124,6 +124,8 @@ class Pipeline:
         stock = WanPipeline(tokenizer, text_encoder, vae, scheduler, transformer)
         for module in (transformer, vae, text_encoder):
             module.requires_grad_(False).eval().to(device)
+        if torch.device(device).type == "cpu":
+            _channels_last(vae)
         return cls(CausalWan(transformer), vae, geometry, stock, str(folder))
 
     @property
@@ -162,6 +164,14 @@ def _check_grid(folder: Path, geometry: Geometry, patch: Sequence[int]) -> None:
     for name, value, step in (("latent_height", geometry.latent_height, patch[1]), ("latent_width", geometry.latent_width, patch[2])):
         if value % step:
             raise ValueError(f"{folder / 'streaming.json'}: {name} = {value} is not a multiple of the transformer's patch, {step}")
+
+
+def _channels_last(vae: AutoencoderKLWan) -> None:
+    """Order the weights of the convolutions as CPUs like them: decoding then takes a little more than half the time."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for p in vae.parameters():
+        if p.dim() in formats:
+            p.data = p.data.contiguous(memory_format=formats[p.dim()])
 
 
 def _load(kind, folder: Path, dtype: torch.dtype):

@@ -414,9 +414,9 @@ def test_calls_are_counted():
 
 
 def full_decode(pipeline, latents_NCHW: torch.Tensor) -> torch.Tensor:
-    """diffusers' own decoding of a whole video, uint8 [T, 3, H, W]."""
+    """diffusers' own decoding of a whole video, uint8 [T, 3, H, W]; of two rows, because torch sums one row in another order."""
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (pipeline.vae.config.latents_mean, pipeline.vae.config.latents_std))
-    z = (latents_NCHW * std + mean).transpose(0, 1)[None]
+    z = (latents_NCHW * std + mean).transpose(0, 1).expand(2, -1, -1, -1, -1)
     return ((pipeline.vae.decode(z).sample[0].transpose(0, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
