@@ -43,7 +43,7 @@ def one_by_one(run: Alignment, script, embeddings, fork: int, name, phases: Phas
     window = Window(fork, explorer.window_blocks)
     noise = NamedNoise(run.pipeline.latent_shape(g.block), seed, (*name, "noise"))
     with phases("prefix"):
-        prefix = generate_prefix(run.pipeline, run.sampler, script, embeddings, noise, window.fork, run.config.rollout.cache_frames)
+        prefix, _ = generate_prefix(run.pipeline, run.sampler, script, embeddings, noise, window.fork, run.config.rollout.cache_frames)
     plans = explorer.plan(window, g, run.config.rollout.branches, stream(seed, *name, "plan"), prefix.cache.resident)
     plans = (*plans, BranchPlan())
     inputs, velocities, cleans, latents = [], [], [], []

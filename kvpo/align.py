@@ -40,6 +40,7 @@ from kvpo.showing import show_group, show_samples
 from kvpo.timing import Phases
 from kvpo.types import RewardTable, Rollout, Script
 from kvpo.update import Updater, group_means
+from kvpo.velocity_penalty import held_velocities
 
 MAY_CHANGE = ("steps", "show_every", "evaluate.", "checkpoint.")
 """Settings that a resumed run may change: they do not touch what is trained on."""
@@ -104,16 +105,24 @@ class Alignment:
         embeddings = self.embed(script)
         with self.policy.using(self.policy.behaviour):
             seen = functools.partial(horizon, script, geometry=self.pipeline.geometry, config=config.score)
-            rollout = roll_out(self.pipeline, self.sampler, config.exploring, config.rollout, script, embeddings, config.seed, name, self.phases, horizon=seen)
+            held = functools.partial(self._held, script, stream(config.seed, *name, "hold"))
+            rollout = roll_out(self.pipeline, self.sampler, config.exploring, config.rollout, script, embeddings, config.seed, name, self.phases, horizon=seen, held=held)
         rewards, pixels = score(self.pipeline, rollout, self.rewards, config.score, self.phases)
         advantage = self.advantages(rewards)
         if config.shuffle_advantages:
             advantage = _shuffled(advantage, stream(config.seed, *name, "shuffle"))
         replay = Replay(self.pipeline, rollout, embeddings, CONTEXTS[config.context], config.energy, range(len(advantage.values)), config.rows_per_pass)
         update = self.updater.accumulate(replay, advantage, self.phases)
+        penalty = self.updater.hold(config.velocity_penalty, lambda: [held_velocities(self.pipeline, rollout, embeddings, b) for b in rollout.held], self.phases)
         if config.show_every and step % config.show_every == 0 and index == 0:
             show_group(self.out, step, self.pipeline, rollout, pixels, rewards, advantage, update, config.exploring)
-        return update.metrics | advantage.metrics | _reward_metrics(rewards) | _group_metrics(rollout, pixels)
+        return update.metrics | penalty | advantage.metrics | _reward_metrics(rewards) | _group_metrics(rollout, pixels)
+
+    def _held(self, script: Script, generator: torch.Generator, fork: int) -> list[int]:
+        """Opening blocks of a group that the velocity penalty holds."""
+        config, geometry = self.config, self.pipeline.geometry
+        opening = config.exploring.eligible_forks(script.blocks, geometry)[0]
+        return config.velocity_penalty.draw(script, fork, opening, geometry, config.rollout.cache_frames, generator)
 
     def embed(self, script: Script) -> dict[str, torch.Tensor]:
         """Prompt -> [L, D]; every text is encoded once."""
@@ -211,7 +220,7 @@ def judges(config: RunConfig, device: torch.device) -> tuple[list[Reward], Advan
 def script_source(config: RunConfig) -> ScriptSource:
     """The scripts to train on."""
     if config.data.prompts == "mini":
-        return StorySource(config.seed, "train", config.data.blocks, config.data.memory)
+        return StorySource(config.seed, "train", config.data.blocks, config.data.memory, config.data.segments)
     return PromptSet(read_scripts(config.data.prompts, config.data.blocks), config.groups, config.seed)
 
 

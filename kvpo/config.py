@@ -29,6 +29,7 @@ from kvpo.surrogates.base import Surrogate, Temperature
 from kvpo.surrogates.denoised_energy import DenoisedEnergy
 from kvpo.surrogates.velocity_energy import VelocityEnergy
 from kvpo.update import OptimizerConfig
+from kvpo.velocity_penalty import VelocityPenalty
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -41,6 +42,8 @@ class DataConfig:
     """A prompt file (see `kvpo.prompts`), or `mini`: the miniature's stories without end."""
     blocks: int = 13
     """Length of a video, blocks (of 3 latent frames)."""
+    segments: int | None = None
+    """Prompts of every story that is trained on; None: drawn, 1 to 4, as in the stories of evaluations (`mini` only)."""
     memory: float = 0.25
     """Share of stories that only the past can resolve (`mini` only)."""
 
@@ -93,6 +96,7 @@ class RunConfig:
     denoised_energy: DenoisedEnergy = DenoisedEnergy()
     temperature: Temperature = Temperature()
     objective: ClippedObjective = ClippedObjective()
+    velocity_penalty: VelocityPenalty = VelocityPenalty()
     policy: PolicyConfig = PolicyConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluate: EvaluateConfig = EvaluateConfig()

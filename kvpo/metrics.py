@@ -19,7 +19,7 @@ from typing import Literal, Mapping, TypeVar
 
 T = TypeVar("T")
 
-PHASES = ("prefix", "branches", "decode", "reward", "replay_old", "replay_grad", "optimizer", "checkpoint", "evaluate", "total")
+PHASES = ("prefix", "branches", "decode", "reward", "replay_old", "replay_grad", "hold", "optimizer", "checkpoint", "evaluate", "total")
 
 PLACEHOLDERS: Mapping[str, tuple[str, ...]] = {
     "signal": ("local", "global"),
@@ -61,6 +61,8 @@ DECLARED: tuple[Metric, ...] = (
     Metric("policy/lag", "updates", "Updates since the behaviour weights were last set to the current ones."),
     Metric("loss/policy", "1", "Clipped objective, negated; about 0 on policy by construction, because advantages are centred."),
     Metric("loss/kl", "nats", "KL(pi_theta || pi_ref) over the group's members."),
+    Metric("hold/distance", "latent^2", "Mean squared distance from the start weights' velocities on held blocks of the opening; see velocity_penalty."),
+    Metric("hold/grad_norm", "1", "Norm of one group's gradient of the velocity penalty, before its clip."),
     Metric("loss/weight", "1", "Factor on the whole loss of the group: below 1 where no branch beats the anchor."),
     Metric("loss/entropy", "nats", "Entropy of pi_theta; log G = uniform."),
     Metric("loss/clip_fraction", "share", "Branches whose ratio lies outside the clip range."),

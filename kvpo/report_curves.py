@@ -57,6 +57,7 @@ POLICY_CHARTS = (
     Chart("Ratio pi_theta / pi_old", {"loss/ratio_max": "max", "loss/ratio_mean": "mean", "loss/ratio_min": "min"}),
     Chart("Gradient norm before clipping", {"optim/grad_norm": "norm"}, log=True),
     Chart("Drift from the start weights", {"optim/drift": "distance"}),
+    Chart("Velocities of the opening", {"hold/distance": "from the start weights'"}, log=True, note="Held by the velocity penalty; logged where it is on."),
     Chart("Groups", {"advantage/above_anchor": "branches above anchor", "group/safe": "groups with any above", "group/skipped": "groups skipped", "advantage/tied": "groups tied"}),
     Chart("Pixel diversity of the branches", {"diversity/pixel": "mean squared difference"}),
     Chart("Learning rate", {"optim/lr": "lr"}),

@@ -7,7 +7,7 @@ the row whose plan is empty; it goes through the same code in the same batch.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Callable, Mapping
+from typing import Callable, Mapping, Sequence
 
 import torch
 
@@ -60,19 +60,21 @@ class PlannedNoise:
 
 def roll_out(
     pipeline: Pipeline, sampler: Sampler, explorer: Explorer, config: RolloutConfig, script: Script,
-    embeddings: Mapping[str, torch.Tensor], seed: int, name: tuple[int | str, ...], phases: Phases, fork: int | None = None, horizon: Callable[[Window], int] | None = None,
+    embeddings: Mapping[str, torch.Tensor], seed: int, name: tuple[int | str, ...], phases: Phases, fork: int | None = None,
+    horizon: Callable[[Window], int] | None = None, held: Callable[[int], Sequence[int]] = lambda fork: (),
 ) -> Rollout:  # fmt: skip
     """A group under ``script`` with the weights now in the pipeline.  ``name`` names its random streams.
 
     ``fork``: fork block (default: drawn among the eligible ones).  ``horizon``: the block to stop
-    before, but never within the window (default: the whole script).
+    before, but never within the window (default: the whole script).  ``held``: fork -> blocks of the prefix
+    whose network inputs are kept.
     """
     geometry = pipeline.geometry
     check_room(explorer, config, script.blocks, geometry)
     window = _window(explorer, script, geometry, seed, name, fork)
     noise = NamedNoise(pipeline.latent_shape(geometry.block), seed, (*name, "noise"))
     with phases("prefix"):
-        prefix = generate_prefix(pipeline, sampler, script, embeddings, noise, window.fork, config.cache_frames)
+        prefix, kept = generate_prefix(pipeline, sampler, script, embeddings, noise, window.fork, config.cache_frames, held(window.fork))
     plans = explorer.plan(window, geometry, config.branches, stream(seed, *name, "plan"), prefix.cache.resident)
     plans = (*plans, BranchPlan())
     steps: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -87,7 +89,7 @@ def roll_out(
     S = len(geometry.sigmas)
     inputs, velocities = (torch.stack(x, dim=1).unflatten(1, (window.blocks, S)) for x in zip(*steps))
     clean = torch.stack(after[: window.blocks], dim=1)
-    return Rollout(script, window, plans, Trajectory(inputs, velocities, clean), torch.cat(prefix.blocks, dim=1)[0], torch.cat(after, dim=1), prefix.cache)
+    return Rollout(script, window, plans, Trajectory(inputs, velocities, clean), torch.cat(prefix.blocks, dim=1)[0], torch.cat(after, dim=1), prefix.cache, kept)
 
 
 def check_room(explorer: Explorer, config: RolloutConfig, blocks: int, geometry: Geometry) -> None:
@@ -109,13 +111,16 @@ def _window(explorer: Explorer, script: Script, geometry, seed: int, name: tuple
     return Window(fork, explorer.window_blocks)
 
 
-def generate_prefix(pipeline: Pipeline, sampler: Sampler, script: Script, embeddings, noise: Noise, fork: int, cache_frames: int) -> Stream:
-    """The shared past, up to the fork.  A prompt switch at the fork itself is part of it."""
+def generate_prefix(
+    pipeline: Pipeline, sampler: Sampler, script: Script, embeddings, noise: Noise, fork: int, cache_frames: int, held: Sequence[int] = ()
+) -> tuple[Stream, dict[int, torch.Tensor]]:
+    """The shared past, up to the fork, and the inputs z_SFCHW of its ``held`` blocks.  A prompt switch at the fork itself is part of it."""
     past = Stream(pipeline.generator, pipeline.geometry, sampler, [script], embeddings, noise, pipeline.new_cache(cache_frames))
-    for _ in range(fork):
-        past.advance()
+    kept: dict[int, list[torch.Tensor]] = {block: [] for block in held}
+    for block in range(fork):
+        past.advance(observe=(lambda i, x, v: kept[block].append(x[0])) if block in kept else None)  # noqa: B023, called before block moves on
     past.switch()
-    return past
+    return past, {block: torch.stack(inputs) for block, inputs in kept.items()}
 
 
 def branch_out(pipeline: Pipeline, prefix: Stream, plans: tuple[BranchPlan, ...], noise: Noise, window: Window) -> Stream:

@@ -15,8 +15,8 @@ A frame is named by its absolute latent index, a block by its absolute index; bl
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Mapping
 
 import torch
 
@@ -114,6 +114,8 @@ class Rollout:
     """x0_BNCHW: clean latents from the fork to the end of the video (window, then tail)."""
     cache: Any
     """The prefix's FrameCache as it stood at the fork, read only."""
+    held: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    """Blocks of the prefix that the velocity penalty holds -> z_SFCHW, their network inputs."""
 
     @property
     def num_branches(self) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Mapping
+from typing import Callable, Mapping
 
 import torch
 
@@ -17,6 +17,7 @@ from kvpo.loss import ClippedObjective, entropy
 from kvpo.policy import Policy
 from kvpo.replay import Replay
 from kvpo.surrogates.base import Temperature
+from kvpo.velocity_penalty import VelocityPenalty, squared_distance
 from kvpo.timing import Phases
 
 
@@ -91,6 +92,25 @@ class Updater:
         metrics |= {"policy/entropy": float(entropy(log_pi)), "policy/evenness": float(entropy(log_pi)) / math.log(len(log_pi)), "policy/top": float(log_pi.max().exp())}
         metrics |= {"optim/grad_norm": norm, "optim/grad_clipped": float(norm > self.config.clip)}
         return GroupUpdate(energy_G, log_pi.exp(), metrics | loss.metrics)
+
+    def hold(self, penalty: VelocityPenalty, velocities: Callable[[], list[torch.Tensor]], phases: Phases) -> dict[str, float]:
+        """Add the clipped gradient of the penalty on one group's held blocks, given their velocities under the weights in the module.
+
+        Nothing where there are none, and before the first update, when both velocities are the same.
+        """
+        if self.policy.updates == 0:
+            return {}
+        with phases("hold"):
+            with self.policy.using(self.policy.reference):
+                reference = velocities()
+            if not reference:
+                return {}
+            earlier = self._put_aside()
+            distance = squared_distance(velocities(), reference)
+            (penalty.weight / self.groups * distance).backward()
+            norm = self._clip(1.0 / self.groups)
+            self._add(earlier)
+        return {"hold/distance": float(distance.detach()), "hold/grad_norm": norm}
 
     def step(self) -> dict[str, float]:
         """One optimizer update.  FloatingPointError, before anything has changed, where a gradient is not finite."""

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tiny import Warmth, story
 
 from kvpo import cli
-from kvpo.align import Alignment, evaluation_scripts, unseen
+from kvpo.align import Alignment, evaluation_scripts, script_source, unseen
 from kvpo.checkpoint import checkpoints, read_tensors
 from kvpo.config import from_dict
 from kvpo.metrics import read_metrics
@@ -42,6 +42,12 @@ def settings(folder: Path, **changes) -> dict:
 def write_recipe(path: Path, content: dict) -> str:
     path.write_text(yaml.safe_dump(content))
     return str(path)
+
+
+def test_stories_have_as_many_prompts_as_asked():
+    config = from_dict({"data": {"segments": 4}, "evaluate": {"scripts": 16}})
+    assert {len(script_source(config).script(0, i).texts) for i in range(6)} == {4}
+    assert {len(s.texts) for s in evaluation_scripts(config)} > {1, 4}, "evaluations ask for all kinds"
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ LAYERS = {
     "stage 3": "score",
     "stage 4": "advantages",
     "stage 5": "replay",
-    "stage 6": "loss",
+    "stage 6": "loss velocity_penalty",
     "the public code's arithmetic": "compat.policy compat.planning compat.inputs",
     "stage 7": "update",
     "persistence": "checkpoint run_folder",

@@ -1,0 +1,68 @@
+"""What no branch can explore is held: a penalty on how far velocities of a video's opening move from the start weights'.
+
+    L_hold = weight mean_{b,s,F,C,H,W} (v_theta(z_{b,s}) - v_ref(z_{b,s}))^2        b: blocks before the first eligible fork
+
+Routing needs a choice of frames, so the first blocks of a video are never forked: no reward speaks for them, yet they
+move with the weights.  The discrete KL compares branches only and does not see it.  Both velocities are taken at the
+policy's own inputs, in the cache as the rollout left it, so a block whose past a prompt switch has re-encoded since,
+or whose past is no longer resident, is not drawn.
+For a Gaussian step this is the KL of the two policies up to its scale (Flow-GRPO, arXiv 2505.05470, section 4).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Mapping, Sequence
+
+import torch
+
+from kvpo.generators.pipeline import Geometry, Pipeline
+from kvpo.types import Rollout, Script
+
+
+@dataclass(frozen=True)
+class VelocityPenalty:
+    weight: float = 0.0
+    """Per velocity squared; 0 = no penalty.  Beside groups' gradients of norm ``optimizer.clip`` each."""
+    blocks: int = 1
+    """Blocks drawn from every group's opening."""
+
+    def __post_init__(self):
+        if not 0.0 <= self.weight < float("inf"):
+            raise ValueError(f"velocity_penalty.weight = {self.weight} must be 0 (none) or positive")
+        if self.blocks < 1:
+            raise ValueError(f"velocity_penalty.blocks = {self.blocks} must be 1 or more; weight 0 turns the penalty off")
+
+    def draw(self, script: Script, fork: int, opening: int, geometry: Geometry, cache_frames: int, generator: torch.Generator) -> list[int]:
+        """Blocks to hold among the first ``opening`` ones of a rollout forked at ``fork``, ascending; all there are where they are fewer than asked."""
+        if self.weight == 0.0:
+            return []
+        found = [b for b in replayable(script, fork, geometry, cache_frames) if b < opening]
+        return sorted(found[i] for i in torch.randperm(len(found), generator=generator)[: self.blocks].tolist())
+
+
+def replayable(script: Script, fork: int, geometry: Geometry, cache_frames: int) -> list[int]:
+    """Blocks whose past stands in the cache at the fork as they read it."""
+    g, stop = geometry, fork * geometry.block
+    lost = set(range(g.sink, stop - (cache_frames - g.sink)))
+    found = []
+    for block in reversed(range(fork)):
+        if script.segment(block + 1) != script.segment(block):  # re-encoded before block + 1
+            switch = (block + 1) * g.block
+            lost |= set(range(g.sink if g.window < 0 else max(g.sink, switch - g.window), switch))
+        if lost.isdisjoint(g.history.past(block * g.block, g.block)):
+            found.append(block)
+    return sorted(found)
+
+
+def held_velocities(pipeline: Pipeline, rollout: Rollout, embeddings: Mapping[str, torch.Tensor], block: int) -> torch.Tensor:
+    """v_SFCHW of a held block under the weights in the module."""
+    g = pipeline.geometry
+    frames, S = list(range(block * g.block, (block + 1) * g.block)), len(g.sigmas)
+    text, past = embeddings[rollout.script.text(block)][None], g.history.past(frames[0], g.block)
+    return pipeline.generator.velocity(rollout.held[block], torch.tensor(g.sigmas), text, frames, rollout.cache, past, [0] * S)
+
+
+def squared_distance(v: Sequence[torch.Tensor], u: Sequence[torch.Tensor]) -> torch.Tensor:
+    """mean (v - u)^2 over all blocks, a float32 scalar."""
+    return torch.stack([(a.float() - b.float()).square().mean() for a, b in zip(v, u)]).mean()
