@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from dataclasses import replace
 from pathlib import Path
+
+import pytest
 
 from kvpo.align import Alignment
 from kvpo.config import load_config, recipe_path
 from kvpo.mini.pretrain import GEOMETRY
 from kvpo.progress import Progress
+from kvpo.rewards.registry import RewardEntry
 from kvpo.types import Script
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -18,6 +22,7 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 def load(name: str):
     spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
@@ -46,3 +51,15 @@ def test_explorers_are_compared_at_the_same_forks():
     story, plain = Script("s", ("a", "b", "c"), (0, 5, 8), 13), Script("p", ("a",), (0,), 13)
     assert [pick(story, eligible) for pick in exploration.FORKS.values()] == [8, 4, 10]
     assert exploration.at_switch(plain, eligible) == 7
+
+
+def test_variants_step_equally_far(folder):
+    ablation, config = load("ablation"), load_config(recipe_path("mini"))
+    config = replace(config, pipeline=str(folder), groups=1, rollout=replace(config.rollout, branches=3), rewards=(RewardEntry("tiny:Warmth"),))
+    run = Alignment(config, Path("."), Progress())
+    found = {"branch": ablation.Variant(), "self": ablation.Variant(context="self")}
+    kept = [ablation.add_group(run, 0, found)]
+    steps = [ablation.step(run, v.direction(1), kept, 0.003) for v in found.values()]
+    assert [ablation.distance(run, w, kept) for w in steps] == pytest.approx([0.003] * 2, rel=0.05)
+    assert ablation.distance(run, run.policy.reference, kept) < 1e-9
+    assert any(not a.equal(b) for a, b in zip(*steps)), "contexts differ"
