@@ -22,6 +22,8 @@ from kvpo.types import Rollout, Script
 
 @dataclass(frozen=True)
 class VelocityPenalty:
+    """The penalty's settings, and which blocks it holds."""
+
     weight: float = 0.0
     """Per velocity squared; 0 = no penalty.  Beside groups' gradients of norm ``optimizer.clip`` each."""
     blocks: int = 1
