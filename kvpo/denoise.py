@@ -154,15 +154,14 @@ class Stream:
             self._reencode(block, None if all(changes) else [r for r, changed in enumerate(changes) if changed])
 
     def _reencode(self, block: int, rows: Sequence[int] | None) -> None:
-        g, stop = self.geometry, block * self.geometry.block
-        start = g.sink if g.window < 0 else max(g.sink, stop - g.window)
-        if start >= stop:
+        g, again = self.geometry, self.geometry.reencoded(block)
+        if not again:
             return  # nothing but the sink so far, and that keeps its prompt
-        recent = self.blocks[start // g.block :]
-        latents = torch.cat([b.expand(self.rows, *b.shape[1:]) for b in recent], dim=1)[:, start - stop :]
-        own = stop - start if g.window < 0 else min(g.window - g.sink, stop - start)
+        recent = self.blocks[again.start // g.block :]
+        latents = torch.cat([b.expand(self.rows, *b.shape[1:]) for b in recent], dim=1)[:, -len(again) :]
+        own = len(again) if g.window < 0 else min(g.window - g.sink, len(again))
         latents = latents if rows is None else latents[list(rows)]
-        self.model.commit(latents, self.text(block, rows), list(range(start, stop)), self.cache, range(g.sink), rows, own)
+        self.model.commit(latents, self.text(block, rows), list(again), self.cache, range(g.sink), rows, own)
 
     def _rows(self, noise: torch.Tensor) -> torch.Tensor:
         noise = noise.to(self.model.device)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Callable, Mapping
+from typing import Callable, Iterable, Mapping
 
 import torch
 
@@ -16,8 +16,8 @@ from kvpo.advantages import Advantage, UnsafePolicy
 from kvpo.loss import ClippedObjective, entropy
 from kvpo.policy import Policy
 from kvpo.replay import Replay
-from kvpo.surrogates.base import Temperature
-from kvpo.velocity_penalty import VelocityPenalty, squared_distance
+from kvpo.surrogates.base import Temperature, squared_residual
+from kvpo.velocity_penalty import VelocityPenalty
 from kvpo.timing import Phases
 
 
@@ -82,11 +82,8 @@ class Updater:
             logits = [None if e is None else -e / tau for e in (energy_G, old_G, energy_G if self.policy.updates == 0 else reference_G)]
             loss = self.objective(*logits, advantage.values, share)
             cotangent_G = -loss.cotangent / tau  # dL / dE
-            earlier = self._put_aside()
-            for branch, energy in shares or replay.passes():
-                torch.dot(cotangent_G[branch].to(energy.device), energy).backward()
-            norm = self._clip(share)
-            self._add(earlier)
+            passes = (torch.dot(cotangent_G[branch].to(energy.device), energy) for branch, energy in shares or replay.passes())
+            norm = self._add_clipped(passes, share)
         log_pi = torch.log_softmax(-old_G / tau, dim=0)
         metrics |= {"energy/mean": float(energy_G.mean()), "energy/std": float(energy_G.std()), "policy/tau": tau, "policy/lag": self.policy.lag}
         metrics |= {"policy/entropy": float(entropy(log_pi)), "policy/evenness": float(entropy(log_pi)) / math.log(len(log_pi)), "policy/top": float(log_pi.max().exp())}
@@ -105,11 +102,8 @@ class Updater:
                 reference = velocities()
             if not reference:
                 return {}
-            earlier = self._put_aside()
-            distance = squared_distance(velocities(), reference)
-            (penalty.weight / self.groups * distance).backward()
-            norm = self._clip(1.0 / self.groups)
-            self._add(earlier)
+            distance = squared_residual(torch.cat(velocities()), torch.cat(reference)).mean()
+            norm = self._add_clipped([penalty.weight / self.groups * distance], 1.0 / self.groups)
         return {"hold/distance": float(distance.detach()), "hold/grad_norm": norm}
 
     def step(self) -> dict[str, float]:
@@ -130,24 +124,22 @@ class Updater:
         self.policy.updated()
         return {"optim/lr": rate, "optim/drift": self.policy.drift()}
 
-    def _put_aside(self) -> list[torch.Tensor | None]:
-        """The gradients of the step's earlier groups, so that the next one's stand alone."""
+    def _add_clipped(self, losses: Iterable[torch.Tensor], share: float) -> float:
+        """Add the gradient of the losses' sum to the step's, clipped by itself; its norm before that.
+
+        The losses are ``share`` of a whole group's.  A gradient that is not finite is left for `step` to name.
+        """
         earlier = [p.grad for p in self.policy.parameters]
         self.optimizer.zero_grad(set_to_none=True)
-        return earlier
-
-    def _clip(self, share: float) -> float:
-        """Norm of a group's gradient before clipping; the gradient in place is ``share`` of it.  One that is not finite is left for `step` to name."""
+        for loss in losses:
+            loss.backward()
         norm = self._norm()
         if norm.isfinite():
             torch.nn.utils.clip_grads_with_norm_(self.policy.parameters, self.config.clip * share, norm)
-        return float(norm) / share
-
-    @torch.no_grad()
-    def _add(self, earlier: list[torch.Tensor | None]) -> None:
         for p, before in zip(self.policy.parameters, earlier):
             if before is not None:
                 p.grad = before if p.grad is None else p.grad.add_(before)
+        return float(norm) / share
 
     def _norm(self) -> torch.Tensor:
         return torch.nn.utils.get_total_norm([p.grad for p in self.policy.parameters if p.grad is not None])

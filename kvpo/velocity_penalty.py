@@ -12,7 +12,7 @@ For a Gaussian step this is the KL of the two policies up to its scale (Flow-GRP
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Mapping, Sequence
+from typing import Mapping
 
 import torch
 
@@ -50,8 +50,7 @@ def replayable(script: Script, fork: int, geometry: Geometry, cache_frames: int)
     found = []
     for block in reversed(range(fork)):
         if script.segment(block + 1) != script.segment(block):  # re-encoded before block + 1
-            switch = (block + 1) * g.block
-            lost |= set(range(g.sink if g.window < 0 else max(g.sink, switch - g.window), switch))
+            lost |= set(g.reencoded(block + 1))
         if lost.isdisjoint(g.history.past(block * g.block, g.block)):
             found.append(block)
     return sorted(found)
@@ -63,8 +62,3 @@ def held_velocities(pipeline: Pipeline, rollout: Rollout, embeddings: Mapping[st
     frames, S = list(range(block * g.block, (block + 1) * g.block)), len(g.sigmas)
     text, past = embeddings[rollout.script.text(block)][None], g.history.past(frames[0], g.block)
     return pipeline.generator.velocity(rollout.held[block], torch.tensor(g.sigmas), text, frames, rollout.cache, past, [0] * S)
-
-
-def squared_distance(v: Sequence[torch.Tensor], u: Sequence[torch.Tensor]) -> torch.Tensor:
-    """mean (v - u)^2 over all blocks, a float32 scalar."""
-    return torch.stack([(a.float() - b.float()).square().mean() for a, b in zip(v, u)]).mean()

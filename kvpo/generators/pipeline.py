@@ -68,6 +68,11 @@ class Geometry:
         """Latent frames a cache must hold to stream so many blocks: a prompt switch re-encodes the latest ``window`` frames beside the sink."""
         return min(blocks * self.block, blocks * self.block if self.window < 0 else self.sink + self.window)
 
+    def reencoded(self, block: int) -> range:
+        """Frames that a prompt switch before ``block`` encodes once more: the window's past without the sink."""
+        stop = block * self.block
+        return range(self.sink if self.window < 0 else max(self.sink, stop - self.window), stop)
+
     def pixel_frames(self, latent_frames: int) -> int:
         """Pixel frames of a video of so many latent frames: 1 for the first, 4 for each after it."""
         return max(0, 4 * latent_frames - 3)

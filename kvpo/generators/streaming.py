@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Callable
+
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
@@ -28,7 +30,7 @@ class StreamingDecoder:
         """A decoder of ``rows`` streams that all continue from this one's state, which stays as it is."""
         other = StreamingDecoder(self.vae)
         # The convolutions replace their entries and never write into them, so sharing the memory is safe.
-        other._cache = [x[:1].expand(rows, *x.shape[1:]) if isinstance(x, torch.Tensor) else x for x in self._cache]
+        other._cache = self._each(lambda x: x.expand(rows, *x.shape[1:]))
         other._started = self._started
         return other
 
@@ -39,13 +41,19 @@ class StreamingDecoder:
         if alone := len(latents_BNCHW) == 1 and latents_BNCHW.device.type == "cpu":
             # For a single float32 row torch leaves oneDNN for a convolution that takes twice the time of two rows here.
             latents_BNCHW = latents_BNCHW.expand(2, -1, -1, -1, -1)
+            self._cache = self._each(lambda x: x.expand(2, *x.shape[1:]))
         z = self.vae.post_quant_conv((latents_BNCHW * scale + mean).transpose(1, 2).to(self.vae.dtype))
         frames = []
         for i in range(z.shape[2]):
             frames.append(self.vae.decoder(z[:, :, i : i + 1], feat_cache=self._cache, feat_idx=[0], first_chunk=not self._started))
             self._started = True
-        pixels = torch.cat(frames, dim=2)[: 1 if alone else None]
+        pixels = torch.cat(frames, dim=2)
+        if alone:
+            pixels, self._cache = pixels[:1], self._each(lambda x: x[:1])
         if (patch := self.vae.config.patch_size) is not None:
             pixels = unpatchify(pixels, patch)
         return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).transpose(1, 2)
 
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> list:
+        """The state with every tensor of it changed; what a convolution has not met yet is no tensor."""
+        return [change(x) if isinstance(x, torch.Tensor) else x for x in self._cache]

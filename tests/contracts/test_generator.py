@@ -445,6 +445,14 @@ def test_forked_decode_is_continued_decode(pipeline):
     assert torch.equal(base(futures[:1]), pipeline.decoder()(torch.cat((prefix, futures[:1]), dim=1))[:, 9:]), "a fork must leave its parent as it was"
 
 
+@torch.no_grad()
+def test_forks_of_several_streams_go_on_each_from_its_own(pipeline):
+    """For a while a fork continued every stream from the first one's state."""
+    base, futures = pipeline.decoder(), latents(2, 2, seed=1)
+    base(latents(2, 3))
+    assert torch.equal(base.fork(2)(futures), base(futures))
+
+
 # --- Text ---
 
 
