@@ -22,7 +22,7 @@ from kvpo.advantages import UnsafePolicy
 from kvpo.align import Alignment
 from kvpo.config import load_config, recipe_path
 from kvpo.environment import environment
-from kvpo.evaluate import Scored, evaluate
+from kvpo.evaluate import Scored, compare, evaluate, kinds_of, table
 from kvpo.exploration.kv_routing import KVRouting
 from kvpo.progress import Progress
 from kvpo.replay import CONTEXTS, Replay
@@ -108,12 +108,6 @@ def step(run: Alignment, direction: torch.Tensor, kept: list, wanted: float) -> 
     return moved(run, direction, length)
 
 
-def difference(a: Scored, b: Scored) -> dict[str, tuple[float, float]]:
-    """Component -> mean paired difference and its standard error over scripts."""
-    rows = {"mean": (a.r_KN - b.r_KN)[:3].mean(dim=0), **dict(zip(a.components[:3], (a.r_KN - b.r_KN)[:3]))}
-    return {name: (float(d.nanmean()), float(d[d.isfinite()].std()) / math.sqrt(len(d))) for name, d in rows.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--groups", type=int, default=96)
@@ -136,10 +130,10 @@ def main() -> None:
             return evaluate(run.pipeline, run.sampler, run.scripts, run.rewards, config.score, config.evaluate)
 
     start, results = scored(run.policy.reference), {}
-    print("| variant | mean | VQ | MQ | TA |\n|---|---|---|---|---|")
+    kinds = kinds_of(run.rewards, ["train"] * len(run.rewards))
     for name, v in found.items():
-        results[name] = difference(scored(step(run, v.direction(args.groups), kept, args.distance)), start)
-        print(f"| {name} | " + " | ".join(f"{d:+.4f} ({e:.4f})" for d, e in results[name].values()) + " |", flush=True)
+        results[name] = compare(scored(step(run, v.direction(args.groups), kept, args.distance)), start, kinds)
+        progress.say(f"\n{name}\n{table(results[name], 'step', 'start')}")
     record = {"environment": environment(run.device), "groups": args.groups, "scripts": args.scripts, "distance": args.distance, "results": results}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(record, indent=1) + "\n")

@@ -39,8 +39,6 @@ EXPLORERS = {
     **{f"routing, nearest {n}, P {p}": KVRouting(nearest=n, window_blocks=p) for p in (3, 1) for n in (1, 2, 3, 4)},
     **{f"start noise {m}, P {p}": StartNoise(mix=m, window_blocks=p) for p in (3, 1) for m in (0.5, 1.0)},
 }
-
-
 ELSEWHERE = ("routing, nearest 1, P 3", "routing, nearest 2, P 1", "start noise 0.5, P 1")
 """Explorers that are also measured at the forks away from a switch."""
 
@@ -95,13 +93,14 @@ def main() -> None:
     run.pipeline, label = load_generator(args.generator, run.device, config.vae_dtype)
     run.pipeline.generator.requires_grad_(False)
     network, results = load_network(), {}
+    eligible = forks_of_all(config.data.blocks, run.pipeline.geometry)
     cases = [(kind, where, name) for kind in KINDS for where in FORKS for name in EXPLORERS if where == "at a switch" or name in ELSEWHERE]
     with progress.bar("explore", len(cases) * args.groups) as bar, torch.no_grad():
         for kind, where, name in cases:
             source, explorer, rows = StorySource(config.evaluate.seed, "explore", config.data.blocks, KINDS[kind]), EXPLORERS[name], []
             for i in range(args.groups):
                 story = source.story(0, i)
-                fork = FORKS[where](story.script, forks_of_all(story.script.blocks, run.pipeline.geometry))
+                fork = FORKS[where](story.script, eligible)
                 rows.append(measure(run, network, explorer, story, ("explore", i), args.cache_frames or config.rollout.cache_frames, fork))
                 bar.advance()
             results.setdefault(f"{kind}, fork {where}", {})[name] = mean_and_error(rows)
