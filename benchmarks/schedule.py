@@ -7,8 +7,8 @@ schedule of the paper's public code (batch 1, every branch alone, three replays)
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -112,16 +112,28 @@ def measure(run: Alignment, batched: bool) -> dict:
 
 
 def peak_mib(pipeline: str, batched: bool) -> float:
-    """Most resident memory of one schedule above what the loaded run holds, MiB: in a process of its own, because the system only tells a process's peak."""
+    """Most memory of one schedule above what the loaded run holds, MiB: in a process of its own, that neither schedule's leftovers count."""
     command = [sys.executable, __file__, "--pipeline", pipeline, "--peak", "batched" if batched else "one-by-one"]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
 def print_peak(run: Alignment, batched: bool) -> None:
+    """Of the device, or resident (Linux keeps a process's peak in VmHWM, and forgets it when asked)."""
     run.embed(run.source.script(0, 0))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if run.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        measure(run, batched)
+        return print((torch.cuda.max_memory_allocated() - before) / 2**20)
+    ctypes.CDLL(None).malloc_trim(0)  # else what loading has freed is used again, and not seen
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident_kib("VmRSS")
     measure(run, batched)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10)
+    print((resident_kib("VmHWM") - before) / 2**10)
+
+
+def resident_kib(field: str) -> int:
+    return int(next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)))
 
 
 PAPER = Script("paper", ("a", "b", "c", "d"), (0, 13, 25, 37), 49)

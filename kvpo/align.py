@@ -20,7 +20,7 @@ from kvpo.advantages import Advantage, Advantages
 from kvpo.checkpoint import checkpoints, load_checkpoint, read_state, save_checkpoint
 from kvpo.config import RunConfig, differences, to_dict
 from kvpo.denoise import SAMPLERS
-from kvpo.environment import command, environment, pick_device
+from kvpo.environment import command, environment, make_reproducible, pick_device
 from kvpo.evaluate import Scored, compare, evaluate, kinds_of, table, write_comparison
 from kvpo.files import write_atomic
 from kvpo.loading import load_pipeline
@@ -52,6 +52,7 @@ class Alignment:
     def __init__(self, config: RunConfig, out: Path, progress: Progress):
         self.config, self.out, self.progress = config, out, progress
         self.device = pick_device(config.device)
+        make_reproducible(self.device)
         self.pipeline = load_pipeline(config.pipeline, self.device, config.vae_dtype)
         self.pipeline.generator.transformer.gradient_checkpointing = config.gradient_checkpointing
         self.policy = Policy(self.pipeline.generator, config.policy, config.seed)
