@@ -54,7 +54,8 @@ class Alignment:
         self.device = pick_device(config.device)
         make_reproducible(self.device)
         self.pipeline = load_pipeline(config.pipeline, self.device, config.vae_dtype)
-        self.pipeline.generator.transformer.gradient_checkpointing = config.gradient_checkpointing
+        if config.gradient_checkpointing:
+            self.pipeline.generator.transformer.enable_gradient_checkpointing()
         self.policy = Policy(self.pipeline.generator, config.policy, config.seed)
         self.updater = Updater(self.policy, config.optimizer, config.objective, config.temperature, config.unsafe, config.groups)
         check_room(config.exploring, config.rollout, config.data.blocks, self.pipeline.geometry)

@@ -111,6 +111,13 @@ def test_resume_is_the_uninterrupted_run(straight, tmp_path):
     assert yaml.safe_load((tmp_path / "run" / "config.resolved.yaml").read_text())["steps"] == 4, "the folder says what was asked last"
 
 
+def test_checkpointed_activations_give_the_same_run(straight, recipe, tmp_path):
+    """The setting once switched the flag alone, without the function that does it: the first gradient failed."""
+    out, *_ = straight
+    assert align(recipe, tmp_path / "run", "--gradient-checkpointing", "--steps", "2") == 0
+    assert records(tmp_path / "run", evaluations=False) == records(out, evaluations=False)[:2]
+
+
 def test_more_evaluations_and_rewards_change_no_draw(straight, folder, tmp_path):
     """An evaluation after every step, an evaluator beside the rewards, a reward of weight 0, pictures: the weights stay the same numbers."""
     out, *_ = straight

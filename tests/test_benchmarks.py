@@ -8,12 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from kvpo.align import Alignment
-from kvpo.config import load_config, recipe_path
+from kvpo.config import RunConfig, load_config, recipe_path
+from kvpo.exploration.kv_routing import KVRouting
 from kvpo.mini.pretrain import GEOMETRY
+from kvpo.policy import PolicyConfig
 from kvpo.progress import Progress
 from kvpo.rewards.registry import RewardEntry
+from kvpo.rollout import RolloutConfig
 from kvpo.types import Script
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -42,6 +46,21 @@ def test_both_schedules_give_the_same_numbers(folder):
 def test_calls_are_counted_as_they_are_made():
     """45 of 49 blocks are looked at, of 5 calls each, whatever the fork; and a replay of 5 window blocks for two sets of weights."""
     assert {sum(load("schedule").counted(fork).values()) for fork in (7, 20, 32)} == {5 * 45 + 10}
+
+
+def test_a_group_of_the_papers_shape(monkeypatch):
+    """49 blocks, P 5, LoRA, bf16, checkpointing, on a transformer small enough for a CPU: both schedules, one gradient."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    wan = load("wan_shape")
+    config = replace(RunConfig(), kv_routing=KVRouting(window_blocks=5), policy=PolicyConfig(rank=4), rollout=RolloutConfig(branches=2))
+    shape = dict(num_attention_heads=2, attention_head_dim=16, in_channels=16, out_channels=16, text_dim=32, freq_dim=16, ffn_dim=32, num_layers=1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        run = wan.new_run(config, shape, replace(wan.GEOMETRY, latent_height=4, latent_width=4, text_length=8), torch.device("cpu"))
+    batched, single = wan.measure(run, "batched", 38, 16), wan.measure(run, "one-by-one", 38, 1)
+    assert batched["energy"] == pytest.approx(single["energy"], rel=2e-2) and min(single["energy"]) > 0.0
+    assert batched["gradient norm"] == pytest.approx(single["gradient norm"], rel=2e-2)
+    assert single["calls"] > batched["calls"]
 
 
 def test_explorers_are_compared_at_the_same_forks():
