@@ -27,8 +27,13 @@ class ScoreConfig:
     """Longest clip of the global signal, pixel frames; it lies in the middle of what its segment has from the fork on."""
     min_frames: int = 12
     """Shorter stretches are not scored: too little to judge motion by."""
+    segments: int | None = None
+    """Prompt segments that a group's global signal looks at, its fork's own the first; None: all of them, 0: the local signal is all.
+    What comes after is neither generated nor decoded.  Evaluations look at all."""
 
     def __post_init__(self):
+        if self.segments is not None and self.segments < 0:
+            raise ValueError(f"score.segments = {self.segments} must be 0 or more, or left out for all segments")
         if not 1 <= self.min_frames <= self.clip_frames:
             raise ValueError(f"score.min_frames = {self.min_frames} must lie between 1 and score.clip_frames = {self.clip_frames}")
 
@@ -71,10 +76,22 @@ def global_clips(script: Script, window: Window, geometry: Geometry, config: Sco
     return clips
 
 
+def group_clips(script: Script, window: Window, geometry: Geometry, config: ScoreConfig) -> dict[str, list[Clip]]:
+    """A group's clips by signal; the local ones serve for both where no global clip is asked for, or long enough."""
+    local, after = local_clips(script, window, geometry, config), global_clips(script, window, geometry, config)
+    if config.segments is not None:
+        after = [c for c in after if c.segment < script.segment(window.fork) + config.segments]
+    return {"local": local, "global": after or local}
+
+
 def horizon(script: Script, window: Window, geometry: Geometry, config: ScoreConfig) -> int:
     """The block before which everything lies that `score` looks at: what comes after need not be generated."""
-    last = max(c.stop for c in (*local_clips(script, window, geometry, config), *global_clips(script, window, geometry, config)))
+    last = _last_frame(group_clips(script, window, geometry, config))
     return next(b for b in range(window.stop, script.blocks + 1) if geometry.pixel_frames(b * geometry.block) >= last)
+
+
+def _last_frame(clips: dict[str, list[Clip]]) -> int:
+    return max(c.stop for signal in clips.values() for c in signal)
 
 
 def decode(pipeline: Pipeline, rollout: Rollout, frames: int) -> torch.Tensor:
@@ -95,12 +112,10 @@ def score(pipeline: Pipeline, rollout: Rollout, rewards: Sequence[Reward], confi
     ValueError where no clip is long enough, or a reward returns what it may not.
     """
     geometry, script, window = pipeline.geometry, rollout.script, rollout.window
-    clips = {"local": local_clips(script, window, geometry, config), "global": global_clips(script, window, geometry, config)}
-    clips["global"] = clips["global"] or clips["local"]
+    clips = group_clips(script, window, geometry, config)
     start = geometry.pixel_frames(window.fork * geometry.block)
-    last = max(c.stop for signal in clips.values() for c in signal)
     with phases("decode"):
-        pixels = decode(pipeline, rollout, max(last, geometry.pixel_frames(window.stop * geometry.block)) - start).cpu()
+        pixels = decode(pipeline, rollout, max(_last_frame(clips), geometry.pixel_frames(window.stop * geometry.block)) - start).cpu()
     with phases("reward"):
         scores = {c: _score_clip(pixels[:, c.first - start : c.stop - start], script, c.segment, geometry.fps, rewards) for c in {*clips["local"], *clips["global"]}}
     names = tuple(r.spec.name for r in rewards)

@@ -13,7 +13,7 @@ import torch
 from tiny import BLUE, GEOMETRY, RED, SMALL, Broken, Change, Unmeasured, Warmth, new_rollout, story
 
 from kvpo.exploration.kv_routing import KVRouting
-from kvpo.score import Clip, ScoreConfig, decode, global_clips, horizon, local_clips, pixel_diversity, pixel_span, score
+from kvpo.score import Clip, ScoreConfig, decode, global_clips, group_clips, horizon, local_clips, pixel_diversity, pixel_span, score
 from kvpo.timing import Phases
 from kvpo.types import Window
 
@@ -66,6 +66,20 @@ def test_global_clips(script, fork, config, clips):
 )  # fmt: skip
 def test_horizon(script, config, block):
     assert horizon(script, Window(4, 2), GEOMETRY, config) == block
+
+
+@pytest.mark.parametrize(("segments", "global_", "block"), [(None, [(1, 33, 41), (2, 49, 57)], 8), (1, [(1, 33, 41)], 6), (0, [(1, 29, 45)], 6)])
+def test_fewer_segments_need_a_shorter_video(segments, global_, block):
+    """The fork's own segment is the first; without any the local signal stands for both."""
+    script, window, config = story(8, 2, 6), Window(4, 2), ScoreConfig(8, 4, segments)
+    assert group_clips(script, window, GEOMETRY, config) == {"local": [Clip(1, 29, 45)], "global": [Clip(*c) for c in global_]}
+    assert horizon(script, window, GEOMETRY, config) == block
+    assert global_clips(script, window, GEOMETRY, config) == [Clip(1, 33, 41), Clip(2, 49, 57)], "an evaluation looks at all"
+
+
+def test_negative_segments_are_refused():
+    with pytest.raises(ValueError, match="segments = -1"):
+        ScoreConfig(segments=-1)
 
 
 def test_rewards_are_the_same_without_what_lies_beyond_the_horizon(pipeline):
