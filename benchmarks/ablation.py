@@ -10,7 +10,6 @@ mean square over the groups as AdamW would, and the step is as long as moves vel
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import math
 from dataclasses import dataclass, field, replace
@@ -26,8 +25,6 @@ from kvpo.evaluate import Scored, compare, evaluate, kinds_of, table
 from kvpo.exploration.kv_routing import KVRouting
 from kvpo.progress import Progress
 from kvpo.replay import CONTEXTS, Replay
-from kvpo.rollout import roll_out
-from kvpo.score import horizon, score
 from kvpo.surrogates.base import Surrogate, Temperature
 from kvpo.surrogates.denoised_energy import DenoisedEnergy
 from kvpo.surrogates.velocity_energy import VelocityEnergy
@@ -70,13 +67,9 @@ def variants() -> dict[str, Variant]:
 
 def add_group(run: Alignment, index: int, found: dict[str, Variant]) -> tuple[Rollout, dict[str, torch.Tensor]]:
     """One group's gradient to every variant's sums; the group."""
-    config, name = run.config, ("train", 0, index)
     script = run.source.script(0, index)
     embeddings = run.embed(script)
-    seen = functools.partial(horizon, script, geometry=run.pipeline.geometry, config=config.score)
-    with torch.no_grad():
-        rollout = roll_out(run.pipeline, run.sampler, EXPLORER, config.rollout, script, embeddings, config.seed, name, run.phases, horizon=seen)
-    rewards, _ = score(run.pipeline, rollout, run.rewards, config.score, run.phases)
+    rollout, rewards, _ = run.explore(script, embeddings, ("train", 0, index))
     for v in found.values():
         advantage = replace(run.advantages, **v.advantages)(rewards)
         run.updater.temperature, run.updater.unsafe = v.temperature, v.unsafe
@@ -116,7 +109,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/ablation.json"))
     args = parser.parse_args()
     config = load_config(recipe_path("mini"))
-    config = replace(config, groups=1, evaluate=replace(config.evaluate, scripts=args.scripts, seed=2000, videos=0))
+    config = replace(config, groups=1, kv_routing=EXPLORER, evaluate=replace(config.evaluate, scripts=args.scripts, seed=2000, videos=0))
     progress = Progress()
     run, found, kept = Alignment(config, Path("."), progress), variants(), []
     with progress.bar("groups", args.groups) as bar:

@@ -10,10 +10,8 @@ Groups of one story are the same for all explorers but for what the explorer doe
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,9 +26,6 @@ from kvpo.mini.source import StorySource
 from kvpo.progress import Progress
 from kvpo.rewards.attributes import load_network
 from kvpo.rewards.heldout import diversity
-from kvpo.rollout import roll_out
-from kvpo.score import horizon, score
-from kvpo.timing import Phases
 from kvpo.types import Script
 
 KINDS = {"memory stories": 1.0, "other stories": 0.0}
@@ -57,12 +52,8 @@ def forks_of_all(blocks: int, geometry) -> list[int]:
     return sorted(set.intersection(*(set(e.eligible_forks(blocks, geometry)) for e in EXPLORERS.values())))
 
 
-def measure(run: Alignment, network, explorer, story, name, cache_frames: int, fork: int) -> dict[str, float]:
-    embeddings = run.embed(story.script)
-    rollout_config = replace(run.config.rollout, cache_frames=cache_frames)
-    seen = functools.partial(horizon, story.script, geometry=run.pipeline.geometry, config=run.config.score)
-    rollout = roll_out(run.pipeline, run.sampler, explorer, rollout_config, story.script, embeddings, run.config.seed, name, Phases(), fork, seen)
-    table, pixels = score(run.pipeline, rollout, run.rewards, run.config.score, Phases())
+def measure(run: Alignment, network, explorer, story, name, fork: int) -> dict[str, float]:
+    rollout, table, pixels = run.explore(story.script, run.embed(story.script), name, explorer, fork)
     r_KB = (table.local + table.global_) / 2
     r_B = r_KB.mean(dim=0)
     length = 4 * rollout.trajectory.clean.shape[1] * rollout.trajectory.clean.shape[2]
@@ -84,7 +75,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--generator", default="mini")
     parser.add_argument("--groups", type=int, default=12)
-    parser.add_argument("--cache-frames", type=int, default=0, help="frames the prefix keeps; 0 = the recipe's")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/exploration.json"))
     args = parser.parse_args()
     config: RunConfig = load_config(recipe_path("mini"))
@@ -101,7 +91,7 @@ def main() -> None:
             for i in range(args.groups):
                 story = source.story(0, i)
                 fork = FORKS[where](story.script, eligible)
-                rows.append(measure(run, network, explorer, story, ("explore", i), args.cache_frames or config.rollout.cache_frames, fork))
+                rows.append(measure(run, network, explorer, story, ("explore", i), fork))
                 bar.advance()
             results.setdefault(f"{kind}, fork {where}", {})[name] = mean_and_error(rows)
     record = {"environment": environment(run.device), "generator": label, "groups": args.groups, "branches": config.rollout.branches, "results": results}

@@ -11,7 +11,7 @@ import json
 import resource
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable, Mapping, Sequence
 
 import torch
 import yaml
@@ -22,6 +22,7 @@ from kvpo.config import RunConfig, differences, to_dict
 from kvpo.denoise import SAMPLERS
 from kvpo.environment import command, environment, make_reproducible, pick_device
 from kvpo.evaluate import Scored, compare, evaluate, kinds_of, table, write_comparison
+from kvpo.exploration.base import Explorer
 from kvpo.files import write_atomic
 from kvpo.loading import load_pipeline
 from kvpo.metrics import MetricLog, console_line
@@ -105,11 +106,7 @@ class Alignment:
         config, name = self.config, ("train", step, index)
         script = self.source.script(step, index)
         embeddings = self.embed(script)
-        with self.policy.using(self.policy.behaviour):
-            seen = functools.partial(horizon, script, geometry=self.pipeline.geometry, config=config.score)
-            held = functools.partial(self._held, script, stream(config.seed, *name, "hold"))
-            rollout = roll_out(self.pipeline, self.sampler, config.exploring, config.rollout, script, embeddings, config.seed, name, self.phases, horizon=seen, held=held)
-        rewards, pixels = score(self.pipeline, rollout, self.rewards, config.score, self.phases)
+        rollout, rewards, pixels = self.explore(script, embeddings, name, held=functools.partial(self._held, script, stream(config.seed, *name, "hold")))
         advantage = self.advantages(rewards)
         if config.shuffle_advantages:
             advantage = _shuffled(advantage, stream(config.seed, *name, "shuffle"))
@@ -119,6 +116,17 @@ class Alignment:
         if config.show_every and step % config.show_every == 0 and index == 0:
             show_group(self.out, step, self.pipeline, rollout, pixels, rewards, advantage, update, config.exploring)
         return update.metrics | penalty | advantage.metrics | _reward_metrics(rewards) | _group_metrics(rollout, pixels)
+
+    def explore(
+        self, script: Script, embeddings: Mapping[str, torch.Tensor], name: tuple[int | str, ...], explorer: Explorer | None = None, fork: int | None = None,
+        held: Callable[[int], Sequence[int]] = lambda fork: (),
+    ) -> tuple[Rollout, RewardTable, torch.Tensor]:  # fmt: skip
+        """A group of the behaviour policy, its rewards, and its pixels from the fork on.  ``name`` names its streams; ``explorer``: default the recipe's; the rest as in `roll_out`."""
+        config, geometry = self.config, self.pipeline.geometry
+        seen = functools.partial(horizon, script, geometry=geometry, config=config.score)
+        with self.policy.using(self.policy.behaviour):
+            rollout = roll_out(self.pipeline, self.sampler, explorer or config.exploring, config.rollout, script, embeddings, config.seed, name, self.phases, fork, seen, held)
+        return rollout, *score(self.pipeline, rollout, self.rewards, config.score, self.phases)
 
     def _held(self, script: Script, generator: torch.Generator, fork: int) -> list[int]:
         """Opening blocks of a group that the velocity penalty holds."""

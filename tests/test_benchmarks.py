@@ -13,9 +13,12 @@ import torch
 from kvpo.align import Alignment
 from kvpo.config import RunConfig, load_config, recipe_path
 from kvpo.exploration.kv_routing import KVRouting
+from kvpo.exploration.noise import StartNoise
 from kvpo.mini.pretrain import GEOMETRY
+from kvpo.mini.source import StorySource
 from kvpo.policy import PolicyConfig
 from kvpo.progress import Progress
+from kvpo.rewards.attributes import load_network
 from kvpo.rewards.registry import RewardEntry
 from kvpo.rollout import RolloutConfig
 from kvpo.types import Script
@@ -72,9 +75,21 @@ def test_explorers_are_compared_at_the_same_forks():
     assert exploration.at_switch(plain, eligible) == 7
 
 
+def test_start_noise_and_routing_are_measured_on_one_group(folder):
+    """Same story, fork and noise: the anchors' rewards are equal, so `best - anchor` compares branches."""
+    exploration, config = load("exploration"), load_config(recipe_path("mini"))
+    config = replace(config, pipeline=str(folder), rollout=replace(config.rollout, branches=3), rewards=(RewardEntry("tiny:Warmth"), RewardEntry("tiny:Change")))
+    run, story, anchors = Alignment(config, Path("."), Progress()), StorySource(0, "explore", 10).story(0, 0), []
+    for explorer in (KVRouting(window_blocks=1), StartNoise(mix=1.0, window_blocks=1)):
+        found = exploration.measure(run, load_network(), explorer, story, ("explore", 0), 6)
+        assert found["best - anchor"] >= found["mean - anchor"] and found["std"] > 0.0 and found["pixel diversity"] > 0.0 and "best - anchor, Warmth" in found
+        anchors.append(run.explore(story.script, run.embed(story.script), ("explore", 0), explorer, 6)[1].local[:, -1])
+    assert torch.allclose(*anchors, atol=1e-6)
+
+
 def test_variants_step_equally_far(folder):
     ablation, config = load("ablation"), load_config(recipe_path("mini"))
-    config = replace(config, pipeline=str(folder), groups=1, rollout=replace(config.rollout, branches=3), rewards=(RewardEntry("tiny:Warmth"),))
+    config = replace(config, pipeline=str(folder), groups=1, kv_routing=ablation.EXPLORER, rollout=replace(config.rollout, branches=3), rewards=(RewardEntry("tiny:Warmth"),))
     run = Alignment(config, Path("."), Progress())
     found = {"branch": ablation.Variant(), "self": ablation.Variant(context="self")}
     kept = [ablation.add_group(run, 0, found)]

@@ -14,8 +14,6 @@ from kvpo.align import Alignment
 from kvpo.config import load_config, recipe_path
 from kvpo.progress import Progress
 from kvpo.replay import CONTEXTS, Replay
-from kvpo.rollout import roll_out
-from kvpo.score import horizon, score
 from kvpo.timing import Phases
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -32,12 +30,9 @@ def float32():
 def group(device: str) -> dict[str, torch.Tensor]:
     """Latents, rewards, energies and gradient of one group of the miniature's recipe, on the CPU."""
     run = Alignment(replace(load_config(recipe_path("mini")), groups=1, device=device), Path("."), Progress())
-    script, name = run.source.script(0, 0), ("gpu",)
+    script = run.source.script(0, 0)
     embeddings = run.embed(script)
-    end = lambda window: horizon(script, window, run.pipeline.geometry, run.config.score)  # noqa: E731
-    with torch.no_grad():
-        rollout = roll_out(run.pipeline, run.sampler, run.config.exploring, run.config.rollout, script, embeddings, 0, name, Phases(), horizon=end)
-    rewards, pixels = score(run.pipeline, rollout, run.rewards, run.config.score, Phases())
+    rollout, rewards, pixels = run.explore(script, embeddings, ("gpu",))
     replay = Replay(run.pipeline, rollout, embeddings, CONTEXTS[run.config.context], run.config.energy)
     update = run.updater.accumulate(replay, run.advantages(rewards), Phases())
     gradient = torch.cat([p.grad.flatten() for p in run.policy.parameters])
