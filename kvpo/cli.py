@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from typing import Callable, Mapping
 
@@ -19,8 +20,17 @@ USER_ERRORS = (ValueError, OSError, FloatingPointError)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit code: 0 done, 1 an error said in one line, 2 wrong usage, 130 interrupted."""
-    argv = sys.argv[1:] if argv is None else argv
+    """The exit code: 0 done, 1 an error said in one line, 2 wrong usage, 130 interrupted, 141 nobody reads the output any more (`| head`)."""
+    try:
+        code = _run(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter fails once more, flushing at its end
+        return 141
+
+
+def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help") or argv[0] not in COMMANDS:
         asked = bool(argv) and argv[0] in ("-h", "--help")
         print(_usage() if asked or not argv else _unknown(argv[0]), file=sys.stdout if asked else sys.stderr)
@@ -28,6 +38,8 @@ def main(argv: list[str] | None = None) -> int:
     name, rest = argv[0], argv[1:]
     try:
         _parse(name, rest)()
+    except BrokenPipeError:
+        raise
     except USER_ERRORS as error:
         print(f"kvpo {name}: {error}", file=sys.stderr)
         return 1

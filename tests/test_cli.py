@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import get_type_hints
@@ -36,6 +39,15 @@ def run(capsys, *argv: str) -> tuple[int, str, str]:
 
 
 # --- Help and usage ---
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    """`kvpo --help | head -1` once ended in a traceback."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "kvpo", "--help"], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode == 141 and done.stderr == ""
 
 
 @pytest.mark.parametrize("argv", [("--help",), ("-h",)])
