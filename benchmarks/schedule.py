@@ -138,12 +138,12 @@ def resident_kib(field: str) -> int:
 
 PAPER = Script("paper", ("a", "b", "c", "d"), (0, 13, 25, 37), 49)
 """147 latent frames, prompts switching at frames 39, 75 and 111."""
+PAPER_GEOMETRY = Geometry(block=3, sink=3, window=12, latent_height=60, latent_width=104, fps=16, text_length=512)
 
 
 def counted(fork: int, P: int = 5, S: int = 4) -> dict[str, int]:
     """Calls of our schedule for one group of the paper's shape, its window inside one segment; the number of branches does not matter."""
-    geometry = Geometry(block=3, sink=3, window=12, latent_height=60, latent_width=104, fps=16, text_length=512)
-    end = horizon(PAPER, Window(fork, P), geometry, ScoreConfig())
+    end = horizon(PAPER, Window(fork, P), PAPER_GEOMETRY, ScoreConfig())
     return {"prefix": (S + 1) * fork, "branches and anchor": (S + 1) * (end - fork), "replays": 2 * (P - 1 + 1)}
 
 

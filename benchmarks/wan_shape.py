@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import torch
 from diffusers import WanTransformer3DModel
-from schedule import PAPER, one_by_one
+from schedule import PAPER, PAPER_GEOMETRY, one_by_one
 
 from kvpo.advantages import Advantage
 from kvpo.config import RunConfig
@@ -34,7 +34,6 @@ from kvpo.types import Rollout
 from kvpo.update import Updater
 
 WAN = dict(num_attention_heads=12, attention_head_dim=128, in_channels=16, out_channels=16, text_dim=4096, freq_dim=256, ffn_dim=8960, num_layers=30)
-GEOMETRY = Geometry(block=3, sink=3, window=12, latent_height=60, latent_width=104, fps=16, text_length=512)
 
 
 def new_run(config: RunConfig, shape: dict, geometry: Geometry, device: torch.device) -> SimpleNamespace:
@@ -89,7 +88,7 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = True  # the adapter is float32
     device = torch.device("cuda")
     config = replace(RunConfig(), kv_routing=KVRouting(window_blocks=5), policy=PolicyConfig(rank=256))
-    run = new_run(config, WAN, GEOMETRY, device)
+    run = new_run(config, WAN, PAPER_GEOMETRY, device)
     weights = torch.cuda.memory_allocated() / 2**30
     result = {"environment": environment(device), "fork": args.fork, "rows per pass": args.rows_per_pass, "weights GiB": weights, "schedules": {}}
     args.out.parent.mkdir(parents=True, exist_ok=True)

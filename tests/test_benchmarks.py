@@ -59,7 +59,7 @@ def test_a_group_of_the_papers_shape(monkeypatch):
     shape = dict(num_attention_heads=2, attention_head_dim=16, in_channels=16, out_channels=16, text_dim=32, freq_dim=16, ffn_dim=32, num_layers=1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        run = wan.new_run(config, shape, replace(wan.GEOMETRY, latent_height=4, latent_width=4, text_length=8), torch.device("cpu"))
+        run = wan.new_run(config, shape, replace(wan.PAPER_GEOMETRY, latent_height=4, latent_width=4, text_length=8), torch.device("cpu"))
     batched, single = wan.measure(run, "batched", 38, 16), wan.measure(run, "one-by-one", 38, 1)
     assert batched["energy"] == pytest.approx(single["energy"], rel=2e-2) and min(single["energy"]) > 0.0
     assert batched["gradient norm"] == pytest.approx(single["gradient norm"], rel=2e-2)
