@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
 import sys
 from typing import Callable, Mapping
@@ -14,6 +15,8 @@ COMMANDS: Mapping[str, str] = {
     "evaluate": "measure a generator on fixed scripts; against another one, with intervals",
     "report": "write a run's report.html anew",
     "doctor": "check the method's invariants on a generator and a recipe",
+    "import": "turn a released checkpoint into a pipeline folder",
+    "export": "write a run's weights in another format",
     "pretrain": "make the miniature's start weights, from nothing",
 }
 USER_ERRORS = (ValueError, OSError, FloatingPointError)
@@ -59,12 +62,25 @@ def _parse(name: str, args: list[str]) -> Callable[[], None]:
 
     command = getattr(commands, name.capitalize())
     if "settings" not in command.__dataclass_fields__:
-        return tyro.cli(command, args=args, prog=f"kvpo {name}")
+        return tyro.cli(command, args=_together(args) if name == "import" else args, prog=f"kvpo {name}")
     recipe = args[0] if args and not args[0].startswith("-") else "mini"
     rest = args[1:] if args and not args[0].startswith("-") else args
     default = command(recipe, load_config(recipe_path(recipe)))
     given = [] if {"-h", "--help"} & set(rest) else [recipe]  # an argument that is there already would be missing from the help
     return tyro.cli(command, args=[*given, *rest], prog=f"kvpo {name}", default=default)
+
+
+def _together(args: list[str]) -> list[str]:
+    """Options first: the parser wants positional arguments side by side, and people write FILES --base BASE OUT.  Every option here has a value."""
+    if {"-h", "--help"} & set(args):
+        return args
+    options, positional, rest = [], [], iter(args)
+    for arg in rest:
+        if not arg.startswith("--"):
+            positional.append(arg)
+        else:
+            options += [arg] if "=" in arg else [arg, *itertools.islice(rest, 1)]
+    return [*options, *positional]
 
 
 def _unknown(name: str) -> str:

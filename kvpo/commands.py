@@ -16,7 +16,9 @@ from kvpo.denoise import SAMPLERS
 from kvpo.doctor import examine
 from kvpo.environment import command, pick_device
 from kvpo.evaluate import compare, evaluate, generate, kinds_of, table, write_comparison
+from kvpo.exporting import Export
 from kvpo.files import write_atomic
+from kvpo.importing import Import
 from kvpo.loading import load_generator
 from kvpo.mini.pretrain import pretrain
 from kvpo.progress import Progress

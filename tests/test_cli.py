@@ -80,7 +80,7 @@ def test_help_mentions_every_option(capsys, name):
 
 
 def positional(command: type) -> list[str]:
-    return [f.name for f in fields(command) if f.name in ("recipe", "generator", "run", "out") and str(f.type).startswith("Positional")]
+    return [f.name for f in fields(command) if f.name in ("recipe", "generator", "run", "out", "paths") and str(f.type).startswith("Positional")]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ LAYERS = {
     "foundation": "types flow rng files timing environment progress mini.world mini.stories mini.source",
     "metrics": "metrics distributed video",
     "generators": "generators.rope generators.cache generators.history generators.attention generators.causal_wan "
-    "generators.streaming generators.pipeline generators.checkpoints",
+    "generators.streaming generators.pipeline generators.checkpoints generators.base_folder",
     "exploration": "exploration.base exploration.draws exploration.kv_routing exploration.noise exploration.sde",
     "surrogates": "surrogates.base surrogates.velocity_energy surrogates.denoised_energy",
     "rewards": "rewards.base rewards.track rewards.motion rewards.judge rewards.world rewards.facts rewards.attributes rewards.attributes_training rewards.opticalflow rewards.heldout "
@@ -39,6 +39,7 @@ LAYERS = {
     "the miniature's making": "mini.networks mini.linear_encoder mini.autoencoder mini.library mini.training mini.layouts mini.flat mini.openings mini.teacher_forcing mini.few_step mini.card mini.pretrain",
     "configuration": "config",
     "weights by name": "loading",
+    "weights in and out": "importing exporting",
     "the main path": "align",
     "commands": "commands doctor",
     "the command line": "cli __main__",

@@ -56,6 +56,12 @@ class Geometry:
         if 0 <= self.window < self.sink + self.block:
             raise ValueError(f"window = {self.window} has no room for the sink ({self.sink}) and a block ({self.block}); widen it, or -1 for everything")
 
+    def check_grid(self, patch_size: Sequence[int], source: str) -> None:
+        """ValueError unless the transformer's patches (frames, rows, columns) tile the latents."""
+        for name, value, step in (("latent_height", self.latent_height, patch_size[1]), ("latent_width", self.latent_width, patch_size[2])):
+            if value % step:
+                raise ValueError(f"{source}: {name} = {value} is not a multiple of the transformer's patch, {step}")
+
     @property
     def sigmas(self) -> tuple[float, ...]:
         return warped_sigmas(self.steps, self.shift)
@@ -125,7 +131,7 @@ class Pipeline:
         text_encoder = _load(UMT5EncoderModel, folder / "text_encoder", dtype)
         tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
-        _check_grid(folder, geometry, transformer.config.patch_size)
+        geometry.check_grid(transformer.config.patch_size, str(folder / "streaming.json"))
         stock = WanPipeline(tokenizer, text_encoder, vae, scheduler, transformer)
         for module in (transformer, vae, text_encoder):
             module.requires_grad_(False).eval().to(device)
@@ -163,12 +169,6 @@ class Pipeline:
         """Write the pipeline folder; the caller makes it atomic by moving it into place."""
         self.stock.save_pretrained(folder, safe_serialization=True)
         (Path(folder) / "streaming.json").write_text(json.dumps(asdict(self.geometry), indent=1) + "\n")
-
-
-def _check_grid(folder: Path, geometry: Geometry, patch: Sequence[int]) -> None:
-    for name, value, step in (("latent_height", geometry.latent_height, patch[1]), ("latent_width", geometry.latent_width, patch[2])):
-        if value % step:
-            raise ValueError(f"{folder / 'streaming.json'}: {name} = {value} is not a multiple of the transformer's patch, {step}")
 
 
 def _channels_last(vae: AutoencoderKLWan) -> None:

@@ -1,0 +1,143 @@
+"""`kvpo export`: a run's weights in the formats that other programs load.
+
+    pipeline          a pipeline folder, adapter merged                       kvpo, diffusers
+    diffusers-lora    pytorch_lora_weights.safetensors                        WanPipeline.load_lora_weights
+    peft              adapter_config.json, adapter_model.safetensors          PeftModel.from_pretrained(transformer, ...)
+    original-lora     lora.pt: {"generator_lora": adapter}                    LongLive, MemFlow and the paper's code
+    original-merged   generator.pt: {"generator": state}, original names      Self-Forcing and all that descend from it
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Callable, Literal, Mapping
+
+import torch
+import tyro
+from diffusers import WanPipeline
+from peft import get_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from kvpo.files import write_atomic
+from kvpo.generators.base_folder import link_tree, new_transformer
+from kvpo.generators.checkpoints import State, diffusers_to_original, merge
+from kvpo.generators.pipeline import Pipeline
+from kvpo.loading import is_run, load_generator, run_config
+
+Positional = tyro.conf.Positional
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a run's weights in another format."""
+
+    run: Positional[str]
+    """RUN or RUN:ema (the averaged weights), RUN:online (the last ones), RUN:start."""
+    format: Literal["pipeline", "diffusers-lora", "peft", "original-lora", "original-merged"]
+    """A whole model (pipeline, original-merged) or the adapter alone, which only a run with policy.train lora has."""
+    out: Path | None = None
+    """Folder to write; default: RUN/export/WEIGHTS-FORMAT."""
+    dtype: Literal["run", "bfloat16", "float32"] = "run"
+    """Of what is written; run = as the run computes with it (adapters are trained in float32)."""
+
+    def __call__(self) -> None:
+        print(f"written to {export(self).resolve()}")
+
+
+def export(args: Export) -> Path:
+    """Write the folder, completely or not at all.  ValueError for what the run can not give."""
+    run, _, which = args.run.partition(":")
+    if not is_run(Path(run)):
+        raise ValueError(f"{run} is no run folder: it has no config.resolved.yaml")
+    adapted = run_config(Path(run)).policy.train == "lora"
+    if args.format in ADAPTER_FORMATS and not adapted:
+        raise ValueError(f"--format {args.format} is an adapter, but {run} trained all weights; export it as pipeline or original-merged")
+    out = args.out or Path(run) / "export" / f"{which or 'ema'}-{args.format}"
+    if out.exists():
+        raise ValueError(f"{out} is there already; give another folder by --out, nothing is overwritten")
+    pipeline, label = load_generator(args.run)
+    dtype = None if args.dtype == "run" else getattr(torch, args.dtype)
+    part = out.with_name(f".{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        WRITERS[args.format](part, pipeline, dtype)
+        write_atomic(part / "README.md", _card(args.format, label, pipeline.folder))
+        os.replace(part, out)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{out} could not be written ({error}); nothing of it is left. Free disk space, or choose another disk") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return out
+
+
+def _adapter(pipeline: Pipeline, dtype: torch.dtype | None) -> State:
+    """LoRA tensors, named as peft names them within the transformer: blocks.0.attn1.to_q.lora_A.weight."""
+    state = get_peft_model_state_dict(pipeline.generator.transformer, adapter_name="default")
+    return {name: tensor.detach().to(dtype or tensor.dtype).contiguous() for name, tensor in state.items()}
+
+
+def merged_state(pipeline: Pipeline, dtype: torch.dtype | None) -> State:
+    """The transformer's tensors with its adapter, if it has one, added to the weights."""
+    transformer = pipeline.generator.transformer
+    found = transformer.state_dict()
+    state = {name.replace(".base_layer.", "."): tensor for name, tensor in found.items() if ".lora_" not in name}
+    dtypes = {name: dtype or tensor.dtype for name, tensor in state.items()}
+    if (peft := getattr(transformer, "peft_config", None)) is not None:
+        config, halves = peft["default"], get_peft_model_state_dict(transformer, adapter_name="default")
+        modules = {name.removesuffix(".lora_A.weight") for name in halves if name.endswith(".lora_A.weight")}
+        merge(state, {m: (halves[f"{m}.lora_A.weight"], halves[f"{m}.lora_B.weight"]) for m in modules}, config.lora_alpha / config.r, "the run's adapter")
+    return {name: tensor.detach().to(dtypes[name]).contiguous() for name, tensor in state.items()}
+
+
+def write_pipeline(folder: Path, pipeline: Pipeline, dtype: torch.dtype | None) -> None:
+    source = Path(pipeline.folder)
+    transformer = new_transformer({k: v for k, v in pipeline.generator.transformer.config.items() if not k.startswith("_")})
+    transformer.load_state_dict(merged_state(pipeline, dtype), assign=True)
+    transformer.save_pretrained(folder / "transformer", max_shard_size="4GB")
+    for part in ("vae", "text_encoder", "tokenizer", "scheduler"):
+        link_tree(source / part, folder / part)
+    for name in ("model_index.json", "streaming.json"):
+        shutil.copy2(source / name, folder / name)
+
+
+def write_diffusers_lora(folder: Path, pipeline: Pipeline, dtype: torch.dtype | None) -> None:
+    WanPipeline.save_lora_weights(folder, transformer_lora_layers=_adapter(pipeline, dtype))
+
+
+def write_peft(folder: Path, pipeline: Pipeline, dtype: torch.dtype | None) -> None:
+    pipeline.generator.transformer.peft_config["default"].save_pretrained(folder)
+    save_file({f"base_model.model.{name}": tensor for name, tensor in _adapter(pipeline, dtype).items()}, folder / "adapter_model.safetensors")
+
+
+def write_original_lora(folder: Path, pipeline: Pipeline, dtype: torch.dtype | None) -> None:
+    state = diffusers_to_original(_adapter(pipeline, dtype))
+    torch.save({"generator_lora": {f"base_model.model.{name}": tensor for name, tensor in state.items()}}, folder / "lora.pt")
+
+
+def write_original_merged(folder: Path, pipeline: Pipeline, dtype: torch.dtype | None) -> None:
+    state = diffusers_to_original(merged_state(pipeline, dtype))
+    torch.save({"generator": {f"model.{name}": tensor for name, tensor in state.items()}}, folder / "generator.pt")
+
+
+ADAPTER_FORMATS = ("diffusers-lora", "peft", "original-lora")
+WRITERS: Mapping[str, Callable[[Path, Pipeline, torch.dtype | None], None]] = {
+    "pipeline": write_pipeline,
+    "diffusers-lora": write_diffusers_lora,
+    "peft": write_peft,
+    "original-lora": write_original_lora,
+    "original-merged": write_original_merged,
+}
+
+
+def _card(format: str, label: str, base: str) -> str:
+    return f"""# {label}
+
+Written by `kvpo export --format {format}` (kvpo {version("kvpo")}) from the run's weights {label}; the run started from `{base}`, whose licence governs these weights.
+An adapter acts at scale 1 (alpha = rank).
+"""

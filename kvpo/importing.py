@@ -1,0 +1,188 @@
+"""`kvpo import`: a released checkpoint and the Wan2.1 folder it was trained from -> a pipeline folder in diffusers layout."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Callable, Literal, Mapping, Sequence
+
+import torch
+import tyro
+from diffusers import FlowMatchEulerDiscreteScheduler
+from safetensors import SafetensorError
+from transformers import AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
+from kvpo.files import write_atomic
+from kvpo.generators.base_folder import BaseFolder, new_transformer, open_base
+from kvpo.generators.checkpoints import State, account, adapter_of, generator_state, is_adapter, keeps_float32, merge, read_checkpoint
+from kvpo.generators.pipeline import Geometry
+from kvpo.progress import Progress
+
+
+Positional = tyro.conf.Positional
+
+
+@dataclass(frozen=True)
+class Format:
+    """A family of released checkpoints: what its files leave unsaid."""
+
+    name: str
+    source: str
+    licence: str
+    """Of the weights, as their publisher states it."""
+    geometry: Geometry
+    prefer: tuple[str, ...] = ("generator", "generator_ema", "model")
+    """Keys of the generator in the file, best first."""
+
+
+WAN = Geometry(block=3, sink=0, window=21, latent_height=60, latent_width=104, fps=16, text_length=512)
+"""480 x 832.  Window 21: everything, in the 21 latent frames that Self-Forcing and Causal-Forcing were trained on; a longer video rolls on."""
+LONGLIVE = replace(WAN, sink=3, window=12)
+UNKNOWN = "not known here; see the source"
+
+FORMATS: Mapping[str, Format] = {
+    f.name: f
+    for f in (
+        Format("self-forcing", "https://huggingface.co/gdhe17/Self-Forcing", "CC-BY-NC-SA-4.0", WAN, ("generator_ema", "generator", "model")),
+        Format("causal-forcing", "https://github.com/thu-ml/Causal-Forcing", UNKNOWN, WAN, ("generator_ema", "generator", "model")),
+        Format("longlive", "https://github.com/NVlabs/LongLive", UNKNOWN, LONGLIVE),
+        Format("memflow", "https://huggingface.co/KlingTeam/MemFlow", "Apache-2.0", LONGLIVE),
+        Format("kvpo", "https://huggingface.co/Richard-ZZZZZ/KVPO", UNKNOWN, LONGLIVE),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file that went in."""
+
+    path: Path
+    what: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Import:
+    """Turn a released checkpoint into a pipeline folder that every other command reads."""
+
+    paths: Positional[tuple[Path, ...]]
+    """The checkpoint's files, one with the generator and any number of LoRA files, which are merged in this order; then the folder to write."""
+    format: Literal["self-forcing", "causal-forcing", "longlive", "memflow", "kvpo"]
+    """Whose checkpoint: decides how the generator streams, and which of the weights in the file are taken."""
+    base: str
+    """Wan2.1 itself, for text encoder, VAE and sizes: a folder in diffusers or original layout, or a hub id."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the transformer's large matrices in the folder."""
+    which: str = ""
+    """Key of the generator in its file (generator, generator_ema, ...); default: what the format's own inference takes."""
+    lora_scale: float = 1.0
+    """alpha / rank of the LoRA files, which do not say it; the released ones have 1."""
+    sink: int | None = None
+    """Oldest latent frames that are always read; default: the format's."""
+    window: int | None = None
+    """Latent frames a block reads in all; default: the format's."""
+    latent_height: int | None = None
+    """Default 60: 480 pixels."""
+    latent_width: int | None = None
+    """Default 104: 832 pixels."""
+
+    def __call__(self) -> None:
+        say = Progress().say
+        out = import_checkpoint(self, say)
+        say(f"written to {out.resolve()}; try: kvpo generate {out} --prompt ...")
+
+    @property
+    def geometry(self) -> Geometry:
+        changes = {name: value for name in ("sink", "window", "latent_height", "latent_width") if (value := getattr(self, name)) is not None}
+        return replace(FORMATS[self.format].geometry, **changes)
+
+
+def import_checkpoint(args: Import, say: Callable[[str], None] = lambda line: None) -> Path:
+    """Write the pipeline folder.  ``say`` is told what is going on.  ValueError or FileNotFoundError, before anything is written, for whatever does not fit."""
+    if len(args.paths) < 2:
+        raise ValueError(f"give the checkpoint's files and then the folder to write, not {[str(p) for p in args.paths]}")
+    *files, out = args.paths
+    if out.exists():
+        raise ValueError(f"{out} is there already; give a folder that is not, nothing is overwritten")
+    kind, geometry, base = FORMATS[args.format], args.geometry, open_base(args.base)
+    config = base.transformer_config()
+    geometry.check_grid(config["patch_size"], f"--format {args.format}")
+    state, sources = _weights(kind, files, config, args.lora_scale, args.which, say)
+    dtype = getattr(torch, args.dtype)
+    disable_progress_bar()  # transformers' own, on stderr
+    part = out.with_name(f".{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        say(f"writing {len(state)} tensors in {args.dtype}, and the parts of {base.folder}")
+        _write(part, base, config, {n: t.to(torch.float32 if keeps_float32(n) else dtype) for n, t in state.items()}, geometry)
+        write_atomic(part / "README.md", _card(kind, base, sources, dtype))
+        os.replace(part, out)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{out} could not be written ({error}); nothing of it is left. Free disk space, or choose another disk") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return out
+
+
+def _weights(kind: Format, files: Sequence[Path], config: dict[str, Any], lora_scale: float, which: str, say) -> tuple[State, list[Source]]:
+    contents = [(path, read_checkpoint(path)) for path in files]
+    generators, adapters = ([c for c in contents if is_adapter(c[1]) == wanted] for wanted in (False, True))
+    if len(generators) != 1:
+        raise ValueError(f"{len(generators)} of the {len(contents)} files hold a generator ({', '.join(p.name for p, _ in generators) or 'none'}); give exactly one, and any number of LoRA files")
+    (path, content), wanted = generators[0], {n: t.shape for n, t in new_transformer(config).state_dict().items()}
+    state, key = generator_state(content, path, (which,) if which else kind.prefer)
+    account(state, wanted, str(path), f"the transformer of the base ({config['num_layers']} layers of {config['num_attention_heads']} x {config['attention_head_dim']})")
+    say(f"{path}: {len(state)} tensors{f' under {key!r}' if key else ''}, each in its place")
+    sources = [Source(path, f"generator{f', key {key}' if key else ''}", _sha256(path))]
+    for path, content in adapters:
+        merge(state, adapter := adapter_of(content, path), lora_scale, str(path))
+        rank = len(next(iter(adapter.values()))[0])
+        say(f"{path}: LoRA of rank {rank} on {len(adapter)} modules, merged at scale {lora_scale:g}")
+        sources.append(Source(path, f"LoRA of rank {rank} on {len(adapter)} modules, merged at scale {lora_scale:g}", _sha256(path)))
+    return state, sources
+
+
+def _write(folder: Path, base: BaseFolder, config: dict[str, Any], state: State, geometry: Geometry) -> None:
+    transformer = new_transformer(config)
+    transformer.load_state_dict(state, assign=True)
+    transformer.save_pretrained(folder / "transformer", max_shard_size="4GB")
+    base.write_parts(folder)
+    FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=geometry.shift, stochastic_sampling=True).save_pretrained(folder / "scheduler")
+    write_atomic(folder / "streaming.json", json.dumps(asdict(geometry), indent=1) + "\n")
+    parts = {
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "tokenizer": ["transformers", type(AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)).__name__],
+        "transformer": ["diffusers", "WanTransformer3DModel"],
+        "transformer_2": [None, None],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+    }
+    index = {"_class_name": "WanPipeline", "_diffusers_version": version("diffusers"), "boundary_ratio": None, "expand_timesteps": False} | parts
+    write_atomic(folder / "model_index.json", json.dumps(index, indent=2) + "\n")
+
+
+def _card(kind: Format, base: BaseFolder, sources: Sequence[Source], dtype: torch.dtype) -> str:
+    files = "\n".join(f"| {s.path.name} | {s.what} | `{s.sha256}` |" for s in sources)
+    return f"""# {kind.name}, imported
+
+A streaming text-to-video generator in diffusers layout, written by `kvpo import --format {kind.name}` (kvpo {version("kvpo")}). Transformer in {str(dtype).removeprefix("torch.")}, except what diffusers holds in float32.
+
+Weights from {kind.source}; licence of these weights, as stated there: {kind.licence}.
+Text encoder, tokenizer and VAE from Wan2.1 (`{base.folder.name}`), Apache-2.0. The stricter licence governs this folder.
+
+| file | what | sha256 |
+|---|---|---|
+{files}
+"""
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
