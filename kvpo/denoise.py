@@ -144,14 +144,24 @@ class Stream:
         return x0
 
     def switch(self) -> None:
-        """Re-encode before the next block, in the rows whose segment changes there.  Done by `advance`; call it to fork at a switch."""
+        """What comes before the next block: the memory bank's recording, and re-encoding in the rows whose segment changes there.
+        Done by `advance`; call it to fork at a switch."""
         block = len(self.blocks)
         if block == 0 or self.reencoded == block:
             return
         self.reencoded = block
+        self._remember(block)
         changes = [s.segment(block) != s.segment(block - 1) for s in self.scripts]
         if any(changes):
             self._reencode(block, None if all(changes) else [r for r, changed in enumerate(changes) if changed])
+
+    def _remember(self, block: int) -> None:
+        """What the history records enters the memory bank under the prompt of the next block."""
+        history = self.geometry.history
+        if (recorded := history.recorded(block)) is not None:
+            frame, number = recorded
+            keys = self.model.mean_text_keys(self.text(block))
+            self.cache.bank = self.cache.bank.recorded(frame, lambda layer: self.cache.page(frame, layer), keys, number, history.size)
 
     def _reencode(self, block: int, rows: Sequence[int] | None) -> None:
         g, again = self.geometry, self.geometry.reencoded(block)
@@ -161,7 +171,7 @@ class Stream:
         latents = torch.cat([b.expand(self.rows, *b.shape[1:]) for b in recent], dim=1)[:, -len(again) :]
         own = len(again) if g.window < 0 else min(g.window - g.sink, len(again))
         latents = latents if rows is None else latents[list(rows)]
-        self.model.commit(latents, self.text(block, rows), list(again), self.cache, range(g.sink), rows, own)
+        self.model.commit(latents, self.text(block, rows), list(again), self.cache, g.history.kept(again.start), rows, own)
 
     def _rows(self, noise: torch.Tensor) -> torch.Tensor:
         noise = noise.to(self.model.device)

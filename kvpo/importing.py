@@ -44,6 +44,8 @@ class Format:
 WAN = Geometry(block=3, sink=0, window=21, latent_height=60, latent_width=104, fps=16, text_length=512)
 """480 x 832.  Window 21: everything, in the 21 latent frames that Self-Forcing and Causal-Forcing were trained on; a longer video rolls on."""
 LONGLIVE = replace(WAN, sink=3, window=12)
+MEMFLOW = replace(LONGLIVE, bank=3, bank_every=3)
+"""Sparse memory activation (`bank_keep` in streaming.json) is off in its released configuration."""
 UNKNOWN = "not known here; see the source"
 
 FORMATS: Mapping[str, Format] = {
@@ -52,7 +54,7 @@ FORMATS: Mapping[str, Format] = {
         Format("self-forcing", "https://huggingface.co/gdhe17/Self-Forcing", "CC-BY-NC-SA-4.0", WAN, ("generator_ema", "generator", "model")),
         Format("causal-forcing", "https://github.com/thu-ml/Causal-Forcing", UNKNOWN, WAN, ("generator_ema", "generator", "model")),
         Format("longlive", "https://github.com/NVlabs/LongLive", UNKNOWN, LONGLIVE),
-        Format("memflow", "https://huggingface.co/KlingTeam/MemFlow", "Apache-2.0", LONGLIVE),
+        Format("memflow", "https://huggingface.co/KlingTeam/MemFlow", "Apache-2.0", MEMFLOW),
         Format("kvpo", "https://huggingface.co/Richard-ZZZZZ/KVPO", UNKNOWN, LONGLIVE),
     )
 }

@@ -111,8 +111,8 @@ class Replay:
         return sum(len(parts) for parts in self.plan) == 1
 
     def contexts(self) -> Iterator[tuple[FrameCache, list[int]]]:
-        """(cache, positions of the window's blocks that read it).  A new fork at every prompt switch, whose re-encoding
-        would otherwise change pages that an earlier block has read and may have to read again in its backward pass."""
+        """(cache, positions of the window's blocks that read it).  A new fork at every prompt switch and recording of the memory bank,
+        which would otherwise change what an earlier block has read and may have to read again in its backward pass."""
         r, g = self.rollout, self.pipeline.geometry
         prefix = [r.prefix[None, i : i + g.block] for i in range(0, len(r.prefix), g.block)]
         cache, past, F = r.cache, prefix, g.block
@@ -141,11 +141,11 @@ class Replay:
         return clean
 
     def _runs(self) -> list[list[int]]:
-        """Positions of the window's blocks, cut where the prompt changes."""
-        r, runs = self.rollout, [[0]]
+        """Positions of the window's blocks, cut where the prompt or the memory bank changes."""
+        r, runs, history = self.rollout, [[0]], self.pipeline.geometry.history
         for position in range(1, r.window.blocks):
             block = r.window.fork + position
-            if r.script.segment(block) != r.script.segment(block - 1):
+            if r.script.segment(block) != r.script.segment(block - 1) or history.recorded(block) is not None:
                 runs.append([])
             runs[-1].append(position)
         return runs

@@ -46,7 +46,7 @@ class VelocityPenalty:
 def replayable(script: Script, fork: int, geometry: Geometry, cache_frames: int) -> list[int]:
     """Blocks whose past stands in the cache at the fork as they read it."""
     g, stop = geometry, fork * geometry.block
-    lost = set(range(g.sink, stop - (cache_frames - g.sink)))
+    lost = set(range(g.sink, stop - (cache_frames - g.sink))) | set(g.history.overwritten(fork))
     found = []
     for block in reversed(range(fork)):
         if script.segment(block + 1) != script.segment(block):  # re-encoded before block + 1

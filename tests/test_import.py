@@ -89,7 +89,7 @@ def test_every_format(capsys, tmp_path, original, diffusers_base, name, layout):
     for ours, theirs in ((pipeline.vae, original[1]), (pipeline.stock.text_encoder, original[2])):
         wanted = theirs.state_dict()
         assert all(torch.equal(t, wanted[n].bfloat16().float() if ours is not pipeline.vae else wanted[n]) for n, t in ours.state_dict().items())
-    assert pipeline.geometry == Geometry(3, 0 if "forcing" in name else 3, 21 if "forcing" in name else 12, 4, 4, 16, 512)
+    assert pipeline.geometry == Geometry(3, 0 if "forcing" in name else 3, 21 if "forcing" in name else 12, 4, 4, 16, 512, bank=3 if name == "memflow" else 0)
     card = (tmp_path / "out" / "README.md").read_text()
     assert all(f.name in card and hashlib.sha256(f.read_bytes()).hexdigest() in card for f in files) and FORMATS[name].licence in card and FORMATS[name].source in card
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*FILES[name], "out"])

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "kvpo"
 LAYERS = {
     "foundation": "types flow rng files timing environment progress mini.world mini.stories mini.source",
     "metrics": "metrics distributed video",
-    "generators": "generators.rope generators.cache generators.history generators.attention generators.causal_wan "
+    "generators": "generators.rope generators.memory generators.cache generators.history generators.attention generators.causal_wan "
     "generators.streaming generators.pipeline generators.checkpoints generators.base_folder",
     "exploration": "exploration.base exploration.draws exploration.kv_routing exploration.noise exploration.sde",
     "surrogates": "surrogates.base surrogates.velocity_energy surrogates.denoised_energy",
@@ -31,7 +31,7 @@ LAYERS = {
     "stage 4": "advantages",
     "stage 5": "replay",
     "stage 6": "loss velocity_penalty",
-    "the public code's arithmetic": "compat.policy compat.planning compat.inputs",
+    "the public code's arithmetic": "compat.policy compat.planning compat.inputs compat.memory",
     "stage 7": "update",
     "persistence": "checkpoint run_folder",
     "evaluation": "evaluate",

@@ -13,6 +13,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttention, _get_qkv_projections
 
 from kvpo.generators.cache import Source, gather, store
+from kvpo.generators.memory import activated
 from kvpo.generators.rope import Angles, rotate
 
 
@@ -29,6 +30,8 @@ class LayerView:
     past: tuple[Source, ...]
     num_past: int
     """Past frames each row reads."""
+    activated: tuple[int, int] | None
+    """(candidates, kept): of the first past frames, how many each head reads, chosen by its queries; None: all."""
     own: int
     """Newest tokens of the pass itself that serve as keys; all of them but in a re-encoding pass."""
     write: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None
@@ -55,6 +58,8 @@ class PagedSelfAttention:
         keys, values = k[:, -view.own :], v[:, -view.own :]
         if view.past:
             past_k, past_v = gather(view.past, view.batch, view.num_past)
+            if view.activated is not None:
+                past_k, past_v = activated(q, past_k, past_v, view.num_past, *view.activated)
             keys, values = torch.cat((past_k, keys), dim=1), torch.cat((past_v, values), dim=1)
         x = dispatch_attention_fn(q, keys, values, backend=self._attention_backend)
         if view.write is not None:

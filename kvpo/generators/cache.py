@@ -11,6 +11,8 @@ from typing import Sequence
 
 import torch
 
+from kvpo.generators.memory import Bank
+
 Frames = Sequence[int]
 
 
@@ -58,6 +60,8 @@ class FrameCache:
         self.slots: dict[int, int] = {}
         self.evicted: set[int] = set()
         self.frozen = False
+        self.bank: Bank | None = parent.bank if parent is not None else None
+        """MemFlow's memory, where the history has one; its slots are frames with negative ids."""
 
     @property
     def resident(self) -> list[int]:
@@ -108,7 +112,7 @@ class FrameCache:
         self.evicted.add(frame)
         return self.slots.pop(frame)
 
-    def find(self, frames: Frames | Sequence[Frames], batch: int, rows: Sequence[int] | None = None) -> list[tuple[FrameCache, torch.Tensor, torch.Tensor, tuple | None]]:
+    def find(self, frames: Frames | Sequence[Frames], batch: int, rows: Sequence[int] | None = None) -> list[tuple[FrameCache | Bank, torch.Tensor, torch.Tensor, tuple | None]]:
         """Where the pages of ``batch`` query rows live: (cache, row [M], slot [M], at).  See `Source`, which `sources` makes of it for a layer.
 
         ``frames``: one list for all rows, or one list per query row (all of one length).  ``rows``: the cache row
@@ -119,17 +123,27 @@ class FrameCache:
             raise ValueError(f"rows of one pass must read equally many frames, not {[len(row) for row in lists]}")
         if len(lists) not in (1, batch) or (rows is None and self.rows not in (1, batch)) or (rows is not None and len(rows) != batch):
             raise ValueError(f"{batch} query rows with {len(lists)} lists of frames and {self.rows if rows is None else len(rows)} cache rows; give one for all, or one per query row")
-        if len(lists) == 1 and (rows is not None or self.rows > 1 or self.parent is not None):
+        if len(lists) == 1 and (rows is not None or self.rows > 1 or self.parent is not None or self.bank is not None):
             lists = list(lists) * batch  # else one lookup serves all rows
         rows = range(len(lists)) if rows is None else rows
-        found: dict[FrameCache, list[tuple[int, int, int, int]]] = {}
+        found: dict[FrameCache | Bank, list[tuple[int, int, int, int]]] = {}
         for query, (row, wanted) in enumerate(zip(rows, lists)):
             for position, frame in enumerate(wanted):
                 owner = self._owner(frame)
                 found.setdefault(owner, []).append((row if owner.rows > 1 else 0, owner.slots[frame], query, position))
         return [(cache, *_indices(pages, whole=len(found) == 1, device=self.k[0].device)) for cache, pages in found.items()]
 
-    def _owner(self, frame: int) -> FrameCache:
+    def page(self, frame: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of one frame in all rows, 2 x [R or 1, T, H, D]."""
+        owner = self._owner(frame)
+        slot = owner.slots[frame]
+        return owner.k[layer][:, slot], owner.v[layer][:, slot]
+
+    def _owner(self, frame: int) -> FrameCache | Bank:
+        if frame < 0:
+            if self.bank is None or frame not in self.bank.slots:
+                raise KeyError(f"the memory bank holds {0 if self.bank is None else len(self.bank.slots)} frames, slot {-1 - frame} was asked for")
+            return self.bank
         cache = self
         while cache is not None:
             if frame in cache.slots:

@@ -6,6 +6,7 @@ construction: no pass with gradient can change what another pass reads.
 
 from __future__ import annotations
 
+import itertools
 from typing import Sequence
 
 import torch
@@ -82,6 +83,13 @@ class CausalWan(nn.Module):
         write = (row[:, None], cache.reserve(frames, rows))
         return self._forward(clean_BFCHW, self._per_frame(0.0, clean_BFCHW), text_PLD, [frames], cache, past, rows, own, write)
 
+    @torch.no_grad()
+    def mean_text_keys(self, text_PLD: torch.Tensor) -> list[torch.Tensor]:
+        """Mean key of every prompt in every layer's cross-attention, [P, H, D] float32: what a memory bank is scored by."""
+        text = self.transformer.condition_embedder.text_embedder(text_PLD.to(self.dtype))
+        heads = self.transformer.config.num_attention_heads
+        return [block.attn2.norm_k(block.attn2.to_k(text)).float().mean(dim=1).unflatten(1, (heads, -1)) for block in self.transformer.blocks]
+
     def _per_frame(self, sigma: torch.Tensor | float, latents: torch.Tensor) -> torch.Tensor:
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=latents.device)
         return (sigma[:, None] if sigma.dim() == 1 else sigma).expand(latents.shape[:2])
@@ -91,10 +99,11 @@ class CausalWan(nn.Module):
         angles = frame_angles(self.transformer.rope, torch.tensor(list(map(list, frames)), device=latents.device), grid)
         found = cache.find(past, batch, rows) if cache is not None and len(past) else []
         num_past = 0 if not found else len(past if isinstance(past[0], int) else past[0])
+        activated = _activated(past, cache) if found else None
         tokens = (own or latents.shape[1]) * grid[0] * grid[1]
         for i in range(self.transformer.config.num_layers):
             pages = None if write is None else (cache.k[i], cache.v[i], *write)
-            yield LayerView(batch, angles, cache.sources(found, i) if found else (), num_past, tokens, pages)
+            yield LayerView(batch, angles, cache.sources(found, i) if found else (), num_past, activated, tokens, pages)
 
     def _forward(self, latents_BFCHW, time_BF, text_PLD, frames, cache, past, rows, own, write) -> torch.Tensor:
         net, (B, F, _, H, W) = self.transformer, latents_BFCHW.shape
@@ -113,3 +122,15 @@ class CausalWan(nn.Module):
         _, ph, pw = net.config.patch_size
         x = x.unflatten(2, (ph, pw, -1)).unflatten(1, self.grid(H, W))  # [B * F, rows, columns, ph, pw, C]
         return x.permute(0, 5, 1, 3, 2, 4).reshape(B, F, -1, H, W).to(latents_BFCHW.dtype)
+
+
+def _activated(past: Frames | Sequence[Frames], cache: FrameCache) -> tuple[int, int] | None:
+    """Of sink and bank, which stand first, how many there are and how many are read; ValueError where rows have unequally many."""
+    if cache.bank is None or not cache.bank.keep:
+        return None
+    lists = [past] if isinstance(past[0], int) else past
+    counts = {len(list(itertools.takewhile(lambda frame: frame < cache.sink, row))) for row in lists}
+    if len(counts) > 1:
+        raise ValueError(f"rows of one pass must read equally many frames of sink and memory, not {sorted(counts)}")
+    (candidates,) = counts
+    return (candidates, cache.bank.keep) if candidates > cache.bank.keep else None

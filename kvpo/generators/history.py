@@ -1,6 +1,7 @@
 """Which past frames a block reads.  A history is an argument of a pass, never a mode of the network.
 
-`SinkWindow` is the deployed one (LongLive); `Routed` wraps it and obeys the plans of an exploration (method.md section 2).
+`SinkWindow` (Self-Forcing, LongLive) and `MemoryBank` (MemFlow) are what generators were trained for; `Routed` wraps one of them
+and obeys the plans of an exploration (method.md section 2).
 """
 
 from __future__ import annotations
@@ -17,6 +18,22 @@ class History(Protocol):
         ...
 
 
+class Deployed(History, Protocol):
+    """A history that a generator was trained for."""
+
+    def kept(self, start: int) -> tuple[int, ...]:
+        """What every block from ``start`` on reads, routed or not, before all else: the sink, and the bank's slots."""
+        ...
+
+    def recorded(self, block: int) -> tuple[int, int] | None:
+        """(frame, number of the recording) that enters the memory bank before ``block``."""
+        ...
+
+    def overwritten(self, block: int) -> tuple[int, ...]:
+        """Slots of the bank that hold other frames at ``block`` than they once did."""
+        ...
+
+
 @dataclass(frozen=True)
 class SinkWindow:
     """The oldest ``sink`` frames and the latest ones, ``size`` in all with the block itself; size -1: everything."""
@@ -25,15 +42,57 @@ class SinkWindow:
     size: int
 
     def past(self, start: int, count: int) -> tuple[int, ...]:
-        first = 0 if self.size < 0 else max(min(self.sink, start), start - (self.size - self.sink - count))
-        return (*range(min(self.sink, first)), *range(first, start))
+        kept = self.kept(start)
+        return (*kept, *range(len(kept) if self.size < 0 else max(len(kept), start - (self.size - self.sink - count)), start))
+
+    def kept(self, start: int) -> tuple[int, ...]:
+        return tuple(range(min(self.sink, start)))
+
+    def recorded(self, block: int) -> None:
+        return None
+
+    def overwritten(self, block: int) -> tuple[int, ...]:
+        return ()
+
+
+@dataclass(frozen=True)
+class MemoryBank:
+    """MemFlow's: a sink, a rolling window, and between them a bank of ``size`` prototypes (`kvpo.generators.memory`).
+
+    The first frame of every ``every``-th block is recorded, once, right before the next block, which so reads it
+    under its own prompt.  The public code takes the same frame in again at every block until the next recording.
+    """
+
+    base: SinkWindow
+    size: int
+    every: int
+    block: int
+    """Latent frames of a block."""
+
+    def past(self, start: int, count: int) -> tuple[int, ...]:
+        sink, kept = self.base.kept(start), self.kept(start)
+        return (*kept, *self.base.past(start, count)[len(sink) :])
+
+    def kept(self, start: int) -> tuple[int, ...]:
+        return (*self.base.kept(start), *(-1 - slot for slot in range(min(self.size, self.recordings(start // self.block)))))
+
+    def recordings(self, block: int) -> int:
+        """Frames recorded before ``block``, the one before it included."""
+        return -(-block // self.every)
+
+    def recorded(self, block: int) -> tuple[int, int] | None:
+        recorded = block - 1
+        return (recorded * self.block, self.recordings(block) - 1) if recorded >= 0 and recorded % self.every == 0 else None
+
+    def overwritten(self, block: int) -> tuple[int, ...]:
+        return tuple(-1 - slot for slot in range(self.size)) if self.recordings(block) > self.size else ()
 
 
 @dataclass(frozen=True)
 class Routed:
     """One plan per row inside the window, the base history outside it and for the rows whose plan routes nothing."""
 
-    base: SinkWindow
+    base: Deployed
     plans: tuple[BranchPlan, ...]
     window: Window
     block: int
@@ -46,8 +105,9 @@ class Routed:
         return [self._routed(plan.frames, start, len(base)) if plan.frames else base for plan in self.plans]
 
     def _routed(self, frames: Sequence[int], start: int, budget: int) -> tuple[int, ...]:
-        nearest = budget - self.base.sink - len(frames)
+        kept = self.base.kept(start)
+        nearest = budget - len(kept) - len(frames)
         if nearest < 1:
-            raise ValueError(f"{len(frames)} routed frames {list(frames)} and a sink of {self.base.sink} leave {nearest} of {budget} past frames to the nearest; at least 1 must stay")
+            raise ValueError(f"{len(frames)} routed frames {list(frames)} and {len(kept)} of sink and memory leave {nearest} of {budget} past frames to the nearest; at least 1 must stay")
         # Chosen once at the fork: later blocks of the window read the same frames, however far the nearest have moved on.
-        return (*range(self.base.sink), *frames, *range(start - nearest, start))
+        return (*kept, *frames, *range(start - nearest, start))

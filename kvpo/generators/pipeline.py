@@ -21,7 +21,8 @@ from transformers.utils.logging import disable_progress_bar
 from kvpo.flow import warped_sigmas
 from kvpo.generators.cache import FrameCache
 from kvpo.generators.causal_wan import CausalWan
-from kvpo.generators.history import SinkWindow
+from kvpo.generators.history import Deployed, MemoryBank, SinkWindow
+from kvpo.generators.memory import Bank
 from kvpo.generators.streaming import StreamingDecoder
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
@@ -47,14 +48,25 @@ class Geometry:
     """Denoise steps of a block."""
     shift: float = 5.0
     """Warp of the step schedule, see `kvpo.flow.warp`."""
+    bank: int = 0
+    """Latent frames of MemFlow's memory bank, read beside the window; 0: none."""
+    bank_every: int = 3
+    """Blocks between frames recorded to the bank."""
+    bank_keep: int = 0
+    """Of sink and bank, latent frames that each head reads, chosen by its queries (SMA); 0: all."""
 
     def __post_init__(self):
-        least = {"block": 1, "sink": 0, "window": -1, "latent_height": 1, "latent_width": 1, "fps": 1, "text_length": 1, "steps": 1}
+        least = {"block": 1, "sink": 0, "window": -1, "latent_height": 1, "latent_width": 1, "fps": 1, "text_length": 1, "steps": 1, "bank": 0, "bank_every": 1, "bank_keep": 0}
         for name, low in least.items():
             if type(value := getattr(self, name)) is not int or value < low:
                 raise ValueError(f"{name} = {value!r} must be a whole number, {low} or more")
         if 0 <= self.window < self.sink + self.block:
             raise ValueError(f"window = {self.window} has no room for the sink ({self.sink}) and a block ({self.block}); widen it, or -1 for everything")
+
+        if self.bank and self.window < 0:
+            raise ValueError(f"bank = {self.bank} beside a window of everything (-1) would only repeat frames; give a window, or no bank")
+        if self.bank_keep and not self.bank:
+            raise ValueError(f"bank_keep = {self.bank_keep} chooses among sink and bank, and there is no bank; set bank, or bank_keep = 0")
 
     def check_grid(self, patch_size: Sequence[int], source: str) -> None:
         """ValueError unless the transformer's patches (frames, rows, columns) tile the latents."""
@@ -67,8 +79,9 @@ class Geometry:
         return warped_sigmas(self.steps, self.shift)
 
     @property
-    def history(self) -> SinkWindow:
-        return SinkWindow(self.sink, self.window)
+    def history(self) -> Deployed:
+        window = SinkWindow(self.sink, self.window)
+        return MemoryBank(window, self.bank, self.bank_every, self.block) if self.bank else window
 
     def resident(self, blocks: int) -> int:
         """Latent frames a cache must hold to stream so many blocks: a prompt switch re-encodes the latest ``window`` frames beside the sink."""
@@ -156,7 +169,9 @@ class Pipeline:
     def new_cache(self, capacity: int, rows: int = 1) -> FrameCache:
         """An empty cache of ``capacity`` latent frames."""
         g = self.geometry
-        return self.generator.new_cache(capacity, g.latent_height, g.latent_width, rows=rows, sink=g.sink)
+        cache = self.generator.new_cache(capacity, g.latent_height, g.latent_width, rows=rows, sink=g.sink)
+        cache.bank = Bank.empty(cache.k, g.bank_keep) if g.bank else None
+        return cache
 
     def latent_shape(self, frames: int) -> tuple[int, int, int, int]:
         g = self.geometry

@@ -362,7 +362,7 @@ def test_routed_by_hand():
     assert history.past(8, 2) == [(0, 2, 3, 5, 7), (0, 4, 5, 6, 7)]
     assert history.past(10, 2) == [(0, 2, 3, 5, 9), (0, 6, 7, 8, 9)]
     assert history.past(12, 2) == (0, 8, 9, 10, 11)
-    with pytest.raises(ValueError, match=r"4 routed frames \[1, 2, 3, 4\] and a sink of 1 leave 0 of 5"):
+    with pytest.raises(ValueError, match=r"4 routed frames \[1, 2, 3, 4\] and 1 of sink and memory leave 0 of 5"):
         Routed(SinkWindow(1, 7), (BranchPlan(frames=(1, 2, 3, 4)),), Window(4, 2), block=2).past(8, 2)
 
 
