@@ -80,7 +80,7 @@ def main() -> None:
     config: RunConfig = load_config(recipe_path("mini"))
     progress = Progress()
     run = Alignment(config, Path("."), progress)
-    run.pipeline, label = load_generator(args.generator, run.device, config.vae_dtype)
+    run.pipeline, label = load_generator(args.generator, run.device, config.vae_dtype, config.dtype)
     run.pipeline.generator.requires_grad_(False)
     network, results = load_network(), {}
     eligible = forks_of_all(config.data.blocks, run.pipeline.geometry)

@@ -18,7 +18,7 @@ import yaml
 
 from kvpo.advantages import Advantage, Advantages
 from kvpo.checkpoint import checkpoints, load_checkpoint, read_state, save_checkpoint
-from kvpo.config import RunConfig, differences, to_dict
+from kvpo.config import RunConfig, differences, from_dict, to_dict
 from kvpo.denoise import SAMPLERS
 from kvpo.environment import command, environment, make_reproducible, pick_device
 from kvpo.evaluate import Scored, compare, evaluate, kinds_of, table, write_comparison
@@ -54,7 +54,7 @@ class Alignment:
         self.config, self.out, self.progress = config, out, progress
         self.device = pick_device(config.device)
         make_reproducible(self.device)
-        self.pipeline = load_pipeline(config.pipeline, self.device, config.vae_dtype)
+        self.pipeline = load_pipeline(config.pipeline, self.device, config.vae_dtype, config.dtype)
         if config.gradient_checkpointing:
             self.pipeline.generator.transformer.enable_gradient_checkpointing()
         self.policy = Policy(self.pipeline.generator, config.policy, config.seed)
@@ -200,7 +200,9 @@ class Alignment:
         self.progress.say(f"resumed from {found[-1]}")
         return step
 
-    def _refuse_other(self, old: dict[str, Any], new: dict[str, Any]) -> None:
+    def _refuse_other(self, stored: dict[str, Any], new: dict[str, Any]) -> None:
+        settings, others = ({k: v for k, v in stored.items() if (k in self.config.__dataclass_fields__) == wanted} for wanted in (True, False))
+        old = to_dict(from_dict(settings)) | others  # a setting that is newer than the run has its default: what the run did
         changed = [d for d in differences(old, new) if not d.startswith(MAY_CHANGE)]
         if changed:
             raise ValueError(f"{self.out} was run with other settings, {'; '.join(changed)}; resume with its own, or start a new run by --out")

@@ -192,7 +192,7 @@ def evaluate_command(args: Evaluate) -> None:
     kinds = kinds_of(rewards, [e.role for e in config.rewards])
     scored, labels = [], []
     for spec in (args.generator, args.against or args.generator)[: 2 if args.against else 1]:
-        pipeline, label = load_generator(spec, device, config.vae_dtype)
+        pipeline, label = load_generator(spec, device, config.vae_dtype, config.dtype)
         with progress.bar(f"evaluate {label}", len(scripts)) as bar:
             scored.append(evaluate(pipeline, SAMPLERS[config.sampler], scripts, rewards, config.score, config.evaluate, bar.move_to))
         labels.append(label)
@@ -211,7 +211,7 @@ def evaluate_command(args: Evaluate) -> None:
 
 def explore_command(args: Explore) -> None:
     config, device, progress, phases = args.settings, pick_device(args.settings.device), Progress(), Phases()
-    pipeline, label = load_generator(args.generator or config.pipeline, device, config.vae_dtype)
+    pipeline, label = load_generator(args.generator or config.pipeline, device, config.vae_dtype, config.dtype)
     scripts = evaluation_scripts(config)
     if not 0 <= args.script < len(scripts):
         raise ValueError(f"--script {args.script} does not exist: the recipe has evaluation scripts 0 to {len(scripts) - 1}")

@@ -56,6 +56,8 @@ class RunConfig:
     """Pipeline folder in diffusers layout, or `mini`: the miniature that is shipped."""
     device: str = "auto"
     """`cpu`, `cuda`, or `auto`: a GPU if there is one."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the generator's and the text encoder's large matrices and of the KV cache; what is trained is float32 in any case."""
     vae_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision in which videos are decoded; trained and evaluated weights are always decoded alike."""
     seed: int = 0

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 
 from kvpo.files import write_atomic
 from kvpo.generators.base_folder import link_tree, new_transformer
-from kvpo.generators.checkpoints import State, diffusers_to_original, merge
+from kvpo.generators.checkpoints import State, diffusers_to_original, keeps_float32, merge
 from kvpo.generators.pipeline import Pipeline
 from kvpo.loading import is_run, load_generator, run_config
 
@@ -43,7 +43,7 @@ class Export:
     out: Path | None = None
     """Folder to write; default: RUN/export/WEIGHTS-FORMAT."""
     dtype: Literal["run", "bfloat16", "float32"] = "run"
-    """Of what is written; run = as the run computes with it (adapters are trained in float32)."""
+    """Of what is written; run = the run's own for a whole model, float32, in which it is trained, for an adapter."""
 
     def __call__(self) -> None:
         print(f"written to {export(self).resolve()}")
@@ -54,14 +54,14 @@ def export(args: Export) -> Path:
     run, _, which = args.run.partition(":")
     if not is_run(Path(run)):
         raise ValueError(f"{run} is no run folder: it has no config.resolved.yaml")
-    adapted = run_config(Path(run)).policy.train == "lora"
-    if args.format in ADAPTER_FORMATS and not adapted:
+    config, adapter = run_config(Path(run)), args.format in ADAPTER_FORMATS
+    if adapter and config.policy.train != "lora":
         raise ValueError(f"--format {args.format} is an adapter, but {run} trained all weights; export it as pipeline or original-merged")
     out = args.out or Path(run) / "export" / f"{which or 'ema'}-{args.format}"
     if out.exists():
         raise ValueError(f"{out} is there already; give another folder by --out, nothing is overwritten")
-    pipeline, label = load_generator(args.run)
-    dtype = None if args.dtype == "run" else getattr(torch, args.dtype)
+    pipeline, label = load_generator(args.run, dtype="float32")  # the weights as they are trained, whatever the run computes in
+    dtype = getattr(torch, args.dtype if args.dtype != "run" else "float32" if adapter else config.dtype)
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     try:
@@ -76,26 +76,25 @@ def export(args: Export) -> Path:
     return out
 
 
-def _adapter(pipeline: Pipeline, dtype: torch.dtype | None) -> State:
+def _adapter(pipeline: Pipeline, dtype: torch.dtype) -> State:
     """LoRA tensors, named as peft names them within the transformer: blocks.0.attn1.to_q.lora_A.weight."""
     state = get_peft_model_state_dict(pipeline.generator.transformer, adapter_name="default")
-    return {name: tensor.detach().to(dtype or tensor.dtype).contiguous() for name, tensor in state.items()}
+    return {name: tensor.detach().to(dtype).contiguous() for name, tensor in state.items()}
 
 
-def merged_state(pipeline: Pipeline, dtype: torch.dtype | None) -> State:
+def merged_state(pipeline: Pipeline, dtype: torch.dtype) -> State:
     """The transformer's tensors with its adapter, if it has one, added to the weights."""
     transformer = pipeline.generator.transformer
     found = transformer.state_dict()
     state = {name.replace(".base_layer.", "."): tensor for name, tensor in found.items() if ".lora_" not in name}
-    dtypes = {name: dtype or tensor.dtype for name, tensor in state.items()}
     if (peft := getattr(transformer, "peft_config", None)) is not None:
         config, halves = peft["default"], get_peft_model_state_dict(transformer, adapter_name="default")
         modules = {name.removesuffix(".lora_A.weight") for name in halves if name.endswith(".lora_A.weight")}
         merge(state, {m: (halves[f"{m}.lora_A.weight"], halves[f"{m}.lora_B.weight"]) for m in modules}, config.lora_alpha / config.r, "the run's adapter")
-    return {name: tensor.detach().to(dtypes[name]).contiguous() for name, tensor in state.items()}
+    return {name: tensor.detach().to(torch.float32 if keeps_float32(name) else dtype).contiguous() for name, tensor in state.items()}
 
 
-def write_pipeline(folder: Path, pipeline: Pipeline, dtype: torch.dtype | None) -> None:
+def write_pipeline(folder: Path, pipeline: Pipeline, dtype: torch.dtype) -> None:
     source = Path(pipeline.folder)
     transformer = new_transformer({k: v for k, v in pipeline.generator.transformer.config.items() if not k.startswith("_")})
     transformer.load_state_dict(merged_state(pipeline, dtype), assign=True)
@@ -106,27 +105,27 @@ def write_pipeline(folder: Path, pipeline: Pipeline, dtype: torch.dtype | None) 
         shutil.copy2(source / name, folder / name)
 
 
-def write_diffusers_lora(folder: Path, pipeline: Pipeline, dtype: torch.dtype | None) -> None:
+def write_diffusers_lora(folder: Path, pipeline: Pipeline, dtype: torch.dtype) -> None:
     WanPipeline.save_lora_weights(folder, transformer_lora_layers=_adapter(pipeline, dtype))
 
 
-def write_peft(folder: Path, pipeline: Pipeline, dtype: torch.dtype | None) -> None:
+def write_peft(folder: Path, pipeline: Pipeline, dtype: torch.dtype) -> None:
     pipeline.generator.transformer.peft_config["default"].save_pretrained(folder)
     save_file({f"base_model.model.{name}": tensor for name, tensor in _adapter(pipeline, dtype).items()}, folder / "adapter_model.safetensors")
 
 
-def write_original_lora(folder: Path, pipeline: Pipeline, dtype: torch.dtype | None) -> None:
+def write_original_lora(folder: Path, pipeline: Pipeline, dtype: torch.dtype) -> None:
     state = diffusers_to_original(_adapter(pipeline, dtype))
     torch.save({"generator_lora": {f"base_model.model.{name}": tensor for name, tensor in state.items()}}, folder / "lora.pt")
 
 
-def write_original_merged(folder: Path, pipeline: Pipeline, dtype: torch.dtype | None) -> None:
+def write_original_merged(folder: Path, pipeline: Pipeline, dtype: torch.dtype) -> None:
     state = diffusers_to_original(merged_state(pipeline, dtype))
     torch.save({"generator": {f"model.{name}": tensor for name, tensor in state.items()}}, folder / "generator.pt")
 
 
 ADAPTER_FORMATS = ("diffusers-lora", "peft", "original-lora")
-WRITERS: Mapping[str, Callable[[Path, Pipeline, torch.dtype | None], None]] = {
+WRITERS: Mapping[str, Callable[[Path, Pipeline, torch.dtype], None]] = {
     "pipeline": write_pipeline,
     "diffusers-lora": write_diffusers_lora,
     "peft": write_peft,

@@ -17,16 +17,16 @@ SETS = {"ema": "average", "online": "current", "start": "reference"}
 """Weights of a run -> their name in a checkpoint."""
 
 
-def load_pipeline(name: str, device: torch.device | str = "cpu", vae_dtype: str = "float32") -> Pipeline:
+def load_pipeline(name: str, device: torch.device | str = "cpu", vae_dtype: str = "float32", dtype: str = "float32") -> Pipeline:
     """A pipeline folder, or `mini`."""
-    return Pipeline.load(WEIGHTS if name == "mini" else name, device, vae_dtype=getattr(torch, vae_dtype))
+    return Pipeline.load(WEIGHTS if name == "mini" else name, device, getattr(torch, dtype), getattr(torch, vae_dtype))
 
 
-def load_generator(spec: str, device: torch.device | str = "cpu", vae_dtype: str = "float32") -> tuple[Pipeline, str]:
-    """The generator and a label for it.  FileNotFoundError or ValueError that names what is missing."""
+def load_generator(spec: str, device: torch.device | str = "cpu", vae_dtype: str = "float32", dtype: str = "") -> tuple[Pipeline, str]:
+    """The generator and a label for it.  ``dtype``: default the run's own, float32 for a folder.  FileNotFoundError or ValueError that names what is missing."""
     run, _, which = spec.partition(":")
     if not is_run(Path(run)):
-        return load_pipeline(spec, device, vae_dtype), spec
+        return load_pipeline(spec, device, vae_dtype, dtype or "float32"), spec
     which = which or "ema"
     if which not in SETS:
         raise ValueError(f"{spec!r} names weights {which!r} of a run; choose one of {', '.join(SETS)}")
@@ -34,11 +34,12 @@ def load_generator(spec: str, device: torch.device | str = "cpu", vae_dtype: str
     if not found:
         raise FileNotFoundError(f"{run} has no complete checkpoint; let the run go on until its first one")
     config = run_config(Path(run))
-    pipeline = load_pipeline(config.pipeline, device, vae_dtype)
+    pipeline = load_pipeline(config.pipeline, device, vae_dtype, dtype or config.dtype)
     policy, tensors = Policy(pipeline.generator, config.policy, config.seed), read_tensors(found[-1])
     for name, p in zip(policy.names, policy.parameters):
         p.data.copy_(tensors[f"{SETS[which]}.{name}"])
-        p.requires_grad_(False)
+    policy.refresh()
+    pipeline.generator.requires_grad_(False)
     return pipeline, f"{Path(run).name}:{which} {found[-1].name}"
 
 

@@ -1,7 +1,8 @@
 """One backbone, three parameter sets: current (trained), behaviour (rolls out), reference (holds the KL); and the EMA.
 
-The current weights live in the module.  The others are lists of tensors that are swapped in, without a copy,
-for passes without gradient.  With LoRA a set is the adapter's tensors; the backbone exists once.
+The current weights are float32 masters; the module computes with them, or with their copies in its own dtype.  The
+other sets are lists of tensors that are swapped in for passes without gradient.  With LoRA a set is the adapter's
+tensors; the backbone exists once.
 """
 
 from __future__ import annotations
@@ -51,9 +52,9 @@ class Policy:
             _add_adapter(transformer, config.rank, seed)
         else:
             transformer.requires_grad_(True)
-        self.names, self.parameters = zip(*((n, p) for n, p in transformer.named_parameters() if p.requires_grad))
-        for parameter in self.parameters:  # master weights: at lr 1e-5 a bf16 weight can not move
-            parameter.data = parameter.data.float()
+        self.names, self._computing = zip(*((n, p) for n, p in transformer.named_parameters() if p.requires_grad))
+        self.parameters = tuple(_master(p) for p in self._computing)
+        """float32: at lr 1e-5 a bf16 weight can not move."""
         self.reference, self.behaviour, self.average = self.snapshot(), self.snapshot(), self.snapshot()
         self.updates = self.lag = 0
         """Optimizer updates in all, and since the last sync."""
@@ -73,19 +74,27 @@ class Policy:
     @contextmanager
     def using(self, weights: list[torch.Tensor]) -> Iterator[None]:
         """The module computes with ``weights`` inside; no gradient may be taken there."""
-        current = [p.data for p in self.parameters]
+        current = [p.data for p in self._computing]
         try:
-            for p, w in zip(self.parameters, weights):
-                p.data = w
+            for p, w in zip(self._computing, weights):
+                p.data = w.to(p.dtype)
             with torch.no_grad():
                 yield
         finally:
-            for p, w in zip(self.parameters, current):
+            for p, w in zip(self._computing, current):
                 p.data = w
 
     @torch.no_grad()
+    def refresh(self) -> None:
+        """After the masters have changed: the module computes with what they are now."""
+        for p, master in zip(self._computing, self.parameters):
+            if p is not master:
+                p.copy_(master)
+
+    @torch.no_grad()
     def updated(self) -> None:
-        """After an optimizer update: move the EMA, and sync the behaviour policy when it is time."""
+        """After an optimizer update: refresh the module, move the EMA, and sync the behaviour policy when it is time."""
+        self.refresh()
         self.updates, self.lag = self.updates + 1, self.lag + 1
         decay = min(self.config.ema, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1.0 - decay)
@@ -100,6 +109,20 @@ class Policy:
         return moved if self.config.train == "lora" else moved / base
 
 
+def _master(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+    """The float32 weight that is trained: the parameter itself, or one beside it that collects its gradients."""
+    if parameter.dtype == torch.float32:
+        return parameter
+    master = torch.nn.Parameter(parameter.detach().float())
+
+    def carry(p: torch.nn.Parameter) -> None:  # gradients of several passes and groups add up in float32
+        master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
+        p.grad = None
+
+    parameter.register_post_accumulate_grad_hook(carry)
+    return master
+
+
 def _add_adapter(transformer, rank: int, seed: int) -> None:
     """A LoRA on every linear map of the blocks.  It starts at zero effect (B = 0); A comes from a named stream."""
     if not any(re.fullmatch(ADAPTER_TARGETS, name) for name, _ in transformer.named_modules()):
@@ -107,3 +130,6 @@ def _add_adapter(transformer, rank: int, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream(seed, "lora").initial_seed())
         transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=ADAPTER_TARGETS, lora_dropout=0.0))
+    for name, p in transformer.named_parameters():  # peft may make it float32, and then multiply by it in float32
+        if ".lora_" in name:
+            p.data = p.data.to(transformer.patch_embedding.weight.dtype)

@@ -111,6 +111,36 @@ def test_resume_is_the_uninterrupted_run(straight, tmp_path):
     assert yaml.safe_load((tmp_path / "run" / "config.resolved.yaml").read_text())["steps"] == 4, "the folder says what was asked last"
 
 
+def test_a_run_that_is_older_than_a_setting_resumes(straight, tmp_path):
+    """Every new setting once made all runs before it unresumable, although its default is what they did."""
+    out, recipe, _ = straight
+    assert align(recipe, tmp_path / "run", "--steps", "2") == 0
+    for path, read, write in ((tmp_path / "run" / "config.resolved.yaml", yaml.safe_load, yaml.safe_dump), (checkpoints(tmp_path / "run" / "checkpoints")[-1] / "state.json", json.loads, json.dumps)):
+        content = read(path.read_text())
+        del content.get("config", content)["dtype"], content.get("config", content)["score"]["segments"]
+        path.write_text(write(content))
+    assert align(recipe, tmp_path / "run", "--resume") == 0
+    assert equal(final(tmp_path / "run"), final(out))
+    assert align(recipe, tmp_path / "run", "--resume", "--dtype", "bfloat16") == 1, "and is refused where the new setting has another value"
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_in_half_precision_weights_move_and_resume(folder, tmp_path, train):
+    """bf16 computes, float32 is trained: at lr 1e-6 no bf16 weight would move, and a resumed run has the masters back, not their roundings."""
+    changes = {"dtype": "bfloat16", "policy": {"train": train, "rank": 2}, "optimizer": {"lr": 1e-6, "warmup": 1}}
+    recipe = write_recipe(tmp_path / "half.yaml", settings(folder, steps=3, **changes))
+    assert align(recipe, tmp_path / "straight") == 0
+    assert align(recipe, tmp_path / "run", "--steps", "1") == 0
+    assert align(recipe, tmp_path / "run", "--resume") == 0
+    tensors = final(tmp_path / "straight")
+    assert equal(final(tmp_path / "run"), tensors)
+    moved = [n for n in tensors if n.startswith("current.") and not torch.equal(tensors[n], tensors[n.replace("current.", "reference.")])]
+    assert {t.dtype for t in tensors.values()} == {torch.float32} and len(moved) > 0.3 * sum(n.startswith("current.") for n in tensors)
+    if train == "full":
+        same = [(tensors[n].bfloat16() == tensors[n.replace("current.", "reference.")].bfloat16()).float().mean() for n in moved]
+        assert sum(same) / len(same) > 0.9, "in bf16 almost nothing would have"
+
+
 def test_checkpointed_activations_give_the_same_run(straight, recipe, tmp_path):
     """The setting once switched the flag alone, without the function that does it: the first gradient failed."""
     out, *_ = straight

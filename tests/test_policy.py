@@ -105,9 +105,37 @@ def test_full_training_trains_everything():
 
 @pytest.mark.parametrize("train", ["lora", "full"])
 def test_master_weights_are_float32(train):
-    """At lr 1e-5 a bf16 weight of size 1 can not move: its neighbours lie 2^-8 apart."""
-    policy = Policy(CausalWan(new_transformer().to(torch.bfloat16)), PolicyConfig(train=train, rank=2), 0)
+    """At lr 1e-5 a bf16 weight of size 1 can not move: its neighbours lie 2^-8 apart.  The module goes on computing in its own dtype."""
+    transformer = new_transformer()
+    exact = {n: p.clone() for n, p in transformer.named_parameters()}
+    policy = Policy(CausalWan(transformer.to(torch.bfloat16)), PolicyConfig(train=train, rank=2), 0)
     assert {p.dtype for p in (*policy.parameters, *policy.behaviour, *policy.average, *policy.reference)} == {torch.float32}
+    computing = dict(policy.model.transformer.named_parameters())
+    assert {computing[n].dtype for n in policy.names} == {torch.bfloat16} and policy.model.dtype == torch.bfloat16
+    optimizer = torch.optim.AdamW(policy.parameters, lr=1e-5, weight_decay=0.0)
+    for _ in range(3):
+        for half in range(2):  # two passes: their gradients add up in float32
+            velocity(policy).square().mean().backward()
+        assert all(p.grad is None for p in computing.values())
+        assert any(p.grad.any() for p in policy.parameters)
+        optimizer.step()
+        optimizer.zero_grad()
+        policy.updated()
+    moved = [float((p - r).detach().abs().max()) for p, r in zip(policy.parameters, policy.reference)]
+    assert max(moved) == pytest.approx(3e-5, rel=0.1)
+    assert all(torch.equal(computing[n], p.bfloat16()) for n, p in zip(policy.names, policy.parameters))
+    if train == "full":
+        assert all(torch.equal(p.bfloat16(), exact[n].bfloat16()) for n, p in zip(policy.names, policy.reference))
+
+
+def test_sets_are_swapped_in_in_the_module_s_dtype():
+    policy = Policy(CausalWan(new_transformer().to(torch.bfloat16)), PolicyConfig(train="full"), 0)
+    start = velocity(policy).detach()
+    for w in policy.average:
+        w.add_(0.1)
+    with policy.using(policy.average):
+        assert policy.model.dtype == torch.bfloat16 and (velocity(policy) - start).abs().max() > 0.1
+    assert torch.equal(velocity(policy).detach(), start)
 
 
 def test_drift_by_hand():
