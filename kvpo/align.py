@@ -24,7 +24,9 @@ from kvpo.environment import command, environment, make_reproducible, pick_devic
 from kvpo.evaluate import Scored, compare, evaluate, kinds_of, table, write_comparison
 from kvpo.exploration.base import Explorer
 from kvpo.files import write_atomic
-from kvpo.loading import load_pipeline
+from kvpo.generators.embeddings import load_with_texts
+from kvpo.generators.pipeline import Pipeline
+from kvpo.loading import folder_of, load_pipeline
 from kvpo.metrics import MetricLog, console_line
 from kvpo.mini.source import StorySource
 from kvpo.policy import Policy
@@ -54,17 +56,15 @@ class Alignment:
         self.config, self.out, self.progress = config, out, progress
         self.device = pick_device(config.device)
         make_reproducible(self.device)
-        self.pipeline = load_pipeline(config.pipeline, self.device, config.vae_dtype, config.dtype)
+        self.rewards, self.advantages = judges(config, self.device)
+        self.source, self.scripts = script_source(config), evaluation_scripts(config)  # read now: a malformed file must not show itself after the training
+        self.pipeline = self._load_pipeline()
         if config.gradient_checkpointing:
             self.pipeline.generator.transformer.enable_gradient_checkpointing()
         self.policy = Policy(self.pipeline.generator, config.policy, config.seed)
         self.updater = Updater(self.policy, config.optimizer, config.objective, config.temperature, config.unsafe, config.groups)
         check_room(config.exploring, config.rollout, config.data.blocks, self.pipeline.geometry)
-        self.source = script_source(config)
-        self.scripts = evaluation_scripts(config)  # read now: a malformed file must not show itself after the training
         self.sampler = SAMPLERS[config.sampler]
-        self.rewards, self.advantages = judges(config, self.device)
-        self.embeddings: dict[str, torch.Tensor] = {}
         self.phases = Phases()
 
     def run(self, resume: bool) -> Path:
@@ -110,7 +110,7 @@ class Alignment:
         advantage = self.advantages(rewards)
         if config.shuffle_advantages:
             advantage = _shuffled(advantage, stream(config.seed, *name, "shuffle"))
-        replay = Replay(self.pipeline, rollout, embeddings, CONTEXTS[config.context], config.energy, range(len(advantage.values)), config.rows_per_pass)
+        replay = Replay(self.pipeline, rollout, embeddings, CONTEXTS[config.context], config.energy, range(len(advantage.values)), config.rows_per_pass, config.rollout.together)
         update = self.updater.accumulate(replay, advantage, self.phases)
         penalty = self.updater.hold(config.velocity_penalty, lambda: [held_velocities(self.pipeline, rollout, embeddings, b) for b in rollout.held], self.phases)
         if config.show_every and step % config.show_every == 0 and index == 0:
@@ -134,12 +134,17 @@ class Alignment:
         opening = config.exploring.eligible_forks(script.blocks, geometry)[0]
         return config.velocity_penalty.draw(script, fork, opening, geometry, config.rollout.cache_frames, generator)
 
+    def _load_pipeline(self) -> Pipeline:
+        config = self.config
+        if not isinstance(self.source, PromptSet):  # stories without end: their texts are met one by one
+            return load_pipeline(config.pipeline, self.device, config.vae_dtype, config.dtype)
+        texts = sorted({text for script in (*self.source.scripts, *self.scripts) for text in script.texts})
+        with self.progress.bar("embed prompts", len(texts)) as bar:
+            return load_with_texts(folder_of(config.pipeline), texts, self.device, getattr(torch, config.dtype), getattr(torch, config.vae_dtype), bar.move_to)
+
     def embed(self, script: Script) -> dict[str, torch.Tensor]:
-        """Prompt -> [L, D]; every text is encoded once."""
-        new = [t for t in script.texts if t not in self.embeddings]
-        if new:
-            self.embeddings |= dict(zip(new, self.pipeline.encode_text(new)))
-        return {t: self.embeddings[t] for t in script.texts}
+        """Prompt -> [L, D]."""
+        return dict(zip(script.texts, self.pipeline.encode_text(script.texts)))
 
     def save(self, done: int) -> None:
         """A checkpoint after ``done`` steps."""
@@ -224,7 +229,8 @@ class Alignment:
 
 def judges(config: RunConfig, device: torch.device) -> tuple[list[Reward], Advantages]:
     """The rewards that are trained on, loaded, and the advantage rule with their weights."""
-    entries = config.rewards_of("train")
+    if not (entries := config.rewards_of("train")):
+        raise ValueError("no reward has role `train`: there is nothing to align to; list one under `rewards`, a shipped one or your own (package.module:Class)")
     rewards = load_rewards(entries, device)
     return rewards, replace(config.advantages, weights={r.spec.name: e.weight for r, e in zip(rewards, entries)})
 

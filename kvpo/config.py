@@ -108,8 +108,6 @@ class RunConfig:
         for name, value, least in (("steps", self.steps, 1), ("groups", self.groups, 1), ("rows_per_pass", self.rows_per_pass, 0), ("show_every", self.show_every, 0)):
             if value < least:
                 raise ValueError(f"{name} = {value} must be {least} or more")
-        if not any(r.role == "train" for r in self.rewards):
-            raise ValueError("no reward has role `train`: there is nothing to align to; list at least one")
         if self.advantages.weights:
             raise ValueError("advantages.weights is set by the rewards' own weights; write them there")
         if self.exploring.deterministic_replay and self.energy.needs_differing_context:

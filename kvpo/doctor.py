@@ -75,7 +75,7 @@ def findings(config: RunConfig) -> Iterator[Finding]:
             return roll_out(run.pipeline, run.sampler, explorer, config.rollout, script, embeddings, config.seed, ("doctor",), Phases())
 
     def replay(rollout: Rollout, rows=None, size: int = 0, context: str = config.context) -> Replay:
-        return Replay(run.pipeline, rollout, embeddings, CONTEXTS[context], config.energy, rows, size)
+        return Replay(run.pipeline, rollout, embeddings, CONTEXTS[context], config.energy, rows, size, config.rollout.together)
 
     yield _at_most("empty plans: every row is the anchor, bit for bit", _spread(roll(_Empty(config.exploring)).latents), 0.0)
     rollout = roll(config.exploring)

@@ -19,7 +19,12 @@ SETS = {"ema": "average", "online": "current", "start": "reference"}
 
 def load_pipeline(name: str, device: torch.device | str = "cpu", vae_dtype: str = "float32", dtype: str = "float32") -> Pipeline:
     """A pipeline folder, or `mini`."""
-    return Pipeline.load(WEIGHTS if name == "mini" else name, device, getattr(torch, dtype), getattr(torch, vae_dtype))
+    return Pipeline.load(folder_of(name), device, getattr(torch, dtype), getattr(torch, vae_dtype))
+
+
+def folder_of(name: str) -> Path:
+    """Where a pipeline named in a recipe lies."""
+    return Path(WEIGHTS if name == "mini" else name)
 
 
 def load_generator(spec: str, device: torch.device | str = "cpu", vae_dtype: str = "float32", dtype: str = "") -> tuple[Pipeline, str]:

@@ -71,9 +71,10 @@ class Replay:
 
     def __init__(
         self, pipeline: Pipeline, rollout: Rollout, embeddings: Mapping[str, torch.Tensor], context: Context, surrogate: Surrogate,
-        rows: Sequence[int] | None = None, rows_per_pass: int = 0,
+        rows: Sequence[int] | None = None, rows_per_pass: int = 0, together: int = 0,
     ):  # fmt: skip
-        """``rows``: rollout rows to replay (default: the G branches).  ``rows_per_pass``: most velocities in a pass, 0 = all."""
+        """``rows``: rollout rows to replay (default: the G branches).  ``rows_per_pass``: most velocities in a pass, 0 = all.
+        ``together``: most rows that have their past in memory at a time, 0 = all."""
         self.pipeline, self.rollout, self.embeddings = pipeline, rollout, embeddings
         self.context, self.surrogate = context, surrogate
         self.rows = list(range(rollout.num_branches) if rows is None else rows)
@@ -82,8 +83,10 @@ class Replay:
         self.weights_S = surrogate.step_weights(self.sigmas)
         start = rollout.trajectory.inputs[self.rows, 0, 0]
         self.shared_start = bool((start == start[:1]).all())
-        self.plan = [self._parts(positions) for positions in self._runs()]
-        """Rows of every pass, run by run."""
+        size = together or len(self.rows)
+        self.chunks = [range(first, min(first + size, len(self.rows))) for first in range(0, len(self.rows), size)]
+        self.plan = [self._parts(positions, chunk) for chunk in self.chunks for positions in self._runs()]
+        """Rows of every pass, chunk by chunk and in it run by run."""
 
     @torch.no_grad()
     def energies(self) -> torch.Tensor:
@@ -99,9 +102,9 @@ class Replay:
         Shares carry gradient where gradients are enabled; every pass is independent of the others.
         """
         terms = self.rollout.window.blocks * len(self.sigmas)
-        for (cache, _), parts in zip(self.contexts(), self.plan):
+        for (cache, chunk), parts in zip(self.contexts(), self.plan):
             for rows in parts:
-                v, u = self._velocity(cache, rows), self._stored(self.rollout.trajectory.velocities, rows)
+                v, u = self._velocity(cache, rows, chunk), self._stored(self.rollout.trajectory.velocities, rows)
                 weight = self.weights_S[[r.step for r in rows]].to(v.device) / terms
                 yield torch.tensor([r.branch for r in rows]), weight * squared_residual(v, u)
 
@@ -110,33 +113,35 @@ class Replay:
         """Everything fits one pass: its graph can be kept, and no branch need be replayed twice."""
         return sum(len(parts) for parts in self.plan) == 1
 
-    def contexts(self) -> Iterator[tuple[FrameCache, list[int]]]:
-        """(cache, positions of the window's blocks that read it).  A new fork at every prompt switch and recording of the memory bank,
+    def contexts(self) -> Iterator[tuple[FrameCache, range]]:
+        """(cache, its branches) for every run of every chunk.  A new fork at every prompt switch and recording of the memory bank,
         which would otherwise change what an earlier block has read and may have to read again in its backward pass."""
         r, g = self.rollout, self.pipeline.geometry
         prefix = [r.prefix[None, i : i + g.block] for i in range(0, len(r.prefix), g.block)]
-        cache, past, F = r.cache, prefix, g.block
-        for positions in self._runs():
-            cache = cache.fork(len(self.rows), r.window.stop * F if g.window < 0 else r.window.blocks * F + g.window)
-            stream = Stream(self.pipeline.generator, g, None, [r.script], self.embeddings, None, cache, past)
-            if positions[0] > 0:
-                stream.switch()
-            for position in positions[: -1 if positions[-1] == r.window.blocks - 1 else None]:
-                stream.blocks.append(self._commit(stream, position))
-            if positions[-1] < r.window.blocks - 1:
+        for chunk in self.chunks:
+            cache, past = r.cache, prefix
+            for positions in self._runs():
+                left = [p for p in positions if p < r.window.blocks - 1]  # blocks that others read
+                again = len(g.reencoded(r.window.fork + positions[0])) if positions[0] > 0 else 0
+                cache = cache.fork(len(chunk), len(left) * g.block + again)
+                stream = Stream(self.pipeline.generator, g, None, [r.script], self.embeddings, None, cache, past)
+                if positions[0] > 0:
+                    stream.switch()
+                for position in left:
+                    stream.blocks.append(self._commit(stream, position, chunk))
                 past = stream.blocks
-            yield cache, positions
+                yield cache, chunk
 
     @torch.no_grad()
-    def _commit(self, stream: Stream, position: int) -> torch.Tensor:
+    def _commit(self, stream: Stream, position: int, chunk: range) -> torch.Tensor:
         """Leave the window's block ``position`` behind as past; its clean latents [B, F, C, H, W]."""
         text = stream.text(self.rollout.window.fork + position)
 
         def last_step() -> torch.Tensor:
-            rows = [_Row(g, position, len(self.sigmas) - 1) for g in range(len(self.rows))]
-            return denoised(self._stored(self.rollout.trajectory.inputs, rows), self._velocity(stream.cache, rows), self.sigmas[-1])
+            rows = [_Row(g, position, len(self.sigmas) - 1) for g in chunk]
+            return denoised(self._stored(self.rollout.trajectory.inputs, rows), self._velocity(stream.cache, rows, chunk), self.sigmas[-1])
 
-        clean = self.context.clean(self.rollout, position, self.rows, last_step)
+        clean = self.context.clean(self.rollout, position, [self.rows[g] for g in chunk], last_step)
         self.pipeline.generator.commit(clean, text, self._frames(position), stream.cache, self._past(position))
         return clean
 
@@ -150,11 +155,11 @@ class Replay:
             runs[-1].append(position)
         return runs
 
-    def _parts(self, positions: list[int]) -> list[list[_Row]]:
+    def _parts(self, positions: list[int], chunk: range) -> list[list[_Row]]:
         """The rows of a run, cut into passes: as many as allowed, and all of one pass with equally many past frames."""
         alike: dict[int, list[_Row]] = {}
         for p in positions:
-            alike.setdefault(len(self._past(p)), []).extend(_Row(g, p, s) for s in range(len(self.sigmas)) for g in range(len(self.rows)))
+            alike.setdefault(len(self._past(p)), []).extend(_Row(g, p, s) for s in range(len(self.sigmas)) for g in chunk)
         size = self.rows_per_pass or max(map(len, alike.values()))
         return [rows[i : i + size] for rows in alike.values() for i in range(0, len(rows), size)]
 
@@ -170,18 +175,18 @@ class Replay:
     def _stored(self, x_BPSFCHW: torch.Tensor, rows: list[_Row]) -> torch.Tensor:
         return x_BPSFCHW[[self.rows[r.branch] for r in rows], [r.position for r in rows], [r.step for r in rows]]
 
-    def _velocity(self, cache: FrameCache, rows: list[_Row]) -> torch.Tensor:
-        """v_RFCHW of the rows, which share one prompt: a run holds one segment."""
+    def _velocity(self, cache: FrameCache, rows: list[_Row], chunk: range) -> torch.Tensor:
+        """v_RFCHW of rows of the chunk, which share one prompt: a run holds one segment."""
         places: dict[_Row, int] = {}
-        index = [places.setdefault(self._representative(row), len(places)) for row in rows]
+        index = [places.setdefault(self._representative(row, chunk), len(places)) for row in rows]
         distinct = list(places)
         frames, past = [self._frames(r.position) for r in distinct], [self._past(r.position) for r in distinct]
         text = self.embeddings[self.rollout.script.text(self.rollout.window.fork + rows[0].position)][None]
         sigma = torch.tensor([self.sigmas[r.step] for r in distinct])
         z = self._stored(self.rollout.trajectory.inputs, distinct)
-        v = self.pipeline.generator.velocity(z, sigma, text, frames, cache, past, [r.branch for r in distinct])
+        v = self.pipeline.generator.velocity(z, sigma, text, frames, cache, past, [r.branch - chunk.start for r in distinct])
         return v if len(distinct) == len(rows) else v[index]
 
-    def _representative(self, row: _Row) -> _Row:
+    def _representative(self, row: _Row, chunk: range) -> _Row:
         """At the fork all branches start from one noise and one past: that velocity is computed once."""
-        return replace(row, branch=0) if self.shared_start and row.position == row.step == 0 else row
+        return replace(row, branch=chunk.start) if self.shared_start and row.position == row.step == 0 else row

@@ -29,12 +29,16 @@ class RolloutConfig:
     """G, besides the anchor."""
     cache_frames: int = 33
     """Latent frames the prefix keeps: the pool that routing draws from, sink and nearest frames included."""
+    together: int = 0
+    """Most branches (the anchor counts) that are generated, or replayed, side by side; 0 = all.  Each holds a past of its own in the cache: lower it where memory is short."""
 
     def __post_init__(self):
         if self.branches < 2:
             raise ValueError(f"rollout.branches = {self.branches}, but a group compares at least 2 branches; set 2 or more")
         if self.cache_frames < 1:
             raise ValueError(f"rollout.cache_frames = {self.cache_frames} must be positive")
+        if self.together < 0:
+            raise ValueError(f"rollout.together = {self.together} must be 1 or more, or 0 for all branches")
 
 
 @dataclass(frozen=True)
@@ -44,12 +48,14 @@ class PlannedNoise:
     shared: NamedNoise
     plans: tuple[BranchPlan, ...]
     window: Window
+    first: int = 0
+    """Number of the first plan's row in its group, which names its noise."""
 
     def start(self, block: int) -> torch.Tensor:
         noise = self.shared.start(block)
         if block not in self.window or not any(plan.noise_mix for plan in self.plans):
             return noise
-        return torch.stack([mix_noise(noise, self._fresh(row, block), plan.noise_mix) for row, plan in enumerate(self.plans)])
+        return torch.stack([mix_noise(noise, self._fresh(row, block), plan.noise_mix) for row, plan in enumerate(self.plans, self.first)])
 
     def renoise(self, block: int, step: int) -> torch.Tensor:
         return self.shared.renoise(block, step)
@@ -77,19 +83,24 @@ def roll_out(
         prefix, kept = generate_prefix(pipeline, sampler, script, embeddings, noise, window.fork, config.cache_frames, held(window.fork))
     plans = explorer.plan(window, geometry, config.branches, stream(seed, *name, "plan"), prefix.cache.resident)
     plans = (*plans, BranchPlan())
-    steps: list[tuple[torch.Tensor, torch.Tensor]] = []
+    stop = script.blocks if horizon is None else max(horizon(window), window.stop)
+    size = config.together or len(plans)
     with phases("branches"):
-        branches = branch_out(pipeline, prefix, plans, PlannedNoise(noise, plans, window), window)
-        history = Routed(geometry.history, plans, window, geometry.block)
-        for _ in range(window.fork, window.stop):
-            branches.advance(history, lambda i, x, v: steps.append((x, v)))
-        for _ in range(window.stop, script.blocks if horizon is None else max(horizon(window), window.stop)):
-            branches.advance()
-    after = branches.blocks[window.fork :]
-    S = len(geometry.sigmas)
-    inputs, velocities = (torch.stack(x, dim=1).unflatten(1, (window.blocks, S)) for x in zip(*steps))
-    clean = torch.stack(after[: window.blocks], dim=1)
-    return Rollout(script, window, plans, Trajectory(inputs, velocities, clean), torch.cat(prefix.blocks, dim=1)[0], torch.cat(after, dim=1), prefix.cache, kept)
+        parts = [_branches(pipeline, prefix, plans[i : i + size], PlannedNoise(noise, plans[i : i + size], window, i), window, stop) for i in range(0, len(plans), size)]
+    inputs, velocities, after = (torch.cat(x) for x in zip(*parts))
+    clean = after[:, : window.blocks * geometry.block].unflatten(1, (window.blocks, geometry.block))
+    return Rollout(script, window, plans, Trajectory(inputs, velocities, clean), torch.cat(prefix.blocks, dim=1)[0], after, prefix.cache, kept)
+
+
+def _branches(pipeline: Pipeline, prefix: Stream, plans: tuple[BranchPlan, ...], noise: Noise, window: Window, stop: int) -> tuple[torch.Tensor, ...]:
+    """Some rows of a group from the fork to block ``stop``: the window's inputs and velocities [B, P, S, F, C, H, W], and all latents [B, N, C, H, W]."""
+    geometry, steps = pipeline.geometry, []
+    branches = branch_out(pipeline, prefix, plans, noise, window)
+    history = Routed(geometry.history, plans, window, geometry.block)
+    for block in range(window.fork, stop):
+        branches.advance(*((history, lambda i, x, v: steps.append((x, v))) if block in window else ()))
+    inputs, velocities = (torch.stack(x, dim=1).unflatten(1, (window.blocks, len(geometry.sigmas))) for x in zip(*steps))
+    return inputs, velocities, torch.cat(branches.blocks[window.fork :], dim=1)
 
 
 def check_room(explorer: Explorer, config: RolloutConfig, blocks: int, geometry: Geometry) -> None:

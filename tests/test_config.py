@@ -87,8 +87,6 @@ def test_unknown_keys(content, message):
         ({"temperature": {"value": -1}}, "temperature -1"),
         ({"kv_routing": {"nearest": 0}}, "nearest = 0, but a branch must keep at least"),
         ({"kv_routing": {"draw": "some"}}, "draw = 'some' is unknown; choose one of balanced, dispersed, independent"),
-        ({"rewards": []}, "no reward has role `train`"),
-        ({"rewards": [{"name": "world_vq", "role": "eval"}]}, "no reward has role `train`"),
         ({"rewards": [{"weight": 1.0}]}, "rewards.0.name is missing"),
         ({"advantages": {"weights": {"VQ": 1.0}}}, "advantages.weights is set by the rewards' own weights"),
     ],

@@ -106,7 +106,7 @@ def test_golden_replay_in_small_passes_is_the_same():
     config, tensors = golden_replay()
     replay = replay_of(config, tensors, "theta", config["sigma_floor"], theta(config))
     replay.rows_per_pass = 5
-    replay.plan = [replay._parts(positions) for positions in replay._runs()]
+    replay.plan = [replay._parts(positions, replay.chunks[0]) for positions in replay._runs()]
     torch.testing.assert_close(scores(replay), tensors["scores_theta"].double(), atol=1e-4, rtol=0)
 
 

@@ -18,7 +18,7 @@ LAYERS = {
     "foundation": "types flow rng files timing environment progress mini.world mini.stories mini.source",
     "metrics": "metrics distributed video",
     "generators": "generators.rope generators.memory generators.cache generators.history generators.attention generators.causal_wan "
-    "generators.streaming generators.pipeline generators.checkpoints generators.base_folder",
+    "generators.streaming generators.pipeline generators.checkpoints generators.base_folder generators.embeddings",
     "exploration": "exploration.base exploration.draws exploration.kv_routing exploration.noise exploration.sde",
     "surrogates": "surrogates.base surrogates.velocity_energy surrogates.denoised_energy",
     "rewards": "rewards.base rewards.track rewards.motion rewards.judge rewards.world rewards.facts rewards.attributes rewards.attributes_training rewards.opticalflow rewards.heldout "

@@ -13,6 +13,7 @@ from kvpo.denoise import Stream
 from kvpo.exploration.kv_routing import KVRouting
 from kvpo.exploration.noise import StartNoise
 from kvpo.flow import denoised
+from kvpo.generators.cache import FrameCache
 from kvpo.replay import CONTEXTS, Replay
 from kvpo.surrogates.denoised_energy import DenoisedEnergy
 from kvpo.surrogates.velocity_energy import VelocityEnergy
@@ -26,8 +27,8 @@ def rollout_of(pipeline, starts=(), **kwargs):
     return new_rollout(pipeline, story(8, *starts), KVRouting(window_blocks=3), fork=FORK, **kwargs)
 
 
-def replay_of(pipeline, rollout, context="branch", surrogate=TVE, rows=None, size=0) -> Replay:
-    return Replay(pipeline, rollout, embed(pipeline, rollout.script), CONTEXTS[context], surrogate, rows, size)
+def replay_of(pipeline, rollout, context="branch", surrogate=TVE, rows=None, size=0, together=0) -> Replay:
+    return Replay(pipeline, rollout, embed(pipeline, rollout.script), CONTEXTS[context], surrogate, rows, size, together)
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +70,8 @@ def test_batched_is_one_by_one(pipeline, moved, context, starts):
     """In one pass where the prompt allows, in passes of a few rows, and as the definition says; under other weights than the rollout's."""
     rollout = rollout_of(pipeline, starts)
     expected = one_by_one(moved, rollout, context)
-    for size in (0, 1, 5):
-        torch.testing.assert_close(replay_of(moved, rollout, context, size=size).energies(), expected, rtol=1e-5, atol=0)
+    for size, together in ((0, 0), (1, 0), (5, 0), (0, 2), (3, 1)):
+        torch.testing.assert_close(replay_of(moved, rollout, context, size=size, together=together).energies(), expected, rtol=1e-5, atol=0)
     assert expected.min() > 1e-3 and expected.std() / expected.mean() > 1e-3
 
 
@@ -120,12 +121,23 @@ def test_replay_only_reads(pipeline, moved):
 @pytest.mark.parametrize("starts", [(), (FORK,), (FORK + 1,)], ids=["none", "at the fork", "in the window"])
 def test_passes_cover_every_velocity_once(pipeline, starts):
     rollout = rollout_of(pipeline, starts)
-    for size in (0, 1, 7):
-        replay = replay_of(pipeline, rollout, size=size)
+    for size, together in ((0, 0), (1, 0), (7, 0), (7, 2)):
+        replay = replay_of(pipeline, rollout, size=size, together=together)
         rows = [(r.branch, r.position, r.step) for parts in replay.plan for part in parts for r in part]
         assert sorted(rows) == [(g, p, s) for g in range(3) for p in range(3) for s in range(4)]
         assert all(len(part) <= (size or 99) for parts in replay.plan for part in parts)
     assert replay_of(pipeline, rollout).single_pass == (starts != (FORK + 1,))
+
+
+def test_fewer_branches_at_a_time_hold_less_past(pipeline, monkeypatch):
+    """No more pages than blocks that others read: 2 blocks of 2 frames for each of the branches at work."""
+    made, fork = [], FrameCache.fork
+    monkeypatch.setattr(FrameCache, "fork", lambda self, rows, capacity: made.append((rows, capacity)) or fork(self, rows, capacity))
+    rollout = rollout_of(pipeline)
+    made.clear()
+    replay_of(pipeline, rollout).energies()
+    replay_of(pipeline, rollout, together=2).energies()
+    assert made == [(3, 4), (2, 4), (1, 4)]
 
 
 def test_a_replay_is_few_calls(pipeline):

@@ -201,3 +201,13 @@ def test_the_smallest_cache_rolls_out(pipeline):
 def test_a_stream_is_its_script(pipeline):
     """The helper of these tests itself: a stream's rows follow their own scripts."""
     assert new_stream(pipeline, story(2, 1)).text(0).equal(pipeline.encode_text([RED]))
+
+
+@pytest.mark.parametrize("explorer", [KVRouting(window_blocks=2), StartNoise(window_blocks=2)], ids=["routing", "noise"])
+def test_branches_a_few_at_a_time_are_the_same_branches(pipeline, explorer):
+    whole = new_rollout(pipeline, story(8, FORK + 1), explorer, fork=FORK, branches=4)
+    for together in (1, 2, 4):
+        parts = new_rollout(pipeline, story(8, FORK + 1), explorer, fork=FORK, branches=4, together=together)
+        assert parts.plans == whole.plans
+        for a, b in ((parts.latents, whole.latents), (parts.trajectory.inputs, whole.trajectory.inputs), (parts.trajectory.velocities, whole.trajectory.velocities), (parts.trajectory.clean, whole.trajectory.clean)):  # fmt: skip
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=0)

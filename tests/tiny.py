@@ -106,10 +106,10 @@ def new_stream(pipeline: Pipeline, *scripts: Script, seed: int = 0, capacity: in
 
 def new_rollout(
     pipeline: Pipeline, script: Script | None = None, explorer=None, branches: int = 3, seed: int = 0, name=("group",), fork: int | None = None, horizon=None,
-    sampler: str = "renoise", cache_frames: int = 33, held=lambda fork: (),
+    sampler: str = "renoise", cache_frames: int = 33, held=lambda fork: (), together: int = 0,
 ) -> Rollout:  # fmt: skip
     script, explorer = script or story(), explorer or KVRouting(window_blocks=2)
-    config = RolloutConfig(branches=branches, cache_frames=cache_frames)
+    config = RolloutConfig(branches=branches, cache_frames=cache_frames, together=together)
     return roll_out(pipeline, SAMPLERS[sampler], explorer, config, script, embed(pipeline, script), seed, name, Phases(), fork, horizon, held)
 
 

@@ -8,7 +8,7 @@ All but `streaming.json` are what `WanPipeline` saves and loads.  Nothing here k
 from __future__ import annotations
 
 import json
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Sequence
 
@@ -127,10 +127,16 @@ class Pipeline:
     stock: WanPipeline
     """The same modules as diffusers' own pipeline: prompt encoding and saving are its business."""
     folder: str
+    known: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Prompt -> its embedding up to its end, [n, D] in main memory: every text is encoded once."""
 
     @classmethod
-    def load(cls, folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, vae_dtype: torch.dtype | None = None) -> Pipeline:
-        """``vae_dtype``: default ``dtype``.  FileNotFoundError or ValueError, one line that names the file, for anything missing, broken, foreign or pickled."""
+    def load(
+        cls, folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, vae_dtype: torch.dtype | None = None, text_encoder: bool = True
+    ) -> Pipeline:
+        """``vae_dtype``: default ``dtype``.  Without ``text_encoder`` only texts that are put into ``known`` can be asked for.
+
+        FileNotFoundError or ValueError, one line that names the file, for anything missing, broken, foreign or pickled."""
         disable_progress_bar()  # transformers' own, one per component: stderr belongs to errors and to our bars
         folder = Path(folder)
         if not (folder / "model_index.json").is_file():
@@ -141,12 +147,12 @@ class Pipeline:
                 raise FileNotFoundError(f"{folder} is no whole pipeline folder: {part}/ is missing; copy it again, or give a folder in diffusers layout")
         transformer = _load(WanTransformer3DModel, folder / "transformer", dtype)
         vae = _load(AutoencoderKLWan, folder / "vae", vae_dtype or dtype)
-        text_encoder = _load(UMT5EncoderModel, folder / "text_encoder", dtype)
+        encoder = _load(UMT5EncoderModel, folder / "text_encoder", dtype) if text_encoder else None
         tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
         geometry.check_grid(transformer.config.patch_size, str(folder / "streaming.json"))
-        stock = WanPipeline(tokenizer, text_encoder, vae, scheduler, transformer)
-        for module in (transformer, vae, text_encoder):
+        stock = WanPipeline(tokenizer, encoder, vae, scheduler, transformer)
+        for module in filter(None, (transformer, vae, encoder)):
             module.requires_grad_(False).eval().to(device)
         if torch.device(device).type == "cpu":
             _channels_last(vae)
@@ -162,9 +168,18 @@ class Pipeline:
         for text in texts:
             if (count := len(self.stock.tokenizer(text).input_ids)) > self.geometry.text_length:
                 raise ValueError(f"a prompt has {count} tokens, this generator reads {self.geometry.text_length} and would ignore the rest; shorten {text[:60]!r}...")
-        # One at a time: padding to a batch's longest prompt may round differently, and a prompt must always read the same.
-        rows = [self.stock.encode_prompt(t, do_classifier_free_guidance=False, max_sequence_length=self.geometry.text_length)[0] for t in texts]
-        return torch.cat(rows)
+        if new := [t for t in dict.fromkeys(texts) if t not in self.known]:
+            if self.stock.text_encoder is None:
+                raise ValueError(f"the text encoder is not loaded, and {new[0][:60]!r} has not been embedded with the others")
+            # One at a time: padding to a batch's longest prompt may round differently, and a prompt must always read the same.
+            for text in new:
+                (x_LD,), _ = self.stock.encode_prompt(text, do_classifier_free_guidance=False, max_sequence_length=self.geometry.text_length)
+                self.known[text] = x_LD[: int(x_LD.any(dim=1).nonzero().max()) + 1].cpu()
+        return torch.stack([torch.nn.functional.pad(x, (0, 0, 0, self.geometry.text_length - len(x))) for x in map(self.known.__getitem__, texts)]).to(self.device)
+
+    def forget_text_encoder(self) -> None:
+        """Its memory is free again; only texts in ``known`` can be asked for then."""
+        self.stock.register_modules(text_encoder=None)
 
     def new_cache(self, capacity: int, rows: int = 1) -> FrameCache:
         """An empty cache of ``capacity`` latent frames."""
