@@ -239,7 +239,7 @@ def script_source(config: RunConfig) -> ScriptSource:
     """The scripts to train on."""
     if config.data.prompts == "mini":
         return StorySource(config.seed, "train", config.data.blocks, config.data.memory, config.data.segments)
-    return PromptSet(read_scripts(config.data.prompts, config.data.blocks), config.groups, config.seed)
+    return PromptSet(_scripts(config.data.prompts, config), config.groups, config.seed)
 
 
 def evaluation_scripts(config: RunConfig) -> list[Script]:
@@ -248,7 +248,12 @@ def evaluation_scripts(config: RunConfig) -> list[Script]:
     if prompts == "mini":
         source = StorySource(config.evaluate.seed, "evaluate", config.data.blocks, config.data.memory)
         return [source.script(0, i) for i in range(config.evaluate.scripts)]
-    return list(read_scripts(prompts, config.data.blocks))[: config.evaluate.scripts]
+    return list(_scripts(prompts, config))[: config.evaluate.scripts]
+
+
+def _scripts(path: str, config: RunConfig) -> tuple[Script, ...]:
+    data = config.data
+    return read_scripts(path, data.blocks, switches=data.switches or None, max_segments=data.segments)
 
 
 def unseen(config: RunConfig) -> bool:

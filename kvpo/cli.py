@@ -15,6 +15,7 @@ COMMANDS: Mapping[str, str] = {
     "evaluate": "measure a generator on fixed scripts; against another one, with intervals",
     "report": "write a run's report.html anew",
     "doctor": "check the method's invariants on a generator and a recipe",
+    "plan": "memory, work and time of a recipe, before anything is loaded",
     "import": "turn a released checkpoint into a pipeline folder",
     "export": "write a run's weights in another format",
     "pretrain": "make the miniature's start weights, from nothing",

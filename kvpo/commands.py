@@ -22,6 +22,7 @@ from kvpo.importing import Import
 from kvpo.loading import load_generator
 from kvpo.mini.pretrain import pretrain
 from kvpo.progress import Progress
+from kvpo.plan import Plan
 from kvpo.prompts import even_starts, read_scripts
 from kvpo.replay import CONTEXTS, Replay
 from kvpo.report import write_report

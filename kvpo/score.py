@@ -31,7 +31,12 @@ class ScoreConfig:
     """Prompt segments that a group's global signal looks at, its fork's own the first; None: all of them, 0: the local signal is all.
     What comes after is neither generated nor decoded.  Evaluations look at all."""
 
+    together: int = 0
+    """Most rows that are decoded side by side, 0 = all: lower it where memory is short."""
+
     def __post_init__(self):
+        if self.together < 0:
+            raise ValueError(f"score.together = {self.together} must be 1 or more, or 0 for all rows")
         if self.segments is not None and self.segments < 0:
             raise ValueError(f"score.segments = {self.segments} must be 0 or more, or left out for all segments")
         if not 1 <= self.min_frames <= self.clip_frames:
@@ -94,8 +99,8 @@ def _last_frame(clips: dict[str, list[Clip]]) -> int:
     return max(c.stop for signal in clips.values() for c in signal)
 
 
-def decode(pipeline: Pipeline, rollout: Rollout, frames: int) -> torch.Tensor:
-    """uint8 [B, T, 3, H, W] of all rows from the fork on, at least ``frames`` pixel frames of it.
+def decode(pipeline: Pipeline, rollout: Rollout, frames: int, together: int = 0) -> torch.Tensor:
+    """uint8 [B, T, 3, H, W] of all rows from the fork on, in main memory, at least ``frames`` pixel frames of it.
 
     The prefix goes through the decoder once and leaves it in the state from which every row continues.
     """
@@ -103,7 +108,8 @@ def decode(pipeline: Pipeline, rollout: Rollout, frames: int) -> torch.Tensor:
     if len(rollout.prefix):
         decoder(rollout.prefix[None])
     latents = -(-frames // 4)  # after the video's first latent frame every one gives four pixel frames
-    return decoder.fork(len(rollout.plans))(rollout.latents[:, :latents])
+    chunks = rollout.latents[:, :latents].split(together or len(rollout.plans))
+    return torch.cat([decoder.fork(len(rows))(rows).cpu() for rows in chunks])
 
 
 def score(pipeline: Pipeline, rollout: Rollout, rewards: Sequence[Reward], config: ScoreConfig, phases: Phases) -> tuple[RewardTable, torch.Tensor]:
@@ -115,7 +121,7 @@ def score(pipeline: Pipeline, rollout: Rollout, rewards: Sequence[Reward], confi
     clips = group_clips(script, window, geometry, config)
     start = geometry.pixel_frames(window.fork * geometry.block)
     with phases("decode"):
-        pixels = decode(pipeline, rollout, max(_last_frame(clips), geometry.pixel_frames(window.stop * geometry.block)) - start).cpu()
+        pixels = decode(pipeline, rollout, max(_last_frame(clips), geometry.pixel_frames(window.stop * geometry.block)) - start, config.together)
     with phases("reward"):
         scores = {c: _score_clip(pixels[:, c.first - start : c.stop - start], script, c.segment, geometry.fps, rewards) for c in {*clips["local"], *clips["global"]}}
     names = tuple(r.spec.name for r in rewards)

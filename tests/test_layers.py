@@ -40,6 +40,7 @@ LAYERS = {
     "configuration": "config",
     "weights by name": "loading",
     "weights in and out": "importing exporting",
+    "planning": "peak plan_costs plan",
     "the main path": "align",
     "commands": "commands doctor",
     "the command line": "cli __main__",

@@ -178,3 +178,13 @@ def test_phases_are_timed(pipeline):
     score(pipeline, new_rollout(pipeline, story(6), fork=4), [Warmth()], CONFIG, phases)
     taken = phases.take()
     assert set(taken) == {"time/decode", "time/reward"} and all(math.isfinite(s) and s > 0 for s in taken.values())
+
+
+def test_rows_decoded_a_few_at_a_time(pipeline):
+    """Convolutions over a batch may be summed in another order: a pixel on the edge of rounding may differ by 1."""
+    rollout = new_rollout(pipeline, story(6, 3), KVRouting(window_blocks=2), fork=3)
+    whole = decode(pipeline, rollout, 9)
+    for together in (1, 3):
+        assert (decode(pipeline, rollout, 9, together).int() - whole.int()).abs().max() <= 1
+    with pytest.raises(ValueError, match="score.together = -1"):
+        ScoreConfig(together=-1)

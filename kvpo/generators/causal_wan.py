@@ -16,7 +16,7 @@ from torch import nn
 from kvpo.flow import TIME_SCALE
 from kvpo.generators.attention import FoldedCrossAttention, LayerView, PagedSelfAttention
 from kvpo.generators.cache import FrameCache, Frames
-from kvpo.generators.rope import frame_angles
+from kvpo.generators.rope import check_positions, frame_angles
 
 
 class CausalWan(nn.Module):
@@ -96,6 +96,7 @@ class CausalWan(nn.Module):
 
     def _views(self, batch: int, latents, frames, cache, past, rows, own, write):
         grid = self.grid(*latents.shape[-2:])
+        check_positions(self.transformer.rope, frames)
         angles = frame_angles(self.transformer.rope, torch.tensor(list(map(list, frames)), device=latents.device), grid)
         found = cache.find(past, batch, rows) if cache is not None and len(past) else []
         num_past = 0 if not found else len(past if isinstance(past[0], int) else past[0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Iterable, Sequence
+
 import torch
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 
@@ -12,11 +14,9 @@ Angles = tuple[torch.Tensor, torch.Tensor]
 def frame_angles(rope: WanRotaryPosEmbed, frames_BF: torch.Tensor, grid: tuple[int, int]) -> Angles:
     """Angles of whole frames at absolute positions; ``grid`` is (rows, columns) of tokens in a frame.
 
-    The stock module only offers positions 0 .. F-1 of one video, but its tables hold every position.
-    ValueError beyond their end (1024 frames in Wan2.1).
+    The stock module only offers positions 0 .. F-1 of one video, but its tables hold every position up to their
+    end, which `check_positions` knows.
     """
-    if (last := int(frames_BF.max())) >= len(rope.freqs_cos):
-        raise ValueError(f"frame {last} has no rotary position: the tables end at {len(rope.freqs_cos) - 1}; shorten the video or raise rope_max_seq_len")
     sizes, (height, width) = (rope.t_dim // 2, rope.h_dim // 2, rope.w_dim // 2), grid
     shape = (*frames_BF.shape, height, width, -1)
 
@@ -27,6 +27,12 @@ def frame_angles(rope: WanRotaryPosEmbed, frames_BF: torch.Tensor, grid: tuple[i
 
     # The tables repeat every angle for the two channels it rotates.
     return at(rope.freqs_cos[:, 0::2]), at(rope.freqs_sin[:, 1::2])
+
+
+def check_positions(rope: WanRotaryPosEmbed, frames: Iterable[Sequence[int]]) -> None:
+    """ValueError for a frame beyond the tables' end (1024 frames in Wan2.1).  Asked of plain numbers: asking a tensor makes a GPU wait."""
+    if (last := max(map(max, frames))) >= len(rope.freqs_cos):
+        raise ValueError(f"frame {last} has no rotary position: the tables end at {len(rope.freqs_cos) - 1}; shorten the video or raise rope_max_seq_len")
 
 
 def rotate(x_BLHD: torch.Tensor, angles: Angles) -> torch.Tensor:

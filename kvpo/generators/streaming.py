@@ -45,14 +45,18 @@ class StreamingDecoder:
         z = self.vae.post_quant_conv((latents_BNCHW * scale + mean).transpose(1, 2).to(self.vae.dtype))
         frames = []
         for i in range(z.shape[2]):
-            frames.append(self.vae.decoder(z[:, :, i : i + 1], feat_cache=self._cache, feat_idx=[0], first_chunk=not self._started))
+            frames.append(self._pixels(self.vae.decoder(z[:, :, i : i + 1], feat_cache=self._cache, feat_idx=[0], first_chunk=not self._started)))
             self._started = True
-        pixels = torch.cat(frames, dim=2)
+        pixels = torch.cat(frames, dim=1)
         if alone:
             pixels, self._cache = pixels[:1], self._each(lambda x: x[:1])
+        return pixels
+
+    def _pixels(self, decoded: torch.Tensor) -> torch.Tensor:
+        """uint8 [B, T, 3, H, W], a quarter of the decoder's float32, frame by frame: a long video in float would not fit."""
         if (patch := self.vae.config.patch_size) is not None:
-            pixels = unpatchify(pixels, patch)
-        return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).transpose(1, 2)
+            decoded = unpatchify(decoded, patch)
+        return ((decoded.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).transpose(1, 2)
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> list:
         """The state with every tensor of it changed; what a convolution has not met yet is no tensor."""

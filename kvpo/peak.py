@@ -1,0 +1,82 @@
+"""What code would cost, found by running it on tensors without memory: bytes alive at once, floating-point operations.
+
+Fake tensors have shapes, dtypes and an autograd graph, and no data: what is counted is the program itself, not a formula about it.
+Scratch memory inside a kernel is not seen.
+"""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Iterator
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
+
+ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *args, out_val=None, **kwargs: sdpa_flop(q, k, v)}
+"""The one fused attention that the counter does not know, and that fake tensors on a CPU use."""
+
+
+class Ledger(TorchDispatchMode):
+    """Bytes of all storages that were made under it and are alive."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self._alive: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and id(storage := x.untyped_storage()) not in given:  # views, also of what was there before
+                self._enter(storage)
+        return out
+
+    def _enter(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key in self._alive:
+            return
+
+        def leave() -> None:
+            self._alive.discard(key)
+            self.now -= size
+
+        self._alive.add(key)
+        weakref.finalize(storage, leave)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+@dataclass
+class Cost:
+    bytes: int = 0
+    """Most memory alive at once, above what there was before."""
+    kept: int = 0
+    """Of it, what is still alive afterwards."""
+
+
+@contextmanager
+def fake() -> Iterator[Ledger]:
+    """Inside, tensors have no memory."""
+    with FakeTensorMode(allow_non_fake_inputs=True), Ledger() as ledger:
+        yield ledger
+
+
+@contextmanager
+def cost(ledger: Ledger) -> Iterator[Cost]:
+    """Of what runs inside, known when it ends."""
+    found, before, ledger.peak = Cost(), ledger.now, ledger.now
+    yield found
+    found.bytes, found.kept = ledger.peak - before, ledger.now - before
+
+
+@contextmanager
+def flops() -> Iterator[FlopCounterMode]:
+    """Counts multiplications and additions of what runs inside; not around a backward pass, whose activations it would keep alive."""
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
+        yield counter

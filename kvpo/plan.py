@@ -1,0 +1,197 @@
+"""`kvpo plan`: memory, work and time of a recipe before anything is loaded, and what would make it fit."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Iterator, Literal, Mapping
+
+import tyro
+
+from kvpo.config import RunConfig
+from kvpo.files import write_atomic
+from kvpo.plan_costs import GIB, Amounts, Costs, Sizes, amounts, costs, own_frames, replay_rows, rows_of, side_by_side, sizes_of, with_changes
+
+CARDS: Mapping[str, tuple[float, float]] = {
+    "h200": (989, 139), "h100": (989, 79), "a100": (312, 79), "l40s": (362, 44), "rtx4090": (165, 23.5), "rtx5090": (209, 31.5),
+}  # fmt: skip
+"""Dense bf16 TFLOP/s as its maker states them, and GiB that a program can have."""
+UTILISATION = 0.25
+"""Share of that rate: what a group of the paper's shape reached on an H200, 21 to 26 % in every phase (docs/results.md, claim 5)."""
+
+Positional = tyro.conf.Positional
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Memory, work and time of a recipe, computed from its own code on tensors without memory; no weights are needed."""
+
+    recipe: Positional[str]
+    """A shipped recipe or a YAML file."""
+    settings: Annotated[RunConfig, tyro.conf.arg(name="")]
+    gpus: int = 1
+    """Cards; each takes its share of a step's groups."""
+    card: Literal["h200", "h100", "a100", "l40s", "rtx4090", "rtx5090"] = "h100"
+    """For the time, and for the memory unless that is given."""
+    gpu_memory: float = 0.0
+    """GB of one card, as sold; 0 = the card's."""
+    size: Literal["", "1.3b", "14b"] = ""
+    """Plan as if the generator had this size; default: that of the recipe's pipeline folder."""
+    out: Path | None = None
+    """Also write everything as JSON."""
+
+    def __call__(self) -> None:
+        if self.gpus < 1 or self.gpu_memory < 0:
+            raise ValueError(f"--gpus {self.gpus} must be 1 or more, and --gpu-memory {self.gpu_memory} positive")
+        room = self.gpu_memory * 0.97 * 1e9 / GIB if self.gpu_memory else CARDS[self.card][1]
+        sizes = sizes_of(self.settings, self.size)
+        found, counted = costs(self.settings, sizes), amounts(self.settings, sizes)
+        memory = stages(self.settings, sizes, found)
+        lines = [*_head(self, sizes, found), *_memory(memory, room), *_advice(self.settings, sizes, found, room), *_work(self, sizes, found, counted)]
+        print("\n".join(lines))
+        if self.out is not None:
+            content = {"recipe": self.recipe, "sizes": sizes.source, "stages GiB": {s: {k: v / GIB for k, v in parts.items()} for s, parts in memory.items()}, "amounts": vars(counted)}
+            write_atomic(self.out, json.dumps(content, indent=1) + "\n")
+
+
+def stages(config: RunConfig, sizes: Sizes, c: Costs) -> dict[str, dict[str, int]]:
+    """Bytes on the device in every stage of a step, by part.  Passes cost as many times their row's bytes as they have rows."""
+    g, B, R = sizes.geometry, side_by_side(config), replay_rows(config, sizes)
+    rollout_own, replay_own = own_frames(config, sizes)
+    members = min(config.rollout.together or config.rollout.branches, config.rollout.branches)
+    latent = 4 * g.block * sizes.transformer["in_channels"] * g.latent_height * g.latent_width
+    rows, P, S = rows_of(config), config.exploring.window_blocks, len(g.sigmas)
+    trained = 4 * c.trainable
+    always = {"generator": c.weights, "VAE": c.vae, "trained copies": c.sets, "optimizer": 2 * trained}
+    if config.data.prompts == "mini":
+        always |= {"text encoder": c.text_encoder}
+    if config.groups > 1:
+        always |= {"gradient so far": trained}
+    stored = {"shared past": config.rollout.cache_frames * c.frame, "trajectories": rows * P * latent * (2 * S + 1) + rows * (config.data.blocks - P) * latent}
+    bank = g.bank * c.frame
+    swapped = {} if config.dtype == "float32" else {"weights swapped in": 2 * c.trainable}
+    decoded = min(config.score.together or rows, rows)
+    return {
+        "prefix": always | {"shared past": stored["shared past"] + bank, "one pass": c.prefix.bytes},
+        "branches": always | stored | {"branches' own past": B * (rollout_own * c.frame + bank), "one pass": _scaled(c.branches.bytes, B, c, "branches")} | swapped,
+        "decoding": always | stored | {"decoder at work": _scaled(c.decode_rows.bytes, decoded, c, "decode_rows")},
+        "replay": always | stored | {"branches' own past": members * (replay_own * c.frame + bank), "one pass": _scaled(c.replay.bytes, R, c, "replay")} | swapped,
+        "gradient": always | stored | {"branches' own past": members * (replay_own * c.frame + bank), "activations": _scaled(c.gradient.bytes, R, c, "gradient"), "gradient": trained},
+        "update": always | {"gradient": trained, "optimizer at work": 2 * trained},
+    }
+
+
+def _scaled(measured: int, rows: int, c: Costs, part: str) -> int:
+    """Bytes for another number of rows than were run."""
+    return measured * rows // c.rows[part]
+
+
+# --- What would fit ---
+
+
+def changes(config: RunConfig, sizes: Sizes, stage: str) -> Iterator[tuple[str, Any]]:
+    """Settings that lower a stage's memory, the least harmful first, each one step."""
+    half = lambda now: max(1, now // 2)  # noqa: E731
+    rows, R, B, decoded = rows_of(config), replay_rows(config, sizes), side_by_side(config), min(config.score.together or rows_of(config), rows_of(config))
+    least = max(sizes.geometry.resident(config.data.blocks), sizes.geometry.window + 2 * sizes.geometry.block)
+    if stage in ("replay", "gradient") and R > 1:
+        yield "rows_per_pass", half(R)
+    if stage == "decoding" and decoded > 1:
+        yield "score.together", half(decoded)
+    if stage in ("branches", "replay", "gradient") and B > 1:
+        yield "rollout.together", half(min(B, rows - 1))
+    if config.policy.train == "lora" and config.policy.rank > 8:
+        yield "policy.rank", half(config.policy.rank)
+    if config.rollout.cache_frames > least:
+        yield "rollout.cache_frames", max(least, config.rollout.cache_frames - 2 * sizes.geometry.block)
+
+
+def fitted(config: RunConfig, sizes: Sizes, c: Costs, room: float) -> tuple[dict[str, Any], float]:
+    """Changes that bring every stage under ``room`` GiB, as far as they go, and the peak with them, GiB."""
+    made: dict[str, Any] = {}
+    while True:
+        now = with_changes(config, made)
+        memory = {stage: sum(parts.values()) for stage, parts in stages(now, sizes, _with_rank(c, config, now)).items()}
+        stage = max(memory, key=memory.get)
+        options = [] if memory[stage] <= room * GIB else list(changes(now, sizes, stage))
+        if not options:
+            return made, memory[stage] / GIB
+        made |= dict(options[:1])
+
+
+def _with_rank(c: Costs, old: RunConfig, new: RunConfig) -> Costs:
+    """A LoRA's size is proportional to its rank."""
+    share = new.policy.rank / old.policy.rank if old.policy.train == "lora" else 1.0
+    return c.with_trainable(share)
+
+
+# --- What is said ---
+
+
+def _head(plan: Plan, sizes: Sizes, c: Costs) -> list[str]:
+    g = sizes.geometry
+    bank = f", bank {g.bank}" if g.bank else ""
+    checkpoint = 6 * 4 * c.trainable  # four sets of weights and two moments
+    return [
+        f"{plan.recipe}: {sizes.source}",
+        f"  streams {plan.settings.data.blocks} blocks of {g.block} latent frames, {g.latent_height} x {g.latent_width}, window {g.window}, sink {g.sink}{bank}",
+        f"  generator {c.weights / GIB:.2f} GiB, text encoder {c.text_encoder / GIB:.2f} GiB (gone before the first step where prompts come from a file), VAE {c.vae / GIB:.2f} GiB",
+        f"  {c.trainable / 1e6:.1f} M trained numbers; a checkpoint is {checkpoint / GIB:.2f} GiB on disk, {plan.settings.checkpoint.keep} are kept",
+        "",
+    ]
+
+
+def _memory(memory: dict[str, dict[str, int]], room: float) -> list[str]:
+    names = list(dict.fromkeys(name for parts in memory.values() for name in parts))
+    width = max(map(len, names))
+    unit, label = (2**20, "MiB") if max(sum(p.values()) for p in memory.values()) < GIB else (GIB, "GiB")
+    lines = [f"{f'memory of a card, {label}':<{width}}" + "".join(f"{stage:>11}" for stage in memory)]
+    lines += [f"{name:<{width}}" + "".join(f"{parts[name] / unit:>11.2f}" if name in parts else f"{'':>11}" for parts in memory.values()) for name in names]
+    totals = [sum(parts.values()) for parts in memory.values()]
+    return [*lines, f"{'together':<{width}}" + "".join(f"{t / unit:>11.2f}" for t in totals), f"peak {max(totals) / GIB:.1f} of {room:.1f} GiB", ""]
+
+
+def _advice(config: RunConfig, sizes: Sizes, c: Costs, room: float) -> list[str]:
+    made, peak = fitted(config, sizes, c, room)
+    if not made and peak <= room:
+        return ["It fits.", ""]
+    settings = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in made.items())
+    if peak <= room:
+        return [f"It does NOT fit as it is; with {settings} it would: {peak:.1f} GiB. The numbers stay the same but for rank and cache_frames.", ""]
+    more = "" if config.gradient_checkpointing else " Turn gradient_checkpointing on."
+    more += "" if config.dtype == "bfloat16" else " Set dtype bfloat16."
+    return [f"It does NOT fit, and no setting here makes it: with {settings or 'nothing to change'} the peak is {peak:.1f} GiB.{more} Or take a larger card, a smaller window, a smaller grid.", ""]
+
+
+def work(config: RunConfig, sizes: Sizes, c: Costs, n: Amounts) -> dict[str, float]:
+    """Floating-point operations of one group, by phase."""
+    S, P = len(sizes.geometry.sigmas), config.exploring.window_blocks
+    members = config.rollout.branches + config.advantages.anchor
+    contexts, velocities = members * (P - 1), members * P * S - (members - 1)
+    row, grad = c.replay.flops / c.rows["replay"], c.gradient.flops / c.rows["gradient"]
+    unscored = n.replays - 1 + (not n.single_pass)
+    return {
+        "prefix": n.prefix_calls * c.prefix.flops,
+        "branches and anchor": n.branch_rows * (S + 1) * c.branches.flops / c.rows["branches"],
+        "decoding": n.decoded_prefix * c.decode_prefix.flops + n.decoded_rows * c.decode_rows.flops / c.rows["decode_rows"],
+        "replays without gradient": unscored * (contexts + velocities) * row,
+        "replay with gradient": contexts * row + velocities * grad,
+    }
+
+
+def _work(plan: Plan, sizes: Sizes, c: Costs, n: Amounts) -> list[str]:
+    found = work(plan.settings, sizes, c, n)
+    groups, rate = -(-plan.settings.groups // plan.gpus), CARDS[plan.card][0] * 1e12 * UTILISATION
+    seconds = sum(found.values()) / rate
+    replays = n.replays + (not n.single_pass)
+    lines = [f"{'one group, mean over forks':<28}{'calls':>9}{'TFLOP':>12}{'s':>9}"]
+    calls = {"prefix": n.prefix_calls, "branches and anchor": n.branch_calls, "replays without gradient": (replays - 1) * n.replay_calls, "replay with gradient": n.replay_calls}
+    lines += [f"{name:<28}{f'{calls[name]:.0f}' if name in calls else '':>9}{work / 1e12:>12.3g}{work / rate:>9.3g}" for name, work in found.items()]
+    lines += [
+        f"{'together':<28}{sum(calls.values()):>9.0f}{sum(found.values()) / 1e12:>12.3g}{seconds:>9.3g}",
+        f"decoded: {n.decoded_prefix:.0f} latent frames of the prefix, {n.decoded_rows:.0f} of branches and anchor; scored: {n.scored:.0f} pixel frames",
+        f"a step: {plan.settings.groups} groups on {plan.gpus} x {plan.card}: about {groups * seconds / 60:.3g} min without rewards ({UTILISATION:.0%} of {CARDS[plan.card][0]} TFLOP/s); "
+        f"{plan.settings.steps} steps: {plan.settings.steps * groups * seconds / 3600:.3g} h",
+    ]
+    return lines

@@ -1,0 +1,267 @@
+"""What a recipe costs, without weights: its own network, cache, decoder and policy, made and run on tensors without memory.
+
+Every part of a step is run once at its real shapes (`kvpo.peak`); how often it runs is counted from the recipe's scripts and forks.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Mapping
+
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from transformers import UMT5Config, UMT5EncoderModel
+
+from kvpo.config import RunConfig
+from kvpo.generators.causal_wan import CausalWan
+from kvpo.generators.memory import Bank
+from kvpo.generators.pipeline import Geometry
+from kvpo.generators.streaming import StreamingDecoder
+from kvpo.importing import FORMATS
+from kvpo.loading import folder_of
+from kvpo.peak import Ledger, cost, fake, flops
+from kvpo.policy import Policy, _master
+from kvpo.prompts import even_starts, starts_at
+from kvpo.rollout import _own_frames
+from kvpo.score import group_clips, horizon
+from kvpo.types import Script, Window
+
+WAN_1_3B = {
+    "patch_size": (1, 2, 2), "num_attention_heads": 12, "attention_head_dim": 128, "in_channels": 16, "out_channels": 16, "text_dim": 4096, "freq_dim": 256,
+    "ffn_dim": 8960, "num_layers": 30, "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "eps": 1e-6,
+}  # fmt: skip
+WAN_14B = WAN_1_3B | {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}
+UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "feed_forward_proj": "gated-gelu"}
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a pipeline: everything but weights."""
+
+    transformer: dict[str, Any]
+    vae: dict[str, Any]
+    text: dict[str, Any]
+    geometry: Geometry
+    source: str
+
+
+def sizes_of(config: RunConfig, size: str = "") -> Sizes:
+    """Of the recipe's pipeline folder; where there is none yet, of what `kvpo import` would write there.  FileNotFoundError if its name says no format."""
+    folder = folder_of(config.pipeline)
+    if (folder / "model_index.json").is_file() and not size:
+        read = {part: _arguments(json.loads((folder / part / "config.json").read_text())) for part in ("transformer", "vae", "text_encoder")}
+        return Sizes(read["transformer"], read["vae"], read["text_encoder"], Geometry.read(folder / "streaming.json"), str(folder))
+    if folder.name not in FORMATS:
+        raise FileNotFoundError(f"{folder} is no pipeline folder, and no format of `kvpo import` has its name; formats are {', '.join(FORMATS)}")
+    wan = {"": WAN_1_3B, "1.3b": WAN_1_3B, "14b": WAN_14B}[size]
+    return Sizes(wan, {}, UMT5_XXL, FORMATS[folder.name].geometry, f"Wan2.1-{(size or '1.3b').upper()} as `kvpo import --format {folder.name}` would write it ({folder} is not there)")
+
+
+def _arguments(config: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in config.items() if not k.startswith("_")}
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One run of a part of the step."""
+
+    bytes: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Bytes and operations of the parts of a step, at the recipe's shapes."""
+
+    weights: int
+    vae: int
+    text_encoder: int
+    trainable: int
+    """Trained numbers."""
+    sets: int
+    """Bytes of masters, copies in the module, behaviour, reference and averaged weights."""
+    frame: int
+    """Bytes of a latent frame in the cache, all layers."""
+    prefix: Pass
+    branches: Pass
+    replay: Pass
+    gradient: Pass
+    """Without the gradients themselves."""
+    decode_prefix: Pass
+    decode_rows: Pass
+    """Per latent frame; its bytes include the decoder's state."""
+    rows: Mapping[str, int]
+    """Part -> rows it was run with."""
+
+    def with_trainable(self, share: float) -> Costs:
+        """As if ``share`` times as many numbers were trained."""
+        return replace(self, trainable=int(self.trainable * share), sets=int(self.sets * share))
+
+
+def costs(config: RunConfig, sizes: Sizes) -> Costs:
+    g, dtype, vae_dtype = sizes.geometry, getattr(torch, config.dtype), getattr(torch, config.vae_dtype)
+    B, R = side_by_side(config), replay_rows(config, sizes)
+    model, vae, text = (_on_meta(build, kind) for build, kind in (
+        (lambda: CausalWan(WanTransformer3DModel(**sizes.transformer)), dtype), (lambda: AutoencoderKLWan(**sizes.vae), vae_dtype), (lambda: UMT5EncoderModel(UMT5Config(**sizes.text)), dtype),
+    ))  # fmt: skip
+    weights = _bytes(model.parameters())
+    policy = _on_meta(lambda: Policy(model, config.policy, config.seed), dtype)
+    sets = _bytes((*policy.parameters, *policy.reference, *policy.behaviour, *policy.average)) + _bytes(model.parameters()) - weights
+    if config.policy.train == "full" and config.dtype == "float32":
+        sets -= _bytes(policy.parameters)  # they are the module's own
+    with fake() as ledger:
+        _materialise(model), _materialise(vae.requires_grad_(False))
+        masters = [_master(p) for p in model.parameters() if p.requires_grad]  # noqa: F841, they collect the gradients
+        if config.gradient_checkpointing:
+            model.transformer.enable_gradient_checkpointing()
+        cache = model.new_cache(2 * g.block + max(g.window, g.sink), g.latent_height, g.latent_width, sink=g.sink)
+        cache.bank = Bank.empty(cache.k, g.bank_keep) if g.bank else None
+        forward = [_forward(ledger, model, cache, sizes, n) for n in (1, B, R)]
+        with cost(ledger) as gradient:
+            _velocity(model, cache, sizes, R).square().mean().backward()
+        grad = Pass(max(0, gradient.bytes - 4 * policy.num_trainable), (4 if config.gradient_checkpointing else 3) * forward[-1].flops)
+        decoded = min(config.score.together or rows_of(config), rows_of(config))
+        decoding = [_decode(ledger, vae, sizes, n) for n in (1, decoded)]
+        rows = {"branches": B, "replay": R, "gradient": R, "decode_rows": decoded}
+        return Costs(weights, _bytes(vae.parameters()), _bytes(text.parameters()), policy.num_trainable, sets, cache.nbytes // cache.capacity, *forward, grad, *decoding, rows)
+
+
+def _on_meta(build, dtype: torch.dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            return build()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def _bytes(tensors) -> int:
+    return sum(t.nbytes for t in tensors)
+
+
+def _materialise(module: torch.nn.Module) -> None:
+    """Tensors that operations can be run on, in place of those on meta; peft can not be run on fake ones."""
+    for m in module.modules():
+        for name, p in m._parameters.items():
+            if p is not None:
+                m._parameters[name] = torch.nn.Parameter(torch.zeros_like(p, device="cpu"), requires_grad=p.requires_grad)
+        for name, b in m._buffers.items():
+            if b is not None:
+                m._buffers[name] = torch.zeros_like(b, device="cpu")
+
+
+def _velocity(model: CausalWan, cache, sizes: Sizes, rows: int) -> torch.Tensor:
+    """Of ``rows`` blocks that read a whole window."""
+    g, start = sizes.geometry, max(sizes.geometry.window, sizes.geometry.sink + sizes.geometry.block)
+    cache.slots = {f: i % cache.capacity for i, f in enumerate(range(start))}
+    x = torch.zeros(rows, g.block, sizes.transformer["in_channels"], g.latent_height, g.latent_width)
+    text = torch.zeros(1, g.text_length, sizes.transformer["text_dim"], dtype=model.dtype)
+    past = tuple(f for f in g.history.past(start, g.block) if f >= 0)
+    past = (*past, *past[: g.bank])  # the bank's pages are as large as any
+    return model.velocity(x, torch.full((rows,), 0.5), text, [list(range(start, start + g.block))] * rows, cache, [past] * rows, [0] * rows)
+
+
+@torch.no_grad()
+def _forward(ledger: Ledger, model: CausalWan, cache, sizes: Sizes, rows: int) -> Pass:
+    with flops() as counted, cost(ledger) as found:
+        _velocity(model, cache, sizes, rows)
+    return Pass(found.bytes, counted.get_total_flops())
+
+
+@torch.no_grad()
+def _decode(ledger: Ledger, vae: AutoencoderKLWan, sizes: Sizes, rows: int) -> Pass:
+    """A latent frame in the middle of a video; the bytes are the state's and the activations'.  A row alone counts as half of two: on a CPU it is decoded as two."""
+    g, decoder, many = sizes.geometry, StreamingDecoder(vae), max(rows, 2)
+    latents = torch.zeros(many, 1, vae.config.z_dim, g.latent_height, g.latent_width)
+    with cost(ledger) as found:
+        for _ in range(2):
+            decoder(latents)
+        with flops() as counted:
+            decoder(latents)
+    return Pass(found.bytes * rows // many, counted.get_total_flops() * rows // many)
+
+
+# --- How much of it ---
+
+
+def rows_of(config: RunConfig) -> int:
+    """Branches and anchor."""
+    return config.rollout.branches + 1
+
+
+def side_by_side(config: RunConfig) -> int:
+    return min(config.rollout.together or rows_of(config), rows_of(config))
+
+
+def replay_rows(config: RunConfig, sizes: Sizes) -> int:
+    """Velocities of the largest pass: all branches start alike, so the first step of the first block is one for all."""
+    members = config.rollout.branches + config.advantages.anchor
+    members = min(config.rollout.together or members, members)
+    found = members * config.exploring.window_blocks * len(sizes.geometry.sigmas) - (members - 1)
+    return min(found, config.rows_per_pass or found)
+
+
+def scripts_of(config: RunConfig) -> list[Script]:
+    """Scripts of the recipe's shape: of so many prompts, or of one to four where that is drawn."""
+    blocks, counts = config.data.blocks, [config.data.segments] if config.data.segments else [1, 2, 3, 4]
+    starts = [starts_at(config.data.switches, n) if config.data.switches else even_starts(n, blocks) for n in counts]
+    return [Script("plan", tuple(f"prompt {i}" for i in range(len(s))), s, blocks) for s in starts]
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """Of one group, mean over scripts and eligible forks."""
+
+    fork: float
+    prefix_calls: float
+    branch_calls: float
+    replay_calls: float
+    """Of each replay: of the current weights with gradient, of the reference, and of the behaviour policy where it lags."""
+    replays: int
+    single_pass: bool
+    """Its graph is kept, and no energies are computed beforehand."""
+    branch_rows: float
+    """Rows that go through the network for the branches, in blocks: rows times blocks."""
+    decoded_prefix: float
+    decoded_rows: float
+    """Latent frames."""
+    scored: float
+    """Pixel frames that rewards look at, all rows."""
+
+
+def amounts(config: RunConfig, sizes: Sizes) -> Amounts:
+    g, S = sizes.geometry, len(sizes.geometry.sigmas)
+    chunks, P = -(-rows_of(config) // side_by_side(config)), config.exploring.window_blocks
+    members = config.rollout.branches + config.advantages.anchor
+    parts = -(-members // min(config.rollout.together or members, members))
+    velocities = members * P * S
+    passes = max(parts, -(-velocities // config.rows_per_pass) if config.rows_per_pass else parts)
+    found = []
+    for script in scripts_of(config):
+        for fork in config.exploring.eligible_forks(script.blocks, g):
+            window = Window(fork, P)
+            stop, clips = horizon(script, window, g, config.score), group_clips(script, window, g, config.score)
+            scored = sum(c.stop - c.first for c in {*clips["local"], *clips["global"]})
+            found.append((fork, (S + 1) * fork, chunks * (S + 1) * (stop - fork), fork * g.block, rows_of(config) * (stop - fork) * g.block, rows_of(config) * scored, rows_of(config) * (stop - fork)))
+    fork, prefix, branch, decoded_prefix, decoded_rows, scored, branch_rows = (sum(x) / len(found) for x in zip(*found))
+    replays = 1 + (config.objective.kl_beta > 0.0 and config.objective.kl_to == "initial") + (config.policy.sync_interval > 1)
+    return Amounts(fork, prefix, branch, parts * (P - 1) + passes, replays, passes == 1, branch_rows, decoded_prefix, decoded_rows, scored)
+
+
+def own_frames(config: RunConfig, sizes: Sizes) -> tuple[int, int]:
+    """Cache frames of a branch of its own: in the rollout at most, over scripts and forks, and in a replay."""
+    g, P = sizes.geometry, config.exploring.window_blocks
+    rollout = max(_own_frames(g, s, Window(f, P)) for s in scripts_of(config) for f in config.exploring.eligible_forks(s.blocks, g))
+    switched = any(s.segment(b) != s.segment(b - 1) for s in scripts_of(config) for f in config.exploring.eligible_forks(s.blocks, g) for b in range(f + 1, f + P))
+    return rollout, (P - 1) * g.block + (g.window if switched and g.window > 0 else 0)
+
+
+def with_changes(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
+    """Dotted settings -> a config."""
+    for key, value in changes.items():
+        section, _, name = key.rpartition(".")
+        config = replace(config, **{section: replace(getattr(config, section), **{name: value})}) if section else replace(config, **{name: value})
+    return config

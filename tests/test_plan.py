@@ -1,0 +1,183 @@
+"""The planner: what it counts is what the code does."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from test_align import settings, write_recipe
+from tiny import GEOMETRY, draw
+
+from kvpo import cli
+from kvpo.align import Alignment
+from kvpo.config import RECIPES, from_dict, load_config, recipe_path
+from kvpo.generators.base_folder import new_transformer
+from kvpo.peak import Ledger, cost, fake, flops
+from kvpo.plan import CARDS, fitted, stages, work
+from kvpo.plan_costs import WAN_1_3B, WAN_14B, amounts, costs, own_frames, replay_rows, sizes_of, with_changes
+from kvpo.policy import Policy
+from kvpo.progress import Progress
+
+
+def run(capsys, *argv) -> tuple[int, str, str]:
+    capsys.readouterr()
+    code = cli.main(["plan", *map(str, argv)])
+    said = capsys.readouterr()
+    return code, said.out, said.err.strip()
+
+
+def config_of(folder, **changes):
+    return from_dict(settings(folder, **changes))
+
+
+# --- The ledger ---
+
+
+def work_of_hand(n: int) -> None:
+    a = torch.zeros(n, n)
+    b = a @ a
+    b.add_(1.0)
+    (b[: n // 2] + 1).sum()
+
+
+def test_bytes_by_hand():
+    """a and b of 4 n^2 bytes, half of b again, views and in-place work nothing; fake and real tensors alike."""
+    n = 64
+    for opened in (fake, Ledger):
+        with opened() as ledger, cost(ledger) as found:
+            work_of_hand(n)
+        assert found.bytes == 4 * n * n * 2 + 4 * n * n // 2 + 4 and found.kept == 0
+
+
+def test_operations_by_hand():
+    with fake(), flops() as counted:
+        q, k = torch.zeros(2, 3, 5, 8), torch.zeros(2, 3, 7, 8)
+        torch.nn.functional.scaled_dot_product_attention(q, k, k)
+        torch.zeros(4, 6) @ torch.zeros(6, 9)
+    assert counted.get_total_flops() == 2 * (2 * 2 * 3 * 5 * 7 * 8) + 2 * 4 * 6 * 9
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_gradient_costs_what_is_planned(folder, checkpointing):
+    """The same pass on real tensors, counted by the same ledger."""
+    config = config_of(folder, gradient_checkpointing=checkpointing, policy={"train": "lora", "rank": 2})
+    sizes = sizes_of(config)
+    planned, rows, g = costs(config, sizes), replay_rows(config, sizes), sizes.geometry
+    model = Alignment(config, folder, Progress()).pipeline.generator
+    cache = model.new_cache(20, g.latent_height, g.latent_width, sink=g.sink)
+    frames = list(range(g.window, g.window + g.block))
+    cache.reserve(range(g.window))
+    past = g.history.past(frames[0], g.block)
+    with Ledger() as ledger, cost(ledger) as found:
+        v = model.velocity(draw(rows, g.block, 4, 4, 4), torch.full((rows,), 0.5), torch.zeros(1, g.text_length, 16), [frames] * rows, cache, [past] * rows, [0] * rows)
+        v.square().mean().backward()
+    assert found.bytes - 4 * planned.trainable == pytest.approx(planned.gradient.bytes, rel=0.05)
+
+
+# --- What is counted ---
+
+
+def test_calls_are_those_of_a_run(folder, tmp_path):
+    """A video with a single eligible fork, so that the mean over forks is one run's."""
+    for changes in ({}, {"rows_per_pass": 5}, {"rollout": {"branches": 3, "cache_frames": 12, "together": 2}}):
+        config = config_of(folder, data={"blocks": 5, "segments": 1, "memory": 0.0}, policy={"train": "full", "sync_interval": 1}, **changes)
+        counted = amounts(config, sizes_of(config))
+        alignment = Alignment(config, tmp_path, Progress())
+        alignment.step(0)
+        calls = alignment.step(1)["calls/generator"]
+        unscored = counted.replays - 1 + (not counted.single_pass)
+        assert calls == counted.prefix_calls + counted.branch_calls + (unscored + 1) * counted.replay_calls
+        assert counted.fork == 3.0 and counted.replays == 2
+
+
+def test_own_past_by_hand(folder):
+    """Blocks of 2, window 7: a replay keeps P - 1 blocks, and a whole window more where a prompt switch re-encodes it."""
+    none, switched = (config_of(folder, data={"blocks": 8, "segments": n, "memory": 0.0}) for n in (1, 4))
+    assert own_frames(none, sizes_of(none)) == (GEOMETRY.window + 2, 2)
+    assert own_frames(switched, sizes_of(switched)) == (GEOMETRY.window + 2, 2 + GEOMETRY.window)
+
+
+def test_parts_by_hand(folder):
+    config = config_of(folder, policy={"train": "full"})
+    sizes = sizes_of(config)
+    found = costs(config, sizes)
+    memory = stages(config, sizes, found)
+    model = Alignment(config, folder, Progress())
+    numbers = sum(p.numel() for p in model.pipeline.generator.parameters())
+    assert found.trainable == numbers and found.weights == 4 * numbers and found.sets == 3 * 4 * numbers
+    assert memory["gradient"]["optimizer"] == 8 * numbers and memory["branches"]["shared past"] == 12 * found.frame
+    assert found.frame == 2 * 2 * 4 * 24 * 4, "keys and values of 2 layers, 4 tokens of 24 numbers in float32"
+    assert work(config, sizes, found, amounts(config, sizes))["prefix"] == found.prefix.flops * amounts(config, sizes).prefix_calls
+
+
+def test_a_policy_on_meta_is_the_policy():
+    """What is counted without memory: every trained number, in the adapter's precision and in float32."""
+    with torch.device("meta"):
+        from kvpo.generators.causal_wan import CausalWan
+        from kvpo.policy import PolicyConfig
+
+        policy = Policy(CausalWan(new_transformer(WAN_1_3B)), PolicyConfig(rank=256), 0)
+    assert policy.num_trainable == pytest.approx(350e6, rel=0.01), "300 modules of rank 256, as the paper's code has"
+
+
+def test_shapes_of_14b_construct_without_memory():
+    assert sum(p.numel() for p in new_transformer(WAN_14B).parameters()) == pytest.approx(14.3e9, rel=0.01)
+
+
+# --- What would fit ---
+
+
+@pytest.mark.parametrize("share", [0.95, 0.8, 0.65])
+def test_what_is_advised_fits(folder, share):
+    """And is planned anew at its own shapes: advice that only scales would drift."""
+    config = config_of(folder, policy={"train": "lora", "rank": 64}, data={"blocks": 9}, rollout={"branches": 8, "cache_frames": 18})
+    sizes = sizes_of(config)
+    found = costs(config, sizes)
+    peak = max(sum(parts.values()) for parts in stages(config, sizes, found).values()) / 2**30
+    made, expected = fitted(config, sizes, found, share * peak)
+    changed = with_changes(config, made)
+    again = max(sum(parts.values()) for parts in stages(changed, sizes, costs(changed, sizes)).values()) / 2**30
+    assert made and expected <= share * peak and again == pytest.approx(expected, rel=0.1)
+
+
+def test_too_small_a_card(capsys, folder, tmp_path):
+    recipe = write_recipe(tmp_path / "r.yaml", settings(folder))
+    code, out, _ = run(capsys, recipe, "--gpu-memory", "0.0001")
+    assert code == 0 and "It does NOT fit, and no setting here makes it: with " in out and "Turn gradient_checkpointing on. Set dtype bfloat16." in out
+
+
+# --- The command ---
+
+
+def test_the_miniature_s_plan(capsys, tmp_path):
+    code, out, _ = run(capsys, "mini", "--out", tmp_path / "plan.json")
+    content = json.loads((tmp_path / "plan.json").read_text())
+    assert code == 0 and "It fits." in out and set(content["stages GiB"]) == {"prefix", "branches", "decoding", "replay", "gradient", "update"}
+    assert 0.1 < sum(content["stages GiB"]["gradient"].values()) < 0.25
+
+
+def test_a_recipe_at_full_size_without_weights(capsys):
+    code, out, _ = run(capsys, "longlive_24gb", "--card", "rtx4090")
+    assert code == 0 and "Wan2.1-1.3B as `kvpo import --format longlive` would write it" in out and "It fits." in out
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_recipe_is_whole(path):
+    """It can be read, forks exist, and its generator is one that import knows."""
+    config = load_config(recipe_path(path.stem))
+    sizes = sizes_of(config)
+    assert amounts(config, sizes).branch_calls > 0 and config.rollout.cache_frames >= sizes.geometry.resident(config.data.blocks)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [(("--gpus", "0"), "--gpus 0 must be 1 or more"), (("--pipeline", "models/unknown"), "models/unknown is no pipeline folder, and no format of `kvpo import` has its name"), (("--rollout.together", "-1"), "rollout.together = -1")],
+)
+def test_bad_input(capsys, argv, message):
+    code, out, err = run(capsys, "longlive", *argv)
+    assert code in (1, 2) and message in err + out
+
+
+def test_cards_are_rates_and_rooms():
+    assert all(100 < rate < 3000 and 10 < room < 300 for rate, room in CARDS.values())
