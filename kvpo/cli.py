@@ -23,6 +23,18 @@ COMMANDS: Mapping[str, str] = {
 USER_ERRORS = (ValueError, OSError, FloatingPointError)
 
 
+RUNS = ("align", "explore", "doctor")
+OUT_OF_MEMORY = {
+    True: "`kvpo plan` with the same recipe and options says what takes it and which settings lower it; what was saved is whole, go on with --resume",
+    False: "generate fewer or smaller videos at a time (evaluate.batch of the recipe), take --dtype bfloat16 where there is that option, or a card with more",
+}
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Of a device or of the machine; torch has a class for the first and a sentence for the second."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
 def main(argv: list[str] | None = None) -> int:
     """The exit code: 0 done, 1 an error said in one line, 2 wrong usage, 130 interrupted, 141 nobody reads the output any more (`| head`)."""
     try:
@@ -46,6 +58,11 @@ def _run(argv: list[str]) -> int:
         raise
     except USER_ERRORS as error:
         print(f"kvpo {name}: {error}", file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        print(f"kvpo {name}: out of memory ({str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}); {OUT_OF_MEMORY[name in RUNS]}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

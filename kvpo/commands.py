@@ -15,15 +15,15 @@ from kvpo.config import RunConfig, load_config, recipe_path
 from kvpo.denoise import SAMPLERS
 from kvpo.doctor import examine
 from kvpo.environment import command, pick_device
-from kvpo.evaluate import compare, evaluate, generate, kinds_of, table, write_comparison
+from kvpo.evaluate import compare, evaluate, kinds_of, table, write_comparison
 from kvpo.exporting import Export
 from kvpo.files import write_atomic
+from kvpo.generating import Generate
 from kvpo.importing import Import
 from kvpo.loading import load_generator
 from kvpo.mini.pretrain import pretrain
 from kvpo.progress import Progress
 from kvpo.plan import Plan
-from kvpo.prompts import even_starts, read_scripts
 from kvpo.replay import CONTEXTS, Replay
 from kvpo.report import write_report
 from kvpo.rewards.registry import load_rewards
@@ -31,9 +31,7 @@ from kvpo.rollout import roll_out
 from kvpo.score import pixel_diversity, score
 from kvpo.showing import before_after, show_group
 from kvpo.timing import Phases
-from kvpo.types import Script
 from kvpo.update import GroupUpdate
-from kvpo.video import write_mp4
 
 Positional = tyro.conf.Positional
 Settings = Annotated[RunConfig, tyro.conf.arg(name="")]
@@ -60,26 +58,6 @@ class Align:
             progress.say(f"stopped in phase {run.phases.now}; nothing half-written. Go on with: kvpo align {self.recipe} --out {self.out} --resume")
             raise
         progress.say(f"report: {report.resolve()}")
-
-
-@dataclass(frozen=True)
-class Generate:
-    """Generate videos from prompts."""
-
-    generator: Positional[str] = "mini"
-    """Pipeline folder, mini, or a run (RUN, RUN:ema, RUN:online, RUN:start)."""
-    prompt: tuple[str, ...] = ()
-    """Prompts of one story, in order; --prompts for a file of them."""
-    prompts: Path | None = None
-    blocks: int = 13
-    """Length, blocks."""
-    seed: int = 0
-    sampler: Literal["renoise", "ode"] = "renoise"
-    out: Path = Path("runs/generate")
-    device: str = "auto"
-
-    def __call__(self) -> None:
-        generate_command(self)
 
 
 @dataclass(frozen=True)
@@ -167,20 +145,6 @@ class Pretrain:
 
     def __call__(self) -> None:
         pretrain(self.out, self.work, seed=self.seed, device=str(pick_device(self.device)))
-
-
-def generate_command(args: Generate) -> None:
-    if bool(args.prompt) == bool(args.prompts):
-        raise ValueError('give either --prompt "..." ["..." ...], the prompts of one story, or --prompts FILE')
-    scripts = list(read_scripts(args.prompts, args.blocks)) if args.prompts else [Script("story", args.prompt, even_starts(len(args.prompt), args.blocks), args.blocks)]
-    pipeline, label = load_generator(args.generator, pick_device(args.device))
-    progress = Progress()
-    with progress.bar(f"generate with {label}", len(scripts)) as bar:
-        for i, script in enumerate(scripts):
-            (video,) = generate(pipeline, SAMPLERS[args.sampler], [script], args.seed, [("generate", script.id)])
-            path = write_mp4(args.out / f"{i:03d}.mp4", video, pipeline.geometry.fps)
-            progress.say(f"{path}  {' | '.join(script.texts)}")
-            bar.advance()
 
 
 def evaluate_command(args: Evaluate) -> None:

@@ -155,6 +155,11 @@ class Stream:
         if any(changes):
             self._reencode(block, None if all(changes) else [r for r, changed in enumerate(changes) if changed])
 
+    def forget(self) -> None:
+        """Let go of latents that no prompt switch can need any more; `blocks` keeps their places."""
+        first = self.geometry.reencoded(len(self.blocks)).start // self.geometry.block
+        self.blocks[:first] = [None] * first
+
     def _remember(self, block: int) -> None:
         """What the history records enters the memory bank under the prompt of the next block."""
         history = self.geometry.history

@@ -10,13 +10,14 @@ import json
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Callable, Sequence
+from typing import Callable, Iterator, Sequence
 
 import torch
 
 from kvpo.denoise import NamedNoise, Sampler, StackedNoise, Stream
 from kvpo.files import write_atomic
 from kvpo.generators.pipeline import Pipeline
+from kvpo.generators.rope import check_positions
 from kvpo.rewards.base import Reward, VideoBatch, check_output
 from kvpo.rng import stream
 from kvpo.score import Clip, ScoreConfig, global_clips
@@ -57,19 +58,27 @@ class Scored:
     """uint8 [T, 3, H, W] of the first scripts."""
 
 
-@torch.no_grad()
 def generate(pipeline: Pipeline, sampler: Sampler, scripts: Sequence[Script], seed: int, names: Sequence[tuple[int | str, ...]]) -> torch.Tensor:
     """uint8 [B, T, 3, H, W]: a video per script, all of one length, with noise from the streams (seed, *name)."""
+    return torch.cat(list(streamed(pipeline, sampler, scripts, seed, names)), dim=1)
+
+
+@torch.no_grad()
+def streamed(pipeline: Pipeline, sampler: Sampler, scripts: Sequence[Script], seed: int, names: Sequence[tuple[int | str, ...]]) -> Iterator[torch.Tensor]:
+    """The same block by block.  Memory does not grow with the length, unless the generator's window is everything."""
     lengths = {s.blocks for s in scripts}
     if len(lengths) != 1:
         raise ValueError(f"videos generated together must be equally long, not {sorted(lengths)} blocks")
     g, (blocks,) = pipeline.geometry, lengths
+    check_positions(pipeline.generator.transformer.rope, [[blocks * g.block - 1]])  # before anything is made, not at the frame that has none
     texts = sorted({t for s in scripts for t in s.texts})
     embeddings = dict(zip(texts, pipeline.encode_text(texts)))
     noise = StackedNoise(tuple(NamedNoise(pipeline.latent_shape(g.block), seed, name) for name in names))
     cache = pipeline.new_cache(g.resident(blocks), rows=len(scripts))
     videos, decoder = Stream(pipeline.generator, g, sampler, scripts, embeddings, noise, cache), pipeline.decoder()
-    return torch.cat([decoder(videos.advance()).cpu() for _ in range(blocks)], dim=1)
+    for _ in range(blocks):
+        yield decoder(videos.advance()).cpu()
+        videos.forget()
 
 
 def evaluate(

@@ -6,6 +6,7 @@ import base64
 import functools
 import html
 import io
+import os
 import textwrap
 from fractions import Fraction
 from pathlib import Path
@@ -52,28 +53,69 @@ def encode_mp4(video: torch.Tensor, fps: float = FPS, factor: int | None = None,
 
     Colours lose a level or two; at factor 1 chroma is halved in resolution as well.  ValueError for odd sides.
     """
-    video = enlarge(check_video(video), watchable(video) if factor is None else factor)
-    height, width = video.shape[-2:]
-    if height % 2 or width % 2:
-        raise ValueError(f"{width} x {height} pixels cannot be written as yuv420p, which needs even sides; enlarge by 2, or leave the factor to the program")
     file = io.BytesIO()
-    with av.open(file, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": str(crf), "preset": "medium"})
-        # One thread: the bytes are then the same on every machine, and 64x64 needs no more.
-        stream.width, stream.height, stream.pix_fmt, stream.thread_count = width, height, "yuv420p", 1
-        # Said, not left to the player's guess: untagged colours differ between browsers.
-        context = stream.codec_context
-        context.colorspace = context.color_primaries = context.color_trc = BT709
-        for image in video.permute(0, 2, 3, 1).contiguous().numpy():
-            frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+    encoder = _Encoder(file, check_video(video), fps, factor, crf)
+    encoder.write(video)
+    encoder.close()
     return file.getvalue()
 
 
 def write_mp4(path: Path, video: torch.Tensor, fps: float = FPS, factor: int | None = None, crf: int = 16) -> Path:
     """`encode_mp4` into a file, atomically; makes missing folders."""
     return write_atomic(path, encode_mp4(video, fps, factor, crf))
+
+
+class Mp4Writer:
+    """A video file that grows while its frames are made, `encode_mp4` in pieces.  In its place when it is whole, or not at all."""
+
+    def __init__(self, path: Path, fps: float = FPS, factor: int | None = None, crf: int = 16):
+        self.path, self.part = Path(path), Path(path).with_name(f".{Path(path).name}.{os.getpid()}.part")
+        self.settings, self.encoder = (fps, factor, crf), None
+
+    def __enter__(self) -> Mp4Writer:
+        return self
+
+    def write(self, video: torch.Tensor) -> None:
+        """More frames, uint8 [T, 3, H, W]."""
+        if self.encoder is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.encoder = _Encoder(str(self.part), check_video(video), *self.settings)
+        self.encoder.write(video)
+
+    def __exit__(self, kind, *_) -> None:
+        try:
+            if self.encoder is not None:
+                self.encoder.close()
+                if kind is None:
+                    os.replace(self.part, self.path)
+        finally:
+            self.part.unlink(missing_ok=True)
+
+
+class _Encoder:
+    """h264 for frames of the first one's size."""
+
+    def __init__(self, file, video: torch.Tensor, fps: float, factor: int | None, crf: int):
+        self.factor = watchable(video) if factor is None else factor
+        height, width = (side * self.factor for side in video.shape[-2:])
+        if height % 2 or width % 2:
+            raise ValueError(f"{width} x {height} pixels cannot be written as yuv420p, which needs even sides; enlarge by 2, or leave the factor to the program")
+        self.container = av.open(file, "w", format="mp4")
+        self.stream = self.container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": str(crf), "preset": "medium"})
+        # One thread: the bytes are then the same on every machine, and 64x64 needs no more.
+        self.stream.width, self.stream.height, self.stream.pix_fmt, self.stream.thread_count = width, height, "yuv420p", 1
+        # Said, not left to the player's guess: untagged colours differ between browsers.
+        context = self.stream.codec_context
+        context.colorspace = context.color_primaries = context.color_trc = BT709
+
+    def write(self, video: torch.Tensor) -> None:
+        for image in enlarge(check_video(video), self.factor).permute(0, 2, 3, 1).contiguous().numpy():
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)
+            self.container.mux(self.stream.encode(frame))
+
+    def close(self) -> None:
+        self.container.mux(self.stream.encode())
+        self.container.close()
 
 
 def read_mp4(path: Path) -> tuple[torch.Tensor, float]:

@@ -128,7 +128,7 @@ def test_an_illegal_value(capsys, tmp_path, folder, argv, message):
         (("report", "nowhere"), "kvpo report: nowhere is no run folder"),
         (("generate", "nowhere", "--prompt", RED), "kvpo generate: nowhere is no pipeline folder"),
         (("generate", "nowhere"), "kvpo generate: give either --prompt"),
-        (("generate", "nowhere", "--prompt", RED, BLUE, "--blocks", "1"), "kvpo generate: 2 segments in a video of 1 blocks"),
+        (("generate", "mini", "--prompt", RED, BLUE, "--blocks", "1"), "kvpo generate: 2 segments in a video of 1 blocks"),
         (("evaluate", "nowhere:ema", "--scripts", "2"), "kvpo evaluate: nowhere:ema is no pipeline folder"),
     ],
 )

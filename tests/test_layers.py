@@ -39,7 +39,7 @@ LAYERS = {
     "the miniature's making": "mini.networks mini.linear_encoder mini.autoencoder mini.library mini.training mini.layouts mini.flat mini.openings mini.teacher_forcing mini.few_step mini.card mini.pretrain",
     "configuration": "config",
     "weights by name": "loading",
-    "weights in and out": "importing exporting",
+    "weights and videos in and out": "importing exporting generating",
     "planning": "peak plan_costs plan",
     "the main path": "align",
     "commands": "commands doctor",

@@ -29,7 +29,7 @@ Adapter = dict[str, tuple[torch.Tensor, torch.Tensor]]
 GENERATORS = ("generator", "generator_ema", "model")
 ADAPTERS = ("generator_lora",)
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
-PREFIXES = ("base_model.model.", "model.")
+PREFIXES = ("base_model.model.", "model.", "transformer.")
 RENAMED = (
     ("time_embedding.0", "condition_embedder.time_embedder.linear_1"),
     ("time_embedding.2", "condition_embedder.time_embedder.linear_2"),

@@ -1,0 +1,106 @@
+"""`kvpo generate`: videos written while they are generated, of any length in the same memory."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from kvpo.denoise import SAMPLERS
+from kvpo.environment import pick_device
+from kvpo.evaluate import streamed
+from kvpo.generators.checkpoints import adapter_of, merge, read_checkpoint
+from kvpo.generators.pipeline import Geometry, Pipeline
+from kvpo.loading import load_generator
+from kvpo.progress import Progress
+from kvpo.prompts import even_starts, read_scripts, starts_at
+from kvpo.types import Script
+from kvpo.video import Mp4Writer
+
+Positional = tyro.conf.Positional
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Generate videos from prompts; they are written block by block."""
+
+    generator: Positional[str] = "mini"
+    """Pipeline folder, mini, or a run (RUN, RUN:ema, RUN:online, RUN:start)."""
+    prompt: tuple[str, ...] = ()
+    """Prompts of one story, in order."""
+    prompts: Annotated[Path | None, tyro.conf.arg(aliases=["--script"])] = None
+    """A file of stories instead (lines, N,[a],[b] or JSONL, see kvpo.prompts)."""
+    at: tuple[float, ...] = ()
+    """Seconds at which the second, third, ... prompt takes over; default: evenly spread."""
+    seconds: float = 0.0
+    """Length; 0 = by --blocks."""
+    blocks: int = 13
+    """Length, blocks."""
+    seeds: Annotated[tuple[int, ...], tyro.conf.arg(aliases=["--seed"])] = (0,)
+    """A video of every story for each."""
+    sampler: Literal["renoise", "ode"] = "renoise"
+    lora: tuple[Path, ...] = ()
+    """LoRA files on top, merged in this order: released ones, or what `kvpo export` writes."""
+    lora_scale: float = 1.0
+    """alpha / rank of them."""
+    dtype: Literal["", "float32", "bfloat16"] = ""
+    """Precision; default: a run's own, bfloat16 on a GPU, float32 on a CPU."""
+    out: Path = Path("runs/generate")
+    device: str = "auto"
+
+    def __call__(self) -> None:
+        if bool(self.prompt) == bool(self.prompts):
+            raise ValueError('give either --prompt "..." ["..." ...], the prompts of one story, or --prompts FILE')
+        device = pick_device(self.device)
+        dtype = self.dtype or ("bfloat16" if device.type == "cuda" and not Path(self.generator.partition(":")[0], "config.resolved.yaml").is_file() else "")
+        pipeline, label = load_generator(self.generator, device, dtype or "float32", dtype)
+        for path in self.lora:
+            add_lora(pipeline, path, self.lora_scale)
+        scripts, progress = self.scripts(pipeline.geometry), Progress()
+        with progress.bar(f"generate with {label}", sum(s.blocks for s in scripts) * len(self.seeds)) as bar:
+            for i, script in enumerate(scripts):
+                for seed in self.seeds:
+                    path = self.out / (f"{i:03d}.mp4" if len(self.seeds) == 1 else f"{i:03d}-seed{seed}.mp4")
+                    rate = write_video(pipeline, SAMPLERS[self.sampler], script, seed, path, bar)
+                    progress.say(f"{path}  {rate:.1f} frames/s  {' | '.join(script.texts)}")
+
+    def scripts(self, geometry: Geometry) -> list[Script]:
+        """The stories at their length.  ValueError where prompts do not fit into it."""
+        blocks = block_at(self.seconds, geometry, up=True) if self.seconds else self.blocks
+        switches = [block_at(second, geometry) for second in self.at]
+        if self.prompts:
+            return list(read_scripts(self.prompts, blocks, switches=switches or None))
+        return [Script("story", self.prompt, starts_at(switches, len(self.prompt)) if switches else even_starts(len(self.prompt), blocks), blocks)]
+
+
+def block_at(second: float, geometry: Geometry, up: bool = False) -> int:
+    """The block whose first pixel frame is nearest to a time of the video; ``up``: how many blocks reach it."""
+    if not second > 0.0:
+        raise ValueError(f"{second} s is no time of a video that a block could begin or end at; give more than 0")
+    blocks = (second * geometry.fps + 3) / (4 * geometry.block)  # the first latent frame gives one pixel frame, every later one four
+    return int(-(-blocks // 1)) if up else max(1, round(blocks))
+
+
+def write_video(pipeline: Pipeline, sampler, script: Script, seed: int, path: Path, bar) -> float:
+    """Frames a second.  The file is there when it is whole, or not at all."""
+    frames, started = 0, time.perf_counter()
+    with Mp4Writer(path, pipeline.geometry.fps) as writer:
+        for pixels in streamed(pipeline, sampler, [script], seed, [("generate", script.id)]):
+            writer.write(pixels[0])
+            frames += len(pixels[0])
+            bar.advance(f"{path.name}: {frames} frames, {frames / (time.perf_counter() - started):.1f} a second")
+    return frames / (time.perf_counter() - started)
+
+
+@torch.no_grad()
+def add_lora(pipeline: Pipeline, path: Path, scale: float) -> None:
+    """Merge a LoRA file into the generator's weights.  ValueError where it is of another base."""
+    parameters = dict(pipeline.generator.transformer.named_parameters())
+    adapter, state = adapter_of(read_checkpoint(path), path), dict(parameters)
+    merge(state, adapter, scale, str(path))
+    for module in adapter:
+        parameters[f"{module}.weight"].copy_(state[f"{module}.weight"])
