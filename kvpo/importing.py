@@ -76,7 +76,7 @@ class Import:
     paths: Positional[tuple[Path, ...]]
     """The checkpoint's files, one with the generator and any number of LoRA files, which are merged in this order; then the folder to write."""
     format: Literal["self-forcing", "causal-forcing", "longlive", "memflow", "kvpo"]
-    """Whose checkpoint: decides how the generator streams, and which of the weights in the file are taken."""
+    """Whose checkpoint: decides how the generator streams, and which of the weights in the file are taken.  kvpo: the paper's own on LongLive; its MemFlow ones are memflow."""
     base: str
     """Wan2.1 itself, for text encoder, VAE and sizes: a folder in diffusers or original layout, or a hub id."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
