@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -20,10 +19,9 @@ import torch
 import tyro
 from diffusers import WanPipeline
 from peft import get_peft_model_state_dict
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from kvpo.files import write_atomic
+from kvpo.files import must_be_new, whole_folder, write_atomic
 from kvpo.generators.base_folder import link_tree, new_transformer
 from kvpo.generators.checkpoints import State, diffusers_to_original, keeps_float32, merge
 from kvpo.generators.pipeline import Pipeline
@@ -58,21 +56,12 @@ def export(args: Export) -> Path:
     if adapter and config.policy.train != "lora":
         raise ValueError(f"--format {args.format} is an adapter, but {run} trained all weights; export it as pipeline or original-merged")
     out = args.out or Path(run) / "export" / f"{which or 'ema'}-{args.format}"
-    if out.exists():
-        raise ValueError(f"{out} is there already; give another folder by --out, nothing is overwritten")
+    must_be_new(out)
     pipeline, label = load_generator(args.run, dtype="float32")  # the weights as they are trained, whatever the run computes in
     dtype = getattr(torch, args.dtype if args.dtype != "run" else "float32" if adapter else config.dtype)
-    part = out.with_name(f".{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        part.mkdir(parents=True)
+    with whole_folder(out) as part:
         WRITERS[args.format](part, pipeline, dtype)
         write_atomic(part / "README.md", _card(args.format, label, pipeline.folder))
-        os.replace(part, out)
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"{out} could not be written ({error}); nothing of it is left. Free disk space, or choose another disk") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return out
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -14,11 +12,10 @@ from typing import Any, Callable, Literal, Mapping, Sequence
 import torch
 import tyro
 from diffusers import FlowMatchEulerDiscreteScheduler
-from safetensors import SafetensorError
 from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from kvpo.files import write_atomic
+from kvpo.files import must_be_new, whole_folder, write_atomic
 from kvpo.generators.base_folder import BaseFolder, new_transformer, open_base
 from kvpo.generators.checkpoints import State, account, adapter_of, generator_state, is_adapter, keeps_float32, merge, read_checkpoint
 from kvpo.generators.pipeline import Geometry
@@ -110,26 +107,17 @@ def import_checkpoint(args: Import, say: Callable[[str], None] = lambda line: No
     if len(args.paths) < 2:
         raise ValueError(f"give the checkpoint's files and then the folder to write, not {[str(p) for p in args.paths]}")
     *files, out = args.paths
-    if out.exists():
-        raise ValueError(f"{out} is there already; give a folder that is not, nothing is overwritten")
+    must_be_new(out)  # said before gigabytes are read
     kind, geometry, base = FORMATS[args.format], args.geometry, open_base(args.base)
     config = base.transformer_config()
     geometry.check_grid(config["patch_size"], f"--format {args.format}")
     state, sources = _weights(kind, files, config, args.lora_scale, args.which, say)
     dtype = getattr(torch, args.dtype)
     disable_progress_bar()  # transformers' own, on stderr
-    part = out.with_name(f".{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        part.mkdir(parents=True)
-        say(f"writing {len(state)} tensors in {args.dtype}, and the parts of {base.folder}")
+    say(f"writing {len(state)} tensors in {args.dtype}, and the parts of {base.folder}")
+    with whole_folder(out) as part:
         _write(part, base, config, {n: t.to(torch.float32 if keeps_float32(n) else dtype) for n, t in state.items()}, geometry)
         write_atomic(part / "README.md", _card(kind, base, sources, dtype))
-        os.replace(part, out)
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"{out} could not be written ({error}); nothing of it is left. Free disk space, or choose another disk") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return out
 
 
@@ -146,8 +134,8 @@ def _weights(kind: Format, files: Sequence[Path], config: dict[str, Any], lora_s
     for path, content in adapters:
         merge(state, adapter := adapter_of(content, path), lora_scale, str(path))
         rank = len(next(iter(adapter.values()))[0])
-        say(f"{path}: LoRA of rank {rank} on {len(adapter)} modules, merged at scale {lora_scale:g}")
         sources.append(Source(path, f"LoRA of rank {rank} on {len(adapter)} modules, merged at scale {lora_scale:g}", _sha256(path)))
+        say(f"{path}: {sources[-1].what}")
     return state, sources
 
 
