@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import resource
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable, Mapping, Sequence
@@ -20,7 +19,7 @@ from kvpo.advantages import Advantage, Advantages
 from kvpo.checkpoint import checkpoints, load_checkpoint, read_state, save_checkpoint
 from kvpo.config import RunConfig, differences, from_dict, to_dict
 from kvpo.denoise import SAMPLERS
-from kvpo.environment import command, environment, make_reproducible, pick_device
+from kvpo.environment import command, environment, make_reproducible, pick_device, take_peak
 from kvpo.evaluate import Scored, compare, evaluate, kinds_of, table, write_comparison
 from kvpo.exploration.base import Explorer
 from kvpo.files import write_atomic
@@ -92,7 +91,7 @@ class Alignment:
             metrics = group_means([self._named_group(step, index) for index in range(self.config.groups)])
             with self.phases("optimizer"):
                 metrics |= self.updater.step()
-        peak = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        peak = take_peak(self.device) / 2**30
         return metrics | self.phases.take() | {"memory/peak_gib": peak, "calls/generator": self.pipeline.generator.calls - calls}
 
     def _named_group(self, step: int, index: int) -> dict[str, float]:

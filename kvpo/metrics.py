@@ -79,7 +79,7 @@ DECLARED: tuple[Metric, ...] = (
     Metric("group/skipped", "share", "Groups that gave no update."),
     Metric("diversity/pixel", "1", "Mean squared difference of two branches' clips, pixels in [0, 1]."),
     Metric("time/{phase}", "s", "Wall clock of the phase since the last record; `total` is a step up to its update, `checkpoint` and `evaluate` come on top.", "lower"),
-    Metric("memory/peak_gib", "GiB", "Peak memory of the process since the last step: of the device, or resident on a CPU.", "lower"),
+    Metric("memory/peak_gib", "GiB", "Peak memory: of a GPU's tensors since the last step; on a CPU resident, of the process so far.", "lower"),
     Metric("calls/generator", "calls", "Calls of the generator's network within this step.", "lower"),
     Metric("eval/{weights}/{component}/mean", "its own", "Mean over the evaluation's fixed scripts and seeds."),
     Metric("eval/{weights}/{component}/diff", "its own", "Mean paired difference from the start weights, same scripts and seeds."),
