@@ -19,6 +19,7 @@ from kvpo.advantages import Advantage, Advantages
 from kvpo.checkpoint import checkpoints, load_checkpoint, read_state, save_checkpoint
 from kvpo.config import RunConfig, differences, from_dict, to_dict
 from kvpo.denoise import SAMPLERS
+from kvpo.distributed import Ranks
 from kvpo.environment import command, environment, make_reproducible, pick_device, take_peak
 from kvpo.evaluate import Scored, compare, evaluate, kinds_of, table, write_comparison
 from kvpo.exploration.base import Explorer
@@ -26,7 +27,7 @@ from kvpo.files import write_atomic
 from kvpo.generators.embeddings import load_with_texts
 from kvpo.generators.pipeline import Pipeline
 from kvpo.loading import folder_of, load_pipeline
-from kvpo.metrics import MetricLog, console_line
+from kvpo.metrics import MetricLog, NoLog, console_line
 from kvpo.mini.source import StorySource
 from kvpo.policy import Policy
 from kvpo.progress import Progress
@@ -55,6 +56,8 @@ class Alignment:
         self.config, self.out, self.progress = config, out, progress
         self.device = pick_device(config.device)
         make_reproducible(self.device)
+        self.ranks = Ranks.join(self.device)
+        self.ranks.share(config.groups)
         self.rewards, self.advantages = judges(config, self.device)
         self.source, self.scripts = script_source(config), evaluation_scripts(config)  # read now: a malformed file must not show itself after the training
         self.pipeline = self._load_pipeline()
@@ -69,7 +72,8 @@ class Alignment:
     def run(self, resume: bool) -> Path:
         """Train, checkpoint, evaluate; the path of the report.  FloatingPointError or ValueError before an update that must not happen."""
         start = self._begin(resume)
-        with MetricLog(self.out, resume_after=start - 1 if resume else None) as log, self.progress.bar("align", self.config.steps, start) as bar:
+        log = MetricLog(self.out, resume_after=start - 1 if resume else None) if self.ranks.first else NoLog()
+        with log, self.progress.bar("align", self.config.steps, start) as bar:
             if self._evaluation_due(start) and not self._comparison("ema", start).exists():  # killed between a checkpoint and its evaluation
                 log.write(start - 1, self.evaluate(start) | self.phases.take())
             for done in range(start + 1, self.config.steps + 1):
@@ -82,17 +86,20 @@ class Alignment:
                     log.write(done - 1, self.evaluate(done) | self.phases.take())
             # A run that was killed in its last evaluation has only this left to do.
             log.write(self.config.steps - 1, self.evaluate(self.config.steps) | self.phases.take())
-        return write_report(self.out)
+        self.ranks.only_first(lambda: write_report(self.out))
+        return self.out / "report.html"
 
     def step(self, step: int) -> dict[str, float]:
-        """All groups of a step, then one update."""
+        """All groups of a step, this rank's share of them here, then one update."""
         calls = self.pipeline.generator.calls
         with self.phases("total"):
-            metrics = group_means([self._named_group(step, index) for index in range(self.config.groups)])
+            own = self.ranks.together(lambda: {index: self._named_group(step, index) for index in self.ranks.share(self.config.groups)})
+            groups = {index: found for part in self.ranks.gather(own) for index, found in part.items()}
+            metrics = group_means([groups[index] for index in sorted(groups)])
             with self.phases("optimizer"):
+                self.ranks.add_gradients(self.policy.parameters)
                 metrics |= self.updater.step()
-        peak = take_peak(self.device) / 2**30
-        return metrics | self.phases.take() | {"memory/peak_gib": peak, "calls/generator": self.pipeline.generator.calls - calls}
+        return metrics | self.phases.take() | {"memory/peak_gib": take_peak(self.device) / 2**30, "calls/generator": self.pipeline.generator.calls - calls}
 
     def _named_group(self, step: int, index: int) -> dict[str, float]:
         try:
@@ -148,25 +155,36 @@ class Alignment:
     def save(self, done: int) -> None:
         """A checkpoint after ``done`` steps."""
         with self.phases("checkpoint"):
-            save_checkpoint(self.out / "checkpoints", done, self.policy, self.updater.optimizer, self._identity(), self.config.checkpoint.keep)
+            self.ranks.only_first(
+                lambda: save_checkpoint(self.out / "checkpoints", done, self.policy, self.updater.optimizer, self._identity(), self.config.checkpoint.keep)
+            )
 
     def evaluate(self, done: int) -> dict[str, float]:
         """Online and EMA weights against the start weights, on fixed scripts; the metrics of the comparison."""
-        config, scripts = self.config.evaluate, self.scripts
         rewards = load_rewards(self.config.rewards, self.device)
-        kinds = kinds_of(rewards, [e.role for e in self.config.rewards])
         sets = {"start": self.policy.reference, "online": self.policy.snapshot(), "ema": self.policy.average}
+        scored = {which: self._scored(which, weights, rewards) for which, weights in sets.items()}
         metrics: dict[str, float] = {}
-        scored: dict[str, Scored] = {}
-        for which, weights in sets.items():
-            with self.policy.using(weights), self.phases("evaluate"), self.progress.bar(f"evaluate {which}", len(scripts)) as bar:
-                scored[which] = evaluate(self.pipeline, self.sampler, scripts, rewards, self.config.score, config, bar.move_to)
-            show_samples(self.out, 0 if which == "start" else done, which, scripts, scored[which].videos, config.seed)
+        self.ranks.only_first(lambda: metrics.update(self._compared(done, scored, kinds_of(rewards, [e.role for e in self.config.rewards]))))
+        return metrics
+
+    def _scored(self, which: str, weights: list[torch.Tensor], rewards: Sequence[Reward]) -> Scored:
+        """One set of weights on all scripts, this rank's share of them here."""
+        scripts = [self.scripts[i] for i in self.ranks.stretch(len(self.scripts))]
+        with self.policy.using(weights), self.phases("evaluate"), self.progress.bar(f"evaluate {which}", len(scripts)) as bar:
+            own = self.ranks.together(lambda: evaluate(self.pipeline, self.sampler, scripts, rewards, self.config.score, self.config.evaluate, bar.move_to))
+        return replace(own, r_KN=torch.cat(self.ranks.gather(own.r_KN), dim=1))
+
+    def _compared(self, done: int, scored: Mapping[str, Scored], kinds: Sequence[str]) -> dict[str, float]:
+        """Samples, tables and metrics of an evaluation."""
+        metrics: dict[str, float] = {}
+        for which, found in scored.items():
+            show_samples(self.out, 0 if which == "start" else done, which, self.scripts, found.videos, self.config.evaluate.seed)
             if which == "start":
                 continue
-            rows = compare(scored[which], scored["start"], kinds)
+            rows = compare(found, scored["start"], kinds)
             self.progress.say(table(rows, which, "start"))
-            write_comparison(self._comparison(which, done), rows, f"{which} step {done}", "start", scripts, config.seed, command(), unseen(self.config))
+            write_comparison(self._comparison(which, done), rows, f"{which} step {done}", "start", self.scripts, self.config.evaluate.seed, command(), unseen(self.config))
             for row in rows:
                 slug = row["component"].replace(" ", "_")
                 metrics |= {f"eval/{which}/{slug}/{k}": row[k] for k in ("diff", "low", "high", "win") if row[k] is not None}
@@ -185,15 +203,12 @@ class Alignment:
         """Open or make the run's folder; the step to begin with."""
         found = checkpoints(self.out / "checkpoints")
         if not resume:
-            if (self.out / "config.resolved.yaml").exists():
-                raise ValueError(f"{self.out} already holds a run; go on with it by --resume, or choose another folder by --out")
-            write_atomic(self.out / "environment.json", json.dumps(environment(self.device), indent=1) + "\n")
-            write_atomic(self.out / "config.resolved.yaml", yaml.safe_dump(to_dict(self.config), sort_keys=False))
+            self.ranks.only_first(self._write_beginning)
             return 0
         if not (self.out / "config.resolved.yaml").exists():
             raise FileNotFoundError(f"{self.out} holds no run to resume; start one without --resume")
         self._refuse_other(yaml.safe_load((self.out / "config.resolved.yaml").read_text()), to_dict(self.config))
-        write_atomic(self.out / "config.resolved.yaml", yaml.safe_dump(to_dict(self.config), sort_keys=False))
+        self.ranks.only_first(lambda: write_atomic(self.out / "config.resolved.yaml", yaml.safe_dump(to_dict(self.config), sort_keys=False)))
         if not found:
             self.progress.say(f"{self.out} has no checkpoint yet: starting again from step 0")
             return 0
@@ -203,6 +218,12 @@ class Alignment:
         step = load_checkpoint(found[-1], self.policy, self.updater.optimizer)
         self.progress.say(f"resumed from {found[-1]}")
         return step
+
+    def _write_beginning(self) -> None:
+        if (self.out / "config.resolved.yaml").exists():
+            raise ValueError(f"{self.out} already holds a run; go on with it by --resume, or choose another folder by --out")
+        write_atomic(self.out / "environment.json", json.dumps(environment(self.device), indent=1) + "\n")
+        write_atomic(self.out / "config.resolved.yaml", yaml.safe_dump(to_dict(self.config), sort_keys=False))
 
     def _refuse_other(self, stored: dict[str, Any], new: dict[str, Any]) -> None:
         settings, others = ({k: v for k, v in stored.items() if (k in self.config.__dataclass_fields__) == wanted} for wanted in (True, False))

@@ -13,6 +13,7 @@ import tyro
 from kvpo.align import Alignment, evaluation_scripts, judges, unseen
 from kvpo.config import RunConfig, load_config, recipe_path
 from kvpo.denoise import SAMPLERS
+from kvpo.distributed import restarted
 from kvpo.doctor import examine
 from kvpo.environment import command, pick_device
 from kvpo.evaluate import compare, evaluate, kinds_of, table, write_comparison
@@ -53,7 +54,7 @@ class Align:
         progress = Progress()
         run = Alignment(self.settings, self.out, progress)
         try:
-            report = run.run(self.resume)
+            report = run.run(self.resume or (restarted() and (self.out / "config.resolved.yaml").exists()))
         except KeyboardInterrupt:
             progress.say(f"stopped in phase {run.phases.now}; nothing half-written. Go on with: kvpo align {self.recipe} --out {self.out} --resume")
             raise

@@ -166,6 +166,17 @@ class MetricLog:
         self.close()
 
 
+class NoLog:
+    """Of the ranks that do not write."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def __enter__(self) -> NoLog:
+        return self
+
+    def __exit__(self, *_) -> None: ...
+
+
 def _board(folder: Path, resume_after: int | None):
     from torch.utils.tensorboard import SummaryWriter  # takes a second: only runs that log pay it
 

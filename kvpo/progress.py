@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import contextmanager
 from typing import Iterator
 
@@ -31,7 +32,8 @@ class Progress:
     """Bars and the live line on stderr, lines that stay on stdout, so that output can be piped."""
 
     def __init__(self):
-        self._out, self._console = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False)
+        quiet = os.environ.get("RANK", "0") != "0"  # of torchrun's processes the first one speaks
+        self._out, self._console = Console(highlight=False, soft_wrap=True, quiet=quiet), Console(stderr=True, highlight=False, quiet=quiet)
         self.bars = Bars(TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), console=self._console)
         self._live: Live | None = None
 

@@ -375,7 +375,7 @@ def test_resuming_on_other_weights(folder, tmp_path, capsys, train):
         (["--kv-routing.window-blocks", "4"], "no block can be a fork"),
         (["--rollout.cache-frames", "7"], "rollout.cache_frames = 7, but this generator (sink 1, window 7) streams 6 blocks from a cache of at least 8"),
         (["--kv-routing.nearest", "4"], "no room for routed frames"),
-        (["--data.blocks", "3"], "the video has 3 blocks"),
+        (["--data.blocks", "3"], "blocks = 3 is too short for stories of up to 4 segments"),
         (["--data.prompts", "nowhere.txt"], "nowhere.txt"),
         (["--pipeline", "nowhere"], "nowhere is no pipeline folder"),
         (["--device", "tpu9"], "device = 'tpu9' is unknown"),

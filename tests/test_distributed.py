@@ -1,0 +1,170 @@
+"""Several processes: the groups, the update and the errors of one, started by torchrun on a CPU."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_align import align, equal, final, records, settings, write_recipe
+
+from kvpo.checkpoint import checkpoints, read_tensors
+from kvpo.distributed import Ranks, restarted
+from kvpo.metrics import read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def launch(recipe: str, out: Path, *options: str, ranks: int = 2, restarts: int = 0) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}", "-m", "kvpo", "align", recipe, "--out", str(out), *options]
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, cwd=out.parent)
+
+
+def torchrun(recipe: str, out: Path, *options: str, ranks: int = 2) -> tuple[int, str]:
+    process = launch(recipe, out, *options, ranks=ranks)
+    said, _ = process.communicate(timeout=120)
+    return process.returncode, said
+
+
+@pytest.fixture(scope="module")
+def recipe(folder, tmp_path_factory):
+    home = tmp_path_factory.mktemp("distributed")
+    return write_recipe(home / "tiny.yaml", settings(folder, groups=4, steps=2, evaluate={"scripts": 3, "batch": 1, "videos": 1}, optimizer={"lr": 1e-3, "warmup": 2, "eps": 1e-3}))
+
+
+@pytest.fixture(scope="module")
+def single(recipe, tmp_path_factory):
+    out = tmp_path_factory.mktemp("single") / "run"
+    assert align(recipe, out) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def double(recipe, tmp_path_factory):
+    out = tmp_path_factory.mktemp("double") / "run"
+    code, said = torchrun(recipe, out)
+    assert code == 0, said
+    return out, said
+
+
+# --- Shares ---
+
+
+def test_shares_by_hand():
+    ranks = [Ranks(r, 3) for r in range(3)]
+    assert [list(r.share(7)) for r in ranks] == [[0, 3, 6], [1, 4], [2, 5]]
+    assert [list(r.stretch(7)) for r in ranks] == [[0, 1], [2, 3], [4, 5, 6]] and [r.first for r in ranks] == [True, False, False]
+    with pytest.raises(ValueError, match="2 groups a step leave 1 of 3 ranks idle"):
+        ranks[0].share(2)
+
+
+def test_a_single_process_is_a_world_of_one():
+    alone, p = Ranks(), torch.nn.Parameter(torch.ones(2))
+    alone.add_gradients([p])
+    assert p.grad is None and alone.gather(3) == [3] and alone.together(lambda: 4) == 4 and not restarted()
+    with pytest.raises(FloatingPointError, match="as it is"):
+        alone.together(lambda: (_ for _ in ()).throw(FloatingPointError("as it is")))
+
+
+# --- The same run ---
+
+
+def test_two_ranks_train_on_the_groups_of_one(single, double):
+    """The sum of four groups' gradients is taken in another order; after an update, rollouts amplify that rounding.  Every metric is the mean over all groups."""
+    out, _ = double
+    for step, close in ((1, 1e-6), (2, 1e-4)):
+        ours, theirs = (read_tensors(checkpoints(folder / "checkpoints")[step - 1]) for folder in (out, single))
+        moved = max(float((t - theirs[n.replace("current.", "reference.")]).abs().max()) for n, t in theirs.items() if n.startswith("current."))
+        assert ours.keys() == theirs.keys() and moved > 10 * close
+        for name, tensor in theirs.items():
+            torch.testing.assert_close(ours[name], tensor, rtol=0, atol=close)
+    a, b = (records(folder, evaluations=False)[0] for folder in (out, single))
+    assert a.keys() == b.keys() and all(a[k] == pytest.approx(b[k], rel=1e-4, abs=1e-6) for k in a if k != "calls/generator")
+    assert 2 * a["calls/generator"] < 1.5 * b["calls/generator"]
+
+
+def test_evaluations_see_all_scripts(single, double):
+    a, b = (read_metrics(out / "metrics.jsonl")[-1] for out in (double[0], single))
+    found = [k for k in b if k.startswith("eval/")]
+    assert found and all(a[k] == pytest.approx(b[k], rel=5e-3, abs=2e-3) for k in found if not k.endswith("win"))
+
+
+def test_one_rank_writes_and_speaks(double, single):
+    out, said = double
+    there = lambda folder: sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and "tensorboard" not in p.parts)  # noqa: E731
+    assert there(out) == there(single) and said.count("report: ") == 1 and said.count("mean of trained") == 2
+
+
+def test_two_ranks_resume_bit_for_bit(recipe, double, tmp_path):
+    assert torchrun(recipe, tmp_path / "run", "--steps", "1")[0] == 0
+    assert torchrun(recipe, tmp_path / "run", "--resume")[0] == 0
+    assert equal(final(tmp_path / "run"), final(double[0]))
+
+
+def test_another_world_size_goes_on(recipe, single, tmp_path):
+    assert torchrun(recipe, tmp_path / "run", "--steps", "1")[0] == 0
+    assert align(recipe, tmp_path / "run", "--resume") == 0
+    for name, tensor in final(single).items():
+        torch.testing.assert_close(final(tmp_path / "run")[name], tensor, rtol=0, atol=1e-4)
+
+
+# --- Faults ---
+
+
+def test_an_error_of_one_rank_is_everyone_s(folder, tmp_path):
+    """NaN as a reward in group 1, which is the second rank's: nobody updates, nobody hangs."""
+    recipe = write_recipe(tmp_path / "r.yaml", settings(folder, groups=2, steps=1, rewards=[{"name": "test_distributed:BrokenOnTheSecond"}]))
+    code, said = torchrun(recipe, tmp_path / "run")
+    assert code != 0 and "kvpo align: rank 1: step 0, group 1: " in said and "Nothing of this step was applied" in said
+    assert not checkpoints(tmp_path / "run" / "checkpoints")
+
+
+def test_too_few_groups(folder, tmp_path):
+    recipe = write_recipe(tmp_path / "r.yaml", settings(folder, groups=1, steps=1))
+    code, said = torchrun(recipe, tmp_path / "run")
+    assert code != 0 and "1 groups a step leave 1 of 2 ranks idle" in said and not (tmp_path / "run").exists()
+
+
+def test_a_folder_in_use(recipe, double):
+    code, said = torchrun(recipe, double[0])
+    assert code != 0 and "already holds a run" in said
+
+
+def test_a_killed_rank_is_started_again(recipe, double, tmp_path):
+    """kill -9 of the second rank after the first step: torchrun starts both again, and they go on from the checkpoint."""
+    out = tmp_path / "run"
+    process = launch(recipe, out, restarts=2)
+    while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_bytes().count(b"\n"):
+        time.sleep(0.05)
+        assert process.poll() is None, process.communicate()[0]
+    (victim,) = (p for p in _children(process.pid) if b"RANK=1" in Path(f"/proc/{p}/environ").read_bytes().split(b"\0"))
+    os.kill(victim, signal.SIGKILL)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert equal(final(out), final(double[0])) and records(out, evaluations=False) == records(double[0], evaluations=False)
+
+
+def _children(pid: int) -> list[int]:
+    return [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and f"\nPPid:\t{pid}\n" in _status(p)]
+
+
+def _status(path: Path) -> str:
+    try:
+        return (path / "status").read_text()
+    except OSError:
+        return ""
+
+
+class BrokenOnTheSecond:
+    """NaN called valid, but only on the second rank."""
+
+    def __new__(cls):
+        from tiny import Broken, Warmth
+
+        return Broken() if os.environ.get("RANK") == "1" else Warmth()
