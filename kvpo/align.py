@@ -15,7 +15,7 @@ from typing import Any, Callable, Mapping, Sequence
 import torch
 import yaml
 
-from kvpo.advantages import Advantage, Advantages
+from kvpo.advantages import Advantage
 from kvpo.checkpoint import checkpoints, load_checkpoint, read_state, save_checkpoint
 from kvpo.config import RunConfig, differences, from_dict, to_dict
 from kvpo.denoise import SAMPLERS
@@ -28,10 +28,10 @@ from kvpo.generators.embeddings import load_with_texts
 from kvpo.generators.pipeline import Pipeline
 from kvpo.loading import folder_of, load_pipeline
 from kvpo.metrics import MetricLog, NoLog, console_line
-from kvpo.mini.source import StorySource
+from kvpo.parts import evaluation_scripts, judges, script_source, unseen
 from kvpo.policy import Policy
 from kvpo.progress import Progress
-from kvpo.prompts import PromptSet, ScriptSource, read_scripts
+from kvpo.prompts import PromptSet
 from kvpo.replay import CONTEXTS, Replay
 from kvpo.report import write_report
 from kvpo.rewards.base import Reward
@@ -245,40 +245,6 @@ class Alignment:
         for w in (*self.policy.reference, *frozen):
             digest.update(w.flatten().view(torch.uint8).cpu().numpy().tobytes())
         return digest.hexdigest()
-
-
-def judges(config: RunConfig, device: torch.device) -> tuple[list[Reward], Advantages]:
-    """The rewards that are trained on, loaded, and the advantage rule with their weights."""
-    if not (entries := config.rewards_of("train")):
-        raise ValueError("no reward has role `train`: there is nothing to align to; list one under `rewards`, a shipped one or your own (package.module:Class)")
-    rewards = load_rewards(entries, device)
-    return rewards, replace(config.advantages, weights={r.spec.name: e.weight for r, e in zip(rewards, entries)})
-
-
-def script_source(config: RunConfig) -> ScriptSource:
-    """The scripts to train on."""
-    if config.data.prompts == "mini":
-        return StorySource(config.seed, "train", config.data.blocks, config.data.memory, config.data.segments)
-    return PromptSet(_scripts(config.data.prompts, config), config.groups, config.seed)
-
-
-def evaluation_scripts(config: RunConfig) -> list[Script]:
-    """Those of `evaluate.prompts`; else unseen stories of the miniature, or the training prompts (see `unseen`)."""
-    prompts = config.evaluate.prompts or config.data.prompts
-    if prompts == "mini":
-        source = StorySource(config.evaluate.seed, "evaluate", config.data.blocks, config.data.memory)
-        return [source.script(0, i) for i in range(config.evaluate.scripts)]
-    return list(_scripts(prompts, config))[: config.evaluate.scripts]
-
-
-def _scripts(path: str, config: RunConfig) -> tuple[Script, ...]:
-    data = config.data
-    return read_scripts(path, data.blocks, switches=data.switches or None, max_segments=data.segments)
-
-
-def unseen(config: RunConfig) -> bool:
-    """The evaluation's scripts are not those that are trained on; its noise never is."""
-    return config.data.prompts == "mini" or config.evaluate.prompts not in ("", config.data.prompts)
 
 
 def _shuffled(advantage: Advantage, generator: torch.Generator) -> Advantage:

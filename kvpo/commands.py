@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from kvpo.align import Alignment, evaluation_scripts, judges, unseen
+from kvpo.align import Alignment
 from kvpo.config import RunConfig, load_config, recipe_path
 from kvpo.denoise import SAMPLERS
 from kvpo.distributed import restarted
@@ -23,6 +23,7 @@ from kvpo.generating import Generate
 from kvpo.importing import Import
 from kvpo.loading import load_generator
 from kvpo.mini.pretrain import pretrain
+from kvpo.parts import evaluation_scripts, judges, unseen
 from kvpo.progress import Progress
 from kvpo.plan import Plan
 from kvpo.replay import CONTEXTS, Replay

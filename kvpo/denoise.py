@@ -15,7 +15,7 @@ import torch
 from kvpo.flow import add_noise, denoised
 from kvpo.generators.cache import FrameCache
 from kvpo.generators.causal_wan import CausalWan
-from kvpo.generators.history import History, SinkWindow
+from kvpo.generators.history import History
 from kvpo.generators.pipeline import Geometry
 from kvpo.rng import normal
 from kvpo.types import Script

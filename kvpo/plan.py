@@ -11,7 +11,8 @@ import tyro
 
 from kvpo.config import RunConfig
 from kvpo.files import write_atomic
-from kvpo.plan_costs import GIB, Amounts, Costs, Sizes, amounts, costs, own_frames, replay_rows, rows_of, side_by_side, sizes_of, with_changes
+from kvpo.plan_amounts import Amounts, amounts, own_past, replay_rows, rows_of, side_by_side, with_changes
+from kvpo.plan_costs import GIB, Costs, Sizes, costs, sizes_of
 
 CARDS: Mapping[str, tuple[float, float]] = {
     "h200": (989, 139), "h100": (989, 79), "a100": (312, 79), "l40s": (362, 44), "rtx4090": (165, 23.5), "rtx5090": (209, 31.5),
@@ -46,7 +47,7 @@ class Plan:
             raise ValueError(f"--gpus {self.gpus} must be 1 or more, and --gpu-memory {self.gpu_memory} positive")
         room = self.gpu_memory * 0.97 * 1e9 / GIB if self.gpu_memory else CARDS[self.card][1]
         sizes = sizes_of(self.settings, self.size)
-        found, counted = costs(self.settings, sizes), amounts(self.settings, sizes)
+        found, counted = costs(self.settings, sizes), amounts(self.settings, sizes.geometry)
         memory = stages(self.settings, sizes, found)
         lines = [*_head(self, sizes, found), *_memory(memory, room), *_advice(self.settings, sizes, found, room), *_work(self, sizes, found, counted)]
         print("\n".join(lines))
@@ -57,8 +58,8 @@ class Plan:
 
 def stages(config: RunConfig, sizes: Sizes, c: Costs) -> dict[str, dict[str, int]]:
     """Bytes on the device in every stage of a step, by part.  Passes cost as many times their row's bytes as they have rows."""
-    g, B, R = sizes.geometry, side_by_side(config), replay_rows(config, sizes)
-    rollout_own, replay_own = own_frames(config, sizes)
+    g, B, R = sizes.geometry, side_by_side(config), replay_rows(config, sizes.geometry)
+    rollout_own, replay_own = own_past(config, sizes.geometry)
     members = min(config.rollout.together or config.rollout.branches, config.rollout.branches)
     latent = 4 * g.block * sizes.transformer["in_channels"] * g.latent_height * g.latent_width
     rows, P, S = rows_of(config), config.exploring.window_blocks, len(g.sigmas)
@@ -93,7 +94,7 @@ def _scaled(measured: int, rows: int, c: Costs, part: str) -> int:
 def changes(config: RunConfig, sizes: Sizes, stage: str) -> Iterator[tuple[str, Any]]:
     """Settings that lower a stage's memory, the least harmful first, each one step."""
     half = lambda now: max(1, now // 2)  # noqa: E731
-    rows, R, B, decoded = rows_of(config), replay_rows(config, sizes), side_by_side(config), min(config.score.together or rows_of(config), rows_of(config))
+    rows, R, B, decoded = rows_of(config), replay_rows(config, sizes.geometry), side_by_side(config), min(config.score.together or rows_of(config), rows_of(config))
     least = max(sizes.geometry.resident(config.data.blocks), sizes.geometry.window + 2 * sizes.geometry.block)
     if stage in ("replay", "gradient") and R > 1:
         yield "rows_per_pass", half(R)

@@ -53,7 +53,7 @@ class Policy:
         else:
             transformer.requires_grad_(True)
         self.names, self._computing = zip(*((n, p) for n, p in transformer.named_parameters() if p.requires_grad))
-        self.parameters = tuple(_master(p) for p in self._computing)
+        self.parameters = tuple(master_of(p) for p in self._computing)
         """float32: at lr 1e-5 a bf16 weight can not move."""
         self.reference, self.behaviour, self.average = self.snapshot(), self.snapshot(), self.snapshot()
         self.updates = self.lag = 0
@@ -109,7 +109,7 @@ class Policy:
         return moved if self.config.train == "lora" else moved / base
 
 
-def _master(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+def master_of(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
     """The float32 weight that is trained: the parameter itself, or one beside it that collects its gradients."""
     if parameter.dtype == torch.float32:
         return parameter

@@ -136,13 +136,13 @@ def generate_prefix(
 
 def branch_out(pipeline: Pipeline, prefix: Stream, plans: tuple[BranchPlan, ...], noise: Noise, window: Window) -> Stream:
     """All rows, continuing from the prefix."""
-    cache = prefix.cache.fork(len(plans), _own_frames(prefix.geometry, prefix.scripts[0], window))
+    cache = prefix.cache.fork(len(plans), own_frames(prefix.geometry, prefix.scripts[0], window))
     branches = Stream(pipeline.generator, prefix.geometry, prefix.sampler, prefix.scripts, prefix.embeddings, noise, cache, prefix.blocks)
     branches.reencoded = len(prefix.blocks)
     return branches
 
 
-def _own_frames(geometry: Geometry, script: Script, window: Window) -> int:
+def own_frames(geometry: Geometry, script: Script, window: Window) -> int:
     """Frames that each row keeps of its own: what a block can read, and the block itself.
 
     A switch inside the window re-encodes frames that branches may have been routed to; those stay to the window's end.

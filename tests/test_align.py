@@ -19,10 +19,11 @@ from safetensors.torch import load_file, save_file
 from tiny import Warmth, story
 
 from kvpo import cli
-from kvpo.align import Alignment, evaluation_scripts, script_source, unseen
+from kvpo.align import Alignment
 from kvpo.checkpoint import checkpoints, read_tensors
 from kvpo.config import from_dict
 from kvpo.metrics import read_metrics
+from kvpo.parts import evaluation_scripts, script_source, unseen
 from kvpo.progress import Progress
 from kvpo.rewards.base import RewardSpec, scored
 

@@ -125,17 +125,6 @@ def test_an_error_of_one_rank_is_everyone_s(folder, tmp_path):
     assert not checkpoints(tmp_path / "run" / "checkpoints")
 
 
-def test_too_few_groups(folder, tmp_path):
-    recipe = write_recipe(tmp_path / "r.yaml", settings(folder, groups=1, steps=1))
-    code, said = torchrun(recipe, tmp_path / "run")
-    assert code != 0 and "1 groups a step leave 1 of 2 ranks idle" in said and not (tmp_path / "run").exists()
-
-
-def test_a_folder_in_use(recipe, double):
-    code, said = torchrun(recipe, double[0])
-    assert code != 0 and "already holds a run" in said
-
-
 def test_a_killed_rank_is_started_again(recipe, double, tmp_path):
     """kill -9 of the second rank after the first step: torchrun starts both again, and they go on from the checkpoint."""
     out = tmp_path / "run"

@@ -13,7 +13,8 @@ from kvpo.generators.base_folder import new_transformer
 from kvpo.generators.causal_wan import CausalWan
 from kvpo.generators.pipeline import Geometry, Pipeline
 from kvpo.plan import stages
-from kvpo.plan_costs import UMT5_XXL, WAN_1_3B, Sizes, costs, with_changes
+from kvpo.plan_amounts import with_changes
+from kvpo.plan_costs import UMT5_XXL, WAN_1_3B, Sizes, costs
 from kvpo.policy import Policy, PolicyConfig
 from kvpo.replay import CONTEXTS, Replay
 from kvpo.rng import normal

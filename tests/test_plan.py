@@ -15,7 +15,8 @@ from kvpo.config import RECIPES, from_dict, load_config, recipe_path
 from kvpo.generators.base_folder import new_transformer
 from kvpo.peak import Ledger, cost, fake, flops
 from kvpo.plan import CARDS, fitted, stages, work
-from kvpo.plan_costs import WAN_1_3B, WAN_14B, amounts, costs, own_frames, replay_rows, sizes_of, with_changes
+from kvpo.plan_amounts import amounts, own_past, replay_rows, with_changes
+from kvpo.plan_costs import WAN_1_3B, WAN_14B, costs, sizes_of
 from kvpo.policy import Policy
 from kvpo.progress import Progress
 
@@ -63,7 +64,7 @@ def test_a_gradient_costs_what_is_planned(folder, checkpointing):
     """The same pass on real tensors, counted by the same ledger."""
     config = config_of(folder, gradient_checkpointing=checkpointing, policy={"train": "lora", "rank": 2})
     sizes = sizes_of(config)
-    planned, rows, g = costs(config, sizes), replay_rows(config, sizes), sizes.geometry
+    planned, rows, g = costs(config, sizes), replay_rows(config, sizes.geometry), sizes.geometry
     model = Alignment(config, folder, Progress()).pipeline.generator
     cache = model.new_cache(20, g.latent_height, g.latent_width, sink=g.sink)
     frames = list(range(g.window, g.window + g.block))
@@ -82,7 +83,7 @@ def test_calls_are_those_of_a_run(folder, tmp_path):
     """A video with a single eligible fork, so that the mean over forks is one run's."""
     for changes in ({}, {"rows_per_pass": 5}, {"rollout": {"branches": 3, "cache_frames": 12, "together": 2}}):
         config = config_of(folder, data={"blocks": 5, "segments": 1, "memory": 0.0}, policy={"train": "full", "sync_interval": 1}, **changes)
-        counted = amounts(config, sizes_of(config))
+        counted = amounts(config, sizes_of(config).geometry)
         alignment = Alignment(config, tmp_path, Progress())
         alignment.step(0)
         calls = alignment.step(1)["calls/generator"]
@@ -94,8 +95,8 @@ def test_calls_are_those_of_a_run(folder, tmp_path):
 def test_own_past_by_hand(folder):
     """Blocks of 2, window 7: a replay keeps P - 1 blocks, and a whole window more where a prompt switch re-encodes it."""
     none, switched = (config_of(folder, data={"blocks": 8, "segments": n, "memory": 0.0}) for n in (1, 4))
-    assert own_frames(none, sizes_of(none)) == (GEOMETRY.window + 2, 2)
-    assert own_frames(switched, sizes_of(switched)) == (GEOMETRY.window + 2, 2 + GEOMETRY.window)
+    assert own_past(none, sizes_of(none).geometry) == (GEOMETRY.window + 2, 2)
+    assert own_past(switched, sizes_of(switched).geometry) == (GEOMETRY.window + 2, 2 + GEOMETRY.window)
 
 
 def test_parts_by_hand(folder):
@@ -108,7 +109,7 @@ def test_parts_by_hand(folder):
     assert found.trainable == numbers and found.weights == 4 * numbers and found.sets == 3 * 4 * numbers
     assert memory["gradient"]["optimizer"] == 8 * numbers and memory["branches"]["shared past"] == 12 * found.frame
     assert found.frame == 2 * 2 * 4 * 24 * 4, "keys and values of 2 layers, 4 tokens of 24 numbers in float32"
-    assert work(config, sizes, found, amounts(config, sizes))["prefix"] == found.prefix.flops * amounts(config, sizes).prefix_calls
+    assert work(config, sizes, found, amounts(config, sizes.geometry))["prefix"] == found.prefix.flops * amounts(config, sizes.geometry).prefix_calls
 
 
 def test_a_policy_on_meta_is_the_policy():
@@ -167,7 +168,7 @@ def test_every_recipe_is_whole(path):
     """It can be read, forks exist, and its generator is one that import knows."""
     config = load_config(recipe_path(path.stem))
     sizes = sizes_of(config)
-    assert amounts(config, sizes).branch_calls > 0 and config.rollout.cache_frames >= sizes.geometry.resident(config.data.blocks)
+    assert amounts(config, sizes.geometry).branch_calls > 0 and config.rollout.cache_frames >= sizes.geometry.resident(config.data.blocks)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from kvpo.generators.history import MemoryBank, Routed, SinkWindow
 from kvpo.generators.pipeline import Pipeline
 from kvpo.loading import load_pipeline
 from kvpo.replay import CONTEXTS, Replay
-from kvpo.rollout import _own_frames
+from kvpo.rollout import own_frames
 from kvpo.surrogates.velocity_energy import VelocityEnergy
 from kvpo.types import BranchPlan, Window
 
@@ -153,7 +153,7 @@ def test_a_fork_is_a_snapshot(pipeline):
     before = contents(parent.cache)
     for _ in range(2):
         fork = copy.copy(parent)
-        fork.cache, fork.blocks = parent.cache.fork(1, _own_frames(pipeline.geometry, script, window) + 3 * pipeline.geometry.block), list(parent.blocks)
+        fork.cache, fork.blocks = parent.cache.fork(1, own_frames(pipeline.geometry, script, window) + 3 * pipeline.geometry.block), list(parent.blocks)
         assert fork.cache.bank is parent.cache.bank
         assert torch.equal(torch.cat([fork.advance() for _ in range(3)], dim=1), straight[:, -3 * pipeline.geometry.block :])
         assert same(before, contents(parent.cache))
