@@ -15,7 +15,7 @@ from kvpo.environment import pick_device
 from kvpo.evaluate import streamed
 from kvpo.generators.checkpoints import adapter_of, merge, read_checkpoint
 from kvpo.generators.pipeline import Geometry, Pipeline
-from kvpo.loading import load_generator
+from kvpo.loading import is_run, load_generator
 from kvpo.progress import Progress
 from kvpo.prompts import even_starts, read_scripts, starts_at
 from kvpo.types import Script
@@ -56,7 +56,7 @@ class Generate:
         if bool(self.prompt) == bool(self.prompts):
             raise ValueError('give either --prompt "..." ["..." ...], the prompts of one story, or --prompts FILE')
         device = pick_device(self.device)
-        dtype = self.dtype or ("bfloat16" if device.type == "cuda" and not Path(self.generator.partition(":")[0], "config.resolved.yaml").is_file() else "")
+        dtype = self.dtype or ("bfloat16" if device.type == "cuda" and not is_run(Path(self.generator.partition(":")[0])) else "")
         pipeline, label = load_generator(self.generator, device, dtype or "float32", dtype)
         for path in self.lora:
             add_lora(pipeline, path, self.lora_scale)
