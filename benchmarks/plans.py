@@ -17,7 +17,7 @@ HEAD = """# What the recipes cost
 
 Written by `python benchmarks/plans.py` from `kvpo plan`, which runs a recipe's own network, cache, decoder and policy on tensors without memory. Nothing here was measured on weights; what was measured against it:
 
-- The miniature's step on a CPU: 145 and 156 MiB above the run at rest in two steps (large blocks returned to the system, `MALLOC_MMAP_THRESHOLD_=65536 python benchmarks/plan_check.py`), 137 MiB planned.
+- The miniature's step on a CPU: 144, 154, 153 and 158 MiB above the run at rest in four steps (large blocks returned to the system, `MALLOC_MMAP_THRESHOLD_=65536 python benchmarks/plan_check.py --steps 4`), 137 MiB planned; the decoded pixels, in main memory, are not in the plan of a card.
 - Floating-point operations of one denoise pass at 1.3B: 31.3 T, the count of the paper's code from its shapes is 31.
 - Time: 25 % of the card's rate is what one group of the paper's shape reached on an H200 ([results.md](results.md), claim 5). No rewards in it.
 """
