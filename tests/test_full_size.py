@@ -54,7 +54,7 @@ def test_two_blocks_and_a_step():
     assert all(b.shape == (1, 3, 16, 60, 104) and b.dtype == torch.float32 and b.isfinite().all() for b in blocks)
     assert stream.cache.k[0].shape == (1, 6, 1560, 12, 128) and stream.cache.k[0].dtype == torch.bfloat16
 
-    config = RunConfig(dtype="bfloat16", gradient_checkpointing=True, rows_per_pass=2, policy=PolicyConfig(rank=16), rollout=RolloutConfig(branches=2, cache_frames=6), kv_routing=KVRouting(window_blocks=1))
+    config = RunConfig(dtype="bfloat16", gradient_checkpointing=True, rows_per_pass=2, policy=PolicyConfig(rank=16), rollout=RolloutConfig(branches=2, cache_frames=9), kv_routing=KVRouting(window_blocks=1))
     model.transformer.enable_gradient_checkpointing()
     policy = Policy(model, config.policy, 0)
     updater = Updater(policy, config.optimizer, config.objective, config.temperature, config.unsafe, groups=1)
