@@ -59,6 +59,8 @@ class Align:
         except KeyboardInterrupt:
             progress.say(f"stopped in phase {run.phases.now}; nothing half-written. Go on with: kvpo align {self.recipe} --out {self.out} --resume")
             raise
+        finally:
+            run.ranks.leave()
         progress.say(f"report: {report.resolve()}")
 
 

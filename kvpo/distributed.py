@@ -42,6 +42,11 @@ class Ranks:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world, timeout=PATIENCE)
         return cls(dist.get_rank(), world)
 
+    def leave(self) -> None:
+        """At the end, or after an error: a process that ends with its connections open may be aborted while it does."""
+        if self.world > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
     @property
     def first(self) -> bool:
         """This one writes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -101,17 +102,25 @@ def test_one_rank_writes_and_speaks(double, single):
     assert there(out) == there(single) and said.count("report: ") == 1 and said.count("mean of trained") == 2
 
 
-def test_two_ranks_resume_bit_for_bit(recipe, double, tmp_path):
-    assert torchrun(recipe, tmp_path / "run", "--steps", "1")[0] == 0
-    assert torchrun(recipe, tmp_path / "run", "--resume")[0] == 0
-    assert equal(final(tmp_path / "run"), final(double[0]))
+@pytest.fixture(scope="module")
+def half(recipe, tmp_path_factory):
+    """Stopped after the first of two steps."""
+    out = tmp_path_factory.mktemp("half") / "run"
+    assert torchrun(recipe, out, "--steps", "1")[0] == 0
+    return out
 
 
-def test_another_world_size_goes_on(recipe, single, tmp_path):
-    assert torchrun(recipe, tmp_path / "run", "--steps", "1")[0] == 0
-    assert align(recipe, tmp_path / "run", "--resume") == 0
+def test_two_ranks_resume_bit_for_bit(recipe, half, double, tmp_path):
+    out = shutil.copytree(half, tmp_path / "run")
+    assert torchrun(recipe, out, "--resume")[0] == 0
+    assert equal(final(out), final(double[0]))
+
+
+def test_another_world_size_goes_on(recipe, half, single, tmp_path):
+    out = shutil.copytree(half, tmp_path / "run")
+    assert align(recipe, out, "--resume") == 0
     for name, tensor in final(single).items():
-        torch.testing.assert_close(final(tmp_path / "run")[name], tensor, rtol=0, atol=1e-4)
+        torch.testing.assert_close(final(out)[name], tensor, rtol=0, atol=1e-4)
 
 
 # --- Faults ---
