@@ -29,7 +29,7 @@ align: $(INSTALLED)
 	$(VENV)/bin/kvpo align mini --out "$$out"
 
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -m "not slow and not gpu" -q
+	$(VENV)/bin/python -m pytest -m "not slow and not gpu" -q -n 2 --dist loadfile
 
 test-slow: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -m "not gpu" -q
