@@ -38,13 +38,10 @@ from kvpo.timing import Phases
 from kvpo.types import Rollout, Script, Window
 from kvpo.update import Updater
 
-WAN = dict(num_attention_heads=12, attention_head_dim=128, in_channels=16, out_channels=16, text_dim=4096, freq_dim=256, ffn_dim=8960, num_layers=30)
-
-
 def new_run(config: RunConfig, shape: dict, geometry: Geometry, device: torch.device) -> SimpleNamespace:
     """The parts of a run that roll out and replay, around a random transformer in bf16."""
     with torch.device(device):
-        transformer = WanTransformer3DModel(patch_size=(1, 2, 2), cross_attn_norm=True, qk_norm="rms_norm_across_heads", **shape).to(torch.bfloat16).eval()
+        transformer = WanTransformer3DModel(**WAN_1_3B | shape).to(torch.bfloat16).eval()
     transformer.enable_gradient_checkpointing()
     pipeline = Pipeline(CausalWan(transformer), None, geometry, None, "random")
     policy = Policy(pipeline.generator, config.policy, config.seed)
@@ -131,7 +128,7 @@ def main() -> None:
         RunConfig(), dtype="bfloat16", gradient_checkpointing=True, rows_per_pass=args.rows_per_pass, kv_routing=KVRouting(window_blocks=5), policy=PolicyConfig(rank=256),
         data=replace(RunConfig().data, prompts="paper", blocks=49, segments=4, switches=(13, 25, 37)),
     )  # fmt: skip
-    run = new_run(config, WAN, PAPER_GEOMETRY, device)
+    run = new_run(config, {}, PAPER_GEOMETRY, device)
     weights = torch.cuda.memory_allocated() / 2**30
     result = {"environment": environment(device), "fork": args.fork, "rows per pass": args.rows_per_pass, "weights GiB": weights, "schedules": {}}
 

@@ -22,7 +22,7 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from kvpo.files import must_be_new, whole_folder, write_atomic
-from kvpo.generators.base_folder import link_tree, new_transformer
+from kvpo.generators.base_folder import arguments, link_tree, save_transformer
 from kvpo.generators.checkpoints import State, diffusers_to_original, keeps_float32, merge
 from kvpo.generators.pipeline import Pipeline
 from kvpo.loading import is_run, load_generator, run_config
@@ -85,9 +85,7 @@ def merged_state(pipeline: Pipeline, dtype: torch.dtype) -> State:
 
 def write_pipeline(folder: Path, pipeline: Pipeline, dtype: torch.dtype) -> None:
     source = Path(pipeline.folder)
-    transformer = new_transformer({k: v for k, v in pipeline.generator.transformer.config.items() if not k.startswith("_")})
-    transformer.load_state_dict(merged_state(pipeline, dtype), assign=True)
-    transformer.save_pretrained(folder / "transformer", max_shard_size="4GB")
+    save_transformer(arguments(pipeline.generator.transformer.config), merged_state(pipeline, dtype), folder)
     for part in ("vae", "text_encoder", "tokenizer", "scheduler"):
         link_tree(source / part, folder / part)
     for name in ("model_index.json", "streaming.json"):

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from kvpo.files import must_be_new, whole_folder, write_atomic
-from kvpo.generators.base_folder import BaseFolder, new_transformer, open_base
+from kvpo.generators.base_folder import BaseFolder, new_transformer, open_base, save_transformer
 from kvpo.generators.checkpoints import State, account, adapter_of, generator_state, is_adapter, keeps_float32, merge, read_checkpoint
 from kvpo.generators.pipeline import Geometry
 from kvpo.progress import Progress
@@ -140,9 +140,7 @@ def _weights(kind: Format, files: Sequence[Path], config: dict[str, Any], lora_s
 
 
 def _write(folder: Path, base: BaseFolder, config: dict[str, Any], state: State, geometry: Geometry) -> None:
-    transformer = new_transformer(config)
-    transformer.load_state_dict(state, assign=True)
-    transformer.save_pretrained(folder / "transformer", max_shard_size="4GB")
+    save_transformer(config, state, folder)
     base.write_parts(folder)
     FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=geometry.shift, stochastic_sampling=True).save_pretrained(folder / "scheduler")
     write_atomic(folder / "streaming.json", json.dumps(asdict(geometry), indent=1) + "\n")

@@ -11,7 +11,7 @@ import tyro
 
 from kvpo.config import RunConfig
 from kvpo.files import write_atomic
-from kvpo.plan_amounts import Amounts, amounts, own_past, replay_rows, rows_of, side_by_side, with_changes
+from kvpo.plan_amounts import Amounts, amounts, decoded_together, own_past, replay_rows, rows_of, side_by_side, with_changes
 from kvpo.plan_costs import GIB, Costs, Sizes, costs, sizes_of
 
 CARDS: Mapping[str, tuple[float, float]] = {
@@ -72,7 +72,7 @@ def stages(config: RunConfig, sizes: Sizes, c: Costs) -> dict[str, dict[str, int
     stored = {"shared past": config.rollout.cache_frames * c.frame, "trajectories": rows * P * latent * (2 * S + 1) + rows * (config.data.blocks - P) * latent}
     bank = g.bank * c.frame
     swapped = {} if config.dtype == "float32" else {"weights swapped in": 2 * c.trainable}
-    decoded = min(config.score.together or rows, rows)
+    decoded = decoded_together(config)
     return {
         "prefix": always | {"shared past": stored["shared past"] + bank, "one pass": c.prefix.bytes},
         "branches": always | stored | {"branches' own past": B * (rollout_own * c.frame + bank), "one pass": _scaled(c.branches.bytes, B, c, "branches")} | swapped,
@@ -94,7 +94,7 @@ def _scaled(measured: int, rows: int, c: Costs, part: str) -> int:
 def changes(config: RunConfig, sizes: Sizes, stage: str) -> Iterator[tuple[str, Any]]:
     """Settings that lower a stage's memory, the least harmful first, each one step."""
     half = lambda now: max(1, now // 2)  # noqa: E731
-    rows, R, B, decoded = rows_of(config), replay_rows(config, sizes.geometry), side_by_side(config), min(config.score.together or rows_of(config), rows_of(config))
+    rows, R, B, decoded = rows_of(config), replay_rows(config, sizes.geometry), side_by_side(config), decoded_together(config)
     least = max(sizes.geometry.resident(config.data.blocks), sizes.geometry.window + 2 * sizes.geometry.block)
     if stage in ("replay", "gradient") and R > 1:
         yield "rows_per_pass", half(R)

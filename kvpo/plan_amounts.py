@@ -22,6 +22,10 @@ def side_by_side(config: RunConfig) -> int:
     return min(config.rollout.together or rows_of(config), rows_of(config))
 
 
+def decoded_together(config: RunConfig) -> int:
+    return min(config.score.together or rows_of(config), rows_of(config))
+
+
 def replay_rows(config: RunConfig, geometry: Geometry) -> int:
     """Velocities of the largest pass: all branches start alike, so the first step of the first block is one for all."""
     members = config.rollout.branches + config.advantages.anchor

@@ -14,6 +14,7 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from transformers import UMT5Config, UMT5EncoderModel
 
 from kvpo.config import RunConfig
+from kvpo.generators.base_folder import arguments
 from kvpo.generators.causal_wan import CausalWan
 from kvpo.generators.memory import Bank
 from kvpo.generators.pipeline import Geometry
@@ -21,7 +22,7 @@ from kvpo.generators.streaming import StreamingDecoder
 from kvpo.importing import FORMATS
 from kvpo.loading import folder_of
 from kvpo.peak import Ledger, cost, fake, flops
-from kvpo.plan_amounts import replay_rows, rows_of, side_by_side
+from kvpo.plan_amounts import decoded_together, replay_rows, side_by_side
 from kvpo.policy import Policy, master_of
 
 WAN_1_3B = {
@@ -48,16 +49,12 @@ def sizes_of(config: RunConfig, size: str = "") -> Sizes:
     """Of the recipe's pipeline folder; where there is none yet, of what `kvpo import` would write there.  FileNotFoundError if its name says no format."""
     folder = folder_of(config.pipeline)
     if (folder / "model_index.json").is_file() and not size:
-        read = {part: _arguments(json.loads((folder / part / "config.json").read_text())) for part in ("transformer", "vae", "text_encoder")}
+        read = {part: arguments(json.loads((folder / part / "config.json").read_text())) for part in ("transformer", "vae", "text_encoder")}
         return Sizes(read["transformer"], read["vae"], read["text_encoder"], Geometry.read(folder / "streaming.json"), str(folder))
     if folder.name not in FORMATS:
         raise FileNotFoundError(f"{folder} is no pipeline folder, and no format of `kvpo import` has its name; formats are {', '.join(FORMATS)}")
     wan = {"": WAN_1_3B, "1.3b": WAN_1_3B, "14b": WAN_14B}[size]
     return Sizes(wan, {}, UMT5_XXL, FORMATS[folder.name].geometry, f"Wan2.1-{(size or '1.3b').upper()} as `kvpo import --format {folder.name}` would write it ({folder} is not there)")
-
-
-def _arguments(config: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in config.items() if not k.startswith("_")}
 
 
 @dataclass(frozen=True)
@@ -119,7 +116,7 @@ def costs(config: RunConfig, sizes: Sizes) -> Costs:
         with cost(ledger) as gradient:
             _velocity(model, cache, sizes, R).square().mean().backward()
         grad = Pass(max(0, gradient.bytes - 4 * policy.num_trainable), (4 if config.gradient_checkpointing else 3) * forward[-1].flops)
-        decoded = min(config.score.together or rows_of(config), rows_of(config))
+        decoded = decoded_together(config)
         decoding = [_decode(ledger, vae, sizes, n) for n in (1, decoded)]
         rows = {"branches": B, "replay": R, "gradient": R, "decode_rows": decoded}
         return Costs(weights, _bytes(vae.parameters()), _bytes(text.parameters()), policy.num_trainable, sets, cache.nbytes // cache.capacity, *forward, grad, *decoding, rows)

@@ -14,7 +14,7 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Mapping, Protocol
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
@@ -66,7 +66,7 @@ class DiffusersBase:
         config = json.loads((self.folder / "transformer" / "config.json").read_text())
         if config.get("_class_name") != "WanTransformer3DModel" or config.get("image_dim"):
             raise ValueError(f"{self.folder} holds a {config.get('_class_name')}{' for images' if config.get('image_dim') else ''}; the base must be a Wan2.1 text-to-video model")
-        return {k: v for k, v in config.items() if not k.startswith("_")}
+        return arguments(config)
 
     def write_parts(self, folder: Path) -> None:
         for part in PARTS:  # as they are: their dtype is chosen when they are loaded
@@ -150,6 +150,18 @@ def new_transformer(config: dict[str, Any]) -> WanTransformer3DModel:
     """Without memory for its weights: to be compared with, or filled by ``load_state_dict(assign=True)``."""
     with torch.device("meta"):
         return WanTransformer3DModel(**config)
+
+
+def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a stock class, from its config.json: what the library notes for itself left out."""
+    return {k: v for k, v in config.items() if not k.startswith("_")}
+
+
+def save_transformer(config: dict[str, Any], state: State, folder: Path) -> None:
+    """``state`` as the `transformer` of a pipeline folder."""
+    transformer = new_transformer(config)
+    transformer.load_state_dict(state, assign=True)
+    transformer.save_pretrained(folder / "transformer", max_shard_size="4GB")
 
 
 def link_tree(source: Path, target: Path) -> None:

@@ -165,10 +165,10 @@ class Pipeline:
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str]) -> torch.Tensor:
         """Prompts -> embeddings [P, L, D], zeros after each prompt's end (the network reads them unmasked).  ValueError for a prompt that would be cut."""
-        for text in texts:
-            if (count := len(self.stock.tokenizer(text).input_ids)) > self.geometry.text_length:
-                raise ValueError(f"a prompt has {count} tokens, this generator reads {self.geometry.text_length} and would ignore the rest; shorten {text[:60]!r}...")
         if new := [t for t in dict.fromkeys(texts) if t not in self.known]:
+            for text in new:
+                if (count := len(self.stock.tokenizer(text).input_ids)) > self.geometry.text_length:
+                    raise ValueError(f"a prompt has {count} tokens, this generator reads {self.geometry.text_length} and would ignore the rest; shorten {text[:60]!r}...")
             if self.stock.text_encoder is None:
                 raise ValueError(f"the text encoder is not loaded, and {new[0][:60]!r} has not been embedded with the others")
             # One at a time: padding to a batch's longest prompt may round differently, and a prompt must always read the same.
