@@ -85,6 +85,10 @@ class Advantages:
             metrics=_metrics(table, fused, values, clamped, local_KG, global_KG, ranked),
         )
 
+    def by_component(self, advantage: Advantage) -> torch.Tensor:
+        """A_KG of every component, both signals, unweighted: what it alone would say."""
+        return self.local * advantage.local + self.global_ * advantage.global_
+
     def component_weights(self, components: tuple[str, ...]) -> torch.Tensor:
         """w_K float64.  ValueError where names and weights do not match."""
         if not self.weights:

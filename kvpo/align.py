@@ -17,30 +17,30 @@ import yaml
 
 from kvpo.advantages import Advantage
 from kvpo.checkpoint import checkpoints, load_checkpoint, read_state, save_checkpoint
+from kvpo.conflicts import conflicts
 from kvpo.config import RunConfig, differences, from_dict, to_dict
 from kvpo.denoise import SAMPLERS
 from kvpo.distributed import Ranks
-from kvpo.environment import command, environment, make_reproducible, pick_device, take_peak
-from kvpo.evaluate import Scored, compare, evaluate, kinds_of, table, write_comparison
+from kvpo.environment import environment, make_reproducible, pick_device, take_peak
 from kvpo.exploration.base import Explorer
 from kvpo.files import write_atomic
 from kvpo.generators.embeddings import load_with_texts
 from kvpo.generators.pipeline import Pipeline
 from kvpo.loading import folder_of, load_pipeline
 from kvpo.metrics import MetricLog, NoLog, console_line
-from kvpo.parts import evaluation_scripts, judges, script_source, unseen
+from kvpo.parts import calibration_clips, evaluation_scripts, judges, script_source, trained
 from kvpo.policy import Policy
 from kvpo.progress import Progress
 from kvpo.prompts import PromptSet
 from kvpo.replay import CONTEXTS, Replay
 from kvpo.report import write_report
-from kvpo.rewards.base import Reward
-from kvpo.rewards.registry import load_rewards
+from kvpo.rewards.calibration import refuse_frozen
 from kvpo.rng import stream
 from kvpo.rollout import check_room, roll_out
 from kvpo.score import horizon, pixel_diversity, score
-from kvpo.showing import show_group, show_samples
+from kvpo.showing import show_group
 from kvpo.timing import Phases
+from kvpo.trials import Trials
 from kvpo.types import RewardTable, Rollout, Script
 from kvpo.update import Updater, group_means
 from kvpo.velocity_penalty import held_velocities
@@ -58,7 +58,9 @@ class Alignment:
         make_reproducible(self.device)
         self.ranks = Ranks.join(self.device)
         self.ranks.share(config.groups)
-        self.rewards, self.advantages = judges(config, self.device)
+        self.judges, self.advantages = judges(config, self.device)
+        self.rewards = trained(self.judges)
+        refuse_frozen(self.rewards, calibration_clips(config), self.advantages.weights)
         self.source, self.scripts = script_source(config), evaluation_scripts(config)  # read now: a malformed file must not show itself after the training
         self.pipeline = self._load_pipeline()
         if config.gradient_checkpointing:
@@ -68,24 +70,27 @@ class Alignment:
         check_room(config.exploring, config.rollout, config.data.blocks, self.pipeline.geometry)
         self.sampler = SAMPLERS[config.sampler]
         self.phases = Phases()
+        self.trials = Trials(config, out, progress, self.ranks, self.phases, self.pipeline, self.policy, self.scripts, self.judges)
 
     def run(self, resume: bool) -> Path:
         """Train, checkpoint, evaluate; the path of the report.  FloatingPointError or ValueError before an update that must not happen."""
         start = self._begin(resume)
         log = MetricLog(self.out, resume_after=start - 1 if resume else None) if self.ranks.first else NoLog()
         with log, self.progress.bar("align", self.config.steps, start) as bar:
-            if self._evaluation_due(start) and not self._comparison("ema", start).exists():  # killed between a checkpoint and its evaluation
-                log.write(start - 1, self.evaluate(start) | self.phases.take())
-            for done in range(start + 1, self.config.steps + 1):
-                metrics = self.step(done - 1)
-                log.write(done - 1, metrics)
+            if self.trials.missing(start):  # killed between a checkpoint and its evaluation
+                log.write(start - 1, self.trials.evaluate(start))
+            done = start
+            while done < self.config.steps and not self.trials.must_stop(done, log):
+                metrics = self.step(done)
+                log.write(done, metrics)
+                done += 1
                 bar.advance(console_line(done, metrics))
-                if done % self.config.checkpoint.every == 0 or done == self.config.steps:
+                if done % self.config.checkpoint.every == 0 or done == self.config.steps or self.trials.due(done):
                     self.save(done)
-                if self._evaluation_due(done):
-                    log.write(done - 1, self.evaluate(done) | self.phases.take())
-            # A run that was killed in its last evaluation has only this left to do.
-            log.write(self.config.steps - 1, self.evaluate(self.config.steps) | self.phases.take())
+                if self.trials.due(done):
+                    log.write(done - 1, self.trials.evaluate(done))
+            if not self.trials.due(done):  # a run that was killed in its last evaluation has only this left to do
+                log.write(done - 1, self.trials.evaluate(done))
         self.ranks.only_first(lambda: write_report(self.out))
         return self.out / "report.html"
 
@@ -121,7 +126,8 @@ class Alignment:
         penalty = self.updater.hold(config.velocity_penalty, lambda: [held_velocities(self.pipeline, rollout, embeddings, b) for b in rollout.held], self.phases)
         if config.show_every and step % config.show_every == 0 and index == 0:
             show_group(self.out, step, self.pipeline, rollout, pixels, rewards, advantage, update, config.exploring)
-        return update.metrics | penalty | advantage.metrics | _reward_metrics(rewards) | _group_metrics(rollout, pixels)
+        agreement = conflicts(rewards.components, self.advantages.by_component(advantage)[:, rewards.valid[:-1]])
+        return update.metrics | penalty | advantage.metrics | agreement | _reward_metrics(rewards) | _group_metrics(rollout, pixels)
 
     def explore(
         self, script: Script, embeddings: Mapping[str, torch.Tensor], name: tuple[int | str, ...], explorer: Explorer | None = None, fork: int | None = None,
@@ -156,48 +162,8 @@ class Alignment:
         """A checkpoint after ``done`` steps."""
         with self.phases("checkpoint"):
             self.ranks.only_first(
-                lambda: save_checkpoint(self.out / "checkpoints", done, self.policy, self.updater.optimizer, self._identity(), self.config.checkpoint.keep)
+                lambda: save_checkpoint(self.out / "checkpoints", done, self.policy, self.updater.optimizer, self._identity(), self.config.checkpoint.keep, self.trials.best(done))
             )
-
-    def evaluate(self, done: int) -> dict[str, float]:
-        """Online and EMA weights against the start weights, on fixed scripts; the metrics of the comparison."""
-        rewards = load_rewards(self.config.rewards, self.device)
-        sets = {"start": self.policy.reference, "online": self.policy.snapshot(), "ema": self.policy.average}
-        scored = {which: self._scored(which, weights, rewards) for which, weights in sets.items()}
-        metrics: dict[str, float] = {}
-        self.ranks.only_first(lambda: metrics.update(self._compared(done, scored, kinds_of(rewards, [e.role for e in self.config.rewards]))))
-        return metrics
-
-    def _scored(self, which: str, weights: list[torch.Tensor], rewards: Sequence[Reward]) -> Scored:
-        """One set of weights on all scripts, this rank's share of them here."""
-        scripts = [self.scripts[i] for i in self.ranks.stretch(len(self.scripts))]
-        with self.policy.using(weights), self.phases("evaluate"), self.progress.bar(f"evaluate {which}", len(scripts)) as bar:
-            own = self.ranks.together(lambda: evaluate(self.pipeline, self.sampler, scripts, rewards, self.config.score, self.config.evaluate, bar.move_to))
-        return replace(own, r_KN=torch.cat(self.ranks.gather(own.r_KN), dim=1))
-
-    def _compared(self, done: int, scored: Mapping[str, Scored], kinds: Sequence[str]) -> dict[str, float]:
-        """Samples, tables and metrics of an evaluation."""
-        metrics: dict[str, float] = {}
-        for which, found in scored.items():
-            show_samples(self.out, 0 if which == "start" else done, which, self.scripts, found.videos, self.config.evaluate.seed)
-            if which == "start":
-                continue
-            rows = compare(found, scored["start"], kinds)
-            self.progress.say(table(rows, which, "start"))
-            write_comparison(self._comparison(which, done), rows, f"{which} step {done}", "start", self.scripts, self.config.evaluate.seed, command(), unseen(self.config))
-            for row in rows:
-                slug = row["component"].replace(" ", "_")
-                metrics |= {f"eval/{which}/{slug}/{k}": row[k] for k in ("diff", "low", "high", "win") if row[k] is not None}
-                if row["a"] is not None:
-                    metrics |= {f"eval/{which}/{slug}/mean": row["a"], f"eval/start/{slug}/mean": row["b"]}
-        return metrics
-
-    def _evaluation_due(self, done: int) -> bool:
-        """Whether training pauses here to be evaluated; the last evaluation follows it."""
-        return self.config.evaluate.every > 0 and 0 < done < self.config.steps and done % self.config.evaluate.every == 0
-
-    def _comparison(self, which: str, done: int) -> Path:
-        return self.out / "evaluation" / f"{which}-step-{done:06d}.json"
 
     def _begin(self, resume: bool) -> int:
         """Open or make the run's folder; the step to begin with."""

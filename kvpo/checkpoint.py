@@ -30,16 +30,16 @@ class CheckpointConfig:
     every: int = 10
     """Steps between checkpoints; the last step always has one."""
     keep: int = 2
-    """Newest checkpoints that stay."""
+    """Newest checkpoints that stay, beside that of the best held-out evaluation."""
 
     def __post_init__(self):
         if self.every < 1 or self.keep < 1:
             raise ValueError(f"checkpoint.every = {self.every} and checkpoint.keep = {self.keep} must be 1 or more")
 
 
-def save_checkpoint(folder: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer, config: Mapping[str, Any], keep: int) -> Path:
-    """``folder``/step-..., complete, and all but the ``keep`` newest removed.  OSError with the way out where the disk refuses; nothing is lost then."""
-    target = folder / f"step-{step:06d}"
+def save_checkpoint(folder: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer, config: Mapping[str, Any], keep: int, best: int = 0) -> Path:
+    """``folder``/step-..., complete, and all but the ``keep`` newest and that of step ``best`` removed.  OSError with the way out where the disk refuses; nothing is lost then."""
+    target = at_step(folder, step)
     part = folder / f".{target.name}.part"
     try:
         shutil.rmtree(part, ignore_errors=True)
@@ -54,8 +54,14 @@ def save_checkpoint(folder: Path, step: int, policy: Policy, optimizer: torch.op
         shutil.rmtree(part, ignore_errors=True)
         raise OSError(f"checkpoint {target} could not be written ({error}); the ones before it are untouched. Free disk space, then go on with --resume") from None
     for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        if old != at_step(folder, best):
+            shutil.rmtree(old)
     return target
+
+
+def at_step(folder: Path, step: int) -> Path:
+    """Where the checkpoint after ``step`` steps lies, if there is one."""
+    return folder / f"step-{step:06d}"
 
 
 def checkpoints(folder: Path) -> list[Path]:

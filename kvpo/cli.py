@@ -13,6 +13,12 @@ COMMANDS: Mapping[str, str] = {
     "generate": "generate videos from prompts",
     "explore": "show the branches of one story side by side, and what each of them reads",
     "evaluate": "measure a generator on fixed scripts; against another one, with intervals",
+    "rewards": "list rewards, score a video, calibrate a recipe's",
+    "reward-env": "make an environment for a reward that needs other packages",
+    "ab": "make a blind A/B page of two generators",
+    "unblind": "win rates from the answers of an A/B page",
+    "vbench": "videos as VBench wants them, its scores and totals",
+    "prompts": "write a public prompt set as a prompt file",
     "report": "write a run's report.html anew",
     "doctor": "check the method's invariants on a generator and a recipe",
     "plan": "memory, work and time of a recipe, before anything is loaded",
@@ -71,6 +77,11 @@ def _run(argv: list[str]) -> int:
     return 0
 
 
+def class_name(name: str) -> str:
+    """Of a command: `reward-env` is RewardEnv."""
+    return "".join(part.capitalize() for part in name.split("-"))
+
+
 def _parse(name: str, args: list[str]) -> Callable[[], None]:
     """The command with its options; the recipe named first is where the settings' defaults come from."""
     import tyro
@@ -78,7 +89,7 @@ def _parse(name: str, args: list[str]) -> Callable[[], None]:
     from kvpo import commands  # seconds of imports, which --help and a mistyped command need not wait for
     from kvpo.config import load_config, recipe_path
 
-    command = getattr(commands, name.capitalize())
+    command = getattr(commands, class_name(name))
     if "settings" not in command.__dataclass_fields__:
         return tyro.cli(command, args=_together(args) if name == "import" else args, prog=f"kvpo {name}")
     recipe = args[0] if args and not args[0].startswith("-") else "mini"

@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
+from kvpo.ab import Ab
+from kvpo.ab_answers import Unblind
 from kvpo.align import Alignment
 from kvpo.config import RunConfig, load_config, recipe_path
 from kvpo.denoise import SAMPLERS
@@ -23,17 +25,21 @@ from kvpo.generating import Generate
 from kvpo.importing import Import
 from kvpo.loading import load_generator
 from kvpo.mini.pretrain import pretrain
-from kvpo.parts import evaluation_scripts, judges, unseen
+from kvpo.parts import evaluation_scripts, judges, trained_families, unseen
 from kvpo.progress import Progress
 from kvpo.plan import Plan
+from kvpo.prompt_sets import Prompts
 from kvpo.replay import CONTEXTS, Replay
 from kvpo.report import write_report
-from kvpo.rewards.registry import load_rewards
+from kvpo.reward_commands import Rewards
+from kvpo.reward_env import RewardEnv
+from kvpo.rewards.scorer import load_rewards
 from kvpo.rollout import roll_out
 from kvpo.score import pixel_diversity, score
 from kvpo.showing import before_after, show_group
 from kvpo.timing import Phases
 from kvpo.update import GroupUpdate
+from kvpo.vbench import Vbench
 
 Positional = tyro.conf.Positional
 Settings = Annotated[RunConfig, tyro.conf.arg(name="")]
@@ -97,6 +103,8 @@ class Evaluate:
     prompts: str = ""
     """Prompt file to measure on; default: what the recipe evaluates on."""
     scripts: int = 128
+    seeds: int = 1
+    """Videos of every script, each with noise of its own."""
     seed: int = 1000
     """Names the scripts' and the noise's streams."""
     blocks: int = 0
@@ -153,12 +161,12 @@ class Pretrain:
 
 def evaluate_command(args: Evaluate) -> None:
     recipe = load_config(recipe_path(args.recipe))
-    config = replace(recipe, evaluate=replace(recipe.evaluate, scripts=args.scripts, seed=args.seed, videos=0, prompts=args.prompts or recipe.evaluate.prompts))
+    config = replace(recipe, evaluate=replace(recipe.evaluate, scripts=args.scripts, seeds=args.seeds, seed=args.seed, videos=0, prompts=args.prompts or recipe.evaluate.prompts))
     if args.blocks:
         config = replace(config, data=replace(config.data, blocks=args.blocks))
     device, scripts, progress = pick_device(args.device), evaluation_scripts(config), Progress()
     rewards = load_rewards(config.rewards, device)
-    kinds = kinds_of(rewards, [e.role for e in config.rewards])
+    kinds = kinds_of(rewards, trained_families(args.generator) | trained_families(args.against))
     scored, labels = [], []
     for spec in (args.generator, args.against or args.generator)[: 2 if args.against else 1]:
         pipeline, label = load_generator(spec, device, config.vae_dtype, config.dtype)
@@ -168,13 +176,13 @@ def evaluate_command(args: Evaluate) -> None:
     if args.against:
         rows = compare(*scored, kinds)
         progress.say(table(rows, "A", "B"))
-        progress.say(f"A = {labels[0]}, B = {labels[1]}, {len(scripts)} scripts, seed {args.seed}")
-        write_comparison(args.out, rows, *labels, scripts, args.seed, command(), unseen(config))
+        progress.say(f"A = {labels[0]}, B = {labels[1]}, {len(scripts)} scripts, {args.seeds} video{'s' * (args.seeds > 1)} of each, seed {args.seed}")
+        write_comparison(args.out, rows, *labels, scripts, config.evaluate, command(), unseen(config))
     else:
         for name, kind, r_N in zip(scored[0].components, kinds, scored[0].r_KN):
             progress.say(f"{name:<20} {kind:<9} mean {r_N.nanmean():.4f}  scripts {int(r_N.isfinite().sum())}")
         means = {name: float(r_N.nanmean()) for name, r_N in zip(scored[0].components, scored[0].r_KN)}
-        write_atomic(args.out, json.dumps({"label": labels[0], "means": means, "scripts": len(scripts), "seed": args.seed, "command": command()}, indent=1) + "\n")
+        write_atomic(args.out, json.dumps({"label": labels[0], "means": means, "scripts": len(scripts), "videos": args.seeds, "seed": args.seed, "command": command()}, indent=1) + "\n")
     progress.say(f"written to {args.out}")
 
 
@@ -186,7 +194,7 @@ def explore_command(args: Explore) -> None:
         raise ValueError(f"--script {args.script} does not exist: the recipe has evaluation scripts 0 to {len(scripts) - 1}")
     script = scripts[args.script]
     embeddings = dict(zip(script.texts, pipeline.encode_text(script.texts)))
-    rewards, advantages = judges(config, device)
+    rewards, advantages = judges(replace(config, rewards=tuple(config.rewards_of("train"))), device)
     fork, explorer = None if args.fork < 0 else args.fork, config.exploring if args.by == "recipe" else getattr(config, args.by)
     rollout = roll_out(pipeline, SAMPLERS[config.sampler], explorer, config.rollout, script, embeddings, config.seed, ("explore", args.script), phases, fork)
     scores, pixels = score(pipeline, rollout, rewards, config.score, phases)

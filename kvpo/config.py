@@ -25,6 +25,7 @@ from kvpo.policy import PolicyConfig
 from kvpo.rewards.registry import RewardEntry
 from kvpo.rollout import RolloutConfig
 from kvpo.score import ScoreConfig
+from kvpo.sentinels import SentinelConfig
 from kvpo.surrogates.base import Surrogate, Temperature
 from kvpo.surrogates.denoised_energy import DenoisedEnergy
 from kvpo.surrogates.velocity_energy import VelocityEnergy
@@ -90,6 +91,9 @@ class RunConfig:
         RewardEntry("attributes", role="eval"), RewardEntry("identity", role="eval"), RewardEntry("flow_motion", role="eval"),
         RewardEntry("world_facts", role="guard"),
     )  # fmt: skip
+    calibration_clips: str = ""
+    """Folder of good videos with clips.csv (file, prompt), on which the trained rewards must prefer moving to frozen before anything is
+    trained.  Empty: the miniature's true clips where its stories are trained on, else no such check."""
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
     kv_routing: KVRouting = KVRouting()
@@ -105,6 +109,7 @@ class RunConfig:
     policy: PolicyConfig = PolicyConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    sentinels: SentinelConfig = SentinelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     def __post_init__(self):

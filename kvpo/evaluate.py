@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Callable, Iterator, Sequence
+from typing import Callable, Collection, Iterator, Sequence
 
 import torch
 
@@ -18,7 +18,8 @@ from kvpo.denoise import NamedNoise, Sampler, StackedNoise, Stream
 from kvpo.files import write_atomic
 from kvpo.generators.pipeline import Pipeline
 from kvpo.generators.rope import check_positions
-from kvpo.rewards.base import Reward, VideoBatch, check_output
+from kvpo.rewards.base import Reward, VideoBatch
+from kvpo.rewards.scorer import Scorer
 from kvpo.rng import stream
 from kvpo.score import Clip, ScoreConfig, global_clips
 from kvpo.types import Script, Window
@@ -35,16 +36,22 @@ class EvaluateConfig:
     training prompts themselves under other noise, and the report says so."""
     scripts: int = 64
     """Scripts of an evaluation."""
+    seeds: int = 1
+    """Videos of every script, each with noise of its own; a script's number is their mean."""
     batch: int = 16
     """Videos generated together."""
     seed: int = 1000
     """Names the scripts' and the noise's streams; training never draws from them."""
     videos: int = 4
     """Scripts whose videos are kept, before and after."""
+    stop_when_gamed: bool = True
+    """End the run where trained rewards rise and a held-out evaluator falls in two successive evaluations (`kvpo.goodhart`)."""
 
     def __post_init__(self):
-        if self.every < 0 or self.videos < 0 or self.batch < 1 or self.scripts < 2:
-            raise ValueError(f"evaluate: every = {self.every} and videos = {self.videos} must not be negative, batch = {self.batch} at least 1, scripts = {self.scripts} at least 2")
+        if self.every < 0 or self.videos < 0 or min(self.batch, self.seeds) < 1 or self.scripts < 2:
+            raise ValueError(
+                f"evaluate: every = {self.every} and videos = {self.videos} must not be negative, batch = {self.batch} and seeds = {self.seeds} at least 1, scripts = {self.scripts} at least 2"
+            )
 
 
 @dataclass(frozen=True)
@@ -85,15 +92,22 @@ def evaluate(
     pipeline: Pipeline, sampler: Sampler, scripts: Sequence[Script], rewards: Sequence[Reward], clips: ScoreConfig, config: EvaluateConfig,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Scored:  # fmt: skip
-    """The weights now in the pipeline on all scripts; a script's number is the mean over its segments' clips."""
+    """The weights now in the pipeline on all scripts; a script's number is the mean over its seeds of the mean over its segments' clips."""
     columns, videos = [], []
-    for first in range(0, len(scripts), config.batch):
-        part = scripts[first : first + config.batch]
-        pixels = generate(pipeline, sampler, part, config.seed, [("evaluate", s.id) for s in part])
-        columns.append(_score(pixels, part, pipeline, rewards, clips))
-        videos += [pixels[i] for i in range(len(part)) if len(videos) + i < config.videos]
-        progress(first + len(part))
-    return Scored(tuple(c for r in rewards for c in r.spec.columns), torch.cat(columns, dim=1), tuple(videos[: config.videos]))
+    jobs = [(script, seed) for script in scripts for seed in range(config.seeds)]
+    for first in range(0, len(jobs), config.batch):
+        part = jobs[first : first + config.batch]
+        pixels = generate(pipeline, sampler, [s for s, _ in part], config.seed, [noise_name(*job) for job in part])
+        columns.append(_score(pixels, [s for s, _ in part], pipeline, rewards, clips))
+        videos += [video for video, (_, seed) in zip(pixels, part) if seed == 0][: config.videos - len(videos)]
+        progress((first + len(part)) // config.seeds)
+    r_KNS = torch.cat(columns, dim=1).view(-1, len(scripts), config.seeds)
+    return Scored(tuple(c for r in rewards for c in r.spec.columns), r_KNS.nanmean(dim=-1), tuple(videos))
+
+
+def noise_name(script: Script, seed: int) -> tuple[int | str, ...]:
+    """Names the noise of a script's video number ``seed``."""
+    return ("evaluate", script.id, *((seed,) if seed else ()))
 
 
 def _score(pixels: torch.Tensor, scripts: Sequence[Script], pipeline: Pipeline, rewards: Sequence[Reward], clips: ScoreConfig) -> torch.Tensor:
@@ -118,7 +132,7 @@ def _score(pixels: torch.Tensor, scripts: Sequence[Script], pipeline: Pipeline, 
 
 def _columns(reward: Reward, batch: VideoBatch) -> torch.Tensor:
     """Score and reported parts, r_KB in the order of `RewardSpec.columns`; NaN for what a clip can not tell."""
-    output = check_output(reward.spec, batch, reward.score(batch))
+    output = reward.score(batch)
     nothing = torch.full_like(output.scores, float("nan"))
     return torch.stack([output.scores, *(output.parts.get(part, nothing) for part in reward.spec.report)])
 
@@ -127,9 +141,18 @@ ROLES = {"train": "train", "eval": "heldout", "guard": "guard"}
 """Role of a recipe's reward -> what its rows are called in a table."""
 
 
-def kinds_of(rewards: Sequence[Reward], roles: Sequence[str]) -> list[str]:
-    """The kind of every component, given the role of every reward; parts of a trained reward are no reward of their own."""
-    return [ROLES[role] if column == r.spec.name or role != "train" else "part" for r, role in zip(rewards, roles) for column in r.spec.columns]
+def kinds_of(scorers: Sequence[Scorer], trained_on: Collection[str] = ()) -> list[str]:
+    """The kind of every component; parts of a trained reward are no reward of their own.
+
+    ``trained_on``: families of the rewards that made the weights which are measured, where another recipe measures them:
+    an evaluator of one of these is `related`, not held out."""
+    return [_kind(s, column, trained_on) for s in scorers for column in s.spec.columns]
+
+
+def _kind(scorer: Scorer, column: str, trained_on: Collection[str]) -> str:
+    if scorer.entry.role == "train":
+        return "train" if column == scorer.spec.name else "part"
+    return "related" if scorer.entry.role == "eval" and scorer.spec.family in trained_on else ROLES[scorer.entry.role]
 
 
 def compare(a: Scored, b: Scored, kinds: Sequence[str], seed: int = 0) -> list[dict]:
@@ -170,8 +193,8 @@ def table(rows: Sequence[dict], label_a: str, label_b: str) -> str:
     return "\n".join(lines)
 
 
-def write_comparison(path: Path, rows: Sequence[dict], label_a: str, label_b: str, scripts: Sequence[Script], seed: int, command: str, unseen: bool = True) -> Path:
+def write_comparison(path: Path, rows: Sequence[dict], label_a: str, label_b: str, scripts: Sequence[Script], config: EvaluateConfig, command: str, unseen: bool = True) -> Path:
     """The record that `kvpo.report` reads.  ``unseen``: the scripts are not those that were trained on."""
     created = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    record = {"label_a": label_a, "label_b": label_b, "scripts": [s.id for s in scripts], "unseen": unseen, "seeds": [seed], "rows": list(rows), "created": created, "command": command}
+    record = {"label_a": label_a, "label_b": label_b, "scripts": [s.id for s in scripts], "unseen": unseen, "seed": config.seed, "videos": config.seeds, "rows": list(rows), "created": created, "command": command}
     return write_atomic(path, json.dumps(record, indent=1) + "\n")

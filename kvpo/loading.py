@@ -1,4 +1,4 @@
-"""A generator by its name: a pipeline folder, `mini`, or the weights of a run (`RUN`, `RUN:ema`, `RUN:online`, `RUN:start`)."""
+"""A generator by its name: a pipeline folder, `mini`, or the weights of a run (`RUN`, `RUN:ema`, `RUN:online`, `RUN:start`, `RUN:best`)."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from pathlib import Path
 import torch
 import yaml
 
-from kvpo.checkpoint import checkpoints, read_tensors
+from kvpo.checkpoint import at_step, checkpoints, read_tensors
 from kvpo.config import RunConfig, from_dict
 from kvpo.generators.pipeline import Pipeline
+from kvpo.goodhart import history, judge
 from kvpo.mini import WEIGHTS
 from kvpo.policy import Policy
 
-SETS = {"ema": "average", "online": "current", "start": "reference"}
+SETS = {"ema": "average", "online": "current", "start": "reference", "best": "average"}
 """Weights of a run -> their name in a checkpoint."""
 
 
@@ -35,17 +36,28 @@ def load_generator(spec: str, device: torch.device | str = "cpu", vae_dtype: str
     which = which or "ema"
     if which not in SETS:
         raise ValueError(f"{spec!r} names weights {which!r} of a run; choose one of {', '.join(SETS)}")
-    found = checkpoints(Path(run) / "checkpoints")
-    if not found:
-        raise FileNotFoundError(f"{run} has no complete checkpoint; let the run go on until its first one")
+    checkpoint = _checkpoint(Path(run), which)
     config = run_config(Path(run))
     pipeline = load_pipeline(config.pipeline, device, vae_dtype, dtype or config.dtype)
-    policy, tensors = Policy(pipeline.generator, config.policy, config.seed), read_tensors(found[-1])
+    policy, tensors = Policy(pipeline.generator, config.policy, config.seed), read_tensors(checkpoint)
     for name, p in zip(policy.names, policy.parameters):
         p.data.copy_(tensors[f"{SETS[which]}.{name}"])
     policy.refresh()
     pipeline.generator.requires_grad_(False)
-    return pipeline, f"{Path(run).name}:{which} {found[-1].name}"
+    return pipeline, f"{Path(run).name}:{which} {checkpoint.name}"
+
+
+def _checkpoint(run: Path, which: str) -> Path:
+    """The newest; for `best` that of the best held-out evaluation."""
+    found = checkpoints(run / "checkpoints")
+    if not found:
+        raise FileNotFoundError(f"{run} has no complete checkpoint; let the run go on until its first one")
+    if which != "best":
+        return found[-1]
+    best = judge(history(run / "evaluation", "ema")).best
+    if at_step(run / "checkpoints", best) not in found:
+        raise FileNotFoundError(f"{run} has no checkpoint of its best held-out evaluation (step {best}); " + ("the start weights are the best: RUN:start" if not best else "evaluate.every keeps one"))
+    return at_step(run / "checkpoints", best)
 
 
 def is_run(folder: Path) -> bool:

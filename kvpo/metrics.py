@@ -19,7 +19,7 @@ from typing import Literal, Mapping, TypeVar
 
 T = TypeVar("T")
 
-PHASES = ("prefix", "branches", "decode", "reward", "replay_old", "replay_grad", "hold", "optimizer", "checkpoint", "evaluate", "total")
+PHASES = ("prefix", "branches", "decode", "reward", "replay_old", "replay_grad", "hold", "optimizer", "checkpoint", "evaluate", "sentinels", "total")
 
 PLACEHOLDERS: Mapping[str, tuple[str, ...]] = {
     "signal": ("local", "global"),
@@ -52,6 +52,12 @@ DECLARED: tuple[Metric, ...] = (
     Metric("advantage/tied", "share", "Groups whose branches all earned the same: nothing to rank, so only the KL acts.", "lower"),
     Metric("advantage/valid", "share", "Rows, anchor included, that have rewards.", "higher"),
     Metric("advantage/{signal}/{component}", "1", "Mean over the branches of (reward - anchor's) / std, unweighted."),
+    Metric("conflict/{component}/rank", "1", "Rank correlation over the branches of two components' advantages, named A-B; below 0 they pull apart."),
+    Metric("conflict/{component}/sign", "share", "Branches that one of two components puts above the anchor and the other below.", "lower"),
+    Metric("conflict/{component}/flat", "share", "Groups in which the component has no spread, and so no say.", "lower"),
+    Metric("sentinel/{component}/start", "its own", "Mean of a sentinel over the watched prompts and seeds, start weights."),
+    Metric("sentinel/{component}/value", "its own", "The same, current weights."),
+    Metric("sentinel/{component}/moved", "spreads", "Their difference, in standard deviations of the start weights' videos of one prompt over seeds."),
     Metric("energy/mean", "latent^2", "Mean energy of the group's members under the current weights: squared velocity error per element."),
     Metric("energy/std", "latent^2", "Standard deviation of the energy over the group's members; pi is uniform where tau is far above it."),
     Metric("policy/tau", "latent^2", "Temperature of the Gibbs policy, logit = -energy / tau."),

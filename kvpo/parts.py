@@ -3,24 +3,46 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Sequence
 
 import torch
 
 from kvpo.advantages import Advantages
 from kvpo.config import RunConfig
+from kvpo.loading import is_run, run_config
 from kvpo.mini.source import StorySource
 from kvpo.prompts import PromptSet, ScriptSource, read_scripts
-from kvpo.rewards.base import Reward
-from kvpo.rewards.registry import load_rewards
+from kvpo.rewards.base import VideoBatch
+from kvpo.rewards.clips import folder_clips, story_clips
+from kvpo.rewards.scorer import Scorer, load_rewards, make_scorers
 from kvpo.types import Script
 
 
-def judges(config: RunConfig, device: torch.device) -> tuple[list[Reward], Advantages]:
-    """The rewards that are trained on, loaded, and the advantage rule with their weights."""
-    if not (entries := config.rewards_of("train")):
-        raise ValueError("no reward has role `train`: there is nothing to align to; list one under `rewards`, a shipped one or your own (package.module:Class)")
-    rewards = load_rewards(entries, device)
-    return rewards, replace(config.advantages, weights={r.spec.name: e.weight for r, e in zip(rewards, entries)})
+def judges(config: RunConfig, device: torch.device) -> tuple[list[Scorer], Advantages]:
+    """All rewards of a recipe, loaded, and the advantage rule with the weights of those that are trained on."""
+    if not config.rewards_of("train"):
+        raise ValueError("no reward has role `train`: there is nothing to align to; list one under `rewards`, a shipped one (`kvpo rewards list`) or your own (package.module:Class)")
+    scorers = load_rewards(config.rewards, device)
+    return scorers, replace(config.advantages, weights={s.spec.name: s.entry.weight for s in trained(scorers)})
+
+
+def trained(scorers: Sequence[Scorer]) -> list[Scorer]:
+    """Those that are trained on."""
+    return [s for s in scorers if s.entry.role == "train"]
+
+
+def calibration_clips(config: RunConfig, count: int = 16) -> list[VideoBatch]:
+    """Good clips to try the recipe's rewards on: its folder's, the miniature's true ones, or none."""
+    if config.calibration_clips:
+        return folder_clips(Path(config.calibration_clips))
+    return story_clips(count) if config.data.prompts == "mini" else []
+
+
+def trained_families(generator: str) -> set[str]:
+    """Families of the rewards that made these weights; none for a pipeline folder, whose past is not known here."""
+    run = Path(generator.partition(":")[0])
+    return {s.spec.family for s in make_scorers(run_config(run).rewards_of("train"))} if generator and is_run(run) else set()
 
 
 def script_source(config: RunConfig) -> ScriptSource:

@@ -12,14 +12,14 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Mapping, Sequence
 
-from kvpo import report_evaluation, report_videos
+from kvpo import report_evaluation, report_guards, report_videos
 from kvpo import report_page as page
 from kvpo.files import write_atomic
 from kvpo.metrics import PHASES, read_metrics
 from kvpo.report_curves import COST_CHARTS, POLICY_CHARTS, Line, Points, draw, figure, series, stacked
 from kvpo.run_folder import Missing, read_config, read_environment, read_evaluations, read_group, read_samples
 
-RARE = ("checkpoint", "evaluate")
+RARE = ("checkpoint", "evaluate", "sentinels")
 """Phases of some steps only, beside the step's total: they would hide the others in a picture of time per step."""
 Records = Sequence[Mapping[str, float]]
 
@@ -36,6 +36,8 @@ def write_report(run: Path) -> Path:
         _part("Before and after", lambda: report_videos.pairs(read_samples(run))),
         _part("Rewards", lambda: _rewards(_have(records))),
         _part("Evaluation during training", lambda: report_evaluation.curves(_have(records), evaluations)),
+        _part("Agreement of the rewards", lambda: report_guards.conflicts(_have(records))),
+        _part("Sentinels", lambda: report_guards.sentinels(_have(records))),
         _part("Policy and optimisation", lambda: _policy(_have(records), run)),
         _part("One group", lambda: report_videos.group(read_group(run))),
         _part("Cost", lambda: _cost(_have(records))),
@@ -104,7 +106,7 @@ def warnings(run: Path, records: Records, evaluations: Sequence[Any]) -> list[st
         found.append("no training step was logged")
     elif planned is not None and last < planned - 1:
         found.append(f"training stopped early: {last + 1} of {planned} updates were made")
-    found += report_evaluation.warnings(evaluations)
+    found += report_guards.warnings(run) + report_evaluation.warnings(evaluations)
     broken: dict[str, list[int]] = {}
     for record in records:
         for name, value in record.items():

@@ -13,6 +13,7 @@ from kvpo.run_folder import Evaluation, Missing, Row
 KINDS = {
     "train": "Rewards it was trained on",
     "heldout": "Held-out evaluators, never trained on",
+    "related": "Evaluators that see as a trained reward does: not held out",
     "guard": "Guards, which must not fall",
 }
 WORDS = {"better": "Better", "worse": "Worse", "unclear": "No clear difference", "unmeasured": "Not measured"}
@@ -32,7 +33,7 @@ def tables(evaluations: Sequence[Evaluation]) -> tuple[str, str]:
 
 
 def _evaluation(evaluation: Evaluation) -> str:
-    facts = f"{evaluation.scripts} scripts, seeds {evaluation.seeds}" + (f", {evaluation.created}" if evaluation.created else "")
+    facts = f"{evaluation.scripts} scripts, {evaluation.videos} video{'s' * (evaluation.videos > 1)} of each, seed {evaluation.seed}" + (f", {evaluation.created}" if evaluation.created else "")
     command = f'<p class="note">Made by <code>{html.escape(evaluation.command)}</code></p>' if evaluation.command else ""
     title = f"{html.escape(evaluation.label_a)} against {html.escape(evaluation.label_b)}"
     return f'<h3>{title} <span class="unit">{html.escape(facts)}</span></h3>{_words(evaluation)}{_table(evaluation)}{command}'
@@ -97,6 +98,8 @@ def warnings(evaluations: Sequence[Evaluation]) -> list[str]:
         pair = f"{evaluation.label_a} against {evaluation.label_b}"
         if evaluation.scripts < FEW_PAIRS:
             found.append(f"{pair} was measured on {evaluation.scripts} scripts only: expect wide intervals, and do not trust narrow ones")
+        if not any(row.kind == "heldout" for row in evaluation.rows):
+            found.append(f"{pair}: not held out. No evaluator of a family unseen in training was asked, so nothing tells a better video from a gamed reward; add one with role eval")
         if not evaluation.unseen:
             found.append(f"{pair} was measured on the prompts that were trained on, under other noise: it does not show what other prompts gain; set evaluate.prompts")
         fallen = [row.component for row in evaluation.rows if row.kind != "train" and row.verdict == "worse"]

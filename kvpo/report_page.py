@@ -10,7 +10,7 @@ import math
 from string import Template
 from typing import Iterable, Sequence
 
-SHORT = {"train": "trained on", "heldout": "held out", "guard": "guard"}
+SHORT = {"train": "trained on", "heldout": "held out", "related": "not held out", "guard": "guard"}
 """Kind of an evaluated component -> what its badge says."""
 
 

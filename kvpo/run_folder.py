@@ -93,7 +93,9 @@ class Evaluation:
     label_a: str
     label_b: str
     scripts: int
-    seeds: str
+    seed: int
+    videos: int
+    """Of every script, each with noise of its own."""
     rows: tuple[Row, ...]
     created: str
     command: str
@@ -165,10 +167,11 @@ def _evaluation(path: Path) -> Evaluation:
             Row(str(row["component"]), str(row["kind"]), *(number(row.get(name)) for name in numbers), int(row["n"]), str(row.get("better", "higher")))
             for row in data["rows"]
         )
-        scripts, seeds = data["scripts"], data["seeds"]
-        shown = ", ".join(map(str, seeds)) if isinstance(seeds, list) else str(seeds)
+        scripts = data["scripts"]
         count = len(scripts) if isinstance(scripts, list) else int(scripts)
-        return Evaluation(path, str(data["label_a"]), str(data["label_b"]), count, shown, rows, str(data.get("created", "")), str(data.get("command", "")), bool(data.get("unseen", True)))
+        seed = int(data["seed"] if "seed" in data else data["seeds"][0])  # the second: runs before 2026-12
+        words = (str(data.get("created", "")), str(data.get("command", "")))
+        return Evaluation(path, str(data["label_a"]), str(data["label_b"]), count, seed, int(data.get("videos", 1)), rows, *words, bool(data.get("unseen", True)))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise Missing(f"an evaluation is lost: {path.name} does not have the expected form ({error!r})") from None
 

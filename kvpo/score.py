@@ -14,7 +14,7 @@ from typing import Sequence
 import torch
 
 from kvpo.generators.pipeline import Geometry, Pipeline
-from kvpo.rewards.base import Reward, VideoBatch, check_output
+from kvpo.rewards.base import Reward, VideoBatch
 from kvpo.timing import Phases
 from kvpo.types import RewardTable, Rollout, Script, Window
 
@@ -134,7 +134,7 @@ def _score_clip(frames: torch.Tensor, script: Script, segment: int, fps: float, 
     """r_KB of one clip in all rows; NaN where a reward could not measure."""
     rows = len(frames)
     batch = VideoBatch(frames, fps, (script.texts[segment],) * rows, (script.texts[:segment],) * rows)
-    return torch.stack([check_output(r.spec, batch, r.score(batch)).scores for r in rewards])
+    return torch.stack([r.score(batch).scores for r in rewards])
 
 
 def pixel_diversity(pixels_BTCHW: torch.Tensor) -> float:

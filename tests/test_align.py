@@ -26,6 +26,7 @@ from kvpo.metrics import read_metrics
 from kvpo.parts import evaluation_scripts, script_source, unseen
 from kvpo.progress import Progress
 from kvpo.rewards.base import RewardSpec, scored
+from kvpo.trials import Trials
 
 CLOCK = ("unix_time", "time/", "memory/")
 
@@ -276,16 +277,16 @@ def test_killed_before_the_last_evaluation(straight, tmp_path):
 def test_killed_in_an_evaluation_on_the_way(folder, tmp_path, monkeypatch):
     """After the checkpoint of step 1, inside its evaluation: it was lost once, now resuming makes it first."""
     recipe = write_recipe(tmp_path / "r.yaml", settings(folder, steps=2, evaluate={"scripts": 2, "batch": 2, "videos": 1, "every": 1}))
-    whole, evaluate = tmp_path / "whole", Alignment.evaluate
+    whole, evaluate = tmp_path / "whole", Trials.evaluate
     assert align(recipe, whole) == 0
 
     def interrupted(self, done):
         raise KeyboardInterrupt if done == 1 else AssertionError("the run goes on after a kill")
 
     with monkeypatch.context() as patched:
-        patched.setattr(Alignment, "evaluate", interrupted)
+        patched.setattr(Trials, "evaluate", interrupted)
         assert align(recipe, tmp_path / "run") == 130
-    assert Alignment.evaluate is evaluate and align(recipe, tmp_path / "run", "--resume") == 0
+    assert Trials.evaluate is evaluate and align(recipe, tmp_path / "run", "--resume") == 0
     assert records(tmp_path / "run") == records(whole) and len(records(whole)) == 4
 
 
@@ -416,10 +417,26 @@ def test_a_prompt_file(folder, tmp_path):
     [("Broken", "step 0, group 0: reward 'Warmth': clip 0 = nan"), ("Unmeasured", "step 0, group 0: 0 of 4 rows have rewards")],
 )
 def test_rewards_that_are_no_numbers(folder, tmp_path, capsys, reward, message):
-    recipe = write_recipe(tmp_path / "r.yaml", settings(folder, rewards=[{"name": f"tiny:{reward}"}]))
+    (tmp_path / "prompts.txt").write_text("a red circle rises slowly\n")
+    data = {"prompts": str(tmp_path / "prompts.txt"), "blocks": 6}
+    recipe = write_recipe(tmp_path / "r.yaml", settings(folder, rewards=[{"name": f"tiny:{reward}"}], data=data))
     line = refused(recipe, tmp_path / "run", capsys)
     assert message in line and "Nothing of this step was applied" in line
     assert checkpoints(tmp_path / "run" / "checkpoints") == [] and records(tmp_path / "run") == []
+
+
+def test_rewards_that_a_frozen_picture_wins_are_refused(folder, tmp_path, capsys):
+    """Before anything is trained, and before anything is written."""
+    recipe = write_recipe(tmp_path / "r.yaml", settings(folder, rewards=[{"name": "tiny:Warmth"}]))
+    line = refused(recipe, tmp_path / "run", capsys)
+    assert "these rewards can be won by a frozen picture: only" in line and "Add a reward for motion" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_evaluator_of_a_trained_family_is_refused(folder, tmp_path, capsys):
+    rewards = [{"name": "tiny:Change"}, {"name": "tiny:Warmth"}, {"name": "tiny:Unmeasured", "role": "eval"}]
+    line = refused(write_recipe(tmp_path / "r.yaml", settings(folder, rewards=rewards)), tmp_path / "run", capsys)
+    assert "reward 'Unmeasured' (role eval) is of family 'toy' like 'Warmth', which is trained on: it is not held out" in line
 
 
 def test_a_gradient_that_is_not_finite(recipe, tmp_path, capsys, monkeypatch):

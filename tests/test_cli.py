@@ -70,9 +70,9 @@ def test_a_mistyped_command(capsys, name, near):
 @pytest.mark.parametrize("name", sorted(cli.COMMANDS))
 def test_help_mentions_every_option(capsys, name):
     code, out, _ = run(capsys, name, "--help")
-    command = getattr(commands, name.capitalize())
+    command = getattr(commands, cli.class_name(name))
     hints = get_type_hints(command, include_extras=True)
-    wanted = [f"--{f.name.replace('_', '-')}" for f in fields(command) if hints[f.name] != Settings and f.name not in positional(command)]
+    wanted = [f"--{f.name.replace('_', '-')}" for f in fields(command) if hints[f.name] != Settings and f.name not in (*positional(command), "do")]
     if Settings in hints.values():
         wanted += [o for o in options(RunConfig) if not o.startswith(("--rewards", "--advantages.weights"))]
     assert code == 0 and not [o for o in wanted if o not in out]
@@ -80,7 +80,7 @@ def test_help_mentions_every_option(capsys, name):
 
 
 def positional(command: type) -> list[str]:
-    return [f.name for f in fields(command) if f.name in ("recipe", "generator", "run", "out", "paths") and str(f.type).startswith("Positional")]
+    return [f.name for f in fields(command) if f.name in ("recipe", "generator", "run", "out", "paths", "a", "b", "name", "answers", "action") and str(f.type).startswith("Positional")]
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_evaluate_against(capsys, tmp_path, trained, folder):
     run_folder, recipe = trained
     code, out, _ = run(capsys, "evaluate", str(run_folder), "--against", str(folder), "--recipe", recipe, "--scripts", "3", "--out", str(tmp_path / "e.json"))
     record = json.loads((tmp_path / "e.json").read_text())
-    assert code == 0 and "mean of trained" in out and "3 scripts, seed 1000" in out
+    assert code == 0 and "mean of trained" in out and "3 scripts, 1 video of each, seed 1000" in out
     assert [r["component"] for r in record["rows"]] == ["mean of trained", "Warmth", "Change"] and record["rows"][1]["n"] == 3
 
 

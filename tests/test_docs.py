@@ -55,7 +55,7 @@ def listed() -> dict[str, str]:
 def test_tree_lists_the_packages_files():
     """Of folders that hold only data, such as weights, the folder."""
     shown = {path for path in listed() if not path.endswith("/")}
-    data = {path for path in listed() if path.endswith("weights/")}
+    data = {path for path in listed() if path.endswith(("weights/", "templates/", "envs/"))}
     there = {str(p.relative_to(ROOT)) for p in files(ROOT / "kvpo") if p.name != "__init__.py"}
     there = {p for p in there if not p.startswith(tuple(data))}
     assert sorted(there - shown) == [], "not in the README's tree"
@@ -184,7 +184,7 @@ def test_the_example_reward_works(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
     monkeypatch.delitem(sys.modules, "my_reward", raising=False)
-    (named,) = [c for c in commands(ROOT / "docs" / "extending.md") if "my_reward:Brightness" in c]
+    (named,) = [c for c in commands(ROOT / "docs" / "extending.md") if c[1] == "align" and "my_reward:Brightness" in c]
     reward = make_reward(cli._parse(named[1], named[2:]).settings.rewards[0].name)
     reward.load("cpu")
     frames = torch.stack([torch.zeros(2, 3, 4, 4), torch.full((2, 3, 4, 4), 255)]).to(torch.uint8)

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from tiny import BLUE, RED, SMALL, Change, Unmeasured, Warmth, draw, new_pipeline, story
 
 from kvpo.denoise import SAMPLERS
-from kvpo.evaluate import EvaluateConfig, Scored, bootstrap_interval, compare, evaluate, generate, table, write_comparison
+from kvpo.evaluate import EvaluateConfig, Scored, bootstrap_interval, compare, evaluate, generate, kinds_of, table, write_comparison
+from kvpo.rewards.base import VideoBatch
+from kvpo.rewards.registry import RewardEntry
+from kvpo.rewards.scorer import Scorer
 from kvpo.rng import stream
-from kvpo.score import ScoreConfig
+from kvpo.score import ScoreConfig, global_clips
+from kvpo.types import Window
 
 CLIPS = ScoreConfig(clip_frames=8, min_frames=4)
 NAN = math.nan
@@ -97,6 +102,32 @@ def test_the_batch_does_not_matter(pipeline):
     assert all((a.int() - b.int()).abs().max() <= 1 for a, b in zip(together.videos, apart.videos))
 
 
+def test_a_script_of_several_seeds_is_their_mean(pipeline):
+    """The first seed's noise is that of an evaluation of one seed, so more seeds refine the same number."""
+    config = EvaluateConfig(scripts=3, batch=4, videos=2, seeds=2)
+    done = []
+    result = evaluate(pipeline, SAMPLERS["renoise"], SCRIPTS, [Warmth()], CLIPS, config, done.append)
+    assert result.r_KN.shape == (1, 3) and done == [2, 3] and len(result.videos) == 2
+    for i, script in enumerate(SCRIPTS):
+        first, second = (measured_video(pipeline, script, name) for name in (("evaluate", script.id), ("evaluate", script.id, 1)))
+        assert first != second and float(result.r_KN[0, i]) == pytest.approx((first + second) / 2, abs=1e-3)
+
+
+def measured_video(pipeline, script, name) -> float:
+    """Warmth of one video of the script, its clips found as an evaluation finds them."""
+    (video,) = generate(pipeline, SAMPLERS["renoise"], [script], 1000, [name])
+    clips = global_clips(script, Window(0, 1), pipeline.geometry, CLIPS)
+    return sum(Warmth().score(VideoBatch(video[None, c.first : c.stop], 16.0, ("x",))).scores.item() for c in clips) / len(clips)
+
+
+@pytest.mark.parametrize(("role", "family", "kind"), [("eval", "other", "heldout"), ("eval", "toy", "related"), ("guard", "toy", "guard"), ("train", "toy", "train")])
+def test_an_evaluator_of_a_family_that_the_weights_were_trained_on_is_not_held_out(role, family, kind):
+    """Another recipe's evaluators may see as this run's rewards did."""
+    scorer = Scorer(Warmth(), RewardEntry("tiny:Warmth", role=role))
+    scorer.reward.spec = replace(scorer.spec, family=family)
+    assert kinds_of([scorer], {"toy"}) == [kind]
+
+
 def test_a_scripts_number_is_the_mean_over_its_segments(pipeline):
     (video,) = generate(pipeline, SAMPLERS["renoise"], SCRIPTS[:1], 1000, [("evaluate", "a")])
     clips = [video[6:14], video[29:37]]  # segments show frames 0..20 and 21..44, clips lie in their middle
@@ -133,12 +164,12 @@ def test_videos_of_one_batch_are_equally_long(pipeline):
 
 def test_the_record_can_be_read(tmp_path):
     rows = compare(scored(VQ=[0.9, 0.8, 0.1]), scored(VQ=[0.5, 0.6, NAN]), ["train"])
-    path = write_comparison(tmp_path / "evaluation" / "x.json", rows, "A", "B", SCRIPTS, 7, "kvpo evaluate")
+    path = write_comparison(tmp_path / "evaluation" / "x.json", rows, "A", "B", SCRIPTS, EvaluateConfig(seed=7, seeds=2), "kvpo evaluate")
     record = json.loads(path.read_text())
-    assert record["scripts"] == ["a", "b", "c"] and record["seeds"] == [7] and record["rows"] == rows and record["label_b"] == "B" and record["unseen"] is True
+    assert record["scripts"] == ["a", "b", "c"] and (record["seed"], record["videos"]) == (7, 2) and record["rows"] == rows and record["label_b"] == "B" and record["unseen"] is True
 
 
-@pytest.mark.parametrize("bad", [{"every": -1}, {"scripts": 1}, {"batch": 0}, {"videos": -1}])
+@pytest.mark.parametrize("bad", [{"every": -1}, {"scripts": 1}, {"batch": 0}, {"videos": -1}, {"seeds": 0}])
 def test_bad_settings_are_refused(bad):
     with pytest.raises(ValueError, match="evaluate: every = "):
         EvaluateConfig(**bad)

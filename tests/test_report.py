@@ -51,6 +51,8 @@ def write_metrics(run: Path, steps: int = STEPS) -> None:
                     values |= {f"reward/{signal}/{name}/{kind}": mean + d for kind, d in (("mean", 0.0), ("anchor", -0.02), ("best", 0.06), ("std", 0.03))}
             values |= {f"time/{phase}": t for phase, t in (("prefix", 1.5), ("branches", 3.0), ("decode", 0.7), ("reward", 0.4), ("replay_grad", 3.5), ("total", 9.6))}
             values |= {"memory/peak_gib": 1.7, "calls/generator": 170, "diversity/pixel": 0.007}
+            values |= {"conflict/VQ-MQ/rank": 0.3 * n[0], "conflict/VQ-MQ/sign": 0.4, "conflict/VQ/flat": 0.0, "conflict/MQ/flat": 0.1}
+            values |= {f"sentinel/motion/{kind}": v for kind, v in (("start", 0.1), ("value", 0.08), ("moved", -1.2))} if step % 10 == 9 else {}
             log.write(step, values)
             if step % 10 == 0:
                 means = {f"eval/start/{name}/mean": 0.6 for name in ("TA", "direction")}
@@ -161,7 +163,7 @@ def test_page_says_what_is_clear_and_what_is_not(finished):
     assert "Rewards it was trained on. Better: VQ by 0.031, TA by 0.110. No clear difference: MQ." in words
     assert "Held-out evaluators, never trained on. Better: attribute classifier by 0.040. No clear difference: flow direction. Not measured: identity." in words
     assert "diversity fell while trained rewards rose" in words
-    assert "128 scripts, seeds 0" in words and "+0.012 to +0.050" in words
+    assert "128 scripts, 1 video of each, seed 0" in words and "+0.012 to +0.050" in words
     assert SEGMENTS[1] in words and "from block 4 of 9" in words
     assert "<b>not bold</b>" in words and "mini <seed 0>" in words  # escaped, therefore text
     assert "Not shown" not in words and "stopped early" not in words

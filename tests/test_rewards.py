@@ -9,7 +9,8 @@ import torch
 from kvpo.mini.stories import write_story
 from kvpo.mini.world import SIZE, Scene, pixel_frames, play, render
 from kvpo.rewards.base import RewardOutput, RewardSpec, VideoBatch, check_output, to_uint8
-from kvpo.rewards.calibration import DEGRADATIONS, calibrate, combine, degrade
+from kvpo.rewards.calibration import DEGRADATIONS, calibrate, degrade
+from kvpo.rewards.clips import story_clips
 from kvpo.rewards.facts import decay, measure
 from kvpo.rewards.judge import blend, soft
 from kvpo.rewards.motion import LAG, agreement, motion, typical_bend, typical_speed, wrap
@@ -32,22 +33,13 @@ def batch_of(*clips: torch.Tensor, prompt: str = PROMPT, history: tuple[str, ...
 
 
 def scores(batch: VideoBatch) -> dict[str, float]:
-    return {name: value.mean().item() for name, value in combine(REWARDS, batch, EQUAL).items()}
+    return {name: value.mean().item() for name, value in combine(batch, EQUAL).items()}
 
 
-def story_clips(count: int, pillar: bool) -> list[VideoBatch]:
-    """The first T frames of every prompt segment of unseen stories, in batches of 8."""
-    rows, i = [], 0
-    while len(rows) < count:
-        story = write_story(7, "rewards", i, blocks=12, memory=pillar)
-        video = to_uint8(story.render())
-        for k in range(len(story.scenes)):
-            first, stop = (pixel_frames(3 * block) for block in story.script.span(k))
-            if first + T <= stop and story.scenes[0].pillar == pillar:
-                rows.append((video[first : first + T], story.script.texts[k], story.script.texts[:k]))
-        i += 1
-    groups = [rows[j : j + 8] for j in range(0, count, 8)]
-    return [VideoBatch(torch.stack([r[0] for r in g]), 16.0, tuple(r[1] for r in g), tuple(r[2] for r in g)) for g in groups]
+def combine(batch: VideoBatch, weights: dict[str, float]) -> dict[str, torch.Tensor]:
+    """Every reward's scores [B] by name, and ``all``: their weighted mean."""
+    scores = {r.spec.name: check_output(r.spec, batch, r.score(batch)).scores for r in REWARDS}
+    return scores | {"all": sum(weights[name] * score for name, score in scores.items()) / sum(weights.values())}
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +81,7 @@ def test_a_frozen_clip_cannot_win(open_clips, weights):
     """Whatever the weights, as long as motion counts at all: the best frozen clip stays below the worst true one at equal weights."""
     weights = dict(zip(EQUAL, map(float, weights)))
     for batch in open_clips:
-        good, still = combine(REWARDS, batch, weights)["all"], combine(REWARDS, degrade(batch, "frozen", 0), weights)["all"]
+        good, still = combine(batch, weights)["all"], combine(degrade(batch, "frozen", 0), weights)["all"]
         assert (good > still).all()
         if weights["VQ"] == weights["MQ"] == 1:
             assert good.min() > still.max()

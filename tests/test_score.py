@@ -13,6 +13,8 @@ import torch
 from tiny import BLUE, GEOMETRY, RED, SMALL, Broken, Change, Unmeasured, Warmth, new_rollout, story
 
 from kvpo.exploration.kv_routing import KVRouting
+from kvpo.rewards.registry import RewardEntry
+from kvpo.rewards.scorer import Scorer
 from kvpo.score import Clip, ScoreConfig, decode, global_clips, group_clips, horizon, local_clips, pixel_diversity, pixel_span, score
 from kvpo.timing import Phases
 from kvpo.types import Window
@@ -144,7 +146,7 @@ def test_clips_are_decoded_as_the_middle_of_a_video(pipeline):
 def test_nan_called_valid_is_refused(pipeline):
     rollout = new_rollout(pipeline, story(6), fork=4)
     with pytest.raises(ValueError, match="reward 'Warmth': clip 0 = nan, .* but marked valid"):
-        score(pipeline, rollout, [Broken()], CONFIG, Phases())
+        score(pipeline, rollout, [Scorer(Broken(), RewardEntry("tiny:Broken"))], CONFIG, Phases())
 
 
 def test_what_can_not_be_measured_is_invalid(pipeline):

@@ -154,6 +154,9 @@ class Broken(Warmth):
 class Unmeasured(Warmth):
     """Measures nothing, and says so."""
 
+    def __init__(self):
+        self.spec = RewardSpec("Unmeasured", "toy", needs_prompt=False)
+
     def score(self, batch: VideoBatch) -> RewardOutput:
         return RewardOutput(torch.full((len(batch),), float("nan")), torch.zeros(len(batch), dtype=torch.bool))
 

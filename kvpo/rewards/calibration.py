@@ -5,12 +5,14 @@ prompts instead.  Each single reward may be blind to some of them (blind spots a
 not mind flicker), the combination may not.
 
     table = calibrate(rewards, clips, weights)      share of pairs won and mean margin, by degradation
+    refuse_frozen(rewards, clips, weights)          what every training begins with
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Callable, Mapping, Sequence
 
 import torch
@@ -142,10 +144,16 @@ def wrong_captions(prompts: Sequence[str], generator: torch.Generator) -> tuple[
 
 def degrade(batch: VideoBatch, name: str, seed: int) -> VideoBatch:
     """A copy of the batch with one flaw: a name of DEGRADATIONS, or ``wrong_caption`` (which also drops the history)."""
-    generator = stream(seed, "degrade", name)
     if name == "wrong_caption":
-        return VideoBatch(batch.frames, batch.fps, wrong_captions(batch.prompts, generator), (), batch.group)
-    return VideoBatch(DEGRADATIONS[name](batch.frames, generator), batch.fps, batch.prompts, batch.history, batch.group, batch.meta)
+        (wrong,) = miscaptioned([batch], seed)
+        return wrong
+    return replace(batch, frames=DEGRADATIONS[name](batch.frames, stream(seed, "degrade", name)))
+
+
+def miscaptioned(batches: Sequence[VideoBatch], seed: int) -> list[VideoBatch]:
+    """Copies in which every clip has the prompt of another clip of any of the batches, and no history."""
+    moved = iter(wrong_captions([prompt for batch in batches for prompt in batch.prompts], stream(seed, "degrade", "wrong_caption")))
+    return [replace(batch, prompts=tuple(itertools.islice(moved, len(batch))), history=()) for batch in batches]
 
 
 @dataclass(frozen=True)
@@ -155,25 +163,56 @@ class Verdict:
     won: float
     """Share of clips scored above their own degraded copy (ties and invalid scores count as lost)."""
     margin: float
-    """Mean of good minus degraded over the pairs that have both scores, reward units."""
+    """Mean of good minus degraded over the pairs that have both scores: reward units of a reward; of ``all``, standard deviations."""
 
 
-def combine(rewards: Sequence[Reward], batch: VideoBatch, weights: Mapping[str, float]) -> dict[str, torch.Tensor]:
-    """Every reward's scores [B] by name, and ``all``: their weighted mean."""
-    scores = {r.spec.name: check_output(r.spec, batch, r.score(batch)).scores for r in rewards}
-    total = sum(weights[name] for name in scores)
-    return scores | {"all": sum(weights[name] * score for name, score in scores.items()) / total}
+FLAWS = (*DEGRADATIONS, "wrong_caption")
+"""All of them."""
 
 
-def calibrate(rewards: Sequence[Reward], batches: Sequence[VideoBatch], weights: Mapping[str, float], seed: int = 0) -> dict[str, dict[str, Verdict]]:
-    """Degradation -> score name -> verdict, over all clips of the batches (each batch of clips of one length)."""
-    good = [combine(rewards, batch, weights) for batch in batches]
+def calibrate(rewards: Sequence[Reward], batches: Sequence[VideoBatch], weights: Mapping[str, float], seed: int = 0, flaws: Sequence[str] = FLAWS) -> dict[str, dict[str, Verdict]]:
+    """Flaw -> score name, or ``all`` -> verdict, over all clips of the batches (each batch of clips of one length).
+
+    ``all`` is what training would see: rewards over their spread, here that of the good and the spoilt clips, times their weights, summed.
+    ValueError where no clip can be given a wrong caption."""
+    good = _scores(rewards, batches)
     table = {}
-    for name in (*DEGRADATIONS, "wrong_caption"):
-        bad = [combine(rewards, degrade(batch, name, seed + i), weights) for i, batch in enumerate(batches)]
-        gaps = {k: torch.cat([g[k] - b[k] for g, b in zip(good, bad)]) for k in good[0]}
-        table[name] = {k: Verdict((gap > 0).float().mean().item(), gap.nanmean().item()) for k, gap in gaps.items()}
+    for flaw in flaws:
+        bad = _scores(rewards, miscaptioned(batches, seed) if flaw == "wrong_caption" else [degrade(batch, flaw, seed + i) for i, batch in enumerate(batches)])
+        gaps = {name: good[name] - bad[name] for name in good}
+        spread = {name: torch.cat((good[name], bad[name])) for name in good}
+        gaps["all"] = sum(weights[name] * gap / max(_std(spread[name]), SPREAD_FLOOR) for name, gap in gaps.items()) / sum(weights[name] for name in good)
+        table[flaw] = {name: Verdict((gap > 0).float().mean().item(), gap.nanmean().item()) for name, gap in gaps.items()}
     return table
+
+
+def refuse_frozen(rewards: Sequence[Reward], batches: Sequence[VideoBatch], weights: Mapping[str, float]) -> None:
+    """ValueError where a still picture wins: the first thing that training on such rewards would find."""
+    if not batches:
+        return
+    won = calibrate(rewards, batches, weights, flaws=("frozen",))["frozen"]["all"].won
+    if won < MUST_WIN:
+        count = sum(map(len, batches))
+        raise ValueError(
+            f"these rewards can be won by a frozen picture: only {won:.0%} of {count} good clips score above their own first frame held still ({MUST_WIN:.0%} are asked for); "
+            f"weights {dict(weights)}. Add a reward for motion, or give it more weight; `kvpo rewards calibrate` shows every flaw"
+        )
+
+
+MUST_WIN = 0.9
+"""Share of good clips that the combination must score above their frozen copy; some clips hardly move."""
+SPREAD_FLOOR = 1e-6
+"""Reward units; below it a reward says nothing."""
+
+
+def _scores(rewards: Sequence[Reward], batches: Sequence[VideoBatch]) -> dict[str, torch.Tensor]:
+    """Name -> scores of all clips."""
+    return {r.spec.name: torch.cat([check_output(r.spec, batch, r.score(batch)).scores for batch in batches]) for r in rewards}
+
+
+def _std(scores: torch.Tensor) -> float:
+    finite = scores[scores.isfinite()]
+    return finite.std().item() if len(finite) > 1 else 0.0
 
 
 def _mix(frames: torch.Tensor, matrix_TCC: torch.Tensor) -> torch.Tensor:

@@ -48,7 +48,7 @@ class FlowMotion(Measured):
 
     def measure(self, batch: VideoBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         scenes = asked(batch)
-        with _one_thread():
+        with one_thread():
             rows = [(*_clip(clip.numpy()), scene.motion) for clip, scene in zip(batch.frames, scenes)]
         direction = torch.tensor([_direction(flow, there, column, kind) for flow, there, column, _, kind in rows])
         smooth = torch.tensor([_smooth(flow, there, warp) for flow, there, _, warp, _ in rows])
@@ -65,7 +65,7 @@ def _opencv():
 
 
 @contextmanager
-def _one_thread():
+def one_thread():
     """Pictures of 96x96 are not worth OpenCV's thread pool; leaves its setting as it was."""
     cv2 = _opencv()
     before = cv2.getNumThreads()

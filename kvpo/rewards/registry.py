@@ -1,17 +1,27 @@
-"""Rewards by name: the shipped ones, or ``package.module:Class`` of anyone's own."""
+"""Rewards by name: shipped, of an installed package (entry point ``kvpo.rewards``), or anyone's own class or function.
+
+Nothing of a reward is imported before it is asked for, and nothing is loaded before `kvpo.rewards.scorer` does.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib
+import inspect
 import os
 import sys
-from dataclasses import dataclass
-from typing import Literal, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import entry_points
+from typing import Any, Callable, Literal, Mapping, Sequence
 
 import torch
 
-from kvpo.rewards.base import Reward
+from kvpo.rewards.base import UNBOUNDED, Measured, Reward, RewardSpec, VideoBatch
+
+GROUP = "kvpo.rewards"
+"""The entry points by which other packages offer rewards."""
 
 SHIPPED: Mapping[str, str] = {
     "world_vq": "kvpo.rewards.world:VisualQuality",
@@ -21,8 +31,21 @@ SHIPPED: Mapping[str, str] = {
     "attributes": "kvpo.rewards.heldout:AttributeAgreement",
     "identity": "kvpo.rewards.heldout:IdentityDrift",
     "flow_motion": "kvpo.rewards.opticalflow:FlowMotion",
+    "classic": "kvpo.rewards.classic:Classic",
+    "niqe": "kvpo.rewards.niqe:Niqe",
+    "hpsv3": "kvpo.rewards.hpsv3:HPSv3",
+    "videoreward": "kvpo.rewards.videoreward:VideoReward",
+    "pickscore": "kvpo.rewards.image_text:PickScore",
+    "clip": "kvpo.rewards.image_text:ClipAlignment",
+    "siglip": "kvpo.rewards.image_text:SiglipAlignment",
+    "aesthetic": "kvpo.rewards.aesthetic:Aesthetic",
+    "hpsv2": "kvpo.rewards.hpsv2:HPSv2",
+    "dinov2": "kvpo.rewards.dinov2:DinoConsistency",
+    "efficientnet": "kvpo.rewards.efficientnet:EfficientNetConsistency",
+    "conse": "kvpo.rewards.conse:Conse",
+    "ocr": "kvpo.rewards.ocr:TextReward",
 }
-"""Name -> module:class; nothing is imported before it is asked for."""
+"""Name -> module:class."""
 
 
 @dataclass(frozen=True)
@@ -30,20 +53,61 @@ class RewardEntry:
     """One reward of a recipe."""
 
     name: str
-    """A shipped name, or ``package.module:Class``."""
+    """A shipped name (`kvpo rewards list`), that of an entry point, or ``package.module:Class`` or ``package.module:function``;
+    isolated also a scorer file or that of a shipped environment (docs/isolated_rewards.md)."""
     weight: float = 1.0
     """Of its advantages; 0 = logged, not trained on."""
     role: Literal["train", "eval", "guard"] = "train"
-    """`eval`: held out, only ever used by evaluations; `guard`: likewise, but of the trained rewards' own family: it must not fall."""
+    """`eval`: held out, only ever used by evaluations, and of another family than the trained ones; `guard`: likewise used, but it may
+    see as the trained ones do: it must not fall."""
+    params: Mapping[str, Any] = field(default_factory=dict)
+    """What its class or function takes."""
+    offload: bool = False
+    """Leave the device's memory between two uses; evaluators always do."""
+    isolation: Literal["inline", "process", "http"] = "inline"
+    """Where it runs: in this process, in a worker with an environment of its own, or on a server."""
+    environment: str = ""
+    """`process`: the environment (`kvpo reward-env create`) or the Python whose worker runs it; empty = this Python."""
+    devices: str = ""
+    """`process`: cards of its own, as in CUDA_VISIBLE_DEVICES; empty = the run's."""
+    url: str = ""
+    """`http`: where its server answers, http://host:port."""
+    timeout: float = 600.0
+    """`process`, `http`: seconds without an answer after which it counts as hung."""
+
+    def __post_init__(self):
+        if (self.isolation == "http") != bool(self.url):
+            raise ValueError(f"reward {self.name!r}: isolation http and url belong together; isolation = {self.isolation!r}, url = {self.url!r}")
+        if (self.environment or self.devices) and self.isolation != "process":
+            raise ValueError(f"reward {self.name!r}: environment = {self.environment!r} and devices = {self.devices!r} need isolation: process")
+        if self.timeout <= 0:
+            raise ValueError(f"reward {self.name!r}: timeout = {self.timeout} must be above 0 seconds")
 
 
-def make_reward(name: str) -> Reward:
-    """The reward, not yet loaded.  ValueError with the known names for an unknown one."""
-    path = SHIPPED.get(name, name)
+class Function(Measured):
+    """A bare function of a `VideoBatch` as a reward: one number a clip, without bounds."""
+
+    def __init__(self, function: Callable[..., Any], name: str, params: Mapping[str, Any]):
+        try:
+            inspect.signature(function).bind(None, **params)
+        except TypeError as error:
+            raise ValueError(f"reward {name!r} can not be called with a VideoBatch and params {dict(params)} ({error}); write it as def f(batch, ...) -> one number per clip") from None
+        self.function = partial(function, **params)
+        short = name.rpartition(":")[2]
+        self.spec = RewardSpec(short, f"function {name}", UNBOUNDED, licence="its author's")
+
+    def measure(self, batch: VideoBatch) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+        return torch.as_tensor(self.function(batch)), {}
+
+
+def find(name: str) -> Any:
+    """The class or function of that name.  ValueError with the known names for an unknown one."""
+    path = SHIPPED.get(name) or _offered().get(name) or name
     module, _, attribute = path.partition(":")
     if not attribute:
-        near = difflib.get_close_matches(name, SHIPPED, n=1)
-        raise ValueError(f"reward {name!r} is unknown" + (f"; did you mean {near[0]}?" if near else "") + f" Shipped are {', '.join(SHIPPED)}; your own is written package.module:Class")
+        known = [*SHIPPED, *_offered()]
+        near = difflib.get_close_matches(name, known, n=1)
+        raise ValueError(f"reward {name!r} is unknown" + (f"; did you mean {near[0]}?" if near else "") + f" Known are {', '.join(known)}; your own is written package.module:Class")
     if path == name and (here := os.getcwd()) not in sys.path:
         sys.path.append(here)  # as `python -m kvpo` has it: a reward in a file of the working folder need not be installed
     try:
@@ -52,14 +116,48 @@ def make_reward(name: str) -> Reward:
         raise ValueError(f"reward {name!r} can not be imported from {path}: {error}") from None
     if found is None:
         raise ValueError(f"reward {name!r} can not be imported: module {module!r} has no {attribute!r}")
-    return found()
+    return found
 
 
-def load_rewards(entries: Sequence[RewardEntry], device: torch.device | str) -> list[Reward]:
-    rewards = [make_reward(entry.name) for entry in entries]
-    for reward in rewards:
-        reward.load(device)
-    names = [r.spec.name for r in rewards]
-    if len(set(names)) < len(names):
-        raise ValueError(f"rewards share a name: {names}; every one must have its own")
-    return rewards
+def make_reward(name: str, params: Mapping[str, Any] = {}) -> Reward:
+    """The reward, not yet loaded.  ValueError for a name, parameter or class that can not be one."""
+    found = find(name)
+    if not callable(found):
+        raise ValueError(f"reward {name!r} is a {type(found).__name__}; it must be a class or a function")
+    if not inspect.isclass(found):
+        return Function(found, name, params)
+    _refuse_unknown_params(name, found, params)
+    reward = found(**params)
+    missing = [attribute for attribute in ("spec", "load", "score", "offload") if not hasattr(reward, attribute)]
+    if missing:
+        raise ValueError(f"reward {name!r} has no {', '.join(missing)}; derive it from kvpo.rewards.base.Measured, or write a plain function of a VideoBatch")
+    return reward
+
+
+def check_held_out(entries: Sequence[RewardEntry], specs: Sequence[RewardSpec]) -> None:
+    """ValueError where an evaluator sees as a trained reward does: its gain would be the training's own, not a second opinion."""
+    trained = {spec.family: spec.name for entry, spec in zip(entries, specs) if entry.role == "train"}
+    for entry, spec in zip(entries, specs):
+        if entry.role == "eval" and spec.family in trained:
+            raise ValueError(
+                f"reward {spec.name!r} (role eval) is of family {spec.family!r} like {trained[spec.family]!r}, which is trained on: it is not held out; "
+                "make it a guard, or choose an evaluator of another family (`kvpo rewards list`)"
+            )
+
+
+def _offered() -> dict[str, str]:
+    """Entry points of installed packages, name -> module:attribute."""
+    return {point.name: point.value for point in entry_points(group=GROUP)}
+
+
+def known() -> dict[str, str]:
+    """Every name that needs no path, with its module:attribute."""
+    return {**SHIPPED, **_offered()}
+
+
+def _refuse_unknown_params(name: str, kind: type, params: Mapping[str, Any]) -> None:
+    takes = [f.name for f in dataclasses.fields(kind) if f.init and f.name != "spec"] if dataclasses.is_dataclass(kind) else list(inspect.signature(kind).parameters)
+    for key in params:
+        if key not in takes:
+            near = difflib.get_close_matches(key, takes, n=1)
+            raise ValueError(f"reward {name!r} has no parameter {key!r}" + (f"; did you mean {near[0]}?" if near else f"; it takes {', '.join(takes) or 'none'}"))
