@@ -89,6 +89,7 @@ class RunConfig:
     rewards: tuple[RewardEntry, ...] = (
         RewardEntry("world_vq"), RewardEntry("world_mq"), RewardEntry("world_ta"),
         RewardEntry("attributes", role="eval"), RewardEntry("identity", role="eval"), RewardEntry("flow_motion", role="eval"),
+        RewardEntry("classic", role="eval"), RewardEntry("efficientnet", role="eval", params={"size": 64, "enough_motion": 0.01}),
         RewardEntry("world_facts", role="guard"),
     )  # fmt: skip
     calibration_clips: str = ""

@@ -15,8 +15,9 @@ from kvpo.environment import command, pick_device
 from kvpo.files import write_atomic
 from kvpo.parts import calibration_clips, trained
 from kvpo.progress import Progress
-from kvpo.rewards.base import RewardSpec, VideoBatch, missing_packages
-from kvpo.rewards.calibration import FLAWS, MUST_WIN, Verdict, calibrate
+from kvpo.rewards.base import RewardSpec, VideoBatch
+from kvpo.rewards.measured import missing_packages
+from kvpo.rewards.calibration import FLAWS, MAY_PASS, MUST_WIN, Verdict, calibrate
 from kvpo.rewards.clips import folder_clips
 from kvpo.rewards.registry import RewardEntry, find, known
 from kvpo.rewards.scorer import load_rewards
@@ -90,7 +91,7 @@ class Calibrate:
         verdicts = {flaw: {name: [verdict.won, verdict.margin] for name, verdict in row.items()} for flaw, row in table.items()}
         write_atomic(self.out, json.dumps({"recipe": self.recipe, "clips": sum(map(len, batches)), "weights": weights, "won_and_margin": verdicts, "command": command()}, indent=1) + "\n")
         progress.say(f"{sum(map(len, batches))} good clips; written to {self.out}")
-        if lost := [flaw for flaw, row in table.items() if row["all"].won < MUST_WIN]:
+        if lost := [flaw for flaw, row in table.items() if row["all"].won < MUST_WIN and flaw not in MAY_PASS]:
             raise ValueError(f"the combination does not see {', '.join(lost)}: it prefers fewer than {MUST_WIN:.0%} of the good clips to their spoilt copies; change rewards or weights")
 
 
@@ -106,7 +107,7 @@ class Rewards:
 
 def _listed(name: str, spec: RewardSpec) -> tuple[str, ...]:
     missing = missing_packages(spec)
-    here = f"needs kvpo[{spec.extra}]" if missing else "ready" if not spec.memory_gb else "needs its weights"
+    here = f"needs kvpo[{spec.extra}]" if missing else "ready" if not spec.memory_gb or spec.extra == "offline" else "needs its weights"
     return name, spec.family, spec.level, f"{spec.memory_gb:g} GiB" if spec.memory_gb else "", here, spec.licence
 
 

@@ -25,7 +25,8 @@ from kvpo.config import from_dict
 from kvpo.metrics import read_metrics
 from kvpo.parts import evaluation_scripts, script_source, unseen
 from kvpo.progress import Progress
-from kvpo.rewards.base import RewardSpec, scored
+from kvpo.rewards.base import RewardSpec
+from kvpo.rewards.measured import scored
 from kvpo.trials import Trials
 
 CLOCK = ("unix_time", "time/", "memory/")

@@ -26,7 +26,6 @@ from kvpo.rewards.base import VideoBatch, check_output
 from kvpo.rewards.heldout import AttributeAgreement
 from kvpo.rewards.isolated import WORKER, Isolated, scorer_file, spec_of
 from kvpo.rng import stream
-from kvpo.rewards.registry import make_reward
 
 TOY = """
     import importlib.util, os, signal, subprocess, sys, time

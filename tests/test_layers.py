@@ -21,7 +21,7 @@ LAYERS = {
     "generators.streaming generators.pipeline generators.checkpoints generators.base_folder generators.embeddings",
     "exploration": "exploration.base exploration.draws exploration.kv_routing exploration.noise exploration.sde",
     "surrogates": "surrogates.base surrogates.velocity_energy surrogates.denoised_energy",
-    "rewards": "rewards.base rewards.track rewards.motion rewards.judge rewards.world rewards.facts rewards.attributes rewards.attributes_training rewards.opticalflow rewards.heldout "
+    "rewards": "rewards.base rewards.measured rewards.track rewards.motion rewards.judge rewards.world rewards.facts rewards.attributes rewards.attributes_training rewards.opticalflow rewards.heldout "
     "rewards.cheats rewards.calibration rewards.clips rewards.classic_measures rewards.classic rewards.niqe rewards.watched rewards.pixels rewards.released rewards.image_text rewards.hpsv2 rewards.aesthetic rewards.dinov2 rewards.qwen rewards.hpsv3 rewards.videoreward rewards.packaged rewards.efficientnet rewards.conse rewards.ocr rewards.wire rewards.worker rewards.envs.hpsv3.scorer rewards.envs.videoalign.scorer rewards.links reward_env rewards.isolated rewards.registry rewards.scorer",
     "the sampler": "denoise",
     "weights": "policy",

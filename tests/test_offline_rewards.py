@@ -12,7 +12,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from kvpo.mini.world import Scene, play, render
-from kvpo.rewards.base import VideoBatch, check_output, missing_packages, to_uint8
+from kvpo.rewards.base import VideoBatch, check_output, to_uint8
+from kvpo.rewards.measured import missing_packages
 from kvpo.rewards.calibration import degrade
 from kvpo.rewards.conse import Conse, places
 from kvpo.rewards.efficientnet import EfficientNetConsistency, own_motion
@@ -135,7 +136,7 @@ def test_similarity_takes_the_nearest_line_or_all():
 
 @pytest.mark.parametrize("prompt, texts", [
     ('a sign that says "OPEN"', ("OPEN",)), ("a “Hot  Dog” stand named 'Joe's'", ("Hot Dog", "Joe's")), ("a ‘5’ follows a \"7\"", ("5", "7")),
-    ("the dogs' bowl and the cat's toy", ()), ("", ()),
+    ("the dogs' bowl and the cat's toy", ()), ('a blank sign " "', ()), ("", ()),
 ])  # fmt: skip
 def test_quoted_texts(prompt, texts):
     assert quoted(prompt) == texts

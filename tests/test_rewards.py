@@ -6,8 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kvpo.mini.stories import write_story
-from kvpo.mini.world import SIZE, Scene, pixel_frames, play, render
+from kvpo.mini.world import SIZE, Scene, play, render
 from kvpo.rewards.base import RewardOutput, RewardSpec, VideoBatch, check_output, to_uint8
 from kvpo.rewards.calibration import DEGRADATIONS, calibrate, degrade
 from kvpo.rewards.clips import story_clips

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from kvpo.rewards import registry
-from kvpo.rewards.base import FrameScorer, Measured, Pretrained, RewardSpec, VideoBatch, check_frame_options, require, sampled
+from kvpo.rewards.base import RewardSpec, VideoBatch
+from kvpo.rewards.measured import FrameScorer, Measured, Pretrained, check_frame_options, require, sampled
 from kvpo.rewards.registry import RewardEntry, check_held_out, make_reward
 from kvpo.rewards.scorer import Scorer, load_rewards
 

@@ -19,7 +19,8 @@ from kvpo.generators.causal_wan import CausalWan
 from kvpo.generators.pipeline import Geometry, Pipeline
 from kvpo.mini.networks import new_tokenizer
 from kvpo.mini.stories import vocabulary
-from kvpo.rewards.base import RewardOutput, RewardSpec, VideoBatch, scored
+from kvpo.rewards.base import RewardOutput, RewardSpec, VideoBatch
+from kvpo.rewards.measured import scored
 from kvpo.rng import stream
 from kvpo.rollout import RolloutConfig, roll_out
 from kvpo.timing import Phases

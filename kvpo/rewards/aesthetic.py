@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kvpo.rewards.base import UNBOUNDED, FrameScorer, RewardSpec, check_frame_options
+from kvpo.rewards.base import UNBOUNDED, RewardSpec
+from kvpo.rewards.measured import FrameScorer, check_frame_options
 from kvpo.rewards.image_text import FAMILY
 from kvpo.rewards.pixels import Pixels
 from kvpo.rewards.released import STOCK_FILES, file_in, find, identity, load_stock, weight_files

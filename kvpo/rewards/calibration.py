@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from kvpo.rewards.base import Reward, VideoBatch, check_output
+from kvpo.rewards.cheats import loop, pan_of_still, zoom_of_still
 from kvpo.rng import stream
 
 Degrade = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
@@ -127,7 +128,9 @@ def static(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 DEGRADATIONS: dict[str, Degrade] = {
     f.__name__: f
-    for f in (frozen, stutter, noise, shuffle, backwards, flicker, blur, colour_drift, oversaturation, darkening, cut, vanish, twin, jitter, grey, static)
+    for f in (
+        frozen, pan_of_still, zoom_of_still, loop, stutter, noise, shuffle, backwards, flicker, blur, colour_drift, oversaturation, darkening, cut, vanish, twin, jitter, grey, static,
+    )
 }
 
 
@@ -201,6 +204,8 @@ def refuse_frozen(rewards: Sequence[Reward], batches: Sequence[VideoBatch], weig
 
 MUST_WIN = 0.9
 """Share of good clips that the combination must score above their frozen copy; some clips hardly move."""
+MAY_PASS = ("backwards",)
+"""Flaws that are none in many good clips: what swings or stands looks the same backwards."""
 SPREAD_FLOOR = 1e-6
 """Reward units; below it a reward says nothing."""
 

@@ -1,6 +1,6 @@
 """Classical quality of a video without any weights: eight measures, none of which may fail.
 
-    motion       rising(own motion, diagonals a second)      something moves, beyond the camera
+    motion       rising(own motion, diagonals a second)      something moves, and not just the camera
     warp         falling(warp error)                         what moves stays itself
     whole        falling(worst share of lost pixels)         no cut
     steady       falling(bend)                               no jitter, no stutter
@@ -28,7 +28,9 @@ import numpy as np
 import torch
 
 from kvpo.rewards import classic_measures as measures
-from kvpo.rewards.base import Measured, RewardSpec, VideoBatch
+from kvpo.rewards.base import RewardSpec, VideoBatch
+from kvpo.rewards.measured import Measured
+from kvpo.rewards.opticalflow import in_parallel
 
 FAMILY = "classical"
 
@@ -59,7 +61,7 @@ class Classic(Measured):
             raise ValueError(f"enough_motion = {self.enough_motion} must be above 0: the speed, picture diagonals a second, that earns the full part; 0.03 suits real clips")
 
     def measure(self, batch: VideoBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        rows = [self.parts(clip.cpu().numpy(), batch.fps) for clip in batch.frames]
+        rows = in_parallel(lambda clip: self.parts(clip, batch.fps), batch)
         parts = {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
         return mean_of(torch.stack(list(parts.values()))), parts
 
@@ -69,7 +71,7 @@ class Classic(Measured):
         steps = measures.steps(pictures)
         fineness = _mean([measures.sharpness(picture) for picture in pictures])
         return {
-            "motion": rising(_mean([measures.own_motion(step) for step in steps]) * fps, self.enough_motion),
+            "motion": rising(measures.own_speed(pictures, fps), self.enough_motion),
             "warp": falling(_mean([measures.warp_error(step) for step in steps]), 0.001, 0.002),
             "whole": falling(max(measures.lost(step) for step in steps), 0.4, 0.2),
             "steady": falling(measures.bend(steps), 1.0, 0.5),

@@ -12,21 +12,24 @@ Every measure alone is won by something worthless; only all of them together (`k
     sharpness     in a band                               frozen; noise looks sharp, hence the band
     colour_drift  small: tracked pixels keep their colour frozen; what is too colourful from the start
 
-Pictures are RGB uint8 [H, W, 3], at most WIDTH wide (`shrink`).  Flow looks at successive frames: a video of more frames a second
-has smaller steps, which speeds (a second) make up for.
+Pictures are RGB uint8 [H, W, 3], at most WIDTH wide (`shrink`).  Which frames a step joins is the caller's choice: for all but own motion, successive ones.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Sequence
 
 import numpy as np
 
 WIDTH = 320
 """Pixels: wider pictures are scaled down; flow then takes some 30 ms a frame, and every size is judged alike."""
+SMALLEST = 16
+"""Pixels a side: OpenCV's flow takes no less than 12, and a margin is left out."""
+GAP = 0.25
+"""Seconds between the frames whose own motion is measured: from one frame to the next, slow things hardly move, and the less the more frames a second."""
 TEXTURE = 4.0
 """Levels of 255 a pixel: weaker slopes say nothing of where a pixel went."""
 EXPLAINED = 2.0
@@ -71,11 +74,14 @@ def shrink(clip_TCHW: np.ndarray) -> list[np.ndarray]:
 
 
 def steps(pictures: Sequence[np.ndarray]) -> list[Step]:
-    """Flow forward and backward between successive pictures."""
+    """Flow forward and backward between successive pictures.  ValueError for pictures below SMALLEST."""
     import cv2
 
+    height, width = pictures[0].shape[:2]
+    if min(height, width) < SMALLEST:
+        raise ValueError(f"pictures of {width} x {height} pixels (at most {WIDTH} wide) are too small for optical flow, which needs {SMALLEST} a side; score larger clips")
     method = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-    if pictures[0].shape[1] < WIDTH // 2:
+    if width < WIDTH // 2:
         method.setFinestScale(0)  # small pictures have no pixel to spare
     greys = [grey(picture) for picture in pictures]
     flows = [(method.calc(a, b, None), method.calc(b, a, None)) for a, b in zip(greys, greys[1:])]
@@ -89,6 +95,13 @@ def _step(before: np.ndarray, after: np.ndarray, forth: np.ndarray, back: np.nda
     back = pulled(back, forth)
     missed, length = ((forth + back) ** 2).sum(-1), (forth**2).sum(-1) + (back**2).sum(-1)
     return Step(before, after, forth, inside, inside & (missed <= 0.01 * length + 0.5))
+
+
+def own_speed(pictures: Sequence[np.ndarray], fps: float) -> float:
+    """Own motion over GAP, diagonals a second; NaN where it can be told of no pair of frames."""
+    stride = min(len(pictures) - 1, max(1, round(GAP * fps)))
+    moved = np.array([own_motion(step) for step in steps(pictures[::stride])])
+    return float(moved[np.isfinite(moved)].mean()) * fps / stride if np.isfinite(moved).any() else math.nan
 
 
 def own_motion(step: Step) -> float:
@@ -106,8 +119,9 @@ def own_motion(step: Step) -> float:
     explained = _misfit(step, camera) - step.errors > EXPLAINED
     speed = np.where(explained & step.found & textured, np.linalg.norm(step.flow - camera, axis=-1), 0.0)
     margin = max(2, speed.shape[1] // 40)  # new things come in there
-    fastest = np.sort(speed[margin:-margin, margin:-margin], axis=None)
-    return float(fastest[-max(1, round(TOP * fastest.size)) :].mean() / math.hypot(*speed.shape))
+    inner = speed[margin:-margin, margin:-margin].ravel()
+    fastest = max(1, round(TOP * inner.size))
+    return float(np.partition(inner, -fastest)[-fastest:].mean() / math.hypot(*speed.shape))
 
 
 def warp_error(step: Step) -> float:
@@ -232,6 +246,7 @@ def _textured(picture: np.ndarray) -> np.ndarray:
     return cv2.blur((np.linalg.norm(_slopes(picture), axis=-1) > TEXTURE).astype(np.float32), (5, 5)) > 0.2
 
 
+@lru_cache(maxsize=4)
 def _places(shape: tuple[int, int]) -> np.ndarray:
-    """float32 [H, W, 2]: column and row of every pixel."""
+    """float32 [H, W, 2]: column and row of every pixel; shared, not to be written to."""
     return np.stack(np.meshgrid(np.arange(shape[1]), np.arange(shape[0])), -1).astype(np.float32)

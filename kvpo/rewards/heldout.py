@@ -19,7 +19,8 @@ from typing import Mapping
 import torch
 
 from kvpo.rewards.attributes import HEADS, WEIGHTS, AttributeNet, load_network, read_frames
-from kvpo.rewards.base import Measured, RewardSpec, VideoBatch
+from kvpo.rewards.base import RewardSpec, VideoBatch
+from kvpo.rewards.measured import Measured
 from kvpo.rewards.judge import EVIDENCE, NONE, asked
 
 FAMILY = "learned-classifier"

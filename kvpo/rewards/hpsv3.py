@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from kvpo.rewards.base import REDUCTIONS, UNBOUNDED, RewardSpec, VideoBatch, check_frame_options
+from kvpo.rewards.base import UNBOUNDED, RewardSpec, VideoBatch
+from kvpo.rewards.measured import REDUCTIONS, check_frame_options
 from kvpo.rewards.qwen import TEMPLATES, QwenReward, RewardNetwork, check_dtype, filled, open_base, open_folder
 
 FILE = "HPSv3.safetensors"

@@ -18,7 +18,8 @@ from typing import Any, Mapping, Sequence
 import torch
 import torch.nn.functional as F
 
-from kvpo.rewards.base import FrameScorer, RewardSpec, VideoBatch, check_frame_options
+from kvpo.rewards.base import RewardSpec, VideoBatch
+from kvpo.rewards.measured import FrameScorer, check_frame_options
 from kvpo.rewards.pixels import Pixels
 from kvpo.rewards.released import STOCK_FILES, find, identity, load_stock, weight_files
 

@@ -16,7 +16,7 @@ import json
 import os
 import threading
 import warnings
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Mapping
 
@@ -25,7 +25,8 @@ import torch
 
 from kvpo.reward_env import ENVS, python_of
 from kvpo.rewards import wire
-from kvpo.rewards.base import UNBOUNDED, Measured, RewardSpec, VideoBatch
+from kvpo.rewards.base import UNBOUNDED, RewardSpec, VideoBatch
+from kvpo.rewards.measured import Measured
 from kvpo.rewards.links import Broken, Server, Worker
 from kvpo.rewards.registry import make_reward
 

@@ -8,8 +8,8 @@
 Source: Mittal, Soundararajan and Bovik, "Making a completely blind image quality analyzer", IEEE Signal Processing Letters 2013.
 m0 and C0 are those of their release (University of Texas at Austin), whose notice is in the file of the weights.
 
-What it cannot see: motion, meaning, colour.  Won by anything with natural contrasts: a frozen frame, any shuffle.  Film grain helps, and so
-do sharp edges on animation hurt.  Frames below 192 pixels a side have too few patches: not measurable.
+What it cannot see: motion, meaning, colour.  Won by anything with natural contrasts: a frozen frame, a shuffle, too much colour; animation may
+well beat camera footage (docs/classic.md).  Frames below 192 pixels a side have too few patches: not measurable.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from kvpo.rewards.base import FrameScorer, RewardSpec, check_frame_options
+from kvpo.rewards.base import RewardSpec
+from kvpo.rewards.measured import FrameScorer, check_frame_options
 
 WEIGHTS = Path(__file__).parent / "weights" / "niqe.safetensors"
 PATCH = 96
@@ -98,7 +99,7 @@ def contrasts(image_11HW: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class Niqe(FrameScorer):
-    """-NIQE of a clip: about -3 for photographs, -10 and below for noise or blur."""
+    """-NIQE of a clip: -3 to -6 for clean ones, -8 and below for noise or blur."""
 
     stride: int = 4
     reduce: str = "mean"

@@ -10,8 +10,8 @@ For every frame, over the lines of text that the detector finds in it (with ``de
 
 The similarity leads to the text from afar, the likelihood still ranks clips that all read right, or all wrong.
 
-What it falls for: text anywhere, of any look, over any picture: a caption burnt over a still image is perfect.  Use it beside
-rewards that see the rest.  Text that moves across the frame faster than it can be read is not its business either.
+What it falls for: text anywhere, of any look, over any picture: a caption burnt into a still image is perfect.  Use it beside
+rewards that see the rest.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from typing import Any, Sequence
 import numpy as np
 import torch
 
-from kvpo.rewards.base import Measured, RewardSpec, VideoBatch, require
+from kvpo.rewards.base import RewardSpec, VideoBatch
+from kvpo.rewards.measured import Measured, require
 from kvpo.rewards.packaged import packaged
 from kvpo.rewards.released import identity
 
@@ -42,7 +43,8 @@ SIDE = 320
 
 def quoted(prompt: str) -> tuple[str, ...]:
     """The texts that a prompt has in double or single quotes, straight or curly; an apostrophe is none."""
-    return tuple(" ".join(next(filter(None, groups)).split()) for groups in QUOTED.findall(prompt))
+    texts = (" ".join("".join(alternatives).split()) for alternatives in QUOTED.findall(prompt))
+    return tuple(filter(None, texts))
 
 
 def likelihood(p_TV: torch.Tensor, ids: Sequence[int]) -> float:
@@ -54,7 +56,7 @@ def likelihood(p_TV: torch.Tensor, ids: Sequence[int]) -> float:
 
 def similarity(asked: str, lines: Sequence[str]) -> float:
     """Of a text to the nearest line, or to all lines together, in [0, 1]; 0 where there are none."""
-    return max((difflib.SequenceMatcher(None, asked.casefold(), read.casefold()).ratio() for read in {*lines, " ".join(lines)}), default=0.0)
+    return max(difflib.SequenceMatcher(None, asked.casefold(), read.casefold()).ratio() for read in {*lines, " ".join(lines)})
 
 
 class Recogniser:

@@ -17,16 +17,20 @@ no texture, flow there is filled in from its edge); where a picture has no colou
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Callable, TypeVar
 
 import numpy as np
 import torch
 
 from kvpo.mini.world import HEADING, PILLAR, SIZE
-from kvpo.rewards.base import Measured, RewardSpec, VideoBatch
+from kvpo.rewards.base import RewardSpec, VideoBatch
+from kvpo.rewards.measured import Measured
 from kvpo.rewards.judge import EVIDENCE, NONE, asked
 
+T = TypeVar("T")
 FAMILY = "optical-flow"
 MARGIN = 16
 COLOURED = 60
@@ -48,8 +52,7 @@ class FlowMotion(Measured):
 
     def measure(self, batch: VideoBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         scenes = asked(batch)
-        with one_thread():
-            rows = [(*_clip(clip.numpy()), scene.motion) for clip, scene in zip(batch.frames, scenes)]
+        rows = [(*found, scene.motion) for found, scene in zip(in_parallel(_clip, batch), scenes)]
         direction = torch.tensor([_direction(flow, there, column, kind) for flow, there, column, _, kind in rows])
         smooth = torch.tensor([_smooth(flow, there, warp) for flow, there, _, warp, _ in rows])
         parts = {"direction": direction, "smooth": smooth}
@@ -74,6 +77,12 @@ def one_thread():
         yield
     finally:
         cv2.setNumThreads(before)
+
+
+def in_parallel(measure: Callable[[np.ndarray], T], batch: VideoBatch) -> list[T]:
+    """``measure`` of every clip's frames, uint8 [T, C, H, W], as many at a time as torch has threads: OpenCV and numpy let each other run."""
+    with one_thread(), ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return list(pool.map(lambda clip: measure(clip.cpu().numpy()), batch.frames))
 
 
 def _clip(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:

@@ -24,7 +24,7 @@ from typing import Any, Callable, Literal, Mapping, Sequence
 import torch
 import torch.nn.functional as F
 
-from kvpo.rewards.base import Pretrained
+from kvpo.rewards.measured import Pretrained
 from kvpo.rewards.released import find, identity
 
 PATCH, MERGE, FRAMES = 14, 2, 2

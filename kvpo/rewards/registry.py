@@ -18,7 +18,8 @@ from typing import Any, Callable, Literal, Mapping, Sequence
 
 import torch
 
-from kvpo.rewards.base import UNBOUNDED, Measured, Reward, RewardSpec, VideoBatch
+from kvpo.rewards.base import UNBOUNDED, Reward, RewardSpec, VideoBatch
+from kvpo.rewards.measured import Measured
 
 GROUP = "kvpo.rewards"
 """The entry points by which other packages offer rewards."""
@@ -130,7 +131,7 @@ def make_reward(name: str, params: Mapping[str, Any] = {}) -> Reward:
     reward = found(**params)
     missing = [attribute for attribute in ("spec", "load", "score", "offload") if not hasattr(reward, attribute)]
     if missing:
-        raise ValueError(f"reward {name!r} has no {', '.join(missing)}; derive it from kvpo.rewards.base.Measured, or write a plain function of a VideoBatch")
+        raise ValueError(f"reward {name!r} has no {', '.join(missing)}; derive it from kvpo.rewards.measured.Measured, or write a plain function of a VideoBatch")
     return reward
 
 

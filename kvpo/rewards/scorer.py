@@ -12,7 +12,8 @@ from typing import Mapping, Sequence
 
 import torch
 
-from kvpo.rewards.base import Reward, RewardOutput, RewardSpec, VideoBatch, check_output, sampled
+from kvpo.rewards.base import Reward, RewardOutput, RewardSpec, VideoBatch, check_output
+from kvpo.rewards.measured import sampled
 from kvpo.rewards.isolated import Isolated
 from kvpo.rewards.registry import RewardEntry, check_held_out, make_reward
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from kvpo.rewards.classic_measures import TOP, Step, own_motion, shrink, steps
+from kvpo.rewards.classic_measures import TOP, Step, own_speed, shrink, steps
 from kvpo.rewards.opticalflow import one_thread
 
 STILL = 1.0
@@ -35,9 +35,9 @@ def watched(video_TCHW: torch.Tensor, fps: float) -> dict[str, float]:
 
 def motion(video_TCHW: torch.Tensor, fps: float) -> dict[str, float]:
     """The two that need optical flow; NaN where there is no texture to see it by."""
+    pictures = shrink(video_TCHW.numpy())
     with one_thread():
-        found = steps(shrink(video_TCHW.numpy()))
-        return {"motion": fps * float(np.mean([any_motion(step) for step in found])), "residual_motion": fps * float(np.nanmean([own_motion(step) for step in found]))}
+        return {"motion": fps * float(np.mean([any_motion(step) for step in steps(pictures)])), "residual_motion": own_speed(pictures, fps)}
 
 
 def any_motion(step: Step) -> float:

@@ -46,7 +46,8 @@ from dataclasses import dataclass
 import torch
 
 from kvpo.mini.world import COLOURS, FPS, PILLAR, PLACES, SHAPES, Scene
-from kvpo.rewards.base import Measured, RewardSpec, VideoBatch
+from kvpo.rewards.base import RewardSpec, VideoBatch
+from kvpo.rewards.measured import Measured
 from kvpo.rewards.judge import EVIDENCE, NONE, PALETTE, asked, blend, excused, paces, share, soft, there, tip
 from kvpo.rewards.motion import FASTEST, KINDS, LAG, Motion, agreement, motion, typical_bend, typical_speed, wrap
 from kvpo.rewards.track import AREA, Observed, observe
