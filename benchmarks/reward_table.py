@@ -34,7 +34,6 @@ OF_THE_WORLD = ("world_vq", "world_mq", "world_ta", "world_facts", "attributes",
 class Row:
     name: str
     spec: RewardSpec
-    measures: str
     won: dict[str, float] = field(default_factory=dict)
     clips: int = 0
 
@@ -46,11 +45,6 @@ class Row:
         return ", ".join(lost) or "none of them"
 
 
-def measures(name: str) -> str:
-    """First sentence of the class's docstring."""
-    return " ".join((find(name).__doc__ or "").split()).partition(". ")[0].rstrip(".").replace("|", "\\|")
-
-
 def measured(row: Row, batches: list[VideoBatch]) -> None:
     (scorer,) = load_rewards([RewardEntry(row.name)], "cpu")
     usable = [flaw for flaw in FLAWS if flaw != "wrong_caption" or (row.spec.needs_prompt and sum(map(len, batches)) > 1)]
@@ -59,10 +53,10 @@ def measured(row: Row, batches: list[VideoBatch]) -> None:
 
 
 def page(rows: list[Row]) -> str:
-    lines = ["| reward | measures | falls for | licence | memory | needs |", "|---|---|---|---|---|---|"]
+    lines = ["| reward | looks at | falls for | licence | memory | needs |", "|---|---|---|---|---|---|"]
     for r in rows:
         needs = f"`kvpo[{r.spec.extra}]`" if r.spec.packages else "its weights" if r.spec.memory_gb else "nothing"
-        lines.append(f"| `{r.name}` | {r.measures} | {r.falls_for} | {r.spec.licence} | {f'{r.spec.memory_gb:g} GiB' if r.spec.memory_gb else 'hardly any'} | {needs} |")
+        lines.append(f"| `{r.name}` | {r.spec.looks_at} | {r.falls_for} | {r.spec.licence} | {f'{r.spec.memory_gb:g} GiB' if r.spec.memory_gb else 'hardly any'} | {needs} |")
     return HEAD + "\n".join(lines) + "\n" + FOOT
 
 
@@ -87,7 +81,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help=f"write {OUT} and {RESULTS}")
     args = parser.parse_args()
     real = folder_clips(args.clips) if args.clips else []
-    rows = [Row(name, find(name).spec, measures(name)) for name in SHIPPED if not args.only or name in args.only]
+    rows = [Row(name, find(name).spec) for name in SHIPPED if not args.only or name in args.only]
     with Progress().bar("rewards", len(rows)) as bar:
         for row in rows:
             batches = story_clips(args.count) if row.name in OF_THE_WORLD else real

@@ -80,7 +80,7 @@ class Alignment:
             if self.trials.missing(start):  # killed between a checkpoint and its evaluation
                 log.write(start - 1, self.trials.evaluate(start))
             done = start
-            while done < self.config.steps and not self.trials.must_stop(done, log):
+            while not self.trials.must_stop(done, log) and done < self.config.steps:
                 metrics = self.step(done)
                 log.write(done, metrics)
                 done += 1

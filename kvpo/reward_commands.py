@@ -108,7 +108,7 @@ class Rewards:
 def _listed(name: str, spec: RewardSpec) -> tuple[str, ...]:
     missing = missing_packages(spec)
     here = f"needs kvpo[{spec.extra}]" if missing else "ready" if not spec.memory_gb or spec.extra == "offline" else "needs its weights"
-    return name, spec.family, spec.level, f"{spec.memory_gb:g} GiB" if spec.memory_gb else "", here, spec.licence
+    return name, spec.looks_at.replace("`", ""), spec.family, f"{spec.memory_gb:g} GiB" if spec.memory_gb else "", here, spec.licence
 
 
 def _param(text: str) -> tuple[str, Any]:

@@ -119,7 +119,7 @@ def test_every_shipped_reward_has_its_identity_card():
     for name in registry.SHIPPED:
         spec = registry.find(name).spec
         names.append(spec.name)
-        assert spec.family and spec.licence and (spec.extra or not spec.packages), name
+        assert spec.family and spec.looks_at and spec.licence and (spec.extra or not spec.packages), name
     assert len(set(names)) == len(names)
 
 

@@ -39,7 +39,7 @@ class Aesthetic(FrameScorer):
     reduce: str = "mean"
     model: Any = field(default=None, init=False, repr=False)
     pixels: Pixels | None = field(default=None, init=False, repr=False)
-    spec: RewardSpec = RewardSpec("aesthetic", FAMILY, bounds=UNBOUNDED, needs_prompt=False, level="frame", licence="Apache-2.0 (head), MIT (CLIP)", memory_gb=2.2)
+    spec: RewardSpec = RewardSpec("aesthetic", FAMILY, looks_at="how beautiful single frames are", bounds=UNBOUNDED, needs_prompt=False, level="frame", licence="Apache-2.0 (head), MIT (CLIP)", memory_gb=2.2)
 
     def __post_init__(self):
         check_frame_options(self.stride, self.reduce)

@@ -110,6 +110,8 @@ class RewardSpec:
     family: str
     """Rewards of one family see alike and fail alike; an evaluator is held out only from training rewards of other families."""
     bounds: tuple[float, float] = (0.0, 1.0)
+    looks_at: str = ""
+    """What it judges, in a few words."""
     needs_prompt: bool = True
     min_frames: int = 1
     """Shorter clips are invalid; also the fewest frames of a clip that are looked at, whatever ``fps`` asks."""

@@ -54,7 +54,7 @@ class Classic(Measured):
 
     enough_motion: float = 0.03
     """Diagonals a second of the fastest 5 % of pixels from which on more motion earns nothing."""
-    spec: RewardSpec = RewardSpec("classic", FAMILY, needs_prompt=False, min_frames=8, level="segment", licence="Apache-2.0 (OpenCV)")
+    spec: RewardSpec = RewardSpec("classic", FAMILY, looks_at="eight classical measures of any video, none of which may fail", needs_prompt=False, min_frames=8, level="segment", licence="Apache-2.0 (OpenCV)")
 
     def __post_init__(self):
         if not self.enough_motion > 0:

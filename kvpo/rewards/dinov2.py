@@ -31,7 +31,7 @@ class DinoConsistency(Pretrained):
     reduce: str = "mean"
     model: Any = field(default=None, init=False, repr=False)
     pixels: Pixels | None = field(default=None, init=False, repr=False)
-    spec: RewardSpec = RewardSpec("dinov2", "dino", needs_prompt=False, licence="Apache-2.0", memory_gb=0.7)
+    spec: RewardSpec = RewardSpec("dinov2", "dino", looks_at="whether a clip stays itself", needs_prompt=False, licence="Apache-2.0", memory_gb=0.7)
 
     def __post_init__(self):
         check_frame_options(self.stride, self.reduce)

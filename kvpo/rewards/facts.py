@@ -70,7 +70,7 @@ PARTS = ("alone", "colour", "shape", "place", "motion")
 class WorldFacts(Measured):
     """The facts as a guard of evaluations: mean of the parts a clip can tell, and the parts themselves."""
 
-    spec: RewardSpec = RewardSpec("facts", FAMILY, min_frames=8, level="segment", report=PARTS)
+    spec: RewardSpec = RewardSpec("facts", FAMILY, looks_at="plain facts of the world: one object, its colour, its motion", min_frames=8, level="segment", report=PARTS)
 
     def measure(self, batch: VideoBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         facts = _measure(batch)

@@ -54,7 +54,7 @@ class AttributeAgreement(_Classifier):
     part = sum_t p_object(t) p_asked(t) / sum_t w(t), with w = 1 in the open and w = p_object in a scene with a pillar
     (which may hide the object): what is missing in the open counts 0.  Place and pillar: plain means over frames."""
 
-    spec: RewardSpec = RewardSpec("attributes", FAMILY, weights=WEIGHTS.name)
+    spec: RewardSpec = RewardSpec("attributes", FAMILY, looks_at="the asked attributes, by a small network", weights=WEIGHTS.name)
 
     def measure(self, batch: VideoBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         p, _ = self.read(batch)
@@ -87,7 +87,7 @@ class IdentityDrift(_Classifier):
     Frames whose object probability is below one half are left out; NaN if too few remain.  A frozen clip is perfect:
     read it beside a motion measure."""
 
-    spec: RewardSpec = RewardSpec("identity", FAMILY, needs_prompt=False, min_frames=2 * FIRST, level="segment", weights=WEIGHTS.name)
+    spec: RewardSpec = RewardSpec("identity", FAMILY, looks_at="whether the object stays itself, by the same network", needs_prompt=False, min_frames=2 * FIRST, level="segment", weights=WEIGHTS.name)
 
     def measure(self, batch: VideoBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         p, embedding = self.read(batch)

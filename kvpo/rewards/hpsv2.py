@@ -27,7 +27,7 @@ class HPSv2(ImageText):
     weights: str = "xswu/HPSv2"
     """The file HPS_v2.1_compressed.pt, a folder that holds it, or a hub id."""
     spec: RewardSpec = RewardSpec(
-        "hpsv2", FAMILY, bounds=(-1.0, 1.0), level="frame", licence="Apache-2.0", packages=("open_clip",), extra="hpsv2", memory_gb=5
+        "hpsv2", FAMILY, looks_at="how much people prefer a frame for its prompt", bounds=(-1.0, 1.0), level="frame", licence="Apache-2.0", packages=("open_clip",), extra="hpsv2", memory_gb=5
     )  # fmt: skip
 
     def build(self) -> torch.nn.Module:

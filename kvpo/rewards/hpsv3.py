@@ -38,7 +38,7 @@ class HPSv3(QwenReward):
     reduce: str = "top"
     dtype: str = "auto"
     """bfloat16, float32, or auto: bfloat16 where it is first loaded to a CUDA device, else float32."""
-    spec: RewardSpec = RewardSpec("hpsv3", "qwen-vl", UNBOUNDED, level="frame", licence="MIT; base Apache-2.0", memory_gb=20.0, report=("sigma",))
+    spec: RewardSpec = RewardSpec("hpsv3", "qwen-vl", UNBOUNDED, looks_at="how much people prefer a frame for its prompt", level="frame", licence="MIT; base Apache-2.0", memory_gb=20.0, report=("sigma",))
     model: Any = field(init=False, default=None, repr=False)
 
     def __post_init__(self):

@@ -110,7 +110,7 @@ class PickScore(_Stock):
     """Which of two pictures of a prompt people choose (Kirstain et al., arXiv 2305.01569): 100 * cosine as released."""
 
     weights: str = "yuvalkirstain/PickScore_v1"
-    spec: RewardSpec = RewardSpec("pickscore", FAMILY, bounds=(-100.0, 100.0), level="frame", licence="MIT", memory_gb=5)
+    spec: RewardSpec = RewardSpec("pickscore", FAMILY, looks_at="which picture of a prompt people choose", bounds=(-100.0, 100.0), level="frame", licence="MIT", memory_gb=5)
 
     def classes(self) -> tuple[type, type]:
         return _clip_classes()
@@ -124,7 +124,7 @@ class ClipAlignment(_Stock):
     """Cosine of CLIP (Radford et al., arXiv 2103.00020); any CLIPModel."""
 
     weights: str = "openai/clip-vit-large-patch14"
-    spec: RewardSpec = RewardSpec("clip", FAMILY, bounds=(-1.0, 1.0), level="frame", licence="MIT", memory_gb=2.2)
+    spec: RewardSpec = RewardSpec("clip", FAMILY, looks_at="how frames fit their prompt", bounds=(-1.0, 1.0), level="frame", licence="MIT", memory_gb=2.2)
 
     def classes(self) -> tuple[type, type]:
         return _clip_classes()
@@ -135,7 +135,7 @@ class SiglipAlignment(_Stock):
     """Cosine of SigLIP 2 (Tschannen et al., arXiv 2502.14786) of a fixed picture size; or any SiglipModel with a tokenizer.json."""
 
     weights: str = "google/siglip2-so400m-patch14-384"
-    spec: RewardSpec = RewardSpec("siglip", FAMILY, bounds=(-1.0, 1.0), level="frame", licence="Apache-2.0", memory_gb=5.6)
+    spec: RewardSpec = RewardSpec("siglip", FAMILY, looks_at="how frames fit their prompt", bounds=(-1.0, 1.0), level="frame", licence="Apache-2.0", memory_gb=5.6)
 
     def classes(self) -> tuple[type, type]:
         from transformers import PreTrainedTokenizerFast, SiglipModel

@@ -103,7 +103,7 @@ class Niqe(FrameScorer):
 
     stride: int = 4
     reduce: str = "mean"
-    spec: RewardSpec = RewardSpec("niqe", "natural-statistics", (float("-inf"), 0.0), needs_prompt=False, level="frame", licence="of LIVE, UT Austin: any purpose, with notice", weights=WEIGHTS.name)
+    spec: RewardSpec = RewardSpec("niqe", "natural-statistics", (float("-inf"), 0.0), looks_at="how natural single frames look, by their statistics", needs_prompt=False, level="frame", licence="of LIVE, UT Austin: any purpose, with notice", weights=WEIGHTS.name)
     model: Any = field(init=False, default=None, repr=False)
 
     def __post_init__(self):

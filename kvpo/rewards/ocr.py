@@ -100,7 +100,7 @@ class TextReward(Measured):
     detect: bool = True
     """Look for lines of text in the frame; False: the whole frame is one line."""
     spec: RewardSpec = RewardSpec(
-        "ocr", "ocr", level="segment", fps=2.0, packages=("rapidocr", "onnxruntime"), extra="offline", licence="Apache-2.0 (RapidOCR, PP-OCRv6)"
+        "ocr", "ocr", looks_at="whether the text that the prompt quotes can be read", level="segment", fps=2.0, packages=("rapidocr", "onnxruntime"), extra="offline", licence="Apache-2.0 (RapidOCR, PP-OCRv6)"
     )  # fmt: skip
     recogniser: Recogniser | None = field(default=None, init=False, repr=False)
     detector: Any = field(default=None, init=False, repr=False)

@@ -45,7 +45,7 @@ TURN = 8
 class FlowMotion(Measured):
     """Direction match and smoothness by optical flow, in [0, 1]."""
 
-    spec: RewardSpec = RewardSpec("flow_motion", FAMILY, min_frames=2 * TURN, level="segment", licence="Apache-2.0 (OpenCV)")
+    spec: RewardSpec = RewardSpec("flow_motion", FAMILY, looks_at="direction and smoothness of coloured motion, by optical flow", min_frames=2 * TURN, level="segment", licence="Apache-2.0 (OpenCV)")
 
     def load(self, device: str | torch.device = "cpu") -> None:
         _opencv()

@@ -113,7 +113,7 @@ def find(name: str) -> Any:
         sys.path.append(here)  # as `python -m kvpo` has it: a reward in a file of the working folder need not be installed
     try:
         found = getattr(importlib.import_module(module), attribute, None)
-    except ImportError as error:
+    except (ImportError, SyntaxError) as error:
         raise ValueError(f"reward {name!r} can not be imported from {path}: {error}") from None
     if found is None:
         raise ValueError(f"reward {name!r} can not be imported: module {module!r} has no {attribute!r}")

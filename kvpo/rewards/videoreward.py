@@ -46,7 +46,7 @@ class VideoReward(QwenReward):
     """Folder or hub id with that model's ``config.json`` and ``tokenizer.json``; its weights are not needed."""
     dtype: str = "auto"
     """bfloat16, float32, or auto: bfloat16 where it is first loaded to a CUDA device, else float32."""
-    spec: RewardSpec = RewardSpec("videoreward", "qwen-vl", UNBOUNDED, min_frames=8, fps=2.0, level="segment", licence="Apache-2.0; code and template MIT", memory_gb=7.0)
+    spec: RewardSpec = RewardSpec("videoreward", "qwen-vl", UNBOUNDED, looks_at="people's verdicts on videos: picture, motion or text", min_frames=8, fps=2.0, level="segment", licence="Apache-2.0; code and template MIT", memory_gb=7.0)
     """At 2 frames a second, but 8 at least: of a branch of 36 frames at 16 a second it would see 4, too few for motion."""
     model: Any = field(init=False, default=None, repr=False)
 

@@ -58,7 +58,7 @@ MIDDLE = (PILLAR[0] + PILLAR[1]) / 2
 
 @dataclass(frozen=True)
 class VisualQuality(Measured):
-    spec: RewardSpec = RewardSpec("VQ", FAMILY, needs_prompt=False, min_frames=2)
+    spec: RewardSpec = RewardSpec("VQ", FAMILY, looks_at="one sharp, clean object on one of the world's places", needs_prompt=False, min_frames=2)
 
     def measure(self, batch: VideoBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         s = observe(batch)
@@ -79,7 +79,7 @@ class VisualQuality(Measured):
 
 @dataclass(frozen=True)
 class MotionQuality(Measured):
-    spec: RewardSpec = RewardSpec("MQ", FAMILY, min_frames=2 * LAG)
+    spec: RewardSpec = RewardSpec("MQ", FAMILY, looks_at="smooth motion at the asked pace, not frozen", min_frames=2 * LAG)
 
     def measure(self, batch: VideoBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         s, scenes = observe(batch), asked(batch)
@@ -115,7 +115,7 @@ def _speed(moved: Motion, scenes: list[Scene], range_B: list[tuple[float, float]
 
 @dataclass(frozen=True)
 class TextAlignment(Measured):
-    spec: RewardSpec = RewardSpec("TA", FAMILY, min_frames=2 * LAG, level="segment")
+    spec: RewardSpec = RewardSpec("TA", FAMILY, looks_at="the asked shape, colour, place and motion", min_frames=2 * LAG, level="segment")
 
     def measure(self, batch: VideoBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         s, scenes = observe(batch), asked(batch)
