@@ -190,7 +190,7 @@ def test_sentinels_in_a_run(folder, tmp_path, capsys, monkeypatch):
     out, sentinels = tmp_path / "run", {"every": 2, "scripts": 2, "seeds": 2}
     assert run(folder, out, tmp_path, sentinels=sentinels) == 0
     looks = [r for r in read_metrics(out / "metrics.jsonl") if "sentinel/saturation/moved" in r]
-    assert [r["step"] for r in looks] == [1] and looks[0]["time/sentinels"] > 0 and "stopped" not in capsys.readouterr().out
+    assert [r["step"] for r in looks] == [1, 3] and looks[0]["time/sentinels"] > 0 and "stopped" not in capsys.readouterr().out
     assert run(folder, tmp_path / "other", tmp_path, sentinels=sentinels | {"kl_warn": 1e-12, "kl_stop": 1e-12}) == 0
     said = capsys.readouterr().out
     assert "sentinel after 2 steps: KL to the start policy" in said and "stopped after 2 steps: beyond the stop limit: KL" in said
