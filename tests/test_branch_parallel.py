@@ -1,0 +1,190 @@
+"""One group over a row of ranks: the numbers of one rank, and an error of one rank is everyone's.
+
+Run by torchrun this file is a rank that works through `CASES`; as a test it compares with a single process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_align import CLOCK, align, records, settings, write_recipe
+from test_distributed import launch_python
+from tiny import Warmth
+
+from kvpo.align import Alignment
+from kvpo.branch_parallel import all_rewards
+from kvpo.config import from_dict
+from kvpo.distributed import Ranks
+from kvpo.progress import Progress
+from kvpo.types import RewardTable
+from kvpo.update import Updater
+
+UPDATE = {"groups": 2, "optimizer": {"lr": 1e-3, "warmup": 1, "eps": 1e-3}, "rollout": {"branches": 4, "cache_frames": 12}}
+FOUR = UPDATE | {"groups": 4}
+LORA, FULL = {"policy": {"train": "lora", "rank": 2, "sync_interval": 2}}, {"policy": {"train": "full", "sync_interval": 2}}
+HELD = {"advantages": {"anchor": True}, "velocity_penalty": {"weight": 1.0, "blocks": 2}, "context": "anchor", "rows_per_pass": 5}
+UNEVEN = {"rollout": {"branches": 3, "cache_frames": 12, "together": 2}}
+SKIP = {"unsafe": {"kind": "skip"}, "rollout": {"branches": 2, "cache_frames": 12}}
+
+CASES = {
+    2: {"lora": UPDATE | LORA, "anchor and held blocks": UPDATE | FULL | HELD, "uneven": UPDATE | LORA | UNEVEN, "holes": UPDATE | LORA, "skipped": FOUR | FULL | SKIP},
+    4: {"full": UPDATE | FULL, "anchor and held blocks": FOUR | LORA | HELD, "holes": FOUR | FULL, "skipped": FOUR | LORA | SKIP},
+}
+"""Processes, in rows of two -> what is compared after two updates, the second of them off policy."""
+FAULTS = ("reward", "hold", "show")
+"""Where one rank alone fails, in the first of its groups."""
+
+
+class Holes(Alignment):
+    """Branch 2 of every group has no rewards."""
+
+    def explore(self, *args, **kwargs):
+        rollout, table, pixels = super().explore(*args, **kwargs)
+        if 2 in (own := self.row.stretch(self.config.rollout.branches)):
+            row = 2 - own.start
+            table.local[:, row], table.global_[:, row], table.valid[row] = float("nan"), float("nan"), False
+        return rollout, table, pixels
+
+
+class BrokenOnTheLast(Warmth):
+    """NaN called valid, but only on the last rank."""
+
+    def __new__(cls):
+        from tiny import Broken
+
+        return Broken() if os.environ.get("RANK") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1) else Warmth()
+
+
+def updates(folder: Path, case: str, changes: dict, size: int) -> dict:
+    """Weights and metrics after each of two steps."""
+    config = from_dict(settings(folder, **changes, branch_parallel=size))
+    run = (Holes if case == "holes" else Alignment)(config, folder / "nowhere", Progress())
+    found = {"start": run.policy.snapshot(), "weights": [], "metrics": []}
+    for step in range(2):
+        metrics = run.step(step)
+        found["metrics"].append({k: float(v) for k, v in metrics.items() if not k.startswith((*CLOCK, "calls/"))})
+        found["weights"].append(run.policy.snapshot())
+    return found
+
+
+def failure(folder: Path, out: Path, fault: str, size: int) -> dict:
+    """What a step in which one rank fails says, and whether the weights stayed."""
+    first = os.environ.get("RANK") == "0"
+
+    def broken(*_, **__):
+        raise OSError(28, "No space left on device") if fault == "show" else ValueError("no such block")
+
+    prompts = write_recipe(folder / "prompts.txt", "a red circle rises slowly")  # with stories of the world, rewards would be tried out before
+    changes = {"reward": {"rewards": [{"name": "test_branch_parallel:BrokenOnTheLast"}], "data": {"prompts": prompts, "blocks": 6}}, "hold": {}, "show": {"show_every": 1}}[fault]
+    run = Alignment(from_dict(settings(folder, **UPDATE, **changes, branch_parallel=size)), out, Progress())
+    with pytest.MonkeyPatch.context() as patched:
+        if fault == "hold" and first:
+            patched.setattr(Updater, "hold", broken)
+        if fault == "show" and first:
+            patched.setattr("kvpo.align.show_group", broken)
+        with pytest.raises((ValueError, OSError)) as caught:
+            run.step(0)
+    return {"said": str(caught.value), "updates": run.policy.updates, "same": all(torch.equal(p, r) for p, r in zip(run.policy.parameters, run.policy.reference))}
+
+
+def work(folder: Path, out: Path, recipe: str) -> None:
+    """One rank's."""
+    ranks = Ranks.join(torch.device("cpu"))
+    found = {case: updates(folder, case, changes, 2) for case, changes in CASES[ranks.world].items()}
+    found |= {fault: failure(folder, out / "broken", fault, 2) for fault in FAULTS}
+    torch.save(found, out / f"rank-{ranks.rank}.pt")
+    if ranks.world == 2:  # the command closes the connections behind it
+        assert align(recipe, out / "run", "--branch-parallel", "2", "--steps", "1", "--show-every", "1") == 0
+    ranks.leave()
+
+
+@pytest.fixture(scope="module")
+def recipe(folder, tmp_path_factory):
+    return write_recipe(tmp_path_factory.mktemp("recipe") / "r.yaml", settings(folder, **UPDATE | LORA, evaluate={"scripts": 2, "batch": 2, "videos": 0}))
+
+
+@pytest.fixture(scope="module", params=CASES)
+def world(request, folder, recipe, tmp_path_factory):
+    """(every rank's findings, the folder they wrote to)."""
+    out = tmp_path_factory.mktemp("ranks")
+    process = launch_python(out, __file__, str(folder), str(out), recipe, ranks=request.param)
+    said, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, said
+    return [torch.load(out / f"rank-{rank}.pt", weights_only=True) for rank in range(request.param)], out
+
+
+def test_a_row_of_two_is_one_rank(world, folder):
+    """Weights to 1e-6, every metric; and bit for bit alike on all ranks."""
+    found, _ = world
+    for case, changes in CASES[len(found)].items():
+        alone = updates(folder, case, changes, 1)
+        for step in range(2):
+            for ours, theirs, start in zip(found[0][case]["weights"][step], alone["weights"][step], alone["start"], strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6, msg=f"{case}, update {step}")
+            assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(other[case]["weights"][step], found[0][case]["weights"][step]))
+            ours, theirs = found[0][case]["metrics"][step], alone["metrics"][step]
+            assert ours.keys() == theirs.keys()
+            assert {k: v for k, v in ours.items() if v != pytest.approx(theirs[k], rel=1e-4, abs=1e-6, nan_ok=True)} == {}, case
+        moved = max(float((a - b).abs().max()) for a, b in zip(alone["weights"][1], alone["start"]))
+        assert moved > 1e-4, "what is compared has moved a hundred times the tolerance"
+        last = alone["metrics"][1]
+        assert 0.0 < last["group/skipped"] < 1.0 or case != "skipped"
+        assert last["advantage/valid"] == (0.8 if case == "holes" else 1.0) and ("hold/distance" in last) == (case == "anchor and held blocks")
+
+
+def test_an_error_of_one_rank_is_its_row_s_and_everyone_s(world):
+    """A reward, the penalty, the picture: on one rank, in the first of its two groups.  Nobody waits for the next one, nobody updates."""
+    found, _ = world
+    for fault, rank in (("reward", len(found) - 1), ("hold", 0), ("show", 0)):
+        ends = {"reward": "clip 0 = nan", "hold": "no such block", "show": "No space left on device"}[fault]
+        for other, said in enumerate(found):
+            assert ends in said[fault]["said"] and said[fault]["same"] and said[fault]["updates"] == 0
+            assert f"rank {rank}: " in said[fault]["said"] or other == rank
+
+
+def test_a_recorded_group_shows_all_branches_and_one_rank_goes_on(world, recipe):
+    found, out = world
+    if len(found) == 4:
+        return
+    record = json.loads((out / "run" / "groups" / "step-000000" / "group.json").read_text())
+    assert [len(record[k]) for k in ("plans", "energies", "advantages", "pi")] == [5, 4, 4, 4] and sum(record["pi"]) == pytest.approx(1.0)
+    assert align(recipe, out / "run", "--resume", "--steps", "2", "--evaluate.scripts", "2") == 0
+    assert align(recipe, out / "alone", "--steps", "2", "--show-every", "1") == 0
+    alone = json.loads((out / "alone" / "groups" / "step-000000" / "group.json").read_text())
+    assert record["plans"] == alone["plans"] and record["energies"] == pytest.approx(alone["energies"], rel=1e-5)
+    a, b = (records(out / name)[1] for name in ("run", "alone"))
+    assert a.keys() == b.keys() and all(a[k] == pytest.approx(b[k], rel=1e-4, abs=1e-6) for k in a)
+
+
+# --- By hand ---
+
+
+def test_rewards_of_a_row_by_hand(monkeypatch):
+    """Branches in the order of the ranks, and the last rank's anchor."""
+    parts = [torch.tensor([[1.0, 9.0]]), torch.tensor([[2.0, 3.0, 8.0]])]
+    valid = [torch.tensor([True, False]), torch.tensor([False, True, True])]
+    monkeypatch.setattr(Ranks, "gather", lambda self, value: [(p, -p, v) for p, v in zip(parts, valid)])
+    whole = all_rewards(Ranks(0, 2), RewardTable(("r",), parts[0], -parts[0], valid[0]))
+    assert whole.local.tolist() == [[1.0, 2.0, 3.0, 8.0]] and torch.equal(whole.global_, -whole.local) and whole.valid.tolist() == [True, False, True, True]
+
+
+@pytest.mark.parametrize(("world", "size"), [(1, 2), (6, 4), (2, 3)])
+def test_rows_that_do_not_come_out_even_are_refused(world, size):
+    with pytest.raises(ValueError, match=f"branch_parallel = {size} does not divide {world} processes; start a multiple of {size}"):
+        Ranks(0, world).split(size)
+
+
+@pytest.mark.parametrize("size", [0, 5])
+def test_every_process_of_a_row_needs_a_branch(folder, size):
+    with pytest.raises(ValueError, match=f"branch_parallel = {size} must lie between 1 and rollout.branches = 4"):
+        from_dict(settings(folder, **UPDATE, branch_parallel=size))
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
