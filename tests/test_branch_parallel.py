@@ -25,16 +25,17 @@ from kvpo.progress import Progress
 from kvpo.types import RewardTable
 from kvpo.update import Updater
 
-UPDATE = {"groups": 2, "optimizer": {"lr": 1e-3, "warmup": 1, "eps": 1e-3}, "rollout": {"branches": 4, "cache_frames": 12}}
-FOUR = UPDATE | {"groups": 4}
+ALONE = {"groups": 2, "optimizer": {"lr": 1e-3, "warmup": 1, "eps": 1e-3}, "rollout": {"branches": 4, "cache_frames": 12, "together": 1}, "score": {"clip_frames": 8, "min_frames": 4, "together": 1}}
+"""Rows generated, decoded and replayed one at a time: then a row of ranks has the bits of one rank, and only sums have another order.
+In batches of other sizes a pixel may be rounded to the next of its 256 values, which a reward of little spread shows."""
+TOGETHER = {"rollout": {"branches": 3, "cache_frames": 12}, "score": {"clip_frames": 8, "min_frames": 4}}
 LORA, FULL = {"policy": {"train": "lora", "rank": 2, "sync_interval": 2}}, {"policy": {"train": "full", "sync_interval": 2}}
-HELD = {"advantages": {"anchor": True}, "velocity_penalty": {"weight": 1.0, "blocks": 2}, "context": "anchor", "rows_per_pass": 5}
-UNEVEN = {"rollout": {"branches": 3, "cache_frames": 12, "together": 2}}
-SKIP = {"unsafe": {"kind": "skip"}, "rollout": {"branches": 2, "cache_frames": 12}}
+HELD = {"advantages": {"anchor": True}, "velocity_penalty": {"weight": 1.0, "blocks": 2}, "context": "anchor"}
+SKIP = {"groups": 4, "unsafe": {"kind": "skip"}, "rollout": {"branches": 2, "cache_frames": 12, "together": 1}}
 
 CASES = {
-    2: {"lora": UPDATE | LORA, "anchor and held blocks": UPDATE | FULL | HELD, "uneven": UPDATE | LORA | UNEVEN, "holes": UPDATE | LORA, "skipped": FOUR | FULL | SKIP},
-    4: {"full": UPDATE | FULL, "anchor and held blocks": FOUR | LORA | HELD, "holes": FOUR | FULL, "skipped": FOUR | LORA | SKIP},
+    2: {"anchor and held blocks": ALONE | LORA | HELD, "holes": ALONE | FULL, "in batches": ALONE | FULL | TOGETHER},
+    4: {"anchor and held blocks": ALONE | FULL | HELD, "skipped": ALONE | LORA | SKIP},
 }
 """Processes, in rows of two -> what is compared after two updates, the second of them off policy."""
 FAULTS = ("reward", "hold", "show")
@@ -61,9 +62,14 @@ class BrokenOnTheLast(Warmth):
         return Broken() if os.environ.get("RANK") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1) else Warmth()
 
 
+def prompts(folder: Path) -> dict:
+    """With stories of the miniature's world, rewards would first be tried out on its clips: seconds a run."""
+    return {"prompts": str(folder.parent / "prompts.txt"), "blocks": 6}
+
+
 def updates(folder: Path, case: str, changes: dict, size: int) -> dict:
     """Weights and metrics after each of two steps."""
-    config = from_dict(settings(folder, **changes, branch_parallel=size))
+    config = from_dict(settings(folder, **changes, data=prompts(folder), branch_parallel=size))
     run = (Holes if case == "holes" else Alignment)(config, folder / "nowhere", Progress())
     found = {"start": run.policy.snapshot(), "weights": [], "metrics": []}
     for step in range(2):
@@ -80,9 +86,8 @@ def failure(folder: Path, out: Path, fault: str, size: int) -> dict:
     def broken(*_, **__):
         raise OSError(28, "No space left on device") if fault == "show" else ValueError("no such block")
 
-    prompts = write_recipe(folder / "prompts.txt", "a red circle rises slowly")  # with stories of the world, rewards would be tried out before
-    changes = {"reward": {"rewards": [{"name": "test_branch_parallel:BrokenOnTheLast"}], "data": {"prompts": prompts, "blocks": 6}}, "hold": {}, "show": {"show_every": 1}}[fault]
-    run = Alignment(from_dict(settings(folder, **UPDATE, **changes, branch_parallel=size)), out, Progress())
+    changes = {"reward": {"rewards": [{"name": "test_branch_parallel:BrokenOnTheLast"}]}, "hold": {}, "show": {"show_every": 1}}[fault]
+    run = Alignment(from_dict(settings(folder, **ALONE, **changes, data=prompts(folder), branch_parallel=size)), out, Progress())
     with pytest.MonkeyPatch.context() as patched:
         if fault == "hold" and first:
             patched.setattr(Updater, "hold", broken)
@@ -106,7 +111,8 @@ def work(folder: Path, out: Path, recipe: str) -> None:
 
 @pytest.fixture(scope="module")
 def recipe(folder, tmp_path_factory):
-    return write_recipe(tmp_path_factory.mktemp("recipe") / "r.yaml", settings(folder, **UPDATE | LORA, evaluate={"scripts": 2, "batch": 2, "videos": 0}))
+    Path(prompts(folder)["prompts"]).write_text("2,[a red circle rises slowly],[it turns blue]\n1,[a small green square moves left]\n")
+    return write_recipe(tmp_path_factory.mktemp("recipe") / "r.yaml", settings(folder, **ALONE | LORA, data=prompts(folder), evaluate={"scripts": 2, "batch": 2, "videos": 0}))
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -123,16 +129,16 @@ def test_a_row_of_two_is_one_rank(world, folder):
     """Weights to 1e-6, every metric; and bit for bit alike on all ranks."""
     found, _ = world
     for case, changes in CASES[len(found)].items():
-        alone = updates(folder, case, changes, 1)
+        alone, close = updates(folder, case, changes, 1), 1e-4 if case == "in batches" else 1e-6
         for step in range(2):
-            for ours, theirs, start in zip(found[0][case]["weights"][step], alone["weights"][step], alone["start"], strict=True):
-                torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6, msg=f"{case}, update {step}")
+            for ours, theirs in zip(found[0][case]["weights"][step], alone["weights"][step], strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=0, atol=close, msg=f"{case}, update {step}")
             assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(other[case]["weights"][step], found[0][case]["weights"][step]))
             ours, theirs = found[0][case]["metrics"][step], alone["metrics"][step]
             assert ours.keys() == theirs.keys()
-            assert {k: v for k, v in ours.items() if v != pytest.approx(theirs[k], rel=1e-4, abs=1e-6, nan_ok=True)} == {}, case
+            assert {k: v for k, v in ours.items() if v != pytest.approx(theirs[k], rel=1e3 * close, abs=close)} == {}, case
         moved = max(float((a - b).abs().max()) for a, b in zip(alone["weights"][1], alone["start"]))
-        assert moved > 1e-4, "what is compared has moved a hundred times the tolerance"
+        assert moved > 5 * close
         last = alone["metrics"][1]
         assert 0.0 < last["group/skipped"] < 1.0 or case != "skipped"
         assert last["advantage/valid"] == (0.8 if case == "holes" else 1.0) and ("hold/distance" in last) == (case == "anchor and held blocks")
@@ -154,11 +160,11 @@ def test_a_recorded_group_shows_all_branches_and_one_rank_goes_on(world, recipe)
         return
     record = json.loads((out / "run" / "groups" / "step-000000" / "group.json").read_text())
     assert [len(record[k]) for k in ("plans", "energies", "advantages", "pi")] == [5, 4, 4, 4] and sum(record["pi"]) == pytest.approx(1.0)
-    assert align(recipe, out / "run", "--resume", "--steps", "2", "--evaluate.scripts", "2") == 0
+    assert align(recipe, out / "run", "--resume", "--steps", "2") == 0
     assert align(recipe, out / "alone", "--steps", "2", "--show-every", "1") == 0
     alone = json.loads((out / "alone" / "groups" / "step-000000" / "group.json").read_text())
     assert record["plans"] == alone["plans"] and record["energies"] == pytest.approx(alone["energies"], rel=1e-5)
-    a, b = (records(out / name)[1] for name in ("run", "alone"))
+    a, b = (records(out / name, evaluations=False)[1] for name in ("run", "alone"))
     assert a.keys() == b.keys() and all(a[k] == pytest.approx(b[k], rel=1e-4, abs=1e-6) for k in a)
 
 
@@ -183,7 +189,7 @@ def test_rows_that_do_not_come_out_even_are_refused(world, size):
 @pytest.mark.parametrize("size", [0, 5])
 def test_every_process_of_a_row_needs_a_branch(folder, size):
     with pytest.raises(ValueError, match=f"branch_parallel = {size} must lie between 1 and rollout.branches = 4"):
-        from_dict(settings(folder, **UPDATE, branch_parallel=size))
+        from_dict(settings(folder, **ALONE, branch_parallel=size))
 
 
 if __name__ == "__main__":
