@@ -56,6 +56,7 @@ class Ranks:
             return self, self
         mesh = init_device_mesh(self.device.type, (self.world // size, size), mesh_dim_names=("group", "branch"))
         column, row = (replace(self, rank=m.get_local_rank(), world=m.size(), channel=m.get_group()) for m in (mesh["group"], mesh["branch"]))
+        dist.distributed_c10d._set_pg_timeout(PATIENCE, row.channel)  # NCCL's own is ten minutes, and a mesh is not told
         return column, row
 
     def leave(self) -> None:
