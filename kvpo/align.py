@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from kvpo.advantages import Advantage
+from kvpo.branch_parallel import all_rewards, all_rows
 from kvpo.checkpoint import checkpoints, load_checkpoint, read_state, save_checkpoint
 from kvpo.conflicts import conflicts
 from kvpo.config import RunConfig, differences, from_dict, to_dict
@@ -45,7 +46,7 @@ from kvpo.types import RewardTable, Rollout, Script
 from kvpo.update import Updater, group_means
 from kvpo.velocity_penalty import held_velocities
 
-MAY_CHANGE = ("steps", "show_every", "evaluate.", "checkpoint.")
+MAY_CHANGE = ("steps", "show_every", "evaluate.", "checkpoint.", "branch_parallel")
 """Settings that a resumed run may change: they do not touch what is trained on."""
 
 
@@ -57,7 +58,9 @@ class Alignment:
         self.device = pick_device(config.device)
         make_reproducible(self.device)
         self.ranks = Ranks.join(self.device)
-        self.ranks.share(config.groups)
+        self.column, self.row = self.ranks.split(config.branch_parallel)
+        """The ranks with other groups, and those that share this one's."""
+        self.column.share(config.groups)
         self.judges, self.advantages = judges(config, self.device)
         self.rewards = trained(self.judges)
         refuse_frozen(self.rewards, calibration_clips(config), self.advantages.weights)
@@ -66,7 +69,7 @@ class Alignment:
         if config.gradient_checkpointing:
             self.pipeline.generator.transformer.enable_gradient_checkpointing()
         self.policy = Policy(self.pipeline.generator, config.policy, config.seed)
-        self.updater = Updater(self.policy, config.optimizer, config.objective, config.temperature, config.unsafe, config.groups)
+        self.updater = Updater(self.policy, config.optimizer, config.objective, config.temperature, config.unsafe, config.groups, self.row)
         check_room(config.exploring, config.rollout, config.data.blocks, self.pipeline.geometry)
         self.sampler = SAMPLERS[config.sampler]
         self.phases = Phases()
@@ -98,8 +101,8 @@ class Alignment:
         """All groups of a step, this rank's share of them here, then one update."""
         calls = self.pipeline.generator.calls
         with self.phases("total"):
-            own = self.ranks.together(lambda: {index: self._named_group(step, index) for index in self.ranks.share(self.config.groups)})
-            groups = {index: found for part in self.ranks.gather(own) for index, found in part.items()}
+            own = self.ranks.together(lambda: {index: self._named_group(step, index) for index in self.column.share(self.config.groups)})
+            groups = {index: found for part in self.ranks.gather(own if self.row.first else {}) for index, found in part.items()}
             metrics = group_means([groups[index] for index in sorted(groups)])
             with self.phases("optimizer"):
                 self.ranks.add_gradients(self.policy.parameters)
@@ -117,27 +120,33 @@ class Alignment:
         config, name = self.config, ("train", step, index)
         script = self.source.script(step, index)
         embeddings = self.embed(script)
-        rollout, rewards, pixels = self.explore(script, embeddings, name, held=functools.partial(self._held, script, stream(config.seed, *name, "hold")))
+        held = functools.partial(self._held, script, stream(config.seed, *name, "hold"))
+        rollout, own, pixels = self.row.together(lambda: self.explore(script, embeddings, name, held=held))
+        rewards = all_rewards(self.row, own)
         advantage = self.advantages(rewards)
         if config.shuffle_advantages:
             advantage = _shuffled(advantage, stream(config.seed, *name, "shuffle"))
-        replay = Replay(self.pipeline, rollout, embeddings, CONTEXTS[config.context], config.energy, range(len(advantage.values)), config.rows_per_pass, config.rollout.together)
+        members = range(rollout.num_branches + (config.advantages.anchor and self.row.last))
+        replay = Replay(self.pipeline, rollout, embeddings, CONTEXTS[config.context], config.energy, members, config.rows_per_pass, config.rollout.together)
         update = self.updater.accumulate(replay, advantage, self.phases)
-        penalty = self.updater.hold(config.velocity_penalty, lambda: [held_velocities(self.pipeline, rollout, embeddings, b) for b in rollout.held], self.phases)
+        velocities = lambda: [held_velocities(self.pipeline, rollout, embeddings, b) for b in rollout.held]  # noqa: E731
+        penalty = self.row.together(lambda: self.updater.hold(config.velocity_penalty, velocities, self.phases) if self.row.first else {})
         if config.show_every and step % config.show_every == 0 and index == 0:
-            show_group(self.out, step, self.pipeline, rollout, pixels, rewards, advantage, update, config.exploring)
+            plans, shown = all_rows(self.row, rollout, pixels)
+            self.row.only_first(lambda: show_group(self.out, step, self.pipeline, replace(rollout, plans=plans), shown, rewards, advantage, update, config.exploring))
         agreement = conflicts(rewards.components, self.advantages.by_component(advantage)[:, rewards.valid[:-1]])
-        return update.metrics | penalty | advantage.metrics | agreement | _reward_metrics(rewards) | _group_metrics(rollout, pixels)
+        return update.metrics | penalty | advantage.metrics | agreement | _reward_metrics(rewards) | _group_metrics(rollout, pixels, self.row)
 
     def explore(
         self, script: Script, embeddings: Mapping[str, torch.Tensor], name: tuple[int | str, ...], explorer: Explorer | None = None, fork: int | None = None,
         held: Callable[[int], Sequence[int]] = lambda fork: (),
     ) -> tuple[Rollout, RewardTable, torch.Tensor]:  # fmt: skip
-        """A group of the behaviour policy, its rewards, and its pixels from the fork on.  ``name`` names its streams; ``explorer``: default the recipe's; the rest as in `roll_out`."""
+        """A group of the behaviour policy (this rank's branches of it, and the anchor), its rewards, and its pixels from the fork on.
+        ``name`` names its streams; ``explorer``: default the recipe's; the rest as in `roll_out`."""
         config, geometry = self.config, self.pipeline.geometry
-        seen = functools.partial(horizon, script, geometry=geometry, config=config.score)
+        seen, own = functools.partial(horizon, script, geometry=geometry, config=config.score), self.row.stretch(config.rollout.branches)
         with self.policy.using(self.policy.behaviour):
-            rollout = roll_out(self.pipeline, self.sampler, explorer or config.exploring, config.rollout, script, embeddings, config.seed, name, self.phases, fork, seen, held)
+            rollout = roll_out(self.pipeline, self.sampler, explorer or config.exploring, config.rollout, script, embeddings, config.seed, name, self.phases, fork, seen, held, own)
         return rollout, *score(self.pipeline, rollout, self.rewards, config.score, self.phases)
 
     def _held(self, script: Script, generator: torch.Generator, fork: int) -> list[int]:
@@ -226,6 +235,6 @@ def _reward_metrics(rewards: RewardTable) -> dict[str, float]:
     return metrics
 
 
-def _group_metrics(rollout: Rollout, pixels: torch.Tensor) -> dict[str, float]:
+def _group_metrics(rollout: Rollout, pixels: torch.Tensor, row: Ranks) -> dict[str, float]:
     length = 4 * rollout.trajectory.clean.shape[1] * rollout.trajectory.clean.shape[2]
-    return {"group/fork": rollout.window.fork, "diversity/pixel": pixel_diversity(pixels[:-1, :length])}
+    return {"group/fork": rollout.window.fork, "diversity/pixel": pixel_diversity(pixels[:-1, :length], row)}

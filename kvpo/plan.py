@@ -11,7 +11,7 @@ import tyro
 
 from kvpo.config import RunConfig
 from kvpo.files import write_atomic
-from kvpo.plan_amounts import Amounts, amounts, decoded_together, own_past, replay_rows, rows_of, side_by_side, with_changes
+from kvpo.plan_amounts import Amounts, amounts, branches_of, decoded_together, own_past, replay_rows, rows_of, side_by_side, with_changes
 from kvpo.plan_costs import GIB, Costs, Sizes, costs, sizes_of
 
 CARDS: Mapping[str, tuple[float, float]] = {
@@ -32,7 +32,7 @@ class Plan:
     """A shipped recipe or a YAML file."""
     settings: Annotated[RunConfig, tyro.conf.arg(name="")]
     gpus: int = 1
-    """Cards; each takes its share of a step's groups."""
+    """Cards; each takes its share of a step's groups, or, with branch_parallel, of a group's branches."""
     card: Literal["h200", "h100", "a100", "l40s", "rtx4090", "rtx5090"] = "h100"
     """For the time, and for the memory unless that is given."""
     gpu_memory: float = 0.0
@@ -45,6 +45,8 @@ class Plan:
     def __call__(self) -> None:
         if self.gpus < 1 or self.gpu_memory < 0:
             raise ValueError(f"--gpus {self.gpus} must be 1 or more, and --gpu-memory {self.gpu_memory} positive")
+        if self.gpus % self.settings.branch_parallel:
+            raise ValueError(f"--gpus {self.gpus} is no multiple of branch_parallel = {self.settings.branch_parallel}: so many cards share a group")
         room = self.gpu_memory * 0.97 * 1e9 / GIB if self.gpu_memory else CARDS[self.card][1]
         sizes = sizes_of(self.settings, self.size)
         found, counted = costs(self.settings, sizes), amounts(self.settings, sizes.geometry)
@@ -60,7 +62,7 @@ def stages(config: RunConfig, sizes: Sizes, c: Costs) -> dict[str, dict[str, int
     """Bytes on the device in every stage of a step, by part.  Passes cost as many times their row's bytes as they have rows."""
     g, B, R = sizes.geometry, side_by_side(config), replay_rows(config, sizes.geometry)
     rollout_own, replay_own = own_past(config, sizes.geometry)
-    members = min(config.rollout.together or config.rollout.branches, config.rollout.branches)
+    members = min(config.rollout.together or branches_of(config), branches_of(config))
     latent = 4 * g.block * sizes.transformer["in_channels"] * g.latent_height * g.latent_width
     rows, P, S = rows_of(config), config.exploring.window_blocks, len(g.sigmas)
     trained = 4 * c.trainable
@@ -168,7 +170,7 @@ def _advice(config: RunConfig, sizes: Sizes, c: Costs, room: float) -> list[str]
 def work(config: RunConfig, sizes: Sizes, c: Costs, n: Amounts) -> dict[str, float]:
     """Floating-point operations of one group, by phase."""
     S, P = len(sizes.geometry.sigmas), config.exploring.window_blocks
-    members = config.rollout.branches + config.advantages.anchor
+    members = branches_of(config) + config.advantages.anchor
     contexts, velocities = members * (P - 1), members * P * S - (members - 1)
     row, grad = c.replay.flops / c.rows["replay"], c.gradient.flops / c.rows["gradient"]
     unscored = n.replays - 1 + (not n.single_pass)
@@ -183,10 +185,11 @@ def work(config: RunConfig, sizes: Sizes, c: Costs, n: Amounts) -> dict[str, flo
 
 def _work(plan: Plan, sizes: Sizes, c: Costs, n: Amounts) -> list[str]:
     found = work(plan.settings, sizes, c, n)
-    groups, rate = -(-plan.settings.groups // plan.gpus), CARDS[plan.card][0] * 1e12 * UTILISATION
+    groups, rate = -(-plan.settings.groups * plan.settings.branch_parallel // plan.gpus), CARDS[plan.card][0] * 1e12 * UTILISATION
     seconds = sum(found.values()) / rate
     replays = n.replays + (not n.single_pass)
-    lines = [f"{'one group, mean over forks':<28}{'calls':>9}{'TFLOP':>12}{'s':>9}"]
+    title = "one group, mean over forks" if plan.settings.branch_parallel == 1 else "a card's share of one group"
+    lines = [f"{title:<28}{'calls':>9}{'TFLOP':>12}{'s':>9}"]
     calls = {"prefix": n.prefix_calls, "branches and anchor": n.branch_calls, "replays without gradient": (replays - 1) * n.replay_calls, "replay with gradient": n.replay_calls}
     lines += [f"{name:<28}{f'{calls[name]:.0f}' if name in calls else '':>9}{work / 1e12:>12.3g}{work / rate:>9.3g}" for name, work in found.items()]
     lines += [

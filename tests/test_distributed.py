@@ -22,9 +22,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def launch(recipe: str, out: Path, *options: str, ranks: int = 2, restarts: int = 0) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}", "-m", "kvpo", "align", recipe, "--out", str(out), *options]
+    return launch_python(out.parent, "-m", "kvpo", "align", recipe, "--out", str(out), *options, ranks=ranks, restarts=restarts)
+
+
+def launch_python(folder: Path, *program: str, ranks: int = 2, restarts: int = 0) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}", *program]
     env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, cwd=out.parent)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, cwd=folder)
 
 
 def torchrun(recipe: str, out: Path, *options: str, ranks: int = 2) -> tuple[int, str]:

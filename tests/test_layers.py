@@ -27,7 +27,7 @@ LAYERS = {
     "weights": "policy",
     "stage 1": "prompts",
     "stage 2": "rollout",
-    "stage 3": "score",
+    "stage 3": "score branch_parallel",
     "stage 4": "advantages conflicts",
     "stage 5": "replay",
     "stage 6": "loss velocity_penalty",

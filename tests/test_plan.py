@@ -182,3 +182,24 @@ def test_bad_input(capsys, argv, message):
 
 def test_cards_are_rates_and_rooms():
     assert all(100 < rate < 3000 and 10 < room < 300 for rate, room in CARDS.values())
+
+
+# --- A group over several cards ---
+
+
+def test_a_card_s_share_of_a_group_is_planned_as_a_smaller_group(folder):
+    """Five branches on two cards are at most three on one, and the anchor on both."""
+    rollout = lambda branches: {"rollout": {"branches": branches, "cache_frames": 12}, "advantages": {"anchor": True}}  # noqa: E731
+    split, small = config_of(folder, branch_parallel=2, **rollout(5)), config_of(folder, **rollout(3))
+    sizes = sizes_of(split)
+    found = costs(split, sizes)
+    assert amounts(split, sizes.geometry) == amounts(small, sizes.geometry)
+    assert found == costs(small, sizes) and stages(split, sizes, found) == stages(small, sizes, found)
+
+
+def test_cards_in_rows(capsys, folder, tmp_path):
+    recipe = write_recipe(tmp_path / "r.yaml", settings(folder, groups=4, rollout={"branches": 4, "cache_frames": 12}))
+    said = {gpus: run(capsys, recipe, "--branch-parallel", "2", "--gpus", gpus) for gpus in (2, 3, 8)}
+    assert said[3][0] == 1 and "--gpus 3 is no multiple of branch_parallel = 2" in said[3][2]
+    minutes = {gpus: float(said[gpus][1].split(" about ")[1].split(" min")[0]) for gpus in (2, 8)}
+    assert minutes[2] == pytest.approx(4 * minutes[8], rel=0.02) and "a card's share of one group" in said[2][1]
