@@ -84,6 +84,8 @@ class RunConfig:
     """Recompute activations in the backward pass: less memory, a third more time."""
     shuffle_advantages: bool = False
     """The control experiment: advantages are shuffled among the branches of each group, so there is nothing to learn."""
+    patience: float = 1800.0
+    """Seconds that processes wait for each other before they name who did not come and end; a group at full size takes minutes."""
     show_every: int = 20
     """Steps between recorded branch grids; 0 = none."""
     rewards: tuple[RewardEntry, ...] = (
@@ -116,6 +118,8 @@ class RunConfig:
         for name, value, least in (("steps", self.steps, 1), ("groups", self.groups, 1), ("rows_per_pass", self.rows_per_pass, 0), ("show_every", self.show_every, 0)):
             if value < least:
                 raise ValueError(f"{name} = {value} must be {least} or more")
+        if not self.patience > 0.0:
+            raise ValueError(f"patience = {self.patience} must be positive")
         if self.advantages.weights:
             raise ValueError("advantages.weights is set by the rewards' own weights; write them there")
         if self.exploring.deterministic_replay and self.energy.needs_differing_context:

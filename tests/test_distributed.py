@@ -99,7 +99,9 @@ def test_evaluations_see_all_scripts(single, double):
 def test_one_rank_writes_and_speaks(double, single):
     out, said = double
     there = lambda folder: sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and "tensorboard" not in p.parts)  # noqa: E731
-    assert there(out) == there(single) and said.count("report: ") == 1 and said.count("mean of trained") == 2
+    assert set(there(out)) - set(there(single)) == {"logs/rank-1.log"} and set(there(single)) <= set(there(out))
+    assert "step 2  " in (out / "logs" / "rank-1.log").read_text()
+    assert said.count("report: ") == 1 and said.count("mean of trained") == 2
 
 
 @pytest.fixture(scope="module")
