@@ -143,14 +143,14 @@ def test_a_killed_rank_is_started_again(recipe, double, tmp_path):
     while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_bytes().count(b"\n"):
         time.sleep(0.05)
         assert process.poll() is None, process.communicate()[0]
-    (victim,) = (p for p in _children(process.pid) if b"RANK=1" in Path(f"/proc/{p}/environ").read_bytes().split(b"\0"))
+    (victim,) = (p for p in children(process.pid) if b"RANK=1" in Path(f"/proc/{p}/environ").read_bytes().split(b"\0"))
     os.kill(victim, signal.SIGKILL)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0, said
     assert equal(final(out), final(double[0])) and records(out, evaluations=False) == records(double[0], evaluations=False)
 
 
-def _children(pid: int) -> list[int]:
+def children(pid: int) -> list[int]:
     return [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and f"\nPPid:\t{pid}\n" in _status(p)]
 
 
