@@ -62,7 +62,8 @@ class Align:
         progress = Progress(self.out / "logs")
         run = Alignment(self.settings, self.out, progress)
         try:
-            report = run.run(self.resume or (restarted() and (self.out / "config.resolved.yaml").exists()))
+            again = run.ranks.gather(restarted() and (self.out / "config.resolved.yaml").exists())  # torchrun counts on every node by itself
+            report = run.run(self.resume or any(again))
             progress.say(f"report: {report.resolve()}")
         except Stopped as stop:
             progress.say(f"stopped by {stop}; {run.done} steps are done and saved. Go on with: kvpo align {self.recipe} --out {self.out} --resume")

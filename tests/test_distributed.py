@@ -130,7 +130,9 @@ def test_another_world_size_goes_on(recipe, half, single, tmp_path):
 
 def test_an_error_of_one_rank_is_everyone_s(folder, tmp_path):
     """NaN as a reward in group 1, which is the second rank's: nobody updates, nobody hangs."""
-    recipe = write_recipe(tmp_path / "r.yaml", settings(folder, groups=2, steps=1, rewards=[{"name": "test_distributed:BrokenOnTheSecond"}]))
+    (tmp_path / "prompts.txt").write_text("a red circle rises slowly\na small square\n")  # the miniature's stories have clips to try rewards on before
+    data = {"blocks": 6, "prompts": str(tmp_path / "prompts.txt")}
+    recipe = write_recipe(tmp_path / "r.yaml", settings(folder, groups=2, steps=1, data=data, rewards=[{"name": "test_distributed:BrokenOnTheSecond"}]))
     code, said = torchrun(recipe, tmp_path / "run")
     assert code != 0 and "kvpo align: rank 1: step 0, group 1: " in said and "Nothing of this step was applied" in said
     assert not checkpoints(tmp_path / "run" / "checkpoints")

@@ -11,15 +11,19 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
+from datetime import timedelta
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterator
 
 import pytest
 from test_align import equal, final, records, settings, write_recipe
-from test_distributed import children, launch
+from test_distributed import ROOT, children, launch
+from test_docs import blocks
 
 from kvpo.checkpoint import checkpoints
+from kvpo.rendezvous import open_store
 
 STEPS = 4
 
@@ -162,6 +166,70 @@ def test_a_hung_rank_is_named(folder, tmp_path):
     assert run.wait_for(lambda: 0 not in run.ranks()) and run.kill("1")  # torchrun would, half a minute later
     run.process.communicate(timeout=60)
     assert run.process.returncode == 1 and not checkpoints(run.out / "checkpoints")
+
+
+# --- Two hosts ---
+
+
+@pytest.fixture
+def hosts() -> Iterator[list[str]]:
+    """Two network namespaces joined by a cable: 10.77.0.1 on the first's interface, 10.77.0.2 on the second's; each is named like its interface."""
+    names = [f"kv{os.getpid()}{side}" for side in "ab"]
+    if os.geteuid() or not shutil.which("ip") or subprocess.run(["ip", "netns", "add", names[0]], capture_output=True).returncode:
+        pytest.skip("network namespaces need root, `ip` and the permission to make them")
+    ip = lambda *words: subprocess.run(["ip", *words], check=True)  # noqa: E731
+    try:
+        ip("netns", "add", names[1])
+        ip("link", "add", names[0], "netns", names[0], "type", "veth", "peer", "name", names[1], "netns", names[1])
+        for number, name in enumerate(names, 1):
+            ip("-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", name)
+            ip("-n", name, "link", "set", name, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def listening(host: str) -> set[str]:
+    """Addresses, as the kernel writes them, at which something in the namespace waits for connections."""
+    tables = subprocess.run(["ip", "netns", "exec", host, "cat", "/proc/net/tcp", "/proc/net/tcp6"], capture_output=True, text=True, check=True).stdout
+    return {row.split()[1].split(":")[0] for row in tables.splitlines() if " 0A " in row}
+
+
+def test_two_hosts(hosts, recipe, whole, tmp_path):
+    """By the script of docs/cluster.md, word for word: one rank on each; the second is killed and both start anew; nothing listens but on the cable; one host's weights."""
+    (script,) = (block for block in blocks(ROOT / "docs" / "cluster.md", "bash") if "exec torchrun" in block)
+    (tmp_path / "node.sh").write_text(script)
+    run = Run(recipe, tmp_path / "run")
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    env |= {"NODES": "2", "CARDS": "1", "JOB": "1", "RECIPE": recipe, "RUN": str(run.out), "RESUME": ""}
+    nodes = []
+    try:
+        for host in hosts:
+            command = ["ip", "netns", "exec", host, "bash", str(tmp_path / "node.sh")]
+            with (tmp_path / host).open("w") as out:
+                nodes.append(subprocess.Popen(command, env=env | {"INTERFACE": host}, stdout=out, stderr=subprocess.STDOUT))
+        run.process = nodes[1]
+        assert run.wait_for(run.logged(1)), (tmp_path / hosts[1]).read_text()
+        assert [listening(host) for host in hosts] == [{"01004D0A"}, {"02004D0A"}]
+        assert run.kill("0") or run.kill("1")
+        said = [node.wait(timeout=180) for node in nodes], [(tmp_path / host).read_text() for host in hosts]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert said[0] == [0, 0], "\n".join(said[1])
+    assert "resumed from" in "".join(said[1]) and is_whole(run.out, whole)
+
+
+def test_several_nodes_share_no_store(monkeypatch):
+    for name, value in {"MASTER_ADDR": "localhost", "MASTER_PORT": "1", "WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of every torchrun"):
+        open_store(timedelta(seconds=1))
+
+
+# --- At random ---
 
 
 @pytest.mark.slow
