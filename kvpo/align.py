@@ -31,7 +31,7 @@ from kvpo.loading import folder_of, load_pipeline
 from kvpo.metrics import MetricLog, NoLog, console_line
 from kvpo.parts import calibration_clips, evaluation_scripts, judges, script_source, trained
 from kvpo.policy import Policy
-from kvpo.progress import Progress
+from kvpo.progress import Bar, Progress
 from kvpo.prompts import PromptSet
 from kvpo.replay import CONTEXTS, Replay
 from kvpo.report import write_report
@@ -40,13 +40,14 @@ from kvpo.rng import stream
 from kvpo.rollout import check_room, roll_out
 from kvpo.score import horizon, pixel_diversity, score
 from kvpo.showing import show_group
+from kvpo.stopping import Stopped, stoppable
 from kvpo.timing import Phases
 from kvpo.trials import Trials
 from kvpo.types import RewardTable, Rollout, Script
 from kvpo.update import Updater, group_means
 from kvpo.velocity_penalty import held_velocities
 
-MAY_CHANGE = ("steps", "show_every", "evaluate.", "checkpoint.", "branch_parallel")
+MAY_CHANGE = ("steps", "show_every", "patience", "evaluate.", "checkpoint.", "branch_parallel")
 """Settings that a resumed run may change: they do not touch what is trained on."""
 
 
@@ -57,8 +58,8 @@ class Alignment:
         self.config, self.out, self.progress = config, out, progress
         self.device = pick_device(config.device)
         make_reproducible(self.device)
-        self.ranks = Ranks.join(self.device)
-        self.column, self.row = self.ranks.split(config.branch_parallel)
+        self.ranks = Ranks.join(self.device, config.patience)
+        self.column, self.row = self.ranks.split(config.branch_parallel, config.patience)
         """The ranks with other groups, and those that share this one's."""
         self.column.share(config.groups)
         self.judges, self.advantages = judges(config, self.device)
@@ -72,30 +73,38 @@ class Alignment:
         self.updater = Updater(self.policy, config.optimizer, config.objective, config.temperature, config.unsafe, config.groups, self.row)
         check_room(config.exploring, config.rollout, config.data.blocks, self.pipeline.geometry)
         self.sampler = SAMPLERS[config.sampler]
-        self.phases = Phases()
+        self.phases = Phases(self.ranks.tell)
         self.trials = Trials(config, out, progress, self.ranks, self.phases, self.pipeline, self.policy, self.scripts, self.judges)
 
     def run(self, resume: bool) -> Path:
-        """Train, checkpoint, evaluate; the path of the report.  FloatingPointError or ValueError before an update that must not happen."""
-        start = self._begin(resume)
+        """Train, checkpoint, evaluate; the path of the report.  FloatingPointError or ValueError before an update that must not happen; `Stopped` once what a signal stopped is saved."""
+        self.done = self.saved = start = self._begin(resume)
         log = MetricLog(self.out, resume_after=start - 1 if resume else None) if self.ranks.first else NoLog()
-        with log, self.progress.bar("align", self.config.steps, start) as bar:
-            if self.trials.missing(start):  # killed between a checkpoint and its evaluation
-                log.write(start - 1, self.trials.evaluate(start))
-            done = start
-            while not self.trials.must_stop(done, log) and done < self.config.steps:
-                metrics = self.step(done)
-                log.write(done, metrics)
-                done += 1
-                bar.advance(console_line(done, metrics))
-                if done % self.config.checkpoint.every == 0 or done == self.config.steps or self.trials.due(done):
-                    self.save(done)
-                if self.trials.due(done):
-                    log.write(done - 1, self.trials.evaluate(done))
-            if not self.trials.due(done):  # a run that was killed in its last evaluation has only this left to do
-                log.write(done - 1, self.trials.evaluate(done))
+        with stoppable(), log, self.progress.bar("align", self.config.steps, start) as bar:
+            try:
+                self._train(log, bar)
+            except Stopped:
+                if self.done > self.saved:
+                    self.save(self.done)
+                raise
         self.ranks.only_first(lambda: write_report(self.out))
         return self.out / "report.html"
+
+    def _train(self, log: MetricLog | NoLog, bar: Bar) -> None:
+        """The steps that are left, and the evaluations between and behind them."""
+        if self.trials.missing(self.done):  # killed between a checkpoint and its evaluation
+            log.write(self.done - 1, self.trials.evaluate(self.done))
+        while not self.trials.must_stop(self.done, log) and self.done < self.config.steps:
+            metrics = self.step(self.done)
+            log.write(self.done, metrics)
+            self.done += 1
+            bar.advance(console_line(self.done, metrics))
+            if self.done % self.config.checkpoint.every == 0 or self.done == self.config.steps or self.trials.due(self.done):
+                self.save(self.done)
+            if self.trials.due(self.done):
+                log.write(self.done - 1, self.trials.evaluate(self.done))
+        if not self.trials.due(self.done):  # a run that was killed in its last evaluation has only this left to do
+            log.write(self.done - 1, self.trials.evaluate(self.done))
 
     def step(self, step: int) -> dict[str, float]:
         """All groups of a step, this rank's share of them here, then one update."""
@@ -110,6 +119,7 @@ class Alignment:
         return metrics | self.phases.take() | {"memory/peak_gib": take_peak(self.device) / 2**30, "calls/generator": self.pipeline.generator.calls - calls}
 
     def _named_group(self, step: int, index: int) -> dict[str, float]:
+        self.phases.where = f" of step {step}, group {index},"
         try:
             return self.group(step, index)
         except ValueError as error:  # a reward, an energy or an advantage that can not be: say when
@@ -119,7 +129,7 @@ class Alignment:
         """One script: explore, score, and add its gradient."""
         config, name = self.config, ("train", step, index)
         script = self.source.script(step, index)
-        embeddings = self.embed(script)
+        embeddings = self.row.together(lambda: self.embed(script))
         held = functools.partial(self._held, script, stream(config.seed, *name, "hold"))
         rollout, own, pixels = self.row.together(lambda: self.explore(script, embeddings, name, held=held))
         rewards = all_rewards(self.row, own)
@@ -173,6 +183,7 @@ class Alignment:
             self.ranks.only_first(
                 lambda: save_checkpoint(self.out / "checkpoints", done, self.policy, self.updater.optimizer, self._identity(), self.config.checkpoint.keep, self.trials.best(done))
             )
+        self.saved = done
 
     def _begin(self, resume: bool) -> int:
         """Open or make the run's folder; the step to begin with."""

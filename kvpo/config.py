@@ -86,6 +86,8 @@ class RunConfig:
     """Recompute activations in the backward pass: less memory, a third more time."""
     shuffle_advantages: bool = False
     """The control experiment: advantages are shuffled among the branches of each group, so there is nothing to learn."""
+    patience: float = 1800.0
+    """Seconds that processes wait for each other before they name who did not come and end; a group at full size takes minutes."""
     show_every: int = 20
     """Steps between recorded branch grids; 0 = none."""
     rewards: tuple[RewardEntry, ...] = (
@@ -121,6 +123,8 @@ class RunConfig:
                 raise ValueError(f"{name} = {value} must be {least} or more")
         if not 1 <= self.branch_parallel <= self.rollout.branches:
             raise ValueError(f"branch_parallel = {self.branch_parallel} must lie between 1 and rollout.branches = {self.rollout.branches}: every process of a group needs a branch")
+        if not self.patience > 0.0:
+            raise ValueError(f"patience = {self.patience} must be positive")
         if self.advantages.weights:
             raise ValueError("advantages.weights is set by the rewards' own weights; write them there")
         if self.exploring.deterministic_replay and self.energy.needs_differing_context:
