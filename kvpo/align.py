@@ -65,7 +65,7 @@ class Alignment:
         self.pipeline = self._load_pipeline()
         if config.gradient_checkpointing:
             self.pipeline.generator.transformer.enable_gradient_checkpointing()
-        self.policy = Policy(self.pipeline.generator, config.policy, config.seed)
+        self.policy = Policy(self.pipeline.generator, config.policy, config.seed, self.ranks)
         self.updater = Updater(self.policy, config.optimizer, config.objective, config.temperature, config.unsafe, config.groups)
         check_room(config.exploring, config.rollout, config.data.blocks, self.pipeline.geometry)
         self.sampler = SAMPLERS[config.sampler]
@@ -98,11 +98,12 @@ class Alignment:
         """All groups of a step, this rank's share of them here, then one update."""
         calls = self.pipeline.generator.calls
         with self.phases("total"):
-            own = self.ranks.together(lambda: {index: self._named_group(step, index) for index in self.ranks.share(self.config.groups)})
+            with self.policy.for_groups():
+                own = self.ranks.together(lambda: {index: self._named_group(step, index) for index in self.ranks.share(self.config.groups)})
             groups = {index: found for part in self.ranks.gather(own) for index, found in part.items()}
             metrics = group_means([groups[index] for index in sorted(groups)])
             with self.phases("optimizer"):
-                self.ranks.add_gradients(self.policy.parameters)
+                self.policy.layout.add_gradients()
                 metrics |= self.updater.step()
         return metrics | self.phases.take() | {"memory/peak_gib": take_peak(self.device) / 2**30, "calls/generator": self.pipeline.generator.calls - calls}
 
@@ -208,7 +209,7 @@ class Alignment:
         """Digest of all the generator's weights as the run found them: an adapter's own say nothing of the backbone below it."""
         digest = hashlib.blake2b(digest_size=8)
         frozen = [p.detach() for p in self.pipeline.generator.parameters() if not p.requires_grad]
-        for w in (*self.policy.reference, *frozen):
+        for w in (*(w.float() for w in self.policy.layout.whole(self.policy.reference)), *frozen):
             digest.update(w.flatten().view(torch.uint8).cpu().numpy().tobytes())
         return digest.hexdigest()
 

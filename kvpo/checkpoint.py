@@ -91,7 +91,7 @@ def load_checkpoint(checkpoint: Path, policy: Policy, optimizer: torch.optim.Opt
     for s, weights in zip(SETS, (policy.parameters, policy.behaviour, policy.average, policy.reference)):
         for name, w in zip(policy.names, weights):
             w.data.copy_(tensors[f"{s}.{name}"])
-    policy.refresh()
+    policy.layout.refresh()
     policy.updates, policy.lag = state["updates"], state["lag"]
     for name, p in zip(policy.names, policy.parameters):
         if f"exp_avg.{name}" in tensors:

@@ -42,7 +42,7 @@ def load_generator(spec: str, device: torch.device | str = "cpu", vae_dtype: str
     policy, tensors = Policy(pipeline.generator, config.policy, config.seed), read_tensors(checkpoint)
     for name, p in zip(policy.names, policy.parameters):
         p.data.copy_(tensors[f"{SETS[which]}.{name}"])
-    policy.refresh()
+    policy.layout.refresh()
     pipeline.generator.requires_grad_(False)
     return pipeline, f"{Path(run).name}:{which} {checkpoint.name}"
 
