@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from kvpo.advantages import Advantage
-from kvpo.checkpoint import checkpoints, load_checkpoint, read_state, save_checkpoint
+from kvpo.checkpoint import checkpoints, load_checkpoint, newest_whole, read_state, save_checkpoint
 from kvpo.conflicts import conflicts
 from kvpo.config import RunConfig, differences, from_dict, to_dict
 from kvpo.denoise import SAMPLERS
@@ -45,7 +45,7 @@ from kvpo.types import RewardTable, Rollout, Script
 from kvpo.update import Updater, group_means
 from kvpo.velocity_penalty import held_velocities
 
-MAY_CHANGE = ("steps", "show_every", "evaluate.", "checkpoint.")
+MAY_CHANGE = ("steps", "show_every", "evaluate.", "checkpoint.", "policy.shard")
 """Settings that a resumed run may change: they do not touch what is trained on."""
 
 
@@ -162,9 +162,7 @@ class Alignment:
     def save(self, done: int) -> None:
         """A checkpoint after ``done`` steps."""
         with self.phases("checkpoint"):
-            self.ranks.only_first(
-                lambda: save_checkpoint(self.out / "checkpoints", done, self.policy, self.updater.optimizer, self._identity(), self.config.checkpoint.keep, self.trials.best(done))
-            )
+            save_checkpoint(self.out / "checkpoints", done, self.policy, self.updater.optimizer, self._identity(), self.config.checkpoint.keep, self.trials.best(done))
 
     def _begin(self, resume: bool) -> int:
         """Open or make the run's folder; the step to begin with."""
@@ -179,11 +177,12 @@ class Alignment:
         if not found:
             self.progress.say(f"{self.out} has no checkpoint yet: starting again from step 0")
             return 0
-        self._refuse_other(read_state(found[-1])["config"], self._identity())
-        if (step := read_state(found[-1])["step"]) > self.config.steps:
-            raise ValueError(f"{found[-1]} is beyond steps = {self.config.steps}; set steps to {step} or more, or start a new run by --out")
-        step = load_checkpoint(found[-1], self.policy, self.updater.optimizer)
-        self.progress.say(f"resumed from {found[-1]}")
+        newest = self.ranks.gather(self.ranks.together(lambda: newest_whole(found, self.progress.say) if self.ranks.first else None))[0]
+        self._refuse_other(read_state(newest)["config"], self._identity())
+        if (step := read_state(newest)["step"]) > self.config.steps:
+            raise ValueError(f"{newest} is beyond steps = {self.config.steps}; set steps to {step} or more, or start a new run by --out")
+        step = load_checkpoint(newest, self.policy, self.updater.optimizer)
+        self.progress.say(f"resumed from {newest}")
         return step
 
     def _write_beginning(self) -> None:

@@ -34,7 +34,7 @@ class Whole:
         """A set of weights in the module's own shapes."""
         return weights
 
-    def described(self, weights: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    def described(self, weights: Sequence[torch.Tensor | None]) -> Sequence[torch.Tensor | None]:
         """The same memory as tensors that know the whole's shape, for a checkpoint."""
         return weights
 
@@ -83,8 +83,8 @@ class Shards:
     def whole(self, weights: list[torch.Tensor]) -> list[torch.Tensor]:
         return [self._as_part_of(p, w.to(p.dtype)).full_tensor() for p, w in zip(self.parts, weights)]
 
-    def described(self, weights: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        return [self._as_part_of(p, w) for p, w in zip(self.parts, weights)]
+    def described(self, weights: Sequence[torch.Tensor | None]) -> Sequence[torch.Tensor | None]:
+        return [None if w is None else self._as_part_of(p, w) for p, w in zip(self.parts, weights)]
 
     def total(self, value: torch.Tensor) -> torch.Tensor:
         summed = value.clone()
