@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from test_align import align, equal, final, records, settings, write_recipe
-from test_distributed import torchrun
+from test_distributed import _children, launch, torchrun
 from tiny import draw, new_transformer
 
 from kvpo.advantages import UnsafePolicy
@@ -228,3 +230,20 @@ def test_sharded_runs_resume_bit_for_bit(run_of_one):
     for other, close in (("whole", 1e-6), ("one", 1e-4)):
         for name, tensor in final(home / other).items():
             torch.testing.assert_close(final(home / "straight")[name], tensor, rtol=0, atol=close)
+
+
+@pytest.mark.slow
+def test_killed_while_shards_are_written(run_of_one, tmp_path):
+    """kill -9 of the second rank as soon as the second checkpoint's folder is begun: torchrun starts both again, and what was half-written counts for nothing."""
+    recipe, home = run_of_one
+    assert torchrun(recipe, home / "unharmed")[0] == 0
+    out = tmp_path / "run"
+    process = launch(recipe, out, restarts=2)
+    while not (out / "checkpoints" / ".step-000002.part").exists():
+        time.sleep(0.001)
+        assert process.poll() is None, process.communicate()[0]
+    (victim,) = (p for p in _children(process.pid) if b"RANK=1" in Path(f"/proc/{p}/environ").read_bytes().split(b"\0"))
+    os.kill(victim, signal.SIGKILL)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert equal(final(out), final(home / "unharmed")) and not list(out.rglob("*.part"))
