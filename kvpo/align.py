@@ -17,7 +17,7 @@ import yaml
 
 from kvpo.advantages import Advantage
 from kvpo.branch_parallel import all_rewards, all_rows
-from kvpo.checkpoint import checkpoints, load_checkpoint, read_state, save_checkpoint
+from kvpo.checkpoint import checkpoints, load_checkpoint, newest_whole, read_state, save_checkpoint
 from kvpo.conflicts import conflicts
 from kvpo.config import RunConfig, differences, from_dict, to_dict
 from kvpo.denoise import SAMPLERS
@@ -47,7 +47,7 @@ from kvpo.types import RewardTable, Rollout, Script
 from kvpo.update import Updater, group_means
 from kvpo.velocity_penalty import held_velocities
 
-MAY_CHANGE = ("steps", "show_every", "patience", "evaluate.", "checkpoint.", "branch_parallel")
+MAY_CHANGE = ("steps", "show_every", "patience", "evaluate.", "checkpoint.", "branch_parallel", "policy.shard")
 """Settings that a resumed run may change: they do not touch what is trained on."""
 
 
@@ -69,7 +69,7 @@ class Alignment:
         self.pipeline = self._load_pipeline()
         if config.gradient_checkpointing:
             self.pipeline.generator.transformer.enable_gradient_checkpointing()
-        self.policy = Policy(self.pipeline.generator, config.policy, config.seed)
+        self.policy = Policy(self.pipeline.generator, config.policy, config.seed, self.ranks)
         self.updater = Updater(self.policy, config.optimizer, config.objective, config.temperature, config.unsafe, config.groups, self.row)
         check_room(config.exploring, config.rollout, config.data.blocks, self.pipeline.geometry)
         self.sampler = SAMPLERS[config.sampler]
@@ -110,11 +110,12 @@ class Alignment:
         """All groups of a step, this rank's share of them here, then one update."""
         calls = self.pipeline.generator.calls
         with self.phases("total"):
-            own = self.ranks.together(lambda: {index: self._named_group(step, index) for index in self.column.share(self.config.groups)})
+            with self.policy.for_groups():
+                own = self.ranks.together(lambda: {index: self._named_group(step, index) for index in self.column.share(self.config.groups)})
             groups = {index: found for part in self.ranks.gather(own if self.row.first else {}) for index, found in part.items()}
             metrics = group_means([groups[index] for index in sorted(groups)])
             with self.phases("optimizer"):
-                self.ranks.add_gradients(self.policy.parameters)
+                self.policy.layout.add_gradients()
                 metrics |= self.updater.step()
         return metrics | self.phases.take() | {"memory/peak_gib": take_peak(self.device) / 2**30, "calls/generator": self.pipeline.generator.calls - calls}
 
@@ -180,9 +181,7 @@ class Alignment:
     def save(self, done: int) -> None:
         """A checkpoint after ``done`` steps."""
         with self.phases("checkpoint"):
-            self.ranks.only_first(
-                lambda: save_checkpoint(self.out / "checkpoints", done, self.policy, self.updater.optimizer, self._identity(), self.config.checkpoint.keep, self.trials.best(done))
-            )
+            save_checkpoint(self.out / "checkpoints", done, self.policy, self.updater.optimizer, self._identity(), self.config.checkpoint.keep, self.trials.best(done))
         self.saved = done
 
     def _begin(self, resume: bool) -> int:
@@ -198,11 +197,12 @@ class Alignment:
         if not found:
             self.progress.say(f"{self.out} has no checkpoint yet: starting again from step 0")
             return 0
-        self._refuse_other(read_state(found[-1])["config"], self._identity())
-        if (step := read_state(found[-1])["step"]) > self.config.steps:
-            raise ValueError(f"{found[-1]} is beyond steps = {self.config.steps}; set steps to {step} or more, or start a new run by --out")
-        step = load_checkpoint(found[-1], self.policy, self.updater.optimizer)
-        self.progress.say(f"resumed from {found[-1]}")
+        newest = self.ranks.gather(self.ranks.together(lambda: newest_whole(found, self.progress.say) if self.ranks.first else None))[0]
+        self._refuse_other(read_state(newest)["config"], self._identity())
+        if (step := read_state(newest)["step"]) > self.config.steps:
+            raise ValueError(f"{newest} is beyond steps = {self.config.steps}; set steps to {step} or more, or start a new run by --out")
+        step = load_checkpoint(newest, self.policy, self.updater.optimizer)
+        self.progress.say(f"resumed from {newest}")
         return step
 
     def _write_beginning(self) -> None:
@@ -228,7 +228,7 @@ class Alignment:
         """Digest of all the generator's weights as the run found them: an adapter's own say nothing of the backbone below it."""
         digest = hashlib.blake2b(digest_size=8)
         frozen = [p.detach() for p in self.pipeline.generator.parameters() if not p.requires_grad]
-        for w in (*self.policy.reference, *frozen):
+        for w in (*(w.float() for w in self.policy.layout.whole(self.policy.reference)), *frozen):
             digest.update(w.flatten().view(torch.uint8).cpu().numpy().tobytes())
         return digest.hexdigest()
 

@@ -117,8 +117,9 @@ class Updater:
         rate = self.config.lr * min(1.0, (self.policy.updates + 1) / self.config.warmup)
         if all(p.grad is None for p in self.policy.parameters):  # every group of the step was skipped
             return {"optim/lr": rate, "optim/grad_norm": 0.0, "optim/grad_clipped": 0.0}
-        if not (norm := self._norm()).isfinite():
-            bad = [n for n, p in zip(self.policy.names, self.policy.parameters) if p.grad is not None and not p.grad.isfinite().all()]
+        if not (norm := self.policy.layout.total(_norm(self.policy.parameters))).isfinite():
+            faults = self.policy.layout.total(torch.stack([_fault(p) for p in self.policy.parameters]))
+            bad = [n for n, fault in zip(self.policy.names, faults) if fault]
             raise FloatingPointError(
                 f"gradient norm is {float(norm)} at update {self.policy.updates}; not finite in {len(bad)} tensors, first {', '.join(bad[:3])}; nothing was updated. "
                 "Lower optimizer.lr or look at this step's rewards and energies"
@@ -135,22 +136,21 @@ class Updater:
 
         The losses are ``share`` of a whole group's.  A gradient that is not finite is left for `step` to name.
         """
-        earlier = [p.grad for p in self.policy.parameters]
-        self.optimizer.zero_grad(set_to_none=True)
+        collecting = self.policy.layout.collecting
+        earlier = [p.grad for p in collecting]
+        for p in collecting:
+            p.grad = None
         row.together(lambda: [loss.backward() for loss in losses])
-        row.add_gradients(self.policy.parameters)
-        norm = self._norm()
+        row.add_gradients(collecting)
+        norm = _norm(collecting)
         if norm.isfinite():
-            torch.nn.utils.clip_grads_with_norm_(self.policy.parameters, self.config.clip * share, norm)
-        for p, before in zip(self.policy.parameters, earlier):
+            torch.nn.utils.clip_grads_with_norm_(collecting, self.config.clip * share, norm)
+        for p, before in zip(collecting, earlier):
             if not row.first:  # the first carries it into the sum over all ranks
                 p.grad = before
             elif before is not None:
                 p.grad = before if p.grad is None else p.grad.add_(before)
         return float(norm) / share
-
-    def _norm(self) -> torch.Tensor:
-        return torch.nn.utils.get_total_norm([p.grad for p in self.policy.parameters if p.grad is not None])
 
     def _energies_under(self, weights: list[torch.Tensor], replay: Replay) -> torch.Tensor:
         with self.policy.using(weights):
@@ -159,6 +159,15 @@ class Updater:
     def _of_all(self, energies: Callable[[], torch.Tensor]) -> torch.Tensor:
         """E_M of a group from every rank's own members: its branches in order, then the anchor where that is one."""
         return torch.cat(self.row.gather(self.row.together(energies)))
+
+
+def _norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def _fault(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """1 where its gradient is not finite."""
+    return torch.zeros((), device=parameter.device) if parameter.grad is None else (~parameter.grad.isfinite()).any().float()
 
 
 def _sum(shares: list[tuple[torch.Tensor, torch.Tensor]], branches: int) -> torch.Tensor:

@@ -110,7 +110,7 @@ def failure(folder: Path, out: Path, fault: str, size: int) -> dict:
 
 def work(folder: Path, out: Path, recipe: str) -> None:
     """One rank's."""
-    ranks = Ranks.join(torch.device("cpu"))
+    ranks = Ranks.join(torch.device("cpu"), 600.0)
     found = {case: updates(folder, out, case, changes, 2) for case, changes in CASES[ranks.world].items()}
     found |= {fault: failure(folder, out / "broken", fault, 2) for fault in FAULTS}
     torch.save(found, out / f"rank-{ranks.rank}.pt")

@@ -24,7 +24,7 @@ LAYERS = {
     "rewards": "rewards.base rewards.measured rewards.track rewards.motion rewards.judge rewards.world rewards.facts rewards.attributes rewards.attributes_training rewards.opticalflow rewards.heldout "
     "rewards.cheats rewards.calibration rewards.clips rewards.classic_measures rewards.classic rewards.niqe rewards.watched rewards.pixels rewards.released rewards.image_text rewards.hpsv2 rewards.aesthetic rewards.dinov2 rewards.qwen rewards.hpsv3 rewards.videoreward rewards.packaged rewards.efficientnet rewards.conse rewards.ocr rewards.wire rewards.worker rewards.envs.hpsv3.scorer rewards.envs.videoalign.scorer rewards.links reward_env rewards.isolated rewards.registry rewards.scorer",
     "the sampler": "denoise",
-    "weights": "policy",
+    "weights": "sharding policy",
     "stage 1": "prompts",
     "stage 2": "rollout",
     "stage 3": "score branch_parallel",
