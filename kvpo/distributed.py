@@ -47,10 +47,10 @@ class Ranks:
         world, timeout = int(os.environ.get("WORLD_SIZE", "1")), timedelta(seconds=patience)
         if world == 1:
             return cls(device=device)
-        rank, store = int(os.environ["RANK"]), open_store(timeout)
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # what is agreed on goes by the CPU, where waiting in vain is an error and not the process's end
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
-        ranks = cls(rank, world, device, store=dist.PrefixStore("ranks", store))
+        if not dist.is_initialized():
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # what is agreed on goes by the CPU, where waiting in vain is an error and not the process's end
+            dist.init_process_group(backend, store=open_store(timeout), rank=int(os.environ["RANK"]), world_size=world, timeout=timeout)
+        ranks = cls(dist.get_rank(), world, device, store=dist.PrefixStore("ranks", dist.distributed_c10d._get_default_store()))
         ranks.tell("start")
         return ranks
 

@@ -192,7 +192,7 @@ def test_rewards_of_a_row_by_hand(monkeypatch):
 @pytest.mark.parametrize(("world", "size"), [(1, 2), (6, 4), (2, 3)])
 def test_rows_that_do_not_come_out_even_are_refused(world, size):
     with pytest.raises(ValueError, match=f"branch_parallel = {size} does not divide {world} processes; start a multiple of {size}"):
-        Ranks(0, world).split(size)
+        Ranks(0, world).split(size, 600.0)
 
 
 @pytest.mark.parametrize("size", [0, 5])

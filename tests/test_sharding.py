@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_align import align, equal, final, records, settings, write_recipe
-from test_distributed import _children, launch, torchrun
+from test_distributed import children, launch, torchrun
 from tiny import draw, new_transformer
 
 from kvpo.advantages import UnsafePolicy
@@ -63,7 +63,7 @@ class Trained:
                     with self.policy.using(self.policy.reference):
                         target = target + self.velocity(10 * step + group)
                 losses = ((self.velocity(10 * step + group + other) - target).square().mean() / 3 for other in (0, 5))
-                self.updater._add_clipped(losses, 1 / 3)
+                self.updater._add_clipped(losses, 1 / 3, Ranks())
 
     def update(self) -> None:
         self.policy.layout.add_gradients()
@@ -242,7 +242,7 @@ def test_killed_while_shards_are_written(run_of_one, tmp_path):
     while not (out / "checkpoints" / ".step-000002.part").exists():
         time.sleep(0.001)
         assert process.poll() is None, process.communicate()[0]
-    (victim,) = (p for p in _children(process.pid) if b"RANK=1" in Path(f"/proc/{p}/environ").read_bytes().split(b"\0"))
+    (victim,) = (p for p in children(process.pid) if b"RANK=1" in Path(f"/proc/{p}/environ").read_bytes().split(b"\0"))
     os.kill(victim, signal.SIGKILL)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0, said
