@@ -65,7 +65,8 @@ def save_checkpoint(folder: Path, step: int, policy: Policy, optimizer: torch.op
             _write_shards(_tensors(policy, optimizer), part)
         else:
             ranks.only_first(lambda: _write_whole(_tensors(policy, optimizer), part))
-        ranks.only_first(lambda: _finish(part, target, {"step": step, "updates": policy.updates, "lag": policy.lag, "optimizer_steps": _optimizer_steps(optimizer), "config": config}))
+        state = {"step": step, "updates": policy.updates, "lag": policy.lag, "optimizer_steps": _optimizer_steps(optimizer), "config": config}
+        ranks.only_first(lambda: _finish(part, target, state))
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
         raise OSError(f"checkpoint {target} could not be written ({error}); the ones before it are untouched. Free disk space, then go on with --resume") from None

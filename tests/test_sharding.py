@@ -200,7 +200,8 @@ def test_a_gradient_that_is_not_finite_on_one_rank(twos, case):
 def run_of_one(request, folder, tmp_path_factory):
     home = tmp_path_factory.mktemp("run")
     changes = {"policy": {"train": request.param, "rank": 2, "shard": True, "sync_interval": 2}, "velocity_penalty": {"weight": 0.5}}
-    recipe = write_recipe(home / "tiny.yaml", settings(folder, groups=3, steps=2, evaluate={"scripts": 2, "batch": 1, "videos": 0}, optimizer={"lr": 1e-3, "warmup": 2, "eps": 1e-3}, **changes))
+    changes |= {"groups": 3, "steps": 2, "evaluate": {"scripts": 2, "batch": 1, "videos": 0}, "optimizer": {"lr": 1e-3, "warmup": 2, "eps": 1e-3}}
+    recipe = write_recipe(home / "tiny.yaml", settings(folder, **changes))
     assert align(recipe, home / "one") == 0
     return recipe, home
 
