@@ -24,7 +24,7 @@ from kvpo.distributed import Ranks
 def main(folder: Path) -> None:
     warnings.simplefilter("error")
     torch.use_deterministic_algorithms(True)
-    ranks, facts = Ranks.join(torch.device("cpu")), {}
+    ranks, facts = Ranks.join(torch.device("cpu"), 600.0), {}
     for case in CASES:
         whole, sharded = Trained(case, ranks, shard=False), Trained(case, ranks, shard=True)
         for run in (whole, sharded):
