@@ -16,7 +16,8 @@ import torch
 import yaml
 
 from kvpo.advantages import Advantage
-from kvpo.checkpoint import checkpoints, load_checkpoint, read_state, save_checkpoint
+from kvpo.branch_parallel import all_rewards, all_rows
+from kvpo.checkpoint import checkpoints, load_checkpoint, newest_whole, read_state, save_checkpoint
 from kvpo.conflicts import conflicts
 from kvpo.config import RunConfig, differences, from_dict, to_dict
 from kvpo.denoise import SAMPLERS
@@ -30,7 +31,7 @@ from kvpo.loading import folder_of, load_pipeline
 from kvpo.metrics import MetricLog, NoLog, console_line
 from kvpo.parts import calibration_clips, evaluation_scripts, judges, script_source, trained
 from kvpo.policy import Policy
-from kvpo.progress import Progress
+from kvpo.progress import Bar, Progress
 from kvpo.prompts import PromptSet
 from kvpo.replay import CONTEXTS, Replay
 from kvpo.report import write_report
@@ -39,13 +40,14 @@ from kvpo.rng import stream
 from kvpo.rollout import check_room, roll_out
 from kvpo.score import horizon, pixel_diversity, score
 from kvpo.showing import show_group
+from kvpo.stopping import Stopped, stoppable
 from kvpo.timing import Phases
 from kvpo.trials import Trials
 from kvpo.types import RewardTable, Rollout, Script
 from kvpo.update import Updater, group_means
 from kvpo.velocity_penalty import held_velocities
 
-MAY_CHANGE = ("steps", "show_every", "evaluate.", "checkpoint.")
+MAY_CHANGE = ("steps", "show_every", "patience", "evaluate.", "checkpoint.", "branch_parallel", "policy.shard")
 """Settings that a resumed run may change: they do not touch what is trained on."""
 
 
@@ -56,8 +58,10 @@ class Alignment:
         self.config, self.out, self.progress = config, out, progress
         self.device = pick_device(config.device)
         make_reproducible(self.device)
-        self.ranks = Ranks.join(self.device)
-        self.ranks.share(config.groups)
+        self.ranks = Ranks.join(self.device, config.patience)
+        self.column, self.row = self.ranks.split(config.branch_parallel, config.patience)
+        """The ranks with other groups, and those that share this one's."""
+        self.column.share(config.groups)
         self.judges, self.advantages = judges(config, self.device)
         self.rewards = trained(self.judges)
         refuse_frozen(self.rewards, calibration_clips(config), self.advantages.weights)
@@ -65,48 +69,58 @@ class Alignment:
         self.pipeline = self._load_pipeline()
         if config.gradient_checkpointing:
             self.pipeline.generator.transformer.enable_gradient_checkpointing()
-        self.policy = Policy(self.pipeline.generator, config.policy, config.seed)
-        self.updater = Updater(self.policy, config.optimizer, config.objective, config.temperature, config.unsafe, config.groups)
+        self.policy = Policy(self.pipeline.generator, config.policy, config.seed, self.ranks)
+        self.updater = Updater(self.policy, config.optimizer, config.objective, config.temperature, config.unsafe, config.groups, self.row)
         check_room(config.exploring, config.rollout, config.data.blocks, self.pipeline.geometry)
         self.sampler = SAMPLERS[config.sampler]
-        self.phases = Phases()
+        self.phases = Phases(self.ranks.tell)
         self.trials = Trials(config, out, progress, self.ranks, self.phases, self.pipeline, self.policy, self.scripts, self.judges)
 
     def run(self, resume: bool) -> Path:
-        """Train, checkpoint, evaluate; the path of the report.  FloatingPointError or ValueError before an update that must not happen."""
-        start = self._begin(resume)
+        """Train, checkpoint, evaluate; the path of the report.  FloatingPointError or ValueError before an update that must not happen; `Stopped` once what a signal stopped is saved."""
+        self.done = self.saved = start = self._begin(resume)
         log = MetricLog(self.out, resume_after=start - 1 if resume else None) if self.ranks.first else NoLog()
-        with log, self.progress.bar("align", self.config.steps, start) as bar:
-            if self.trials.missing(start):  # killed between a checkpoint and its evaluation
-                log.write(start - 1, self.trials.evaluate(start))
-            done = start
-            while not self.trials.must_stop(done, log) and done < self.config.steps:
-                metrics = self.step(done)
-                log.write(done, metrics)
-                done += 1
-                bar.advance(console_line(done, metrics))
-                if done % self.config.checkpoint.every == 0 or done == self.config.steps or self.trials.due(done):
-                    self.save(done)
-                if self.trials.due(done):
-                    log.write(done - 1, self.trials.evaluate(done))
-            if not self.trials.due(done):  # a run that was killed in its last evaluation has only this left to do
-                log.write(done - 1, self.trials.evaluate(done))
+        with stoppable(), log, self.progress.bar("align", self.config.steps, start) as bar:
+            try:
+                self._train(log, bar)
+            except Stopped:
+                if self.done > self.saved:
+                    self.save(self.done)
+                raise
         self.ranks.only_first(lambda: write_report(self.out))
         return self.out / "report.html"
+
+    def _train(self, log: MetricLog | NoLog, bar: Bar) -> None:
+        """The steps that are left, and the evaluations between and behind them."""
+        if self.trials.missing(self.done):  # killed between a checkpoint and its evaluation
+            log.write(self.done - 1, self.trials.evaluate(self.done))
+        while not self.trials.must_stop(self.done, log) and self.done < self.config.steps:
+            metrics = self.step(self.done)
+            log.write(self.done, metrics)
+            self.done += 1
+            bar.advance(console_line(self.done, metrics))
+            if self.done % self.config.checkpoint.every == 0 or self.done == self.config.steps or self.trials.due(self.done):
+                self.save(self.done)
+            if self.trials.due(self.done):
+                log.write(self.done - 1, self.trials.evaluate(self.done))
+        if not self.trials.due(self.done):  # a run that was killed in its last evaluation has only this left to do
+            log.write(self.done - 1, self.trials.evaluate(self.done))
 
     def step(self, step: int) -> dict[str, float]:
         """All groups of a step, this rank's share of them here, then one update."""
         calls = self.pipeline.generator.calls
         with self.phases("total"):
-            own = self.ranks.together(lambda: {index: self._named_group(step, index) for index in self.ranks.share(self.config.groups)})
-            groups = {index: found for part in self.ranks.gather(own) for index, found in part.items()}
+            with self.policy.for_groups():
+                own = self.ranks.together(lambda: {index: self._named_group(step, index) for index in self.column.share(self.config.groups)})
+            groups = {index: found for part in self.ranks.gather(own if self.row.first else {}) for index, found in part.items()}
             metrics = group_means([groups[index] for index in sorted(groups)])
             with self.phases("optimizer"):
-                self.ranks.add_gradients(self.policy.parameters)
+                self.policy.layout.add_gradients()
                 metrics |= self.updater.step()
         return metrics | self.phases.take() | {"memory/peak_gib": take_peak(self.device) / 2**30, "calls/generator": self.pipeline.generator.calls - calls}
 
     def _named_group(self, step: int, index: int) -> dict[str, float]:
+        self.phases.where = f" of step {step}, group {index},"
         try:
             return self.group(step, index)
         except ValueError as error:  # a reward, an energy or an advantage that can not be: say when
@@ -116,28 +130,34 @@ class Alignment:
         """One script: explore, score, and add its gradient."""
         config, name = self.config, ("train", step, index)
         script = self.source.script(step, index)
-        embeddings = self.embed(script)
-        rollout, rewards, pixels = self.explore(script, embeddings, name, held=functools.partial(self._held, script, stream(config.seed, *name, "hold")))
+        embeddings = self.row.together(lambda: self.embed(script))
+        held = functools.partial(self._held, script, stream(config.seed, *name, "hold"))
+        rollout, own, pixels = self.row.together(lambda: self.explore(script, embeddings, name, held=held))
+        rewards = all_rewards(self.row, own)
         advantage = self.advantages(rewards)
         if config.shuffle_advantages:
             advantage = _shuffled(advantage, stream(config.seed, *name, "shuffle"))
-        replay = Replay(self.pipeline, rollout, embeddings, CONTEXTS[config.context], config.energy, range(len(advantage.values)), config.rows_per_pass, config.rollout.together)
+        members = range(rollout.num_branches + (config.advantages.anchor and self.row.last))
+        replay = Replay(self.pipeline, rollout, embeddings, CONTEXTS[config.context], config.energy, members, config.rows_per_pass, config.rollout.together)
         update = self.updater.accumulate(replay, advantage, self.phases)
-        penalty = self.updater.hold(config.velocity_penalty, lambda: [held_velocities(self.pipeline, rollout, embeddings, b) for b in rollout.held], self.phases)
+        velocities = lambda: [held_velocities(self.pipeline, rollout, embeddings, b) for b in rollout.held]  # noqa: E731
+        penalty = self.row.together(lambda: self.updater.hold(config.velocity_penalty, velocities, self.phases) if self.row.first else {})
         if config.show_every and step % config.show_every == 0 and index == 0:
-            show_group(self.out, step, self.pipeline, rollout, pixels, rewards, advantage, update, config.exploring)
+            plans, shown = all_rows(self.row, rollout, pixels)
+            self.row.only_first(lambda: show_group(self.out, step, self.pipeline, replace(rollout, plans=plans), shown, rewards, advantage, update, config.exploring))
         agreement = conflicts(rewards.components, self.advantages.by_component(advantage)[:, rewards.valid[:-1]])
-        return update.metrics | penalty | advantage.metrics | agreement | _reward_metrics(rewards) | _group_metrics(rollout, pixels)
+        return update.metrics | penalty | advantage.metrics | agreement | _reward_metrics(rewards) | _group_metrics(rollout, pixels, self.row)
 
     def explore(
         self, script: Script, embeddings: Mapping[str, torch.Tensor], name: tuple[int | str, ...], explorer: Explorer | None = None, fork: int | None = None,
         held: Callable[[int], Sequence[int]] = lambda fork: (),
     ) -> tuple[Rollout, RewardTable, torch.Tensor]:  # fmt: skip
-        """A group of the behaviour policy, its rewards, and its pixels from the fork on.  ``name`` names its streams; ``explorer``: default the recipe's; the rest as in `roll_out`."""
+        """A group of the behaviour policy (this rank's branches of it, and the anchor), its rewards, and its pixels from the fork on.
+        ``name`` names its streams; ``explorer``: default the recipe's; the rest as in `roll_out`."""
         config, geometry = self.config, self.pipeline.geometry
-        seen = functools.partial(horizon, script, geometry=geometry, config=config.score)
+        seen, own = functools.partial(horizon, script, geometry=geometry, config=config.score), self.row.stretch(config.rollout.branches)
         with self.policy.using(self.policy.behaviour):
-            rollout = roll_out(self.pipeline, self.sampler, explorer or config.exploring, config.rollout, script, embeddings, config.seed, name, self.phases, fork, seen, held)
+            rollout = roll_out(self.pipeline, self.sampler, explorer or config.exploring, config.rollout, script, embeddings, config.seed, name, self.phases, fork, seen, held, own)
         return rollout, *score(self.pipeline, rollout, self.rewards, config.score, self.phases)
 
     def _held(self, script: Script, generator: torch.Generator, fork: int) -> list[int]:
@@ -161,9 +181,8 @@ class Alignment:
     def save(self, done: int) -> None:
         """A checkpoint after ``done`` steps."""
         with self.phases("checkpoint"):
-            self.ranks.only_first(
-                lambda: save_checkpoint(self.out / "checkpoints", done, self.policy, self.updater.optimizer, self._identity(), self.config.checkpoint.keep, self.trials.best(done))
-            )
+            save_checkpoint(self.out / "checkpoints", done, self.policy, self.updater.optimizer, self._identity(), self.config.checkpoint.keep, self.trials.best(done))
+        self.saved = done
 
     def _begin(self, resume: bool) -> int:
         """Open or make the run's folder; the step to begin with."""
@@ -178,11 +197,12 @@ class Alignment:
         if not found:
             self.progress.say(f"{self.out} has no checkpoint yet: starting again from step 0")
             return 0
-        self._refuse_other(read_state(found[-1])["config"], self._identity())
-        if (step := read_state(found[-1])["step"]) > self.config.steps:
-            raise ValueError(f"{found[-1]} is beyond steps = {self.config.steps}; set steps to {step} or more, or start a new run by --out")
-        step = load_checkpoint(found[-1], self.policy, self.updater.optimizer)
-        self.progress.say(f"resumed from {found[-1]}")
+        newest = self.ranks.gather(self.ranks.together(lambda: newest_whole(found, self.progress.say) if self.ranks.first else None))[0]
+        self._refuse_other(read_state(newest)["config"], self._identity())
+        if (step := read_state(newest)["step"]) > self.config.steps:
+            raise ValueError(f"{newest} is beyond steps = {self.config.steps}; set steps to {step} or more, or start a new run by --out")
+        step = load_checkpoint(newest, self.policy, self.updater.optimizer)
+        self.progress.say(f"resumed from {newest}")
         return step
 
     def _write_beginning(self) -> None:
@@ -208,7 +228,7 @@ class Alignment:
         """Digest of all the generator's weights as the run found them: an adapter's own say nothing of the backbone below it."""
         digest = hashlib.blake2b(digest_size=8)
         frozen = [p.detach() for p in self.pipeline.generator.parameters() if not p.requires_grad]
-        for w in (*self.policy.reference, *frozen):
+        for w in (*(w.float() for w in self.policy.layout.whole(self.policy.reference)), *frozen):
             digest.update(w.flatten().view(torch.uint8).cpu().numpy().tobytes())
         return digest.hexdigest()
 
@@ -226,6 +246,6 @@ def _reward_metrics(rewards: RewardTable) -> dict[str, float]:
     return metrics
 
 
-def _group_metrics(rollout: Rollout, pixels: torch.Tensor) -> dict[str, float]:
+def _group_metrics(rollout: Rollout, pixels: torch.Tensor, row: Ranks) -> dict[str, float]:
     length = 4 * rollout.trajectory.clean.shape[1] * rollout.trajectory.clean.shape[2]
-    return {"group/fork": rollout.window.fork, "diversity/pixel": pixel_diversity(pixels[:-1, :length])}
+    return {"group/fork": rollout.window.fork, "diversity/pixel": pixel_diversity(pixels[:-1, :length], row)}

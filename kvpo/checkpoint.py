@@ -1,9 +1,12 @@
 """Stage 8: save and resume everything a run needs to go on as if it had never stopped.
 
     checkpoints/step-000010/  tensors.safetensors   current, behaviour, EMA, reference weights, optimizer moments
-                              state.json            counters, the config they belong to
+                              shard-*.safetensors   instead of it, one a rank, where weights are sharded
+                              state.json            counters, the config they belong to, the names of the files
 
-A checkpoint is written beside its final place and renamed: it is there completely or not at all.
+A checkpoint is written beside its final place and renamed: it is there completely or not at all.  Shards are written by
+torch.distributed.checkpoint in its safetensors format, because its own one is an index in pickle.  A single whole file is
+a valid case of that format: one reader serves both, and any number of ranks.
 """
 
 from __future__ import annotations
@@ -11,18 +14,22 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any, Callable, Mapping, Sequence
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from kvpo.policy import Policy
 
 SETS = ("current", "behaviour", "average", "reference")
 MOMENTS = ("exp_avg", "exp_avg_sq")
+WHOLE = "tensors.safetensors"
 
 
 @dataclass(frozen=True)
@@ -37,25 +44,33 @@ class CheckpointConfig:
             raise ValueError(f"checkpoint.every = {self.every} and checkpoint.keep = {self.keep} must be 1 or more")
 
 
+class BrokenCheckpoint(ValueError):
+    """A file of a checkpoint that is not there, or not whole."""
+
+    def __init__(self, path: Path, error: object):
+        self.fault = f"{path} is broken or missing ({error})"
+        super().__init__(f"{self.fault}; delete {path.parent} to go on from the checkpoint before it")
+
+
 def save_checkpoint(folder: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer, config: Mapping[str, Any], keep: int, best: int = 0) -> Path:
-    """``folder``/step-..., complete, and all but the ``keep`` newest and that of step ``best`` removed.  OSError with the way out where the disk refuses; nothing is lost then."""
-    target = at_step(folder, step)
+    """``folder``/step-..., complete, and all but the ``keep`` newest and that of step ``best`` removed.  All ranks enter; the first one writes, or each its shard.
+
+    OSError with the way out where the disk refuses; nothing is lost then.
+    """
+    target, ranks = at_step(folder, step), policy.layout.ranks
     part = folder / f".{target.name}.part"
     try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        save_file(_tensors(policy, optimizer), part / "tensors.safetensors")
+        ranks.only_first(lambda: _make_anew(part))
+        if policy.sharded:
+            _write_shards(_tensors(policy, optimizer), part)
+        else:
+            ranks.only_first(lambda: _write_whole(_tensors(policy, optimizer), part))
         state = {"step": step, "updates": policy.updates, "lag": policy.lag, "optimizer_steps": _optimizer_steps(optimizer), "config": config}
-        (part / "state.json").write_text(json.dumps(state))
-        _flush(part)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(part, target)
-    except (OSError, SafetensorError) as error:
+        ranks.only_first(lambda: _finish(part, target, state))
+    except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
         raise OSError(f"checkpoint {target} could not be written ({error}); the ones before it are untouched. Free disk space, then go on with --resume") from None
-    for old in checkpoints(folder)[:-keep]:
-        if old != at_step(folder, best):
-            shutil.rmtree(old)
+    ranks.only_first(lambda: [shutil.rmtree(old) for old in checkpoints(folder)[:-keep] if old != at_step(folder, best)])
     return target
 
 
@@ -69,6 +84,17 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step-*") if (p / "state.json").is_file())
 
 
+def newest_whole(found: Sequence[Path], say: Callable[[str], None]) -> Path:
+    """The newest one that can be read; those after it are named to ``say``.  ValueError where there is none."""
+    for checkpoint in reversed(found):
+        try:
+            _shapes(checkpoint)
+            return checkpoint
+        except BrokenCheckpoint as error:
+            say(f"{error.fault}: looking at the checkpoint before it")
+    raise ValueError(f"none of the checkpoints in {found[0].parent} can be read; start a new run by --out")
+
+
 def read_state(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / "state.json"
     try:
@@ -77,51 +103,113 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         if missing:
             raise ValueError(f"it has no {missing}")
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(_broken(path, error)) from None
+        raise BrokenCheckpoint(path, error) from None
     return state
 
 
 def load_checkpoint(checkpoint: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> int:
-    """Put everything back; the step to go on with.  ValueError naming the file where it is broken or of another policy."""
-    state, tensors = read_state(checkpoint), read_tensors(checkpoint)
-    wanted = {f"{s}.{n}": p.shape for s in SETS for n, p in zip(policy.names, policy.parameters)}
-    wrong = [n for n, shape in wanted.items() if n not in tensors or tensors[n].shape != shape]
-    if wrong:
-        raise ValueError(f"{checkpoint} belongs to another policy: {len(wrong)} of its tensors are missing or misshapen, first {wrong[0]}; resume with the run's own config")
-    for s, weights in zip(SETS, (policy.parameters, policy.behaviour, policy.average, policy.reference)):
-        for name, w in zip(policy.names, weights):
-            w.data.copy_(tensors[f"{s}.{name}"])
-    policy.refresh()
+    """Put everything back; the step to go on with.  All ranks enter, whichever ranks have written it.
+
+    ValueError naming the file where it is broken, or the checkpoint where it is of another policy.
+    """
+    state = policy.layout.ranks.together(lambda: _put_back(checkpoint, policy, optimizer))
+    policy.layout.refresh()
     policy.updates, policy.lag = state["updates"], state["lag"]
-    for name, p in zip(policy.names, policy.parameters):
-        if f"exp_avg.{name}" in tensors:
-            moments = {m: tensors[f"{m}.{name}"].to(p.device) for m in MOMENTS}
-            optimizer.state[p] = {"step": torch.tensor(float(state["optimizer_steps"])), **moments}
     return state["step"]
 
 
-def read_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    path = checkpoint / "tensors.safetensors"
+def read_tensors(checkpoint: Path, prefix: str = "") -> dict[str, torch.Tensor]:
+    """Whole tensors on the CPU of those whose names begin with ``prefix``."""
+    tensors = {name: torch.empty(found.size, dtype=found.properties.dtype) for name, found in _shapes(checkpoint).items() if name.startswith(prefix)}
+    _read(checkpoint, tensors)
+    return tensors
+
+
+def _put_back(checkpoint: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    state, found = read_state(checkpoint), _shapes(checkpoint)
+    wanted = _sets(policy)
+    wrong = [name for name, w in wanted.items() if name not in found or found[name].size != w.shape]
+    if wrong:
+        raise ValueError(f"{checkpoint} belongs to another policy: {len(wrong)} of its tensors are missing or misshapen, first {wrong[0]}; resume with the run's own config")
+    moments = {m: [torch.empty_like(p) for p in policy.parameters] for m in MOMENTS}
+    moved = [f"{MOMENTS[0]}.{name}" in found for name in policy.names]
+    for m, values in moments.items():
+        wanted |= {f"{m}.{name}": w for name, w, has in zip(policy.names, policy.layout.described(values), moved) if has}
+    _read(checkpoint, wanted)
+    for i, (p, has) in enumerate(zip(policy.parameters, moved)):
+        if has:
+            optimizer.state[p] = {"step": torch.tensor(float(state["optimizer_steps"])), **{m: values[i].detach() for m, values in moments.items()}}
+    return state
+
+
+def _shapes(checkpoint: Path) -> dict[str, Any]:
+    """Name -> metadata of all that is in it, after a look at the header of every file."""
+    for name in read_state(checkpoint).get("files", [WHOLE]):
+        try:
+            with safe_open(checkpoint / name, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise BrokenCheckpoint(checkpoint / name, error) from None
+    return HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
+
+
+def _read(checkpoint: Path, into: dict[str, torch.Tensor]) -> None:
+    """Every process by itself; of a sharded tensor only its own part."""
     try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(_broken(path, error)) from None
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # it is what no_dist asks for
+            dcp.load(into, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
+    except CheckpointException as error:
+        raise BrokenCheckpoint(checkpoint / "*.safetensors", _reasons(error)) from None
 
 
-def _broken(path: Path, error: Exception) -> str:
-    return f"{path} is broken or missing ({error}); delete {path.parent} to go on from the checkpoint before it"
+def _write_whole(tensors: Mapping[str, torch.Tensor], part: Path) -> None:
+    try:
+        save_file({name: w.contiguous() for name, w in tensors.items()}, part / WHOLE)
+    except SafetensorError as error:
+        raise OSError(str(error)) from None
+
+
+def _write_shards(tensors: Mapping[str, torch.Tensor], part: Path) -> None:
+    try:
+        dcp.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(part), save_distributed=True))
+    except CheckpointException as error:
+        raise OSError(_reasons(error)) from None
+
+
+def _finish(part: Path, target: Path, state: Mapping[str, Any]) -> None:
+    """The manifest, and then the name that makes it count."""
+    files = sorted(path.name for path in part.iterdir())
+    (part / "state.json").write_text(json.dumps({**state, "files": files}))
+    _flush(part)
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(part, target)
+
+
+def _make_anew(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _sets(policy: Policy) -> dict[str, torch.Tensor]:
+    sets = zip(SETS, ([p.detach() for p in policy.parameters], policy.behaviour, policy.average, policy.reference))
+    return {f"{s}.{name}": w for s, weights in sets for name, w in zip(policy.names, policy.layout.described(weights))}
 
 
 def _tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    sets = zip(SETS, ([p.detach() for p in policy.parameters], policy.behaviour, policy.average, policy.reference))
-    tensors = {f"{s}.{name}": w.contiguous() for s, weights in sets for name, w in zip(policy.names, weights)}
-    for name, p in zip(policy.names, policy.parameters):
-        tensors |= {f"{m}.{name}": optimizer.state[p][m].contiguous() for m in MOMENTS if p in optimizer.state}
+    tensors = _sets(policy)
+    for m in MOMENTS:
+        values = [optimizer.state[p][m] if p in optimizer.state else None for p in policy.parameters]
+        tensors |= {f"{m}.{name}": w for name, w in zip(policy.names, policy.layout.described(values)) if w is not None}
     return tensors
 
 
 def _optimizer_steps(optimizer: torch.optim.Optimizer) -> int:
     return max((int(s["step"]) for s in optimizer.state.values()), default=0)
+
+
+def _reasons(error: CheckpointException) -> str:
+    return "; ".join(f"rank {rank}: {found}" for rank, (found, _) in error.failures.items())
 
 
 def _flush(folder: Path) -> None:

@@ -37,6 +37,7 @@ from kvpo.rewards.scorer import load_rewards
 from kvpo.rollout import roll_out
 from kvpo.score import pixel_diversity, score
 from kvpo.showing import before_after, show_group
+from kvpo.stopping import Stopped
 from kvpo.timing import Phases
 from kvpo.update import GroupUpdate
 from kvpo.vbench import Vbench
@@ -58,16 +59,16 @@ class Align:
     """Go on with the run in --out from its newest checkpoint."""
 
     def __call__(self) -> None:
-        progress = Progress()
+        progress = Progress(self.out / "logs")
         run = Alignment(self.settings, self.out, progress)
         try:
-            report = run.run(self.resume or (restarted() and (self.out / "config.resolved.yaml").exists()))
-        except KeyboardInterrupt:
-            progress.say(f"stopped in phase {run.phases.now}; nothing half-written. Go on with: kvpo align {self.recipe} --out {self.out} --resume")
-            raise
+            again = run.ranks.gather(restarted() and (self.out / "config.resolved.yaml").exists())  # torchrun counts on every node by itself
+            report = run.run(self.resume or any(again))
+            progress.say(f"report: {report.resolve()}")
+        except Stopped as stop:
+            progress.say(f"stopped by {stop}; {run.done} steps are done and saved. Go on with: kvpo align {self.recipe} --out {self.out} --resume")
         finally:
             run.ranks.leave()
-        progress.say(f"report: {report.resolve()}")
 
 
 @dataclass(frozen=True)

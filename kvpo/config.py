@@ -70,6 +70,8 @@ class RunConfig:
     """Optimizer updates."""
     groups: int = 2
     """Groups (a script, a fork, its branches) of each step; the update takes the mean of their gradients."""
+    branch_parallel: int = 1
+    """Processes that share one group, each with some of its branches: for a group that does not fit one card, or for fewer groups than cards."""
     sampler: Literal["renoise", "ode"] = "renoise"
     """How a denoise step leads to the next: fresh noise on the predicted clean latents, or Euler along the velocity."""
     explorer: Literal["kv_routing", "start_noise"] = "kv_routing"
@@ -84,6 +86,8 @@ class RunConfig:
     """Recompute activations in the backward pass: less memory, a third more time."""
     shuffle_advantages: bool = False
     """The control experiment: advantages are shuffled among the branches of each group, so there is nothing to learn."""
+    patience: float = 1800.0
+    """Seconds that processes wait for each other before they name who did not come and end; a group at full size takes minutes."""
     show_every: int = 20
     """Steps between recorded branch grids; 0 = none."""
     rewards: tuple[RewardEntry, ...] = (
@@ -117,6 +121,10 @@ class RunConfig:
         for name, value, least in (("steps", self.steps, 1), ("groups", self.groups, 1), ("rows_per_pass", self.rows_per_pass, 0), ("show_every", self.show_every, 0)):
             if value < least:
                 raise ValueError(f"{name} = {value} must be {least} or more")
+        if not 1 <= self.branch_parallel <= self.rollout.branches:
+            raise ValueError(f"branch_parallel = {self.branch_parallel} must lie between 1 and rollout.branches = {self.rollout.branches}: every process of a group needs a branch")
+        if not self.patience > 0.0:
+            raise ValueError(f"patience = {self.patience} must be positive")
         if self.advantages.weights:
             raise ValueError("advantages.weights is set by the rewards' own weights; write them there")
         if self.exploring.deterministic_replay and self.energy.needs_differing_context:

@@ -39,10 +39,10 @@ def load_generator(spec: str, device: torch.device | str = "cpu", vae_dtype: str
     checkpoint = _checkpoint(Path(run), which)
     config = run_config(Path(run))
     pipeline = load_pipeline(config.pipeline, device, vae_dtype, dtype or config.dtype)
-    policy, tensors = Policy(pipeline.generator, config.policy, config.seed), read_tensors(checkpoint)
+    policy, tensors = Policy(pipeline.generator, config.policy, config.seed), read_tensors(checkpoint, f"{SETS[which]}.")
     for name, p in zip(policy.names, policy.parameters):
         p.data.copy_(tensors[f"{SETS[which]}.{name}"])
-    policy.refresh()
+    policy.layout.refresh()
     pipeline.generator.requires_grad_(False)
     return pipeline, f"{Path(run).name}:{which} {checkpoint.name}"
 

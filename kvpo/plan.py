@@ -10,8 +10,9 @@ from typing import Annotated, Any, Iterator, Literal, Mapping
 import tyro
 
 from kvpo.config import RunConfig
+from kvpo.distributed import Ranks
 from kvpo.files import write_atomic
-from kvpo.plan_amounts import Amounts, amounts, decoded_together, own_past, replay_rows, rows_of, side_by_side, with_changes
+from kvpo.plan_amounts import Amounts, amounts, branches_of, decoded_together, own_past, replay_rows, rows_of, side_by_side, with_changes
 from kvpo.plan_costs import GIB, Costs, Sizes, costs, sizes_of
 
 CARDS: Mapping[str, tuple[float, float]] = {
@@ -32,7 +33,9 @@ class Plan:
     """A shipped recipe or a YAML file."""
     settings: Annotated[RunConfig, tyro.conf.arg(name="")]
     gpus: int = 1
-    """Cards; each takes its share of a step's groups."""
+    """Cards of a node; each takes its share of a step's groups, or, with branch_parallel, of a group's branches."""
+    nodes: int = 1
+    """Machines of so many cards."""
     card: Literal["h200", "h100", "a100", "l40s", "rtx4090", "rtx5090"] = "h100"
     """For the time, and for the memory unless that is given."""
     gpu_memory: float = 0.0
@@ -43,13 +46,14 @@ class Plan:
     """Also write everything as JSON."""
 
     def __call__(self) -> None:
-        if self.gpus < 1 or self.gpu_memory < 0:
-            raise ValueError(f"--gpus {self.gpus} must be 1 or more, and --gpu-memory {self.gpu_memory} positive")
+        if self.gpus < 1 or self.nodes < 1 or self.gpu_memory < 0:
+            raise ValueError(f"--gpus {self.gpus} and --nodes {self.nodes} must be 1 or more, and --gpu-memory {self.gpu_memory} positive")
+        shares = shares_of(self.settings.groups, self.nodes, self.gpus, self.settings.branch_parallel)
         room = self.gpu_memory * 0.97 * 1e9 / GIB if self.gpu_memory else CARDS[self.card][1]
         sizes = sizes_of(self.settings, self.size)
         found, counted = costs(self.settings, sizes), amounts(self.settings, sizes.geometry)
         memory = stages(self.settings, sizes, found)
-        lines = [*_head(self, sizes, found), *_memory(memory, room), *_advice(self.settings, sizes, found, room), *_work(self, sizes, found, counted)]
+        lines = [*_head(self, sizes, found), *_memory(memory, room), *_advice(self.settings, sizes, found, room), *_work(self, sizes, found, counted), *_geometry(self, shares)]
         print("\n".join(lines))
         if self.out is not None:
             content = {"recipe": self.recipe, "sizes": sizes.source, "stages GiB": {s: {k: v / GIB for k, v in parts.items()} for s, parts in memory.items()}, "amounts": vars(counted)}
@@ -60,7 +64,7 @@ def stages(config: RunConfig, sizes: Sizes, c: Costs) -> dict[str, dict[str, int
     """Bytes on the device in every stage of a step, by part.  Passes cost as many times their row's bytes as they have rows."""
     g, B, R = sizes.geometry, side_by_side(config), replay_rows(config, sizes.geometry)
     rollout_own, replay_own = own_past(config, sizes.geometry)
-    members = min(config.rollout.together or config.rollout.branches, config.rollout.branches)
+    members = min(config.rollout.together or branches_of(config), branches_of(config))
     latent = 4 * g.block * sizes.transformer["in_channels"] * g.latent_height * g.latent_width
     rows, P, S = rows_of(config), config.exploring.window_blocks, len(g.sigmas)
     trained = 4 * c.trainable
@@ -168,7 +172,7 @@ def _advice(config: RunConfig, sizes: Sizes, c: Costs, room: float) -> list[str]
 def work(config: RunConfig, sizes: Sizes, c: Costs, n: Amounts) -> dict[str, float]:
     """Floating-point operations of one group, by phase."""
     S, P = len(sizes.geometry.sigmas), config.exploring.window_blocks
-    members = config.rollout.branches + config.advantages.anchor
+    members = branches_of(config) + config.advantages.anchor
     contexts, velocities = members * (P - 1), members * P * S - (members - 1)
     row, grad = c.replay.flops / c.rows["replay"], c.gradient.flops / c.rows["gradient"]
     unscored = n.replays - 1 + (not n.single_pass)
@@ -183,16 +187,35 @@ def work(config: RunConfig, sizes: Sizes, c: Costs, n: Amounts) -> dict[str, flo
 
 def _work(plan: Plan, sizes: Sizes, c: Costs, n: Amounts) -> list[str]:
     found = work(plan.settings, sizes, c, n)
-    groups, rate = -(-plan.settings.groups // plan.gpus), CARDS[plan.card][0] * 1e12 * UTILISATION
+    groups, rate = -(-plan.settings.groups * plan.settings.branch_parallel // (plan.gpus * plan.nodes)), CARDS[plan.card][0] * 1e12 * UTILISATION
     seconds = sum(found.values()) / rate
     replays = n.replays + (not n.single_pass)
-    lines = [f"{'one group, mean over forks':<28}{'calls':>9}{'TFLOP':>12}{'s':>9}"]
+    title = "one group, mean over forks" if plan.settings.branch_parallel == 1 else "a card's share of one group"
+    lines = [f"{title:<28}{'calls':>9}{'TFLOP':>12}{'s':>9}"]
     calls = {"prefix": n.prefix_calls, "branches and anchor": n.branch_calls, "replays without gradient": (replays - 1) * n.replay_calls, "replay with gradient": n.replay_calls}
     lines += [f"{name:<28}{f'{calls[name]:.0f}' if name in calls else '':>9}{work / 1e12:>12.3g}{work / rate:>9.3g}" for name, work in found.items()]
     lines += [
         f"{'together':<28}{sum(calls.values()):>9.0f}{sum(found.values()) / 1e12:>12.3g}{seconds:>9.3g}",
         f"decoded: {n.decoded_prefix:.0f} latent frames of the prefix, {n.decoded_rows:.0f} of branches and anchor; scored: {n.scored:.0f} pixel frames",
-        f"a step: {plan.settings.groups} groups on {plan.gpus} x {plan.card}: about {groups * seconds / 60:.3g} min without rewards ({UTILISATION:.0%} of {CARDS[plan.card][0]} TFLOP/s); "
+        f"a step: {plan.settings.groups} groups on {plan.gpus * plan.nodes} x {plan.card}: about {groups * seconds / 60:.3g} min without rewards ({UTILISATION:.0%} of {CARDS[plan.card][0]} TFLOP/s); "
         f"{plan.settings.steps} steps: {plan.settings.steps * groups * seconds / 3600:.3g} h",
     ]
     return lines
+
+
+def shares_of(groups: int, nodes: int, gpus: int, row: int = 1) -> list[range]:
+    """Groups of a step that every rank has, rank = node x gpus + card; ``row`` neighbours share theirs.  ValueError where one would have none, or a row is not full."""
+    world = nodes * gpus
+    if world % row:
+        raise ValueError(f"{world} cards are no multiple of branch_parallel = {row}: so many share a group")
+    return [Ranks(rank // row, world // row).share(groups) for rank in range(world)]
+
+
+def _geometry(plan: Plan, shares: list[range]) -> list[str]:
+    if len(shares) == 1:
+        return []
+    most, idle = len(shares[0]), sum(len(s) < len(shares[0]) for s in shares)
+    name = lambda share: " ".join(map(str, share))  # noqa: E731
+    nodes = [(n, shares[n * plan.gpus : (n + 1) * plan.gpus]) for n in range(plan.nodes)]
+    waits = f"; {idle} of {len(shares)} ranks wait while the others make their last: set groups to a multiple of {len(shares)}" if idle else ""
+    return ["", f"{plan.nodes} nodes of {plan.gpus} cards, up to {most} groups a rank{waits}", *(f"  node {n}: ranks {n * plan.gpus} to {(n + 1) * plan.gpus - 1}, groups {' | '.join(map(name, own))}" for n, own in nodes)]

@@ -13,9 +13,14 @@ from kvpo.score import group_clips, horizon
 from kvpo.types import Script, Window
 
 
+def branches_of(config: RunConfig) -> int:
+    """Of a group, on the card that has most of them."""
+    return -(-config.rollout.branches // config.branch_parallel)
+
+
 def rows_of(config: RunConfig) -> int:
-    """Branches and anchor."""
-    return config.rollout.branches + 1
+    """Branches and anchor, likewise."""
+    return branches_of(config) + 1
 
 
 def side_by_side(config: RunConfig) -> int:
@@ -28,7 +33,7 @@ def decoded_together(config: RunConfig) -> int:
 
 def replay_rows(config: RunConfig, geometry: Geometry) -> int:
     """Velocities of the largest pass: all branches start alike, so the first step of the first block is one for all."""
-    members = config.rollout.branches + config.advantages.anchor
+    members = branches_of(config) + config.advantages.anchor
     members = min(config.rollout.together or members, members)
     found = members * config.exploring.window_blocks * len(geometry.sigmas) - (members - 1)
     return min(found, config.rows_per_pass or found)
@@ -43,7 +48,7 @@ def scripts_of(config: RunConfig) -> list[Script]:
 
 @dataclass(frozen=True)
 class Amounts:
-    """Of one group, mean over scripts and eligible forks."""
+    """Of one group (of a card's share of it, with branch_parallel), mean over scripts and eligible forks."""
 
     fork: float
     prefix_calls: float
@@ -65,7 +70,7 @@ class Amounts:
 def amounts(config: RunConfig, geometry: Geometry) -> Amounts:
     g, S = geometry, len(geometry.sigmas)
     chunks, P = -(-rows_of(config) // side_by_side(config)), config.exploring.window_blocks
-    members = config.rollout.branches + config.advantages.anchor
+    members = branches_of(config) + config.advantages.anchor
     parts = -(-members // min(config.rollout.together or members, members))
     velocities = members * P * S
     passes = max(parts, -(-velocities // config.rows_per_pass) if config.rows_per_pass else parts)

@@ -23,7 +23,8 @@ from kvpo.importing import FORMATS
 from kvpo.loading import folder_of
 from kvpo.peak import Ledger, cost, fake, flops
 from kvpo.plan_amounts import decoded_together, replay_rows, side_by_side
-from kvpo.policy import Policy, master_of
+from kvpo.policy import Policy
+from kvpo.sharding import master_of
 
 WAN_1_3B = {
     "patch_size": (1, 2, 2), "num_attention_heads": 12, "attention_head_dim": 128, "in_channels": 16, "out_channels": 16, "text_dim": 4096, "freq_dim": 256,

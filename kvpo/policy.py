@@ -2,22 +2,24 @@
 
 The current weights are float32 masters; the module computes with them, or with their copies in its own dtype.  The
 other sets are lists of tensors that are swapped in for passes without gradient.  With LoRA a set is the adapter's
-tensors; the backbone exists once.
+tensors; the backbone exists once.  Where several ranks share the weights out (`kvpo.sharding`), a set is this rank's part.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Iterator, Literal
+from typing import Iterable, Iterator, Literal, Sequence
 
 import torch
 from peft import LoraConfig
 
+from kvpo.distributed import Ranks
 from kvpo.generators.causal_wan import CausalWan
 from kvpo.rng import stream
+from kvpo.sharding import Shards, Whole
 
 ADAPTER_TARGETS = r".*blocks\.\d+\.(attn[12]\.(to_q|to_k|to_v|to_out\.0)|ffn\.net\.(0\.proj|2))"
 """Every linear map inside the blocks, 10 a block."""
@@ -34,6 +36,9 @@ class PolicyConfig:
     """Optimizer updates between copies of the current weights into the behaviour policy."""
     ema: float = 0.999
     """Decay of the averaged weights; it warms up as (1 + n) / (10 + n) over n updates."""
+    shard: bool = False
+    """Share masters, EMA, behaviour, reference and optimizer moments out over the ranks (FSDP2): 24 / ranks bytes a trained weight.  The module's
+    weights, the reference's and the gradient stay whole on each, 2 + 2 + 4 bytes in bf16: all of 1.3B fit a card, of 14B an adapter does."""
 
     def __post_init__(self):
         if self.rank < 1 or self.sync_interval < 1:
@@ -45,23 +50,26 @@ class PolicyConfig:
 class Policy:
     """The trainable part of a generator."""
 
-    def __init__(self, model: CausalWan, config: PolicyConfig, seed: int):
+    def __init__(self, model: CausalWan, config: PolicyConfig, seed: int, ranks: Ranks = Ranks()):
         self.model, self.config = model, config
         transformer = model.transformer.requires_grad_(False)
         if config.train == "lora":
             _add_adapter(transformer, config.rank, seed)
         else:
             transformer.requires_grad_(True)
-        self.names, self._computing = zip(*((n, p) for n, p in transformer.named_parameters() if p.requires_grad))
-        self.parameters = tuple(master_of(p) for p in self._computing)
+        self.names, computing = zip(*((n, p) for n, p in transformer.named_parameters() if p.requires_grad))
+        self.sharded = config.shard and ranks.world > 1
+        self.layout = Shards(transformer, self.names, ranks) if self.sharded else Whole(computing, ranks)
+        self.parameters = self.layout.masters
         """float32: at lr 1e-5 a bf16 weight can not move."""
         self.reference, self.behaviour, self.average = self.snapshot(), self.snapshot(), self.snapshot()
+        self._at_hand: dict[int, Sequence[torch.Tensor]] = {}
         self.updates = self.lag = 0
         """Optimizer updates in all, and since the last sync."""
 
     @property
     def num_trainable(self) -> int:
-        return sum(p.numel() for p in self.parameters)
+        return sum(p.numel() for p in self.layout.computing)
 
     @property
     def on_policy(self) -> bool:
@@ -73,28 +81,38 @@ class Policy:
 
     @contextmanager
     def using(self, weights: list[torch.Tensor]) -> Iterator[None]:
-        """The module computes with ``weights`` inside; no gradient may be taken there."""
-        current = [p.data for p in self._computing]
+        """The module computes with ``weights`` inside; no gradient may be taken there.  If sharded, all ranks enter, or it is `at_hand`."""
+        computing = self.layout.computing
+        current = [p.data for p in computing]
+        whole = self._at_hand.get(id(weights)) or self.layout.whole(weights)
         try:
-            for p, w in zip(self._computing, weights):
+            for p, w in zip(computing, whole):
                 p.data = w.to(p.dtype)
             with torch.no_grad():
                 yield
         finally:
-            for p, w in zip(self._computing, current):
+            for p, w in zip(computing, current):
                 p.data = w
 
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """After the masters have changed: the module computes with what they are now."""
-        for p, master in zip(self._computing, self.parameters):
-            if p is not master:
-                p.copy_(master)
+    @contextmanager
+    def at_hand(self, *sets: list[torch.Tensor]) -> Iterator[None]:
+        """All ranks enter; inside, each may be `using` these sets, or not, without the others."""
+        self._at_hand = {id(weights): self.layout.whole(weights) for weights in sets}
+        if self.on_policy:
+            self._at_hand[id(self.behaviour)] = [p.data for p in self.layout.computing]
+        try:
+            yield
+        finally:
+            self._at_hand = {}
+
+    def for_groups(self) -> AbstractContextManager[None]:
+        """`at_hand` with the sets that groups may ask for."""
+        return self.at_hand(*([] if self.on_policy else [self.behaviour]), *([self.reference] if self.updates else []))
 
     @torch.no_grad()
     def updated(self) -> None:
         """After an optimizer update: refresh the module, move the EMA, and sync the behaviour policy when it is time."""
-        self.refresh()
+        self.layout.refresh()
         self.updates, self.lag = self.updates + 1, self.lag + 1
         decay = min(self.config.ema, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1.0 - decay)
@@ -104,23 +122,13 @@ class Policy:
 
     def drift(self) -> float:
         """Distance of the current weights from the reference, relative to the reference's norm (for LoRA: absolute)."""
-        moved = math.sqrt(sum(float((p.detach() - r).square().sum()) for p, r in zip(self.parameters, self.reference)))
-        base = math.sqrt(sum(float(r.square().sum()) for r in self.reference))
+        moved = self._norm(p.detach() - r for p, r in zip(self.parameters, self.reference))
+        base = self._norm(self.reference)
         return moved if self.config.train == "lora" else moved / base
 
-
-def master_of(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
-    """The float32 weight that is trained: the parameter itself, or one beside it that collects its gradients."""
-    if parameter.dtype == torch.float32:
-        return parameter
-    master = torch.nn.Parameter(parameter.detach().float())
-
-    def carry(p: torch.nn.Parameter) -> None:  # gradients of several passes and groups add up in float32
-        master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
-        p.grad = None
-
-    parameter.register_post_accumulate_grad_hook(carry)
-    return master
+    def _norm(self, weights: Iterable[torch.Tensor]) -> float:
+        squares = torch.tensor(sum(float(w.square().sum()) for w in weights), dtype=torch.float64, device=self.model.device)
+        return math.sqrt(self.layout.total(squares))
 
 
 def _add_adapter(transformer, rank: int, seed: int) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Iterator
 
 from rich.console import Console, Group
@@ -29,10 +31,15 @@ class Bar:
 
 
 class Progress:
-    """Bars and the live line on stderr, lines that stay on stdout, so that output can be piped."""
+    """Bars and the live line on stderr, lines that stay on stdout, so that output can be piped.
 
-    def __init__(self):
-        quiet = os.environ.get("RANK", "0") != "0"  # of torchrun's processes the first one speaks
+    Of torchrun's processes the first one speaks; what another one would say goes to ``logs``/rank-N.log.
+    """
+
+    def __init__(self, logs: Path | None = None):
+        rank = os.environ.get("RANK", "0")
+        quiet = rank != "0"
+        self._log = logs / f"rank-{rank}.log" if quiet and logs is not None else None
         self._out, self._console = Console(highlight=False, soft_wrap=True, quiet=quiet), Console(stderr=True, highlight=False, quiet=quiet)
         self.bars = Bars(TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), console=self._console)
         self._live: Live | None = None
@@ -56,9 +63,18 @@ class Progress:
             self.bars.remove_task(task)
 
     def show(self, line: str) -> None:
+        self.note(line)
         if self._live is not None and line:
             self._live.update(Group(self.bars, Text(line)))
 
     def say(self, text: str) -> None:
         """On a terminal above the bars, which would otherwise be written over."""
+        self.note(text)
         (self._live.console if self._live is not None and self._out.is_terminal else self._out).print(text, markup=False)
+
+    def note(self, text: str) -> None:
+        """Only into the rank's own log, if it has one."""
+        if self._log is not None and text:
+            self._log.parent.mkdir(parents=True, exist_ok=True)
+            with self._log.open("a", encoding="utf-8") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")

@@ -49,7 +49,7 @@ class PlannedNoise:
     plans: tuple[BranchPlan, ...]
     window: Window
     first: int = 0
-    """Number of the first plan's row in its group, which names its noise."""
+    """Number of the first plan's branch in its group, which names its noise."""
 
     def start(self, block: int) -> torch.Tensor:
         noise = self.shared.start(block)
@@ -67,13 +67,13 @@ class PlannedNoise:
 def roll_out(
     pipeline: Pipeline, sampler: Sampler, explorer: Explorer, config: RolloutConfig, script: Script,
     embeddings: Mapping[str, torch.Tensor], seed: int, name: tuple[int | str, ...], phases: Phases, fork: int | None = None,
-    horizon: Callable[[Window], int] | None = None, held: Callable[[int], Sequence[int]] = lambda fork: (),
+    horizon: Callable[[Window], int] | None = None, held: Callable[[int], Sequence[int]] = lambda fork: (), own: range | None = None,
 ) -> Rollout:  # fmt: skip
     """A group under ``script`` with the weights now in the pipeline.  ``name`` names its random streams.
 
     ``fork``: fork block (default: drawn among the eligible ones).  ``horizon``: the block to stop
     before, but never within the window (default: the whole script).  ``held``: fork -> blocks of the prefix
-    whose network inputs are kept.
+    whose network inputs are kept.  ``own``: those of the G branches that are generated here (default: all), beside the anchor.
     """
     geometry = pipeline.geometry
     check_room(explorer, config, script.blocks, geometry)
@@ -82,11 +82,12 @@ def roll_out(
     with phases("prefix"):
         prefix, kept = generate_prefix(pipeline, sampler, script, embeddings, noise, window.fork, config.cache_frames, held(window.fork))
     plans = explorer.plan(window, geometry, config.branches, stream(seed, *name, "plan"), prefix.cache.resident)
-    plans = (*plans, BranchPlan())
+    own = range(config.branches) if own is None else own
+    plans = (*plans[own.start : own.stop], BranchPlan())
     stop = script.blocks if horizon is None else max(horizon(window), window.stop)
     size = config.together or len(plans)
     with phases("branches"):
-        parts = [_branches(pipeline, prefix, plans[i : i + size], PlannedNoise(noise, plans[i : i + size], window, i), window, stop) for i in range(0, len(plans), size)]
+        parts = [_branches(pipeline, prefix, plans[i : i + size], PlannedNoise(noise, plans[i : i + size], window, own.start + i), window, stop) for i in range(0, len(plans), size)]
     inputs, velocities, after = (torch.cat(x) for x in zip(*parts))
     clean = after[:, : window.blocks * geometry.block].unflatten(1, (window.blocks, geometry.block))
     return Rollout(script, window, plans, Trajectory(inputs, velocities, clean), torch.cat(prefix.blocks, dim=1)[0], after, prefix.cache, kept)

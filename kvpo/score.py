@@ -13,6 +13,7 @@ from typing import Sequence
 
 import torch
 
+from kvpo.distributed import Ranks
 from kvpo.generators.pipeline import Geometry, Pipeline
 from kvpo.rewards.base import Reward, VideoBatch
 from kvpo.timing import Phases
@@ -137,10 +138,10 @@ def _score_clip(frames: torch.Tensor, script: Script, segment: int, fps: float, 
     return torch.stack([r.score(batch).scores for r in rewards])
 
 
-def pixel_diversity(pixels_BTCHW: torch.Tensor) -> float:
-    """Mean squared difference of two rows' pixels in [0, 1], over all pairs of rows."""
+def pixel_diversity(pixels_BTCHW: torch.Tensor, ranks: Ranks = Ranks()) -> float:
+    """Mean squared difference of two rows' pixels in [0, 1], over all pairs of rows, those of the other ``ranks`` included."""
     x = pixels_BTCHW.flatten(1).float() / 255.0
-    B = len(x)
+    B = int(ranks.sum(torch.tensor(len(x))))
     # Sum over pairs |a - b|^2 = B sum |a|^2 - |sum a|^2, and the last sum is 0 once the mean is taken off (which also keeps the digits).
-    total = B * (x - x.mean(dim=0)).square().sum(dtype=torch.float64)
+    total = B * ranks.sum((x - ranks.sum(x.sum(dim=0)) / B).square().sum(dtype=torch.float64))
     return float(total / (B * (B - 1) / 2) / x.shape[1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import contextmanager
-from typing import Iterator
+from typing import Callable, Iterator
 
 import torch
 
@@ -12,14 +12,15 @@ import torch
 class Phases:
     """Adds up seconds per phase until `take` is called."""
 
-    def __init__(self):
+    def __init__(self, tell: Callable[[str], None] = lambda doing: None):
+        """``tell`` is told every phase that begins, and where."""
         self.seconds: dict[str, float] = {}
-        self.now: str = "start"
-        """The phase at work, for error messages."""
+        self.tell, self.now, self.where = tell, "start", ""
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         self.now, started = name, time.perf_counter()
+        self.tell(f"phase {name}{self.where}")
         yield
         if torch.cuda.is_available():
             torch.cuda.synchronize()

@@ -102,7 +102,7 @@ class Trials:
         every = self.config.sentinels.every
         if not every or not done or done % every:
             return ""
-        with self.phases("sentinels"), self.progress.bar("sentinels", self.config.sentinels.scripts) as bar:
+        with self.phases("sentinels"), self.policy.at_hand(self.policy.reference), self.progress.bar("sentinels", self.config.sentinels.scripts) as bar:
             found = self.ranks.together(lambda: self.watch(recent_kl(self.out, done, every), bar.move_to) if self.ranks.first else Verdict())
         verdict = self.ranks.gather(found)[0]
         log.write(done - 1, verdict.metrics | self.phases.take())

@@ -13,6 +13,7 @@ from typing import Callable, Iterable, Mapping
 import torch
 
 from kvpo.advantages import Advantage, UnsafePolicy
+from kvpo.distributed import Ranks
 from kvpo.loss import ClippedObjective, entropy
 from kvpo.policy import Policy
 from kvpo.replay import Replay
@@ -57,13 +58,17 @@ class GroupUpdate:
 class Updater:
     """Accumulates the gradients of a step's groups, then updates the policy."""
 
-    def __init__(self, policy: Policy, config: OptimizerConfig, objective: ClippedObjective, temperature: Temperature, unsafe: UnsafePolicy, groups: int):
+    def __init__(
+        self, policy: Policy, config: OptimizerConfig, objective: ClippedObjective, temperature: Temperature, unsafe: UnsafePolicy, groups: int, row: Ranks = Ranks()
+    ):  # fmt: skip
+        """``row``: the ranks that share a group with this one, each with members of its own."""
+        self.row = row
         self.policy, self.config, self.objective = policy, config, objective
         self.temperature, self.unsafe, self.groups = temperature, unsafe, groups
         self.optimizer = torch.optim.AdamW(policy.parameters, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, weight_decay=config.weight_decay)
 
     def accumulate(self, replay: Replay, advantage: Advantage, phases: Phases) -> GroupUpdate:
-        """Add the clipped gradient of one group's loss.  ValueError naming quantity and branch where a number is not finite."""
+        """Add the clipped gradient of one group's loss.  ``replay``: of this rank's members.  ValueError naming quantity and branch where a number is not finite."""
         weight = self.unsafe.weight(advantage.safe)
         share = weight / self.groups
         metrics = {"group/safe": float(advantage.safe), "group/skipped": float(weight == 0.0)}
@@ -75,15 +80,16 @@ class Updater:
             reference_G = self._energies_under(self.policy.reference, replay) if moved else None
             old_G = None if self.policy.on_policy else self._energies_under(self.policy.behaviour, replay)
         with phases("replay_grad"):
-            shares = list(replay.passes()) if replay.single_pass else []
-            energy_G = _sum(shares, len(replay.rows)) if shares else replay.energies()
+            shares = self.row.together(lambda: list(replay.passes()) if replay.single_pass else [])
+            energy_G = self._of_all(lambda: _sum(shares, len(replay.rows)) if shares else replay.energies())
             old_G = energy_G if old_G is None else old_G  # the same weights: the old scores are the detached new ones
             tau = self.temperature.resolve(old_G)
             logits = [None if e is None else -e / tau for e in (energy_G, old_G, energy_G if self.policy.updates == 0 else reference_G)]
             loss = self.objective(*logits, advantage.values, share)
-            cotangent_G = -loss.cotangent / tau  # dL / dE
+            first = self.row.stretch(len(advantage.fused)).start
+            cotangent_G = (-loss.cotangent / tau)[first : first + len(replay.rows)]  # dL / dE of the members here
             passes = (torch.dot(cotangent_G[branch].to(energy.device), energy) for branch, energy in shares or replay.passes())
-            norm = self._add_clipped(passes, share)
+            norm = self._add_clipped(passes, share, self.row)
         log_pi = torch.log_softmax(-old_G / tau, dim=0)
         metrics |= {"energy/mean": float(energy_G.mean()), "energy/std": float(energy_G.std()), "policy/tau": tau, "policy/lag": self.policy.lag}
         metrics |= {"policy/entropy": float(entropy(log_pi)), "policy/evenness": float(entropy(log_pi)) / math.log(len(log_pi)), "policy/top": float(log_pi.max().exp())}
@@ -91,7 +97,7 @@ class Updater:
         return GroupUpdate(energy_G, log_pi.exp(), metrics | loss.metrics)
 
     def hold(self, penalty: VelocityPenalty, velocities: Callable[[], list[torch.Tensor]], phases: Phases) -> dict[str, float]:
-        """Add the clipped gradient of the penalty on one group's held blocks, given their velocities under the weights in the module.
+        """Add the clipped gradient of the penalty on one group's held blocks, given their velocities under the weights in the module.  One rank of a row does.
 
         Nothing where there are none, and before the first update, when both velocities are the same.
         """
@@ -103,7 +109,7 @@ class Updater:
             if not reference:
                 return {}
             distance = squared_residual(torch.cat(velocities()), torch.cat(reference)).mean()
-            norm = self._add_clipped([penalty.weight / self.groups * distance], 1.0 / self.groups)
+            norm = self._add_clipped([penalty.weight / self.groups * distance], 1.0 / self.groups, Ranks())
         return {"hold/distance": float(distance.detach()), "hold/grad_norm": norm}
 
     def step(self) -> dict[str, float]:
@@ -111,8 +117,9 @@ class Updater:
         rate = self.config.lr * min(1.0, (self.policy.updates + 1) / self.config.warmup)
         if all(p.grad is None for p in self.policy.parameters):  # every group of the step was skipped
             return {"optim/lr": rate, "optim/grad_norm": 0.0, "optim/grad_clipped": 0.0}
-        if not (norm := self._norm()).isfinite():
-            bad = [n for n, p in zip(self.policy.names, self.policy.parameters) if p.grad is not None and not p.grad.isfinite().all()]
+        if not (norm := self.policy.layout.total(_norm(self.policy.parameters))).isfinite():
+            faults = self.policy.layout.total(torch.stack([_fault(p) for p in self.policy.parameters]))
+            bad = [n for n, fault in zip(self.policy.names, faults) if fault]
             raise FloatingPointError(
                 f"gradient norm is {float(norm)} at update {self.policy.updates}; not finite in {len(bad)} tensors, first {', '.join(bad[:3])}; nothing was updated. "
                 "Lower optimizer.lr or look at this step's rewards and energies"
@@ -124,29 +131,43 @@ class Updater:
         self.policy.updated()
         return {"optim/lr": rate, "optim/drift": self.policy.drift()}
 
-    def _add_clipped(self, losses: Iterable[torch.Tensor], share: float) -> float:
-        """Add the gradient of the losses' sum to the step's, clipped by itself; its norm before that.
+    def _add_clipped(self, losses: Iterable[torch.Tensor], share: float, row: Ranks) -> float:
+        """Add the gradient of the losses' sum over the ranks of ``row`` to the step's, clipped by itself; its norm before that.
 
         The losses are ``share`` of a whole group's.  A gradient that is not finite is left for `step` to name.
         """
-        earlier = [p.grad for p in self.policy.parameters]
-        self.optimizer.zero_grad(set_to_none=True)
-        for loss in losses:
-            loss.backward()
-        norm = self._norm()
+        collecting = self.policy.layout.collecting
+        earlier = [p.grad for p in collecting]
+        for p in collecting:
+            p.grad = None
+        row.together(lambda: [loss.backward() for loss in losses])
+        row.add_gradients(collecting)
+        norm = _norm(collecting)
         if norm.isfinite():
-            torch.nn.utils.clip_grads_with_norm_(self.policy.parameters, self.config.clip * share, norm)
-        for p, before in zip(self.policy.parameters, earlier):
-            if before is not None:
+            torch.nn.utils.clip_grads_with_norm_(collecting, self.config.clip * share, norm)
+        for p, before in zip(collecting, earlier):
+            if not row.first:  # the first carries it into the sum over all ranks
+                p.grad = before
+            elif before is not None:
                 p.grad = before if p.grad is None else p.grad.add_(before)
         return float(norm) / share
 
-    def _norm(self) -> torch.Tensor:
-        return torch.nn.utils.get_total_norm([p.grad for p in self.policy.parameters if p.grad is not None])
-
     def _energies_under(self, weights: list[torch.Tensor], replay: Replay) -> torch.Tensor:
         with self.policy.using(weights):
-            return replay.energies()
+            return self._of_all(replay.energies)
+
+    def _of_all(self, energies: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """E_M of a group from every rank's own members: its branches in order, then the anchor where that is one."""
+        return torch.cat(self.row.gather(self.row.together(energies)))
+
+
+def _norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def _fault(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """1 where its gradient is not finite."""
+    return torch.zeros((), device=parameter.device) if parameter.grad is None else (~parameter.grad.isfinite()).any().float()
 
 
 def _sum(shares: list[tuple[torch.Tensor, torch.Tensor]], branches: int) -> torch.Tensor:

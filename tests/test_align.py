@@ -246,22 +246,46 @@ def test_killed_twenty_times_and_resumed(straight, tmp_path):
     assert hits >= 15
 
 
-def test_ctrl_c(recipe, tmp_path, monkeypatch, capsys):
-    """In the middle of a step: exit code 130, where it stopped, how to go on; nothing is half-written, and resuming works."""
-    step = Alignment.step
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_pre_emption(straight, tmp_path, monkeypatch, capsys, number):
+    """In the middle of a step: the step is given up, those before it are saved although no checkpoint was due, the exit code is 0; resuming is the uninterrupted run."""
+    out, recipe, _ = straight
+    explore, handlers = Alignment.explore, [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
 
-    def interrupted(self, number):
-        if number == 1:
-            with self.phases("branches"):
-                raise KeyboardInterrupt
-        return step(self, number)
+    def interrupted(self, *args, **options):
+        if self.done == 2:
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
+        return explore(self, *args, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Alignment, "step", interrupted)
-        assert align(recipe, tmp_path / "run", "--steps", "2") == 130
+        patched.setattr(Alignment, "explore", interrupted)
+        assert align(recipe, tmp_path / "run", "--checkpoint.every", "9") == 0
     said = capsys.readouterr().out
-    assert f"stopped in phase branches; nothing half-written. Go on with: kvpo align {recipe} --out {tmp_path / 'run'} --resume" in said
-    assert [p.name for p in checkpoints(tmp_path / "run" / "checkpoints")] == ["step-000001"] and not list((tmp_path / "run").rglob("*.part"))
+    assert f"stopped by {number.name}; 2 steps are done and saved. Go on with: kvpo align {recipe} --out {tmp_path / 'run'} --resume" in said
+    assert [p.name for p in checkpoints(tmp_path / "run" / "checkpoints")] == ["step-000002"] and len(records(tmp_path / "run")) == 2
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert align(recipe, tmp_path / "run", "--resume") == 0
+    assert equal(final(tmp_path / "run"), final(out)) and records(tmp_path / "run")[-1] == records(out)[-1]
+
+
+def test_stopped_before_anything_is_done(recipe, tmp_path, monkeypatch, capsys):
+    """There is nothing to save; resuming begins."""
+    monkeypatch.setattr(Alignment, "embed", lambda self, script: os.kill(os.getpid(), signal.SIGTERM) or self.pipeline.encode_text(script.texts))
+    assert align(recipe, tmp_path / "run") == 0
+    assert "0 steps are done and saved" in capsys.readouterr().out and not checkpoints(tmp_path / "run" / "checkpoints")
+
+
+def test_stopped_in_an_evaluation(straight, tmp_path, monkeypatch, capsys):
+    """All steps are saved by then; resuming makes the evaluation."""
+    out, recipe, _ = straight
+    evaluate = Trials.evaluate
+    with monkeypatch.context() as patched:
+        patched.setattr(Trials, "evaluate", lambda self, done: os.kill(os.getpid(), signal.SIGTERM) or evaluate(self, done))
+        assert align(recipe, tmp_path / "run") == 0
+    assert "4 steps are done and saved" in capsys.readouterr().out and not (tmp_path / "run" / "report.html").exists()
+    assert align(recipe, tmp_path / "run", "--resume") == 0
+    assert records(tmp_path / "run") == records(out)
 
 
 def test_killed_before_the_last_evaluation(straight, tmp_path):
@@ -300,6 +324,25 @@ def test_a_full_disk(recipe, tmp_path, monkeypatch, capsys):
     (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
     assert line.startswith("kvpo align: checkpoint ") and "No space left on device" in line and "--resume" in line
     assert checkpoints(tmp_path / "run" / "checkpoints") == []
+
+
+def test_a_disk_that_becomes_full(straight, tmp_path, monkeypatch, capsys):
+    """In the second checkpoint, half-way through its file: the first one stays, the run says so, and goes on once there is room."""
+    from kvpo.checkpoint import save_file
+
+    def fills_up(tensors, path):
+        save_file(tensors, path)
+        if "000002" in str(path):
+            os.truncate(path, 1000)
+            raise OSError(28, "No space left on device")
+
+    out, recipe, _ = straight
+    with monkeypatch.context() as patched:
+        patched.setattr("kvpo.checkpoint.save_file", fills_up)
+        assert "step-000002 could not be written ([Errno 28] No space left on device); the ones before it are untouched" in refused(recipe, tmp_path / "run", capsys)
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000001"]
+    assert align(recipe, tmp_path / "run", "--resume") == 0
+    assert equal(final(tmp_path / "run"), final(out))
 
 
 # --- What is refused ---
@@ -344,16 +387,15 @@ def test_resuming_behind_the_checkpoint(straight, capsys):
 
 
 def test_a_broken_newest_checkpoint_is_named(straight, tmp_path, capsys):
-    """And once it is deleted, the one before it serves."""
+    """And the one before it is used; the run then writes the broken one anew."""
     out, recipe, _ = straight
     shutil.copytree(out, tmp_path / "run")
     newest = checkpoints(tmp_path / "run" / "checkpoints")[-1]
     path = newest / "tensors.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
-    line = refused(recipe, tmp_path / "run", capsys, "--resume")
-    assert f"{path} is broken or missing" in line and f"delete {newest} to go on from the checkpoint before it" in line
-    shutil.rmtree(newest)
     assert align(recipe, tmp_path / "run", "--resume") == 0
+    said = capsys.readouterr().out
+    assert f"{path} is broken or missing" in said and f"resumed from {newest.parent / 'step-000003'}" in said.replace("\n", "")
     assert equal(final(tmp_path / "run"), final(out))
 
 

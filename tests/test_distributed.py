@@ -22,9 +22,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def launch(recipe: str, out: Path, *options: str, ranks: int = 2, restarts: int = 0) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}", "-m", "kvpo", "align", recipe, "--out", str(out), *options]
+    return launch_python(out.parent, "-m", "kvpo", "align", recipe, "--out", str(out), *options, ranks=ranks, restarts=restarts)
+
+
+def launch_python(folder: Path, *program: str, ranks: int = 2, restarts: int = 0) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}", *program]
     env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, cwd=out.parent)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, cwd=folder)
 
 
 def torchrun(recipe: str, out: Path, *options: str, ranks: int = 2) -> tuple[int, str]:
@@ -99,7 +103,9 @@ def test_evaluations_see_all_scripts(single, double):
 def test_one_rank_writes_and_speaks(double, single):
     out, said = double
     there = lambda folder: sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and "tensorboard" not in p.parts)  # noqa: E731
-    assert there(out) == there(single) and said.count("report: ") == 1 and said.count("mean of trained") == 2
+    assert set(there(out)) - set(there(single)) == {"logs/rank-1.log"} and set(there(single)) <= set(there(out))
+    assert "step 2  " in (out / "logs" / "rank-1.log").read_text()
+    assert said.count("report: ") == 1 and said.count("mean of trained") == 2
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +134,9 @@ def test_another_world_size_goes_on(recipe, half, single, tmp_path):
 
 def test_an_error_of_one_rank_is_everyone_s(folder, tmp_path):
     """NaN as a reward in group 1, which is the second rank's: nobody updates, nobody hangs."""
-    recipe = write_recipe(tmp_path / "r.yaml", settings(folder, groups=2, steps=1, rewards=[{"name": "test_distributed:BrokenOnTheSecond"}]))
+    (tmp_path / "prompts.txt").write_text("a red circle rises slowly\na small square\n")  # the miniature's stories have clips to try rewards on before
+    data = {"blocks": 6, "prompts": str(tmp_path / "prompts.txt")}
+    recipe = write_recipe(tmp_path / "r.yaml", settings(folder, groups=2, steps=1, data=data, rewards=[{"name": "test_distributed:BrokenOnTheSecond"}]))
     code, said = torchrun(recipe, tmp_path / "run")
     assert code != 0 and "kvpo align: rank 1: step 0, group 1: " in said and "Nothing of this step was applied" in said
     assert not checkpoints(tmp_path / "run" / "checkpoints")
@@ -141,14 +149,14 @@ def test_a_killed_rank_is_started_again(recipe, double, tmp_path):
     while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_bytes().count(b"\n"):
         time.sleep(0.05)
         assert process.poll() is None, process.communicate()[0]
-    (victim,) = (p for p in _children(process.pid) if b"RANK=1" in Path(f"/proc/{p}/environ").read_bytes().split(b"\0"))
+    (victim,) = (p for p in children(process.pid) if b"RANK=1" in Path(f"/proc/{p}/environ").read_bytes().split(b"\0"))
     os.kill(victim, signal.SIGKILL)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0, said
     assert equal(final(out), final(double[0])) and records(out, evaluations=False) == records(double[0], evaluations=False)
 
 
-def _children(pid: int) -> list[int]:
+def children(pid: int) -> list[int]:
     return [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and f"\nPPid:\t{pid}\n" in _status(p)]
 
 

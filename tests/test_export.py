@@ -144,7 +144,7 @@ def test_no_adapter_in_a_run_of_all_weights(capsys, runs, tmp_path, format):
 
 
 def test_what_is_no_run(capsys, runs, folder, tmp_path):
-    for spec, message in ((folder, "is no run folder"), (f"{runs['lora']}:best", "choose one of ema, online, start")):
+    for spec, message in ((folder, "is no run folder"), (f"{runs['lora']}:worst", "choose one of ema, online, start, best")):
         code, err = run(capsys, spec, "--format", "pipeline", "--out", tmp_path / "out")
         assert code == 1 and message in err and not (tmp_path / "out").exists()
     code, err = run(capsys, runs["lora"], "--format", "pipeline", "--out", tmp_path)

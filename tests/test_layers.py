@@ -15,7 +15,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "kvpo"
 
 LAYERS = {
-    "foundation": "types flow rng files timing environment progress mini.world mini.stories mini.source",
+    "foundation": "types flow rng files timing environment progress stopping rendezvous mini.world mini.stories mini.source",
     "metrics": "metrics distributed video",
     "generators": "generators.rope generators.memory generators.cache generators.history generators.attention generators.causal_wan "
     "generators.streaming generators.pipeline generators.checkpoints generators.base_folder generators.embeddings",
@@ -24,10 +24,10 @@ LAYERS = {
     "rewards": "rewards.base rewards.measured rewards.track rewards.motion rewards.judge rewards.world rewards.facts rewards.attributes rewards.attributes_training rewards.opticalflow rewards.heldout "
     "rewards.cheats rewards.calibration rewards.clips rewards.classic_measures rewards.classic rewards.niqe rewards.watched rewards.pixels rewards.released rewards.image_text rewards.hpsv2 rewards.aesthetic rewards.dinov2 rewards.qwen rewards.hpsv3 rewards.videoreward rewards.packaged rewards.efficientnet rewards.conse rewards.ocr rewards.wire rewards.worker rewards.envs.hpsv3.scorer rewards.envs.videoalign.scorer rewards.links reward_env rewards.isolated rewards.registry rewards.scorer",
     "the sampler": "denoise",
-    "weights": "policy",
+    "weights": "sharding policy",
     "stage 1": "prompts",
     "stage 2": "rollout",
-    "stage 3": "score",
+    "stage 3": "score branch_parallel",
     "stage 4": "advantages conflicts",
     "stage 5": "replay",
     "stage 6": "loss velocity_penalty",

@@ -14,7 +14,7 @@ from kvpo.align import Alignment
 from kvpo.config import RECIPES, from_dict, load_config, recipe_path
 from kvpo.generators.base_folder import new_transformer
 from kvpo.peak import Ledger, cost, fake, flops
-from kvpo.plan import CARDS, fitted, stages, work
+from kvpo.plan import CARDS, fitted, shares_of, stages, work
 from kvpo.plan_amounts import amounts, own_past, replay_rows, with_changes
 from kvpo.plan_costs import WAN_1_3B, WAN_14B, costs, sizes_of
 from kvpo.policy import Policy
@@ -163,6 +163,17 @@ def test_a_recipe_at_full_size_without_weights(capsys):
     assert code == 0 and "Wan2.1-1.3B as `kvpo import --format longlive` would write it" in out and "It fits." in out
 
 
+def test_who_has_which_groups(capsys, folder, tmp_path):
+    recipe = write_recipe(tmp_path / "r.yaml", settings(folder, groups=5))
+    code, out, _ = run(capsys, recipe, "--gpus", "2", "--nodes", "2")
+    assert code == 0 and out.endswith("2 nodes of 2 cards, up to 2 groups a rank; 3 of 4 ranks wait while the others make their last: set groups to a multiple of 4\n"
+                                      "  node 0: ranks 0 to 1, groups 0 4 | 1\n  node 1: ranks 2 to 3, groups 2 | 3\n")  # fmt: skip
+    shares = shares_of(5, 2, 2)
+    assert sorted(g for share in shares for g in share) == list(range(5))
+    code, _, err = run(capsys, recipe, "--gpus", "3", "--nodes", "2")
+    assert code == 1 and err == "kvpo plan: 5 groups a step leave 1 of 6 ranks idle; set groups to 6 or a multiple, or start fewer processes"
+
+
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_recipe_is_whole(path):
     """It can be read, forks exist, and its generator is one that import knows."""
@@ -173,7 +184,7 @@ def test_every_recipe_is_whole(path):
 
 @pytest.mark.parametrize(
     ("argv", "message"),
-    [(("--gpus", "0"), "--gpus 0 must be 1 or more"), (("--pipeline", "models/unknown"), "models/unknown is no pipeline folder, and no format of `kvpo import` has its name"), (("--rollout.together", "-1"), "rollout.together = -1")],
+    [(("--gpus", "0"), "--gpus 0 and --nodes 1 must be 1 or more"), (("--pipeline", "models/unknown"), "models/unknown is no pipeline folder, and no format of `kvpo import` has its name"), (("--rollout.together", "-1"), "rollout.together = -1")],
 )
 def test_bad_input(capsys, argv, message):
     code, out, err = run(capsys, "longlive", *argv)
@@ -182,3 +193,24 @@ def test_bad_input(capsys, argv, message):
 
 def test_cards_are_rates_and_rooms():
     assert all(100 < rate < 3000 and 10 < room < 300 for rate, room in CARDS.values())
+
+
+# --- A group over several cards ---
+
+
+def test_a_card_s_share_of_a_group_is_planned_as_a_smaller_group(folder):
+    """Five branches on two cards are at most three on one, and the anchor on both."""
+    rollout = lambda branches: {"rollout": {"branches": branches, "cache_frames": 12}, "advantages": {"anchor": True}}  # noqa: E731
+    split, small = config_of(folder, branch_parallel=2, **rollout(5)), config_of(folder, **rollout(3))
+    sizes = sizes_of(split)
+    found = costs(split, sizes)
+    assert amounts(split, sizes.geometry) == amounts(small, sizes.geometry)
+    assert found == costs(small, sizes) and stages(split, sizes, found) == stages(small, sizes, found)
+
+
+def test_cards_in_rows(capsys, folder, tmp_path):
+    recipe = write_recipe(tmp_path / "r.yaml", settings(folder, groups=4, rollout={"branches": 4, "cache_frames": 12}))
+    said = {gpus: run(capsys, recipe, "--branch-parallel", "2", "--gpus", gpus) for gpus in (2, 3, 8)}
+    assert said[3][0] == 1 and "--gpus 3 is no multiple of branch_parallel = 2" in said[3][2]
+    minutes = {gpus: float(said[gpus][1].split(" about ")[1].split(" min")[0]) for gpus in (2, 8)}
+    assert minutes[2] == pytest.approx(4 * minutes[8], rel=0.02) and "a card's share of one group" in said[2][1]

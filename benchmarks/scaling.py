@@ -1,0 +1,206 @@
+"""What more ranks cost: 1, 2 and 4 on this machine's cores with fixed work per rank, and a model of nodes of eight cards.
+
+    python benchmarks/scaling.py --measure     # writes benchmarks/results/scaling.json
+    python benchmarks/scaling.py > docs/scaling.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Sequence
+
+import torch
+
+from kvpo.align import Alignment
+from kvpo.config import RunConfig, load_config, recipe_path
+from kvpo.distributed import Ranks
+from kvpo.environment import environment
+from kvpo.exploration.kv_routing import KVRouting
+from kvpo.files import write_atomic
+from kvpo.plan import CARDS, UTILISATION, work
+from kvpo.plan_amounts import amounts
+from kvpo.plan_costs import Costs, Sizes, costs, sizes_of
+from kvpo.progress import Progress
+from kvpo.rng import stream
+
+RESULTS = Path("benchmarks/results/scaling.json")
+CARDS_A_NODE, NVLINK = 8, 450e9
+LINKS = {"8 x 400 Gb/s": 400e9, "200 Gb/s": 25e9, "10 Gb/s": 1.25e9}
+"""Bytes a second out of a node, as stated: a card of NDR InfiniBand for every GPU, one of HDR for all, Ethernet."""
+MEMORY, UPDATE_BYTES = 3.35e12, 60
+"""An H100's bytes a second; bytes that AdamW, the EMA and the copies move for each trained number."""
+
+
+# --- Measured ---
+
+
+@dataclass(frozen=True)
+class Timed(Ranks):
+    """Ranks that write down what every message took and sent: of a step the errors, where all wait for the slowest; the metrics; the gradients."""
+
+    messages: list[tuple[float, int]] = field(default_factory=list)
+
+    def gather(self, value):
+        begun = time.perf_counter()
+        found = super().gather(value)
+        self.messages.append((time.perf_counter() - begun, (self.world - 1) * len(pickle.dumps(value))))
+        return found
+
+    def add_gradients(self, parameters):
+        begun = time.perf_counter()
+        super().add_gradients(parameters)
+        sent = 2 * (self.world - 1) / self.world * 4 * (1 + sum(p.numel() for p in parameters))  # a ring, each of its two rounds
+        self.messages.append((time.perf_counter() - begun, int(sent)))
+
+
+def worker(config: RunConfig, steps: int, out: Path) -> None:
+    """One rank; the first step warms up and is not counted."""
+    run = Alignment(config, out.parent / "run", Progress())
+    run.ranks = ranks = Timed(run.ranks.rank, run.ranks.world, run.ranks.store)
+    rows = []
+    for step in range(steps + 1):
+        ranks.messages.clear()
+        cpu, begun = time.process_time(), time.perf_counter()
+        run.step(step)
+        names = ("waiting", "metrics", "gradients")
+        seconds = {"step": time.perf_counter() - begun, "cpu": time.process_time() - cpu} | {n: s for n, (s, _) in zip(names, ranks.messages)}
+        rows.append(seconds | {"sent": sum(b for _, b in ranks.messages)})
+    everyone = ranks.gather(rows[1:])
+    if ranks.first:
+        flat = [row for rows in everyone for row in rows]
+        write_atomic(out, json.dumps({name: sum(r[name] for r in flat) / len(flat) for name in flat[0]}))
+    ranks.leave()
+
+
+def measure(recipe: str, pipeline: str, world: int, steps: int) -> dict[str, float]:
+    """Means over ranks and steps, seconds and bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out.json"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", __file__, "--worker", str(out), "--recipe", recipe, "--steps", str(steps)]
+        subprocess.run([*command, *(["--pipeline", pipeline] if pipeline else [])], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        return json.loads(out.read_text())
+
+
+# --- Modelled ---
+
+
+@dataclass(frozen=True)
+class OneFork(KVRouting):
+    """To count the work of each fork by itself."""
+
+    fork: int = 0
+
+    def eligible_forks(self, blocks, geometry):
+        return [self.fork]
+
+
+def group_seconds(config: RunConfig, sizes: Sizes, found: Costs) -> list[float]:
+    """Of a group on one H100, for every fork that can be drawn; without rewards."""
+    forks = config.exploring.eligible_forks(config.data.blocks, sizes.geometry)
+    every = [replace(config, kv_routing=OneFork(**vars(config.kv_routing), fork=f)) for f in forks]
+    return [sum(work(c, sizes, found, amounts(c, sizes.geometry)).values()) / (CARDS["h100"][0] * 1e12 * UTILISATION) for c in every]
+
+
+def slowest(seconds: Sequence[float], ranks: int, draws: int = 4000) -> float:
+    """Mean over steps of the longest of ``ranks`` groups, each with its own fork."""
+    picked = torch.randint(len(seconds), (draws, ranks), generator=stream(0, "scaling", ranks))
+    return float(torch.tensor(seconds)[picked].amax(1).mean())
+
+
+def messages(numbers: int, nodes: int, link: float) -> float:
+    """Seconds of the gradients' sum: rings within a node, and between nodes."""
+    share = lambda n: 2 * (n - 1) / n  # noqa: E731
+    return 4 * numbers * (share(CARDS_A_NODE) / NVLINK + share(nodes) / link)
+
+
+def modelled() -> list[dict]:
+    rows, base = [], load_config(recipe_path("longlive"))
+    for size in ("1.3b", "14b"):
+        for train in ("lora", "full"):
+            config = replace(base, policy=replace(base.policy, train=train))
+            sizes = sizes_of(config, size)
+            found = costs(config, sizes)
+            seconds = group_seconds(config, sizes, found)
+            rows += [{"size": size, "train": train, "numbers": found.trainable, "mean": sum(seconds) / len(seconds), "nodes": n, "slowest": slowest(seconds, n * CARDS_A_NODE),
+                      "update": UPDATE_BYTES * found.trainable / MEMORY, "messages": {name: messages(found.trainable, n, rate) for name, rate in LINKS.items()}} for n in (1, 2, 4, 8, 16)]  # fmt: skip
+    return rows
+
+
+# --- Said ---
+
+HEAD = """# What more ranks cost
+
+Written by `python benchmarks/scaling.py`. The first table was measured; the second is a model, and no run of more than one card stands behind it.
+
+## Measured: one machine's cores
+
+The recipe `{recipe}` with videos of 9 blocks and 4 branches, on {hardware}, {cores} cores, of which other programs had a share; one thread a rank, two groups a rank and step, gloo, mean over ranks and {steps} steps. With 4 ranks there are more ranks than cores: "a step" and "waiting"
+then say how the system shares its cores, not what KVPO costs. "CPU" is what a rank's own process used, and shows the fixed work. "Waiting" is for the slowest rank, whose groups were longer; "metrics" and "gradients" are the messages after that.
+
+| ranks | a step, s | CPU, s | waiting, s | metrics, s | gradients, s | sent by a rank, MB |
+|---|---|---|---|---|---|---|"""
+
+MODEL = """
+## Modelled: nodes of eight H100
+
+One group a card and step, the recipe `longlive`. A step is its slowest group, then the update, then the gradients' sum:
+
+- a group: the planner's operations for its fork at {utilisation:.0%} of the card's rate, which is what a group reached on one H200 ([results.md](results.md), claim 5), in every phase; without rewards. Forks are drawn as in a run, the longest of a step's is the mean over 4,000 simulated steps;
+- the update: {bytes} bytes moved for each trained number at 3.35 TB/s; computed, not measured;
+- the gradients: float32, in rings over 450 GB/s within a node and over the stated rate of the network between nodes, at these full rates, not overlapped with work. Sharded training sends as much (reduce-scatter, all-gather) and the weights in addition.
+
+"Efficiency" is a mean group over the step. Full training of 14B does not fit a card unsharded; its row says what its messages would cost.
+
+| weights | trained | nodes | mean group, s | slowest, s | update, s | gradients, s: {links} | efficiency: {links} |
+|---|---|---|---|---|---|---|---|"""
+
+TAIL = """
+What follows from it: at 8 cards and more, waiting for the slowest group costs more than all messages, unless the network is Ethernet or everything is trained. Several groups a rank (`groups` a multiple of the ranks) average that out,
+and cost nothing but larger steps; the messages are then shared by more work too."""
+
+
+def page(result: dict) -> str:
+    facts = result["environment"]
+    lines = [HEAD.format(recipe=result["recipe"], hardware=facts["hardware"].rpartition(",")[0], cores=result["cores"], steps=result["steps"])]
+    lines += [f"| {n} | {r['step']:.2f} | {r['cpu']:.2f} | {r['waiting']:.3f} | {r['metrics']:.4f} | {r['gradients']:.4f} | {r['sent'] / 1e6:.2f} |" for n, r in result["ranks"].items()]
+    lines.append(MODEL.format(utilisation=UTILISATION, bytes=UPDATE_BYTES, links=" / ".join(LINKS)))
+    for r in modelled():
+        efficiency = [r["mean"] / (r["slowest"] + r["update"] + m) for m in r["messages"].values()]
+        sent = " / ".join(f"{m:.3g}" for m in r["messages"].values()) if r["nodes"] > 1 else f"{min(r['messages'].values()):.3g}"
+        reached = " / ".join(f"{e:.0%}" for e in efficiency) if r["nodes"] > 1 else f"{efficiency[0]:.0%}"
+        lines.append(f"| {r['size'].upper()} | {r['train']}, {r['numbers'] / 1e9:.2f} G | {r['nodes']} | {r['mean']:.0f} | {r['slowest']:.0f} | {r['update']:.2g} | {sent} | {reached} |")
+    return "\n".join([*lines, TAIL])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measure", action="store_true")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--recipe", default="mini")
+    parser.add_argument("--pipeline", default="")
+    parser.add_argument("--steps", type=int, default=3)
+    args = parser.parse_args()
+    config = load_config(recipe_path(args.recipe))
+    small = {"data": replace(config.data, blocks=9), "rollout": replace(config.rollout, branches=4)}
+    config = replace(config, groups=2 * int(os.environ.get("WORLD_SIZE", "1")), show_every=0, device="cpu", pipeline=args.pipeline or config.pipeline, **small)
+    if args.worker:
+        worker(config, args.steps, args.worker)
+    elif args.measure:
+        ranks = {str(n): measure(args.recipe, args.pipeline, n, args.steps) for n in (1, 2, 4)}
+        result = {"environment": environment(torch.device("cpu")), "recipe": args.recipe, "cores": len(os.sched_getaffinity(0)), "steps": args.steps, "ranks": ranks}
+        write_atomic(RESULTS, json.dumps(result, indent=1) + "\n")
+    else:
+        print(page(json.loads(RESULTS.read_text())))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""Where the ranks of a run find each other: a key-value store, fresh for every start.
+
+torchrun by default shares one store among all starts of a job, with the addresses of killed processes still in it, and
+listens on every interface.  On one node a prefix tells the starts apart; over nodes, whose counts of restarts differ,
+torchrun is told to share none, and the first rank opens one that listens on the cluster's interface alone.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from datetime import timedelta
+
+import torch.distributed as dist
+
+UNSHARED = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+"""torchrun's switch; then every start has a port of its own."""
+
+
+def open_store(timeout: timedelta) -> dist.Store:
+    """By torchrun's environment.  ValueError over several nodes without `UNSHARED`."""
+    address, port, world = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), int(os.environ["WORLD_SIZE"])
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+            raise ValueError(f"torchrun over several nodes can not start anew with its shared store; set {UNSHARED}=1 in the environment of every torchrun (see docs/cluster.md)")
+        store = dist.TCPStore(address, port, world, is_master=False, timeout=timeout)
+        return dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    if os.environ["RANK"] != "0":
+        return dist.TCPStore(address, port, world, is_master=False, timeout=timeout)
+    server = socket.create_server((address, port))
+    return dist.TCPStore(address, port, world, is_master=True, timeout=timeout, master_listen_fd=server.detach())
