@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from test_align import settings
 
 from kvpo.align import Alignment
-from kvpo.config import RunConfig, load_config, recipe_path
+from kvpo.config import RunConfig, from_dict, load_config, recipe_path
 from kvpo.exploration.kv_routing import KVRouting
 from kvpo.exploration.noise import StartNoise
 from kvpo.mini.pretrain import GEOMETRY
@@ -105,3 +107,14 @@ def test_variants_step_equally_far(folder):
     assert [ablation.distance(run, w, kept) for w in steps] == pytest.approx([0.003] * 2, rel=0.05)
     assert ablation.distance(run, run.policy.reference, kept) < 1e-9
     assert any(not a.equal(b) for a, b in zip(*steps)), "contexts differ"
+
+
+def test_scaling_by_hand(folder, tmp_path):
+    """One rank waits for nobody and sends nothing; of many ranks the slowest group counts, of many groups the mean; a ring sends everything nearly twice."""
+    scaling = load("scaling")
+    scaling.worker(from_dict(settings(folder)), 1, tmp_path / "out.json")
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["sent"] == 0.0 and found["waiting"] < 0.01 and 0.0 < found["cpu"] and found["metrics"] < found["step"]
+    assert scaling.slowest([1.0, 3.0], 1) == pytest.approx(2.0, abs=0.1) and scaling.slowest([1.0, 3.0], 64) == 3.0
+    assert 2.0 < scaling.slowest([1.0, 3.0], 8, groups=16) < 2.6
+    assert scaling.messages(10**9, 1, 1.0) == 4e9 * 1.75 / 450e9 and scaling.messages(10**9, 2, 4e9) == pytest.approx(scaling.messages(10**9, 1, 1.0) + 1.0)
