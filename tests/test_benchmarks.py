@@ -99,7 +99,7 @@ def test_start_noise_and_routing_are_measured_on_one_group(folder):
 
 def test_variants_step_equally_far(folder):
     ablation, config = load("ablation"), load_config(recipe_path("mini"))
-    config = replace(config, pipeline=str(folder), groups=1, kv_routing=ablation.EXPLORER, rollout=replace(config.rollout, branches=3), rewards=(RewardEntry("tiny:Warmth"),))
+    config = replace(config, pipeline=str(folder), groups=1, kv_routing=ablation.EXPLORER, rollout=replace(config.rollout, branches=3), rewards=(RewardEntry("tiny:Warmth"), RewardEntry("tiny:Change")))
     run = Alignment(config, Path("."), Progress())
     found = {"branch": ablation.Variant(), "self": ablation.Variant(context="self")}
     kept = [ablation.add_group(run, 0, found)]

@@ -214,7 +214,7 @@ def test_two_hosts(hosts, recipe, whole, tmp_path):
             with (tmp_path / host).open("w") as out:
                 nodes.append(subprocess.Popen(command, env=env | {"INTERFACE": host}, stdout=out, stderr=subprocess.STDOUT))
         run.process = nodes[1]
-        assert run.wait_for(run.logged(1)), (tmp_path / hosts[1]).read_text()
+        assert run.wait_for(run.logged(2)), (tmp_path / hosts[1]).read_text()
         assert [listening(host) for host in hosts] == [{"01004D0A"}, {"02004D0A"}]
         assert run.kill("0") or run.kill("1")
         said = [node.wait(timeout=180) for node in nodes], [(tmp_path / host).read_text() for host in hosts]

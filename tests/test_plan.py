@@ -171,7 +171,7 @@ def test_who_has_which_groups(capsys, folder, tmp_path):
     shares = shares_of(5, 2, 2)
     assert sorted(g for share in shares for g in share) == list(range(5))
     code, _, err = run(capsys, recipe, "--gpus", "3", "--nodes", "2")
-    assert code == 1 and err == "kvpo plan: 5 groups a step leave 1 of 6 ranks idle; set groups to 6 or a multiple, or start fewer processes"
+    assert code == 1 and err == "kvpo plan: 5 groups a step leave 1 of 6 ranks idle; set groups to 6 or a multiple, start fewer processes, or let several share a group by branch_parallel"
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
@@ -211,6 +211,6 @@ def test_a_card_s_share_of_a_group_is_planned_as_a_smaller_group(folder):
 def test_cards_in_rows(capsys, folder, tmp_path):
     recipe = write_recipe(tmp_path / "r.yaml", settings(folder, groups=4, rollout={"branches": 4, "cache_frames": 12}))
     said = {gpus: run(capsys, recipe, "--branch-parallel", "2", "--gpus", gpus) for gpus in (2, 3, 8)}
-    assert said[3][0] == 1 and "--gpus 3 is no multiple of branch_parallel = 2" in said[3][2]
+    assert said[3][0] == 1 and "3 cards are no multiple of branch_parallel = 2" in said[3][2]
     minutes = {gpus: float(said[gpus][1].split(" about ")[1].split(" min")[0]) for gpus in (2, 8)}
     assert minutes[2] == pytest.approx(4 * minutes[8], rel=0.02) and "a card's share of one group" in said[2][1]
