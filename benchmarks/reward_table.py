@@ -4,13 +4,14 @@
 
 A reward falls for a flaw where it prefers fewer than three of four good clips to their spoilt copies.  What judges the
 miniature's world is shown its true clips, everything else the real ones (the committed run: the six generated clips of VideoAlign, 320 pixels wide).  A reward whose weights or packages are not
-here keeps an empty cell: nothing is said that was not measured.
+here, or that found nothing in the clips to look at, is called "not measured".
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,7 +41,7 @@ class Row:
     @property
     def falls_for(self) -> str:
         if not self.won:
-            return "not measured: its weights or packages were not at hand"
+            return "not measured here"
         lost = [flaw for flaw, share in self.won.items() if share < SEEN]
         return ", ".join(lost) or "none of them"
 
@@ -49,7 +50,8 @@ def measured(row: Row, batches: list[VideoBatch]) -> None:
     (scorer,) = load_rewards([RewardEntry(row.name)], "cpu")
     usable = [flaw for flaw in FLAWS if flaw != "wrong_caption" or (row.spec.needs_prompt and sum(map(len, batches)) > 1)]
     table = calibrate([scorer], batches, {scorer.spec.name: 1.0}, flaws=usable)
-    row.won, row.clips = {flaw: verdicts["all"].won for flaw, verdicts in table.items()}, sum(map(len, batches))
+    if any(math.isfinite(verdicts["all"].margin) for verdicts in table.values()):  # none of the clips may have what it looks at: text, for one
+        row.won, row.clips = {flaw: verdicts["all"].won for flaw, verdicts in table.items()}, sum(map(len, batches))
 
 
 def page(rows: list[Row]) -> str:
