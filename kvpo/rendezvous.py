@@ -7,6 +7,7 @@ torchrun is told to share none, and the first rank opens one that listens on the
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
 from datetime import timedelta
@@ -15,17 +16,21 @@ import torch.distributed as dist
 
 UNSHARED = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 """torchrun's switch; then every start has a port of its own."""
+MEETING = timedelta(minutes=1)
+"""For the store to be there, tried twice: torchrun opens it before it starts ranks, and a first rank is about as fast as the others.  With `patience`, ranks whose torchrun is killed meanwhile would stay for that long."""
 
 
 def open_store(timeout: timedelta) -> dist.Store:
     """By torchrun's environment.  ValueError over several nodes without `UNSHARED`."""
     address, port, world = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), int(os.environ["WORLD_SIZE"])
+    open_at = functools.partial(dist.TCPStore, address, port, world, timeout=MEETING, wait_for_workers=False)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
             raise ValueError(f"torchrun over several nodes can not start anew with its shared store; set {UNSHARED}=1 in the environment of every torchrun (see docs/cluster.md)")
-        store = dist.TCPStore(address, port, world, is_master=False, timeout=timeout)
-        return dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    if os.environ["RANK"] != "0":
-        return dist.TCPStore(address, port, world, is_master=False, timeout=timeout)
-    server = socket.create_server((address, port))
-    return dist.TCPStore(address, port, world, is_master=True, timeout=timeout, master_listen_fd=server.detach())
+        store, prefix = open_at(is_master=False), f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    elif os.environ["RANK"] != "0":
+        store, prefix = open_at(is_master=False), ""
+    else:
+        store, prefix = open_at(is_master=True, master_listen_fd=socket.create_server((address, port)).detach()), ""
+    store.set_timeout(timeout)
+    return dist.PrefixStore(prefix, store)

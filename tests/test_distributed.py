@@ -17,6 +17,7 @@ from test_align import align, equal, final, records, settings, write_recipe
 from kvpo.checkpoint import checkpoints, read_tensors
 from kvpo.distributed import Ranks, restarted
 from kvpo.metrics import read_metrics
+from kvpo.stopping import Stopped
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -75,6 +76,22 @@ def test_a_single_process_is_a_world_of_one():
     assert p.grad is None and alone.gather(3) == [3] and alone.together(lambda: 4) == 4 and not restarted()
     with pytest.raises(FloatingPointError, match="as it is"):
         alone.together(lambda: (_ for _ in ()).throw(FloatingPointError("as it is")))
+
+
+@pytest.mark.parametrize(("own", "other", "raised"), [(Stopped("SIGTERM"), ValueError("bad"), ValueError), (ValueError("bad"), Stopped("SIGTERM"), ValueError), (None, Stopped("SIGTERM"), Stopped), (None, OSError("bad"), OSError)])  # fmt: skip
+def test_all_ranks_end_alike(own, other, raised):
+    """Where one is stopped by a signal and another fails, none may go on to save: those that fail are not there to agree."""
+
+    class WithAnother(Ranks):
+        def gather(self, value):
+            return [value, (type(other).__name__, str(other))]
+
+    def work():
+        if own is not None:
+            raise own
+
+    with pytest.raises(raised, match="bad|SIGTERM"):
+        WithAnother(0, 2).together(work)
 
 
 # --- The same run ---
