@@ -47,7 +47,7 @@ from kvpo.types import RewardTable, Rollout, Script
 from kvpo.update import Updater, group_means
 from kvpo.velocity_penalty import held_velocities
 
-MAY_CHANGE = ("steps", "show_every", "patience", "evaluate.", "checkpoint.", "branch_parallel", "policy.shard")
+MAY_CHANGE = ("steps", "show_every", "patience", "evaluate.", "sentinels.", "checkpoint.", "branch_parallel", "policy.shard")
 """Settings that a resumed run may change: they do not touch what is trained on."""
 
 

@@ -48,6 +48,8 @@ class SentinelConfig:
     """Spreads of the start weights over seeds from which on a line is said."""
     stop: float = 3.0
     """And from which on the run ends; 0 = never."""
+    least: float = 0.05
+    """Share of the start's value by which a mean must have moved at all: where seeds hardly differ, a spread is nothing."""
     kl_warn: float = 0.3
     """The same for the mean KL to the start policy since the last look, nats; log G is the most there can be."""
     kl_stop: float = 1.0
@@ -128,7 +130,7 @@ def judge(start: Look, now: Look, kl: float, config: SentinelConfig) -> Verdict:
             continue  # the start weights never vary in it: there is no scale
         moved = (b - a) / spread
         metrics |= {f"sentinel/{name}/start": a, f"sentinel/{name}/value": b, f"sentinel/{name}/moved": moved}
-        _compare(_badness(moved, side), config.warn, config.stop, f"{name} {a:.4g} -> {b:.4g} ({moved:+.1f} spreads of the start weights' seeds)", warnings, stops)
+        _compare(_badness(moved, side) if abs(b - a) >= config.least * abs(a) else 0.0, config.warn, config.stop, f"{name} {a:.4g} -> {b:.4g} ({moved:+.1f} spreads of the start weights' seeds)", warnings, stops)
     _compare(kl, config.kl_warn, config.kl_stop, f"KL to the start policy {kl:.2g} nats", warnings, stops)
     return Verdict(metrics, tuple(warnings), tuple(stops))
 

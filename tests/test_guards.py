@@ -127,6 +127,14 @@ def test_limits_by_hand(look, kl, warns, stops):
     assert verdict.metrics["sentinel/motion/moved"] == pytest.approx((look.mean("motion") - 0.55) / 0.1)
 
 
+def test_a_spread_of_nothing_is_no_limit():
+    """Found on the miniature, whose colours are given by the prompt: saturation moved by 1.3 %, which was 1.6 spreads over seeds."""
+    tight = Look({name: tensor([0.55, 0.551, 0.552], [0.55, 0.551, 0.552]) for name in BAD})
+    near, far = (Look({name: v + by for name, v in tight.values.items()}) for by in (0.02, 0.05))
+    assert judge_sentinels(tight, near, 0.0, SentinelConfig()).warnings == () and judge_sentinels(tight, far, 0.0, SentinelConfig()).stops
+    assert judge_sentinels(tight, near, 0.0, SentinelConfig(least=0.0)).stops
+
+
 def test_stopping_can_be_left_out():
     assert judge_sentinels(CALM, moved(-0.9), 9.0, SentinelConfig(stop=0.0, kl_stop=0.0)).stops == ()
 
