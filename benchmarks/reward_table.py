@@ -3,7 +3,7 @@
     python benchmarks/reward_table.py --clips FOLDER --write       FOLDER/clips.csv (file, prompt): real videos, for what judges real videos
 
 A reward falls for a flaw where it prefers fewer than three of four good clips to their spoilt copies.  What judges the
-miniature's world is shown its true clips, everything else the real ones (the committed run: the six generated clips of VideoAlign, 320 pixels wide).  A reward whose weights or packages are not
+miniature's world is shown its true clips, everything else the real ones (the committed run: the six generated clips of VideoAlign, 320 pixels wide; for niqe, which needs 192 rows, 448).  A reward whose weights or packages are not
 here, or that found nothing in the clips to look at, is called "not measured".
 """
 
