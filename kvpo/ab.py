@@ -23,7 +23,7 @@ from kvpo.config import RunConfig, load_config, recipe_path
 from kvpo.denoise import SAMPLERS
 from kvpo.environment import command, pick_device
 from kvpo.files import must_be_new, write_atomic
-from kvpo.generating import write_video
+from kvpo.generating import write_missing
 from kvpo.generators.pipeline import Geometry
 from kvpo.loading import load_generator
 from kvpo.parts import evaluation_scripts
@@ -75,10 +75,7 @@ class Ab:
         check_alike(other or pipeline.geometry, pipeline.geometry)
         claim(self.out / "key.json", {name: label, "sampler": config.sampler, "pairs": [pair.record for pair in pairs]})
         paths = [self.out / "page" / f"{number:03d}-{pair.side(name)}.mp4" for number, pair in enumerate(pairs)]
-        todo = [(pair, path) for pair, path in zip(pairs, paths) if not path.exists()]
-        with progress.bar(f"videos of {label}", sum(pair.script.blocks for pair, _ in todo)) as bar:
-            for pair, path in todo:
-                write_video(pipeline, SAMPLERS[config.sampler], pair.script, pair.seed, path, bar)
+        write_missing(pipeline, SAMPLERS[config.sampler], [(pair.script, pair.seed, path) for pair, path in zip(pairs, paths)], label, progress)
         return pipeline.geometry
 
 

@@ -15,7 +15,7 @@ from typing import Sequence
 
 from kvpo.files import write_atomic
 from kvpo.generators.pipeline import Geometry
-from kvpo.report_page import STYLE
+from kvpo.report_page import HEAD, STYLE
 from kvpo.types import Script
 
 EMBED = 48 * 2**20
@@ -34,7 +34,7 @@ def write_page(page: Path, study: str, scripts: Sequence[Script], geometry: Geom
     embed = sum(video.stat().st_size for video in videos) <= EMBED
     shown = {"study": study, "questions": QUESTIONS, "pairs": [_shown(number, script, page, embed, geometry) for number, script in enumerate(scripts)]}
     data = json.dumps(shown).replace("<", "\\u003c")  # a prompt may hold </script>
-    write_atomic(page / "index.html", PAGE.substitute(style=STYLE + EXTRA_STYLE, data=data, script=SCRIPT))
+    write_atomic(page / "index.html", PAGE.substitute(title="Which video is better?", style=STYLE + EXTRA_STYLE, data=data, script=SCRIPT))
     for video in videos:
         if embed:
             video.unlink()
@@ -50,17 +50,7 @@ def _shown(number: int, script: Script, page: Path, embed: bool, geometry: Geome
     return {**videos, "prompts": script.texts, "at": at}
 
 
-PAGE = Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<link rel="icon" href="data:,">
-<title>Which video is better?</title>
-<style>$style</style>
-</head>
-<body>
+PAGE = Template(HEAD + """<body>
 <header><h1>Which video is better?</h1>
 <p class="facts">Watch both as often as you like, then answer from top to bottom. Keys: <kbd>1</kbd> left, <kbd>2</kbd> same, <kbd>3</kbd> right,
 <kbd>Backspace</kbd> the pair before, <kbd>Enter</kbd> the next, <kbd>Space</kbd> pause. Your answers stay in this browser until you save them as a file.</p></header>

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Sequence
 
 import torch
 import tyro
@@ -94,6 +94,14 @@ def write_video(pipeline: Pipeline, sampler, script: Script, seed: int, path: Pa
             frames += len(pixels[0])
             bar.advance(f"{path.name}: {frames} frames, {frames / (time.perf_counter() - started):.1f} a second")
     return frames / (time.perf_counter() - started)
+
+
+def write_missing(pipeline: Pipeline, sampler, videos: Sequence[tuple[Script, int, Path]], label: str, progress: Progress) -> None:
+    """(script, seed, file) each; files that are there already stay, so that a second call goes on where the first stopped."""
+    todo = [video for video in videos if not video[2].exists()]
+    with progress.bar(f"videos of {label}", sum(script.blocks for script, _, _ in todo)) as bar:
+        for script, seed, path in todo:
+            write_video(pipeline, sampler, script, seed, path, bar)
 
 
 @torch.no_grad()

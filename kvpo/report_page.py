@@ -62,7 +62,7 @@ def interval(low: float, mid: float, high: float, reach: float, verdict: str) ->
     )
 
 
-PAGE = Template("""<!doctype html>
+HEAD = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -72,7 +72,9 @@ PAGE = Template("""<!doctype html>
 <title>$title</title>
 <style>$style</style>
 </head>
-<body>
+"""
+"""Of every page: one file, without anything from elsewhere."""
+PAGE = Template(HEAD + """<body>
 <header><p class="kicker">KVPO run report</p><h1>$name</h1><p class="facts">$facts</p></header>
 <main>
 $warnings

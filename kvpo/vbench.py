@@ -23,7 +23,7 @@ from kvpo.config import RunConfig, load_config, recipe_path
 from kvpo.denoise import SAMPLERS
 from kvpo.environment import command, pick_device
 from kvpo.files import write_atomic
-from kvpo.generating import write_video
+from kvpo.generating import write_missing
 from kvpo.loading import load_generator
 from kvpo.progress import Progress
 from kvpo.prompt_sets import SETS
@@ -134,10 +134,8 @@ class Vbench:
         if made.exists() and json.loads(made.read_text(encoding="utf-8")) != record:
             raise ValueError(f"{self.out} holds videos of another generator, or of other prompts, seeds or length (see {made}); give another --out")
         write_atomic(made, json.dumps(record, indent=1) + "\n")
-        todo = [(s, seed, path) for s in scripts for i, seed in enumerate(self.seeds) if not (path := self.out / "videos" / video_name(s.id, i)).exists()]
-        with progress.bar(f"videos of {label}", sum(s.blocks for s, _, _ in todo)) as bar:
-            for script, seed, path in todo:
-                write_video(pipeline, SAMPLERS[config.sampler], script, seed, path, bar)
+        videos = [(s, seed, self.out / "videos" / video_name(s.id, i)) for s in scripts for i, seed in enumerate(self.seeds)]
+        write_missing(pipeline, SAMPLERS[config.sampler], videos, label, progress)
         return label
 
 

@@ -18,7 +18,7 @@ import torch
 from test_align import settings, write_recipe
 from tiny import BLUE, GEOMETRY, RED, SMALL, save_pipeline, story
 
-from kvpo import ab
+from kvpo import ab, generating
 from kvpo.ab import Ab, check_alike, draw_pairs
 from kvpo.ab_answers import Unblind, judge, left_share, sign_test, table, wilson
 from kvpo.ab_page import QUESTIONS, write_page
@@ -245,7 +245,7 @@ def command(tmp_path, folder):
 
 def test_the_command(command, tmp_path, capsys):
     """The noise is shared, so the pair's first frames are equal and its last are not; what an interrupted call left is not made again."""
-    seen, write = [], ab.write_video
+    seen, write = [], generating.write_video
 
     def stop_at_third(*args):
         seen.append(args[4])
@@ -254,7 +254,7 @@ def test_the_command(command, tmp_path, capsys):
         write(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ab, "write_video", stop_at_third)
+        patch.setattr(generating, "write_video", stop_at_third)
         with pytest.raises(KeyboardInterrupt):
             command()
         assert len(list((command.out / "page").iterdir())) == 2
