@@ -22,7 +22,7 @@ import torch
 
 from kvpo.align import Alignment
 from kvpo.config import RunConfig, load_config, recipe_path
-from kvpo.distributed import Ranks
+from kvpo.distributed import Ranks, leave
 from kvpo.environment import environment
 from kvpo.exploration.kv_routing import KVRouting
 from kvpo.files import write_atomic
@@ -65,7 +65,7 @@ class Timed(Ranks):
 def worker(config: RunConfig, steps: int, out: Path) -> None:
     """One rank; the first step warms up and is not counted."""
     run = Alignment(config, out.parent / "run", Progress())
-    run.ranks = ranks = Timed(run.ranks.rank, run.ranks.world, run.ranks.store)
+    run.ranks = run.policy.layout.ranks = ranks = Timed(**vars(run.ranks))
     rows = []
     for step in range(steps + 1):
         ranks.messages.clear()
@@ -78,7 +78,7 @@ def worker(config: RunConfig, steps: int, out: Path) -> None:
     if ranks.first:
         flat = [row for rows in everyone for row in rows]
         write_atomic(out, json.dumps({name: sum(r[name] for r in flat) / len(flat) for name in flat[0]}))
-    ranks.leave()
+    leave()
 
 
 def measure(recipe: str, pipeline: str, world: int, steps: int) -> dict[str, float]:

@@ -17,7 +17,7 @@ import yaml
 
 from kvpo.advantages import Advantage
 from kvpo.branch_parallel import all_rewards, all_rows
-from kvpo.checkpoint import checkpoints, load_checkpoint, newest_whole, read_state, save_checkpoint
+from kvpo.checkpoint import checkpoints, load_checkpoint, newest_whole, read_state
 from kvpo.conflicts import conflicts
 from kvpo.config import RunConfig, differences, from_dict, to_dict
 from kvpo.denoise import SAMPLERS
@@ -38,6 +38,7 @@ from kvpo.report import write_report
 from kvpo.rewards.calibration import refuse_frozen
 from kvpo.rng import stream
 from kvpo.rollout import check_room, roll_out
+from kvpo.saving import Saver
 from kvpo.score import horizon, pixel_diversity, score
 from kvpo.showing import show_group
 from kvpo.stopping import Stopped, stoppable
@@ -74,18 +75,22 @@ class Alignment:
         check_room(config.exploring, config.rollout, config.data.blocks, self.pipeline.geometry)
         self.sampler = SAMPLERS[config.sampler]
         self.phases = Phases(self.ranks.tell)
+        self.saver = Saver(out / "checkpoints", config.checkpoint.keep, self.ranks, config.patience)
+        self.done = self.saved = 0
+        """Steps in all, and in the last checkpoint."""
         self.trials = Trials(config, out, progress, self.ranks, self.phases, self.pipeline, self.policy, self.scripts, self.judges)
 
     def run(self, resume: bool) -> Path:
         """Train, checkpoint, evaluate; the path of the report.  FloatingPointError or ValueError before an update that must not happen; `Stopped` once what a signal stopped is saved."""
         self.done = self.saved = start = self._begin(resume)
         log = MetricLog(self.out, resume_after=start - 1 if resume else None) if self.ranks.first else NoLog()
-        with stoppable(), log, self.progress.bar("align", self.config.steps, start) as bar:
+        with stoppable(), log, self.saver, self.progress.bar("align", self.config.steps, start) as bar:
             try:
                 self._train(log, bar)
             except Stopped:
                 if self.done > self.saved:
                     self.save(self.done)
+                self.saver.wait()
                 raise
         self.ranks.only_first(lambda: write_report(self.out))
         return self.out / "report.html"
@@ -111,13 +116,17 @@ class Alignment:
         calls = self.pipeline.generator.calls
         with self.phases("total"):
             with self.policy.for_groups():
-                own = self.ranks.together(lambda: {index: self._named_group(step, index) for index in self.column.share(self.config.groups)})
+                own = self.ranks.together(lambda: self._own_groups(step))
             groups = {index: found for part in self.ranks.gather(own if self.row.first else {}) for index, found in part.items()}
             metrics = group_means([groups[index] for index in sorted(groups)])
             with self.phases("optimizer"):
                 self.policy.layout.add_gradients()
                 metrics |= self.updater.step()
         return metrics | self.phases.take() | {"memory/peak_gib": take_peak(self.device) / 2**30, "calls/generator": self.pipeline.generator.calls - calls}
+
+    def _own_groups(self, step: int) -> dict[int, dict[str, float]]:
+        self.saver.check()  # a disk that is full is no reason to train on until the next checkpoint
+        return {index: self._named_group(step, index) for index in self.column.share(self.config.groups)}
 
     def _named_group(self, step: int, index: int) -> dict[str, float]:
         self.phases.where = f" of step {step}, group {index},"
@@ -179,9 +188,9 @@ class Alignment:
         return dict(zip(script.texts, self.pipeline.encode_text(script.texts)))
 
     def save(self, done: int) -> None:
-        """A checkpoint after ``done`` steps."""
+        """Begin a checkpoint after ``done`` steps."""
         with self.phases("checkpoint"):
-            save_checkpoint(self.out / "checkpoints", done, self.policy, self.updater.optimizer, self._identity(), self.config.checkpoint.keep, self.trials.best(done))
+            self.saver.begin(done, self.policy, self.updater.optimizer, self._identity(), self.trials.best(done))
         self.saved = done
 
     def _begin(self, resume: bool) -> int:

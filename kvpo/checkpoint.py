@@ -6,7 +6,7 @@
 
 A checkpoint is written beside its final place and renamed: it is there completely or not at all.  Shards are written by
 torch.distributed.checkpoint in its safetensors format, because its own one is an index in pickle.  A single whole file is
-a valid case of that format: one reader serves both, and any number of ranks.
+a valid case of that format: one reader serves both, and any number of ranks.  `kvpo.saving` writes while training goes on.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
+from kvpo.distributed import Ranks
 from kvpo.policy import Policy
 
 SETS = ("current", "behaviour", "average", "reference")
@@ -52,21 +54,37 @@ class BrokenCheckpoint(ValueError):
         super().__init__(f"{self.fault}; delete {path.parent} to go on from the checkpoint before it")
 
 
-def save_checkpoint(folder: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer, config: Mapping[str, Any], keep: int, best: int = 0) -> Path:
+@dataclass(frozen=True)
+class Snapshot:
+    """What goes into a checkpoint, as it was: training may go on while this is written."""
+
+    state: Mapping[str, Any]
+    tensors: Mapping[str, torch.Tensor]
+    """In main memory: of sharded weights this rank's parts, else all of them, on the rank that writes."""
+    sharded: bool
+
+    @classmethod
+    def of(cls, step: int, policy: Policy, optimizer: torch.optim.Optimizer, config: Mapping[str, Any]) -> Snapshot:
+        """After ``step`` steps."""
+        state = {"step": step, "updates": policy.updates, "lag": policy.lag, "optimizer_steps": _optimizer_steps(optimizer), "config": config}
+        written_here = policy.sharded or policy.layout.ranks.first
+        return cls(state, BlockingAsyncStager().stage(_tensors(policy, optimizer)) if written_here else {}, policy.sharded)
+
+
+def save_checkpoint(folder: Path, snapshot: Snapshot, keep: int, best: int = 0, ranks: Ranks = Ranks()) -> Path:
     """``folder``/step-..., complete, and all but the ``keep`` newest and that of step ``best`` removed.  All ranks enter; the first one writes, or each its shard.
 
     OSError with the way out where the disk refuses; nothing is lost then.
     """
-    target, ranks = at_step(folder, step), policy.layout.ranks
+    target = at_step(folder, snapshot.state["step"])
     part = folder / f".{target.name}.part"
     try:
         ranks.only_first(lambda: _make_anew(part))
-        if policy.sharded:
-            _write_shards(_tensors(policy, optimizer), part)
+        if snapshot.sharded:
+            _write_shards(snapshot.tensors, part, ranks)
         else:
-            ranks.only_first(lambda: _write_whole(_tensors(policy, optimizer), part))
-        state = {"step": step, "updates": policy.updates, "lag": policy.lag, "optimizer_steps": _optimizer_steps(optimizer), "config": config}
-        ranks.only_first(lambda: _finish(part, target, state))
+            ranks.only_first(lambda: _write_whole(snapshot.tensors, part))
+        ranks.only_first(lambda: _finish(part, target, snapshot.state))
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
         raise OSError(f"checkpoint {target} could not be written ({error}); the ones before it are untouched. Free disk space, then go on with --resume") from None
@@ -170,9 +188,10 @@ def _write_whole(tensors: Mapping[str, torch.Tensor], part: Path) -> None:
         raise OSError(str(error)) from None
 
 
-def _write_shards(tensors: Mapping[str, torch.Tensor], part: Path) -> None:
+def _write_shards(tensors: Mapping[str, torch.Tensor], part: Path, ranks: Ranks) -> None:
     try:
-        dcp.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(part), save_distributed=True))
+        with ranks.meeting():
+            dcp.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(part), save_distributed=True), process_group=ranks.channel)
     except CheckpointException as error:
         raise OSError(_reasons(error)) from None
 

@@ -15,7 +15,7 @@ from kvpo.ab_answers import Unblind
 from kvpo.align import Alignment
 from kvpo.config import RunConfig, load_config, recipe_path
 from kvpo.denoise import SAMPLERS
-from kvpo.distributed import restarted
+from kvpo.distributed import leave, restarted
 from kvpo.doctor import examine
 from kvpo.environment import command, pick_device
 from kvpo.evaluate import compare, evaluate, kinds_of, table, write_comparison
@@ -37,7 +37,7 @@ from kvpo.rewards.scorer import load_rewards
 from kvpo.rollout import roll_out
 from kvpo.score import pixel_diversity, score
 from kvpo.showing import before_after, show_group
-from kvpo.stopping import Stopped
+from kvpo.stopping import Stopped, ending_at_once
 from kvpo.timing import Phases
 from kvpo.update import GroupUpdate
 from kvpo.vbench import Vbench
@@ -59,16 +59,18 @@ class Align:
     """Go on with the run in --out from its newest checkpoint."""
 
     def __call__(self) -> None:
-        progress = Progress(self.out / "logs")
-        run = Alignment(self.settings, self.out, progress)
+        progress, run = Progress(self.out / "logs"), None
         try:
-            again = run.ranks.gather(restarted() and (self.out / "config.resolved.yaml").exists())  # torchrun counts on every node by itself
-            report = run.run(self.resume or any(again))
+            with ending_at_once():
+                run = Alignment(self.settings, self.out, progress)
+                again = run.ranks.gather(restarted() and (self.out / "config.resolved.yaml").exists())  # torchrun counts on every node by itself
+                report = run.run(self.resume or any(again))
             progress.say(f"report: {report.resolve()}")
         except Stopped as stop:
-            progress.say(f"stopped by {stop}; {run.done} steps are done and saved. Go on with: kvpo align {self.recipe} --out {self.out} --resume")
+            done = "nothing was begun" if run is None else f"{run.done} steps are done and saved. Go on with: kvpo align {self.recipe} --out {self.out} --resume"
+            progress.say(f"stopped by {stop}; {done}")
         finally:
-            run.ranks.leave()
+            leave()
 
 
 @dataclass(frozen=True)

@@ -73,10 +73,11 @@ class Ranks:
             with self._connected():
                 self.store.set(f"doing/{dist.get_rank()}", f"{doing} since {time.strftime('%H:%M:%S')}")
 
-    def leave(self) -> None:
-        """At the end, or after an error: a process that ends with its connections open may be aborted while it does."""
-        if self.world > 1 and dist.is_initialized():
-            dist.destroy_process_group()
+    def apart(self, name: str, patience: float) -> Ranks:
+        """The same processes with a channel of their own, for another thread, through main memory.  All enter."""
+        if self.world == 1:
+            return self
+        return replace(self, device=torch.device("cpu"), channel=dist.new_group(timeout=timedelta(seconds=patience), backend="gloo"), name=name)
 
     @property
     def first(self) -> bool:
@@ -105,8 +106,7 @@ class Ranks:
         if self.world == 1:
             return [value]
         found: list[Any] = [None] * self.world
-        with self._connected():
-            self.store.add(f"arrived/{self.name}/{self.rank}", 1)
+        with self.meeting():
             dist.all_gather_object(found, value, group=self.channel)
         return found
 
@@ -115,7 +115,7 @@ class Ranks:
         if self.world == 1:
             return x
         total = x.to(self.device, copy=True)
-        with self._connected():
+        with self.meeting():
             dist.all_reduce(total, group=self.channel)
         return total.to(x.device)
 
@@ -124,10 +124,21 @@ class Ranks:
         return rank if self.channel is None else dist.get_global_rank(self.channel, rank)
 
     @contextmanager
+    def meeting(self) -> Iterator[None]:
+        """Inside are messages that all enter.  ConnectionError names those who did not come, and what they were doing: killed, cut off, or beyond the patience."""
+        if self.world == 1:
+            yield
+            return
+        with self._connected():
+            self.store.add(f"arrived/{self.name}/{self.rank}", 1)
+            yield
+
+    @contextmanager
     def _connected(self) -> Iterator[None]:
-        """To all others.  ConnectionError names those who did not come to a message, and what they were doing: killed, cut off, or beyond the patience."""
         try:
             yield
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:  # torch's network errors are of this kind
             who = self.process(self.rank)
             raise ConnectionError(f"rank {who} waited in vain: {self._missing()} ({str(error).splitlines()[0][-160:]}). `patience` is how long to wait; go on with --resume") from None
@@ -167,7 +178,7 @@ class Ranks:
             return
         has = torch.tensor([float(any(p.grad is not None for p in parameters))], device=parameters[0].device)
         flat = torch.cat([has, *((torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters)])
-        with self._connected():
+        with self.meeting():
             dist.all_reduce(flat, group=self.channel)
         if flat[0] == 0:
             return
@@ -176,6 +187,12 @@ class Ranks:
 
 
 _ERRORS = {"ValueError": ValueError, "FloatingPointError": FloatingPointError, "FileNotFoundError": FileNotFoundError, "Stopped": Stopped}
+
+
+def leave() -> None:
+    """At the end, or after an error: a process that ends with its connections open may be aborted while it does."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def restarted() -> bool:

@@ -14,7 +14,7 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 from kvpo.advantages import Advantage
 from kvpo.align import Alignment
-from kvpo.checkpoint import load_checkpoint, save_checkpoint
+from kvpo.checkpoint import Snapshot, load_checkpoint, save_checkpoint
 from kvpo.config import RunConfig
 from kvpo.exploration.base import Explorer
 from kvpo.progress import Progress
@@ -133,7 +133,7 @@ def _resumed(run: Alignment, replay, rollout: Rollout) -> Finding:
 
     update()
     with tempfile.TemporaryDirectory() as folder:
-        saved = save_checkpoint(Path(folder), 1, run.policy, run.updater.optimizer, {}, keep=1)
+        saved = save_checkpoint(Path(folder), Snapshot.of(1, run.policy, run.updater.optimizer, {}), keep=1)
         update()
         straight = run.policy.snapshot()
         load_checkpoint(saved, run.policy, run.updater.optimizer)

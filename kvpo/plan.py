@@ -12,7 +12,7 @@ import tyro
 from kvpo.config import RunConfig
 from kvpo.distributed import Ranks
 from kvpo.files import write_atomic
-from kvpo.plan_amounts import Amounts, amounts, branches_of, decoded_together, own_past, replay_rows, rows_of, side_by_side, with_changes
+from kvpo.plan_amounts import Amounts, amounts, branches_of, decoded_together, groups_of, own_past, replay_rows, reward_memory, rows_of, side_by_side, with_changes
 from kvpo.plan_costs import GIB, Costs, Sizes, costs, sizes_of
 
 CARDS: Mapping[str, tuple[float, float]] = {
@@ -52,39 +52,55 @@ class Plan:
         room = self.gpu_memory * 0.97 * 1e9 / GIB if self.gpu_memory else CARDS[self.card][1]
         sizes = sizes_of(self.settings, self.size)
         found, counted = costs(self.settings, sizes), amounts(self.settings, sizes.geometry)
-        memory = stages(self.settings, sizes, found)
-        lines = [*_head(self, sizes, found), *_memory(memory, room), *_advice(self.settings, sizes, found, room), *_work(self, sizes, found, counted), *_geometry(self, shares)]
+        world = self.nodes * self.gpus
+        memory = stages(self.settings, sizes, found, world)
+        lines = [*_head(self, sizes, found), *_memory(memory, room), *_advice(self.settings, sizes, found, room, world), *_work(self, sizes, found, counted), *_geometry(self, shares)]
         print("\n".join(lines))
         if self.out is not None:
             content = {"recipe": self.recipe, "sizes": sizes.source, "stages GiB": {s: {k: v / GIB for k, v in parts.items()} for s, parts in memory.items()}, "amounts": vars(counted)}
             write_atomic(self.out, json.dumps(content, indent=1) + "\n")
 
 
-def stages(config: RunConfig, sizes: Sizes, c: Costs) -> dict[str, dict[str, int]]:
-    """Bytes on the device in every stage of a step, by part.  Passes cost as many times their row's bytes as they have rows."""
+def stages(config: RunConfig, sizes: Sizes, c: Costs, world: int = 1) -> dict[str, dict[str, int]]:
+    """Bytes on one of ``world`` devices in every stage of a step, by part.  Passes cost as many times their row's bytes as they have rows."""
     g, B, R = sizes.geometry, side_by_side(config), replay_rows(config, sizes.geometry)
     rollout_own, replay_own = own_past(config, sizes.geometry)
     members = min(config.rollout.together or branches_of(config), branches_of(config))
     latent = 4 * g.block * sizes.transformer["in_channels"] * g.latent_height * g.latent_width
     rows, P, S = rows_of(config), config.exploring.window_blocks, len(g.sigmas)
-    trained = 4 * c.trainable
-    always = {"generator": c.weights, "VAE": c.vae, "trained copies": c.sets, "optimizer": 2 * trained}
+    trained, (stay, come) = 4 * c.trainable, reward_memory(config)
+    always = {"generator": c.weights, "VAE": c.vae} | _kept(config, c, world) | ({"rewards": stay} if stay else {})
     if config.data.prompts == "mini":
         always |= {"text encoder": c.text_encoder}
-    if config.groups > 1:
+    if groups_of(config, world) > 1:
         always |= {"gradient so far": trained}
     stored = {"shared past": config.rollout.cache_frames * c.frame, "trajectories": rows * P * latent * (2 * S + 1) + rows * (config.data.blocks - P) * latent}
     bank = g.bank * c.frame
-    swapped = {} if config.dtype == "float32" else {"weights swapped in": 2 * c.trainable}
+    swapped = {} if config.dtype == "float32" or _sharded(config, world) else {"weights swapped in": 2 * c.trainable}
     decoded = decoded_together(config)
     return {
         "prefix": always | {"shared past": stored["shared past"] + bank, "one pass": c.prefix.bytes},
         "branches": always | stored | {"branches' own past": B * (rollout_own * c.frame + bank), "one pass": _scaled(c.branches.bytes, B, c, "branches")} | swapped,
         "decoding": always | stored | {"decoder at work": _scaled(c.decode_rows.bytes, decoded, c, "decode_rows")},
+        "scoring": always | stored | ({"reward at work": come} if come else {}),
         "replay": always | stored | {"branches' own past": members * (replay_own * c.frame + bank), "one pass": _scaled(c.replay.bytes, R, c, "replay")} | swapped,
         "gradient": always | stored | {"branches' own past": members * (replay_own * c.frame + bank), "activations": _scaled(c.gradient.bytes, R, c, "gradient"), "gradient": trained},
-        "update": always | {"gradient": trained, "optimizer at work": 2 * trained},
+        "update": always | {"gradient": trained, "optimizer at work": 2 * trained // (world if _sharded(config, world) else 1)},
     }
+
+
+def _sharded(config: RunConfig, world: int) -> bool:
+    return config.policy.shard and world > 1
+
+
+def _kept(config: RunConfig, c: Costs, world: int) -> dict[str, int]:
+    """What is kept per trained number from step to step.  Sharded, a card has its part of masters, sets and moments; whole are the module's weights, and the sets that groups ask for."""
+    if not _sharded(config, world):
+        return {"trained copies": c.sets, "optimizer": 8 * c.trainable}
+    width = 4 if config.dtype == "float32" else 2
+    copies = width * c.trainable if config.policy.train == "lora" else 0  # an adapter's weights in the module; a full set is the generator itself
+    at_hand = width * c.trainable * (1 + (config.policy.sync_interval > 1))
+    return {"trained copies": copies + 16 * c.trainable // world, "optimizer": 8 * c.trainable // world, "sets at hand": at_hand}
 
 
 def _scaled(measured: int, rows: int, c: Costs, part: str) -> int:
@@ -112,12 +128,12 @@ def changes(config: RunConfig, sizes: Sizes, stage: str) -> Iterator[tuple[str, 
         yield "rollout.cache_frames", max(least, config.rollout.cache_frames - 2 * sizes.geometry.block)
 
 
-def fitted(config: RunConfig, sizes: Sizes, c: Costs, room: float) -> tuple[dict[str, Any], float]:
+def fitted(config: RunConfig, sizes: Sizes, c: Costs, room: float, world: int = 1) -> tuple[dict[str, Any], float]:
     """Changes that bring every stage under ``room`` GiB, as far as they go, and the peak with them, GiB."""
     made: dict[str, Any] = {}
     while True:
         now = with_changes(config, made)
-        memory = {stage: sum(parts.values()) for stage, parts in stages(now, sizes, _with_rank(c, config, now)).items()}
+        memory = {stage: sum(parts.values()) for stage, parts in stages(now, sizes, _with_rank(c, config, now), world).items()}
         stage = max(memory, key=memory.get)
         options = [] if memory[stage] <= room * GIB else list(changes(now, sizes, stage))
         if not options:
@@ -157,16 +173,18 @@ def _memory(memory: dict[str, dict[str, int]], room: float) -> list[str]:
     return [*lines, f"{'together':<{width}}" + "".join(f"{t / unit:>11.2f}" for t in totals), f"peak {max(totals) / GIB:.1f} of {room:.1f} GiB", ""]
 
 
-def _advice(config: RunConfig, sizes: Sizes, c: Costs, room: float) -> list[str]:
-    made, peak = fitted(config, sizes, c, room)
+def _advice(config: RunConfig, sizes: Sizes, c: Costs, room: float, world: int) -> list[str]:
+    made, peak = fitted(config, sizes, c, room, world)
     if not made and peak <= room:
         return ["It fits.", ""]
     settings = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in made.items())
+    away = f"Rewards that are trained on stay in {stay / GIB:.1f} GiB; `offload: true` lets them come and go. " if (stay := reward_memory(config)[0]) else ""
     if peak <= room:
-        return [f"It does NOT fit as it is; with {settings} it would: {peak:.1f} GiB. The numbers stay the same but for rank and cache_frames.", ""]
+        return [f"It does NOT fit as it is; with {settings} it would: {peak:.1f} GiB. {away}The numbers stay the same but for rank and cache_frames.", ""]
     more = "" if config.gradient_checkpointing else " Turn gradient_checkpointing on."
     more += "" if config.dtype == "bfloat16" else " Set dtype bfloat16."
-    return [f"It does NOT fit, and no setting here makes it: with {settings or 'nothing to change'} the peak is {peak:.1f} GiB.{more} Or take a larger card, a smaller window, a smaller grid.", ""]
+    more += "" if config.policy.train == "lora" or config.policy.shard else " Set policy.shard, and take several cards."
+    return [f"It does NOT fit, and no setting here makes it: with {settings or 'nothing to change'} the peak is {peak:.1f} GiB.{more} {away}Or take a larger card, a smaller window, a smaller grid.", ""]
 
 
 def work(config: RunConfig, sizes: Sizes, c: Costs, n: Amounts) -> dict[str, float]:
@@ -187,7 +205,7 @@ def work(config: RunConfig, sizes: Sizes, c: Costs, n: Amounts) -> dict[str, flo
 
 def _work(plan: Plan, sizes: Sizes, c: Costs, n: Amounts) -> list[str]:
     found = work(plan.settings, sizes, c, n)
-    groups, rate = -(-plan.settings.groups * plan.settings.branch_parallel // (plan.gpus * plan.nodes)), CARDS[plan.card][0] * 1e12 * UTILISATION
+    groups, rate = groups_of(plan.settings, plan.gpus * plan.nodes), CARDS[plan.card][0] * 1e12 * UTILISATION
     seconds = sum(found.values()) / rate
     replays = n.replays + (not n.single_pass)
     title = "one group, mean over forks" if plan.settings.branch_parallel == 1 else "a card's share of one group"

@@ -7,6 +7,7 @@ from typing import Any
 
 from kvpo.config import RunConfig
 from kvpo.generators.pipeline import Geometry
+from kvpo.rewards.scorer import make_scorers
 from kvpo.prompts import even_starts, starts_at
 from kvpo.rollout import own_frames
 from kvpo.score import group_clips, horizon
@@ -37,6 +38,18 @@ def replay_rows(config: RunConfig, geometry: Geometry) -> int:
     members = min(config.rollout.together or members, members)
     found = members * config.exploring.window_blocks * len(geometry.sigmas) - (members - 1)
     return min(found, config.rows_per_pass or found)
+
+
+def reward_memory(config: RunConfig) -> tuple[int, int]:
+    """Bytes of this run's cards that trained rewards take by their own account: those that stay, and the largest that comes and goes."""
+    here = [s for s in make_scorers(config.rewards_of("train")) if not (s.entry.devices or s.entry.url)]
+    stay, come = ({getattr(s.reward, "network", s.spec.name): int(s.spec.memory_gb * 2**30) for s in here if s.resident == resident} for resident in (True, False))
+    return sum(stay.values()), max(come.values(), default=0)
+
+
+def groups_of(config: RunConfig, world: int) -> int:
+    """Of a step, on the card that has most of them."""
+    return -(-config.groups * config.branch_parallel // world)
 
 
 def scripts_of(config: RunConfig) -> list[Script]:

@@ -21,16 +21,20 @@ MEETING = timedelta(minutes=1)
 
 
 def open_store(timeout: timedelta) -> dist.Store:
-    """By torchrun's environment.  ValueError over several nodes without `UNSHARED`."""
+    """By torchrun's environment.  ValueError over several nodes without `UNSHARED`; ConnectionError where no store is to be found."""
     address, port, world = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), int(os.environ["WORLD_SIZE"])
     open_at = functools.partial(dist.TCPStore, address, port, world, timeout=MEETING, wait_for_workers=False)
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
-            raise ValueError(f"torchrun over several nodes can not start anew with its shared store; set {UNSHARED}=1 in the environment of every torchrun (see docs/cluster.md)")
-        store, prefix = open_at(is_master=False), f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}"
-    elif os.environ["RANK"] != "0":
-        store, prefix = open_at(is_master=False), ""
-    else:
-        store, prefix = open_at(is_master=True, master_listen_fd=socket.create_server((address, port)).detach()), ""
+    shared, rank = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True", int(os.environ["RANK"])
+    if shared and os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+        raise ValueError(f"torchrun over several nodes can not start anew with its shared store; set {UNSHARED}=1 in the environment of every torchrun (see docs/cluster.md)")
+    prefix = f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}" if shared else ""
+    listening = {"is_master": True, "master_listen_fd": socket.create_server((address, port)).detach()} if rank == 0 and not shared else {"is_master": False}
+    try:
+        store = open_at(**listening)
+    except RuntimeError as error:  # torch's network errors are of this kind
+        raise ConnectionError(
+            f"rank {rank} found no store at {address}:{port} ({str(error).splitlines()[0][-160:]}); rank 0, or torchrun on one node, opens it: "
+            "is that up, and is its address the cluster's interface, without a firewall between (docs/cluster.md)?"
+        ) from None
     store.set_timeout(timeout)
     return dist.PrefixStore(prefix, store)

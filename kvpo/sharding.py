@@ -72,8 +72,9 @@ class Shards:
         named = dict(transformer.named_parameters())
         self.parts: list[DTensor] = [named[name] for name in trainable]
         self.masters = tuple(torch.nn.Parameter(p.to_local().to(torch.float32, copy=True)) for p in self.parts)
-        for module in self.modules:
-            module.unshard()
+        with ranks.meeting():
+            for module in self.modules:
+                module.unshard()
         named = dict(transformer.named_parameters())
         self.computing = self.collecting = tuple(named[name].requires_grad_(True) for name in trainable)
         for p in self.computing:
@@ -81,14 +82,16 @@ class Shards:
 
     @torch.no_grad()
     def whole(self, weights: list[torch.Tensor]) -> list[torch.Tensor]:
-        return [self._as_part_of(p, w.to(p.dtype)).full_tensor() for p, w in zip(self.parts, weights)]
+        with self.ranks.meeting():
+            return [self._as_part_of(p, w.to(p.dtype)).full_tensor() for p, w in zip(self.parts, weights)]
 
     def described(self, weights: Sequence[torch.Tensor | None]) -> Sequence[torch.Tensor | None]:
         return [None if w is None else self._as_part_of(p, w) for p, w in zip(self.parts, weights)]
 
     def total(self, value: torch.Tensor) -> torch.Tensor:
         summed = value.clone()
-        dist.all_reduce(summed, group=self.mesh.get_group())
+        with self.ranks.meeting():
+            dist.all_reduce(summed, group=self.mesh.get_group())
         return summed
 
     @torch.no_grad()
@@ -97,10 +100,11 @@ class Shards:
         has = torch.tensor([float(any(p.grad is not None for p in self.computing))], device=self.computing[0].device)
         if self.total(has) == 0:
             return
-        for master, p in zip(self.masters, self.computing):
-            grad = torch.zeros_like(p, dtype=torch.float32) if p.grad is None else p.grad
-            p.grad = None
-            master.grad = DTensor.from_local(grad, self.mesh, [Partial()], run_check=False).redistribute(placements=[Shard(0)]).to_local()
+        with self.ranks.meeting():
+            for master, p in zip(self.masters, self.computing):
+                grad = torch.zeros_like(p, dtype=torch.float32) if p.grad is None else p.grad
+                p.grad = None
+                master.grad = DTensor.from_local(grad, self.mesh, [Partial()], run_check=False).redistribute(placements=[Shard(0)]).to_local()
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -108,8 +112,9 @@ class Shards:
             module.reshard()
         for p, master in zip(self.parts, self.masters):
             p.to_local().copy_(master)
-        for module in self.modules:
-            module.unshard()
+        with self.ranks.meeting():
+            for module in self.modules:
+                module.unshard()
         for p in self.computing:
             p.requires_grad_(True)
 

@@ -1,23 +1,25 @@
 """SIGTERM (pre-emption) and ctrl-C: the step at work is given up, what was trained is saved, the program ends well.
 
-A signal only leaves a mark.  The next module that computes inside `giving_way` raises `Stopped`: in a rollout, a
-decoding, a reward, a replay, but never in an update, in a message between ranks, or while a file is written.  So
-nothing is half done, and it takes no longer than one module's pass.
+While a run is made ready there is nothing to save, and it ends at once.  Later a signal only leaves a mark.  The next
+module that computes inside `giving_way` raises `Stopped`: in a rollout, a decoding, a reward, a replay, but never in an
+update, in a message between ranks, or while a file is written.  So nothing is half done, and it takes no longer than
+one module's pass.
 """
 
 from __future__ import annotations
 
 import signal
+import threading
 from contextlib import contextmanager
-from typing import Iterator
+from typing import Callable, Iterator
 
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class Stopped(Exception):
-    """A signal asked for it; its name."""
+class Stopped(BaseException):
+    """A signal asked for it; its name.  Like KeyboardInterrupt nothing that a library catches in passing."""
 
 
 _asked: list[str] = []
@@ -33,21 +35,43 @@ def _raise_if_asked(*_) -> None:
         raise Stopped(_asked[0])
 
 
+def _stop(number: int, frame) -> None:
+    raise Stopped(signal.Signals(number).name)
+
+
+@contextmanager
+def ending_at_once() -> Iterator[None]:
+    """Inside, a signal raises `Stopped` wherever the program is."""
+    with _handled_by(_stop):
+        yield
+
+
 @contextmanager
 def stoppable() -> Iterator[None]:
     """Inside, signals leave a mark.  Further ones change nothing: ctrl-C reaches a rank twice, from the terminal and from torchrun."""
-    before = {number: signal.signal(number, _note) for number in SIGNALS}
+    try:
+        with _handled_by(_note):
+            yield
+    finally:
+        _asked.clear()
+
+
+@contextmanager
+def _handled_by(handler: Callable) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in SIGNALS}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        _asked.clear()
 
 
 @contextmanager
 def giving_way() -> Iterator[None]:
-    """Inside, any module's call raises `Stopped` once a signal has come."""
+    """Inside, any module's call raises `Stopped` once a signal has come.  Only in the main thread, whose affair signals are: the one that writes is let finish."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     hook = register_module_forward_pre_hook(_raise_if_asked)
     try:
         yield

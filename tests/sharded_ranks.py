@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from test_sharding import CASES, Trained
 
 from kvpo import checkpoint as module
-from kvpo.checkpoint import load_checkpoint, save_checkpoint
-from kvpo.distributed import Ranks
+from kvpo.checkpoint import Snapshot, load_checkpoint, save_checkpoint
+from kvpo.distributed import Ranks, leave
 
 
 def main(folder: Path) -> None:
@@ -33,7 +33,7 @@ def main(folder: Path) -> None:
         weights = {f"{kind}.{i}": w for kind, run in (("whole", whole), ("sharded", sharded)) for i, w in enumerate(run.everything())}
         facts[case] = {"drift": (whole.policy.drift(), sharded.policy.drift()), "held": ranks.gather(sum(w.numel() for w in sharded.policy.parameters))}
         facts[case]["trained"] = sharded.policy.num_trainable
-        path = save_checkpoint(folder / case, 3, sharded.policy, sharded.optimizer, {}, 2)
+        path = save_checkpoint(folder / case, Snapshot.of(3, sharded.policy, sharded.optimizer, {}), 2, ranks=ranks)
         again = Trained(case, ranks, shard=True)
         load_checkpoint(path, again.policy, again.optimizer)
         weights |= {f"again.{i}": w for i, w in enumerate(again.everything())}
@@ -46,14 +46,19 @@ def main(folder: Path) -> None:
         facts[case] |= {"full disk": full_disk(folder / "full" / case, sharded, ranks), "not finite": not_finite(sharded, ranks)}
         if ranks.first:
             save_file({name: w.contiguous().clone() for name, w in weights.items()}, folder / f"{case}.safetensors")
-    if ranks.first:
-        (folder / "facts.json").write_text(json.dumps(facts))
-    ranks.leave()
+    if not ranks.first:
+        return  # and does not come to what follows
+    try:
+        sharded.policy.layout.total(torch.zeros(1))
+    except ConnectionError as error:
+        facts["alone"] = str(error)
+    (folder / "facts.json").write_text(json.dumps(facts))
+    leave()
 
 
 def full_disk(folder: Path, run: Trained, ranks: Ranks) -> list[str]:
     """What every rank says when the second one's disk is full, and what is left."""
-    save_checkpoint(folder, 1, run.policy, run.optimizer, {}, 2)
+    save_checkpoint(folder, Snapshot.of(1, run.policy, run.optimizer, {}), 2, ranks=ranks)
     write, said = module.HuggingFaceStorageWriter.write_data, ""
 
     def full(*args):
@@ -63,7 +68,7 @@ def full_disk(folder: Path, run: Trained, ranks: Ranks) -> list[str]:
 
     module.HuggingFaceStorageWriter.write_data = full
     try:
-        save_checkpoint(folder, 2, run.policy, run.optimizer, {}, 2)
+        save_checkpoint(folder, Snapshot.of(2, run.policy, run.optimizer, {}), 2, ranks=ranks)
     except OSError as error:
         said = str(error)
     finally:

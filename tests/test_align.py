@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -274,6 +275,33 @@ def test_stopped_before_anything_is_done(recipe, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Alignment, "embed", lambda self, script: os.kill(os.getpid(), signal.SIGTERM) or self.pipeline.encode_text(script.texts))
     assert align(recipe, tmp_path / "run") == 0
     assert "0 steps are done and saved" in capsys.readouterr().out and not checkpoints(tmp_path / "run" / "checkpoints")
+
+
+def test_stopped_while_it_is_made_ready(recipe, tmp_path, monkeypatch, capsys):
+    """Weights of billions of numbers take minutes to load; nobody waits for them to be told that it is over."""
+    load, handler = Alignment._load_pipeline, signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(Alignment, "_load_pipeline", lambda self: os.kill(os.getpid(), signal.SIGTERM) or load(self))
+    assert align(recipe, tmp_path / "run") == 0
+    assert capsys.readouterr().out == "stopped by SIGTERM; nothing was begun\n" and not (tmp_path / "run").exists() and signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_stopped_with_a_full_disk(recipe, tmp_path, monkeypatch, capsys):
+    """What could not be saved is not called saved."""
+    explore = Alignment.explore
+
+    def interrupted(self, *args, **options):
+        if self.done == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return explore(self, *args, **options)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Alignment, "explore", interrupted)
+    monkeypatch.setattr("kvpo.checkpoint.save_file", full)
+    assert align(recipe, tmp_path / "run", "--checkpoint.every", "9") == 1
+    said = capsys.readouterr()
+    assert "step-000002 could not be written" in said.err and "are done and saved" not in said.out
 
 
 def test_stopped_in_an_evaluation(straight, tmp_path, monkeypatch, capsys):

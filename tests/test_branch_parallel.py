@@ -20,7 +20,7 @@ from tiny import Warmth, draw
 from kvpo.align import Alignment
 from kvpo.branch_parallel import all_rewards
 from kvpo.config import from_dict
-from kvpo.distributed import Ranks
+from kvpo.distributed import Ranks, leave
 from kvpo.progress import Progress
 from kvpo.types import RewardTable
 from kvpo.update import Updater
@@ -30,12 +30,14 @@ ALONE = {"groups": 2, "optimizer": {"lr": 1e-3, "warmup": 1, "eps": 1e-3}, "roll
 In batches of other sizes a pixel may be rounded to the next of its 256 values, which a reward of little spread shows: there rewards are given."""
 TOGETHER = {"rollout": {"branches": 3, "cache_frames": 12}, "score": {"clip_frames": 8, "min_frames": 4}}
 LORA, FULL = {"policy": {"train": "lora", "rank": 2, "sync_interval": 2}}, {"policy": {"train": "full", "sync_interval": 2}}
+SHARDED = {"policy": {"train": "full", "sync_interval": 2, "shard": True}}
+"""Over all ranks, those of a row included."""
 HELD = {"advantages": {"anchor": True}, "velocity_penalty": {"weight": 1.0, "blocks": 2}, "context": "anchor"}
 SKIP = {"groups": 4, "unsafe": {"kind": "skip"}, "rollout": {"branches": 2, "cache_frames": 12, "together": 1}}
 
 CASES = {
-    2: {"anchor and held blocks": ALONE | LORA | HELD, "holes": ALONE | FULL | {"show_every": 2}, "skipped": ALONE | LORA | SKIP, "in batches": ALONE | FULL | TOGETHER},
-    4: {"anchor and held blocks": ALONE | FULL | HELD, "holes": ALONE | LORA | {"show_every": 2}, "skipped": ALONE | FULL | SKIP},
+    2: {"anchor and held blocks": ALONE | LORA | HELD, "holes": ALONE | FULL | {"show_every": 2}, "skipped": ALONE | LORA | SKIP, "in batches": ALONE | FULL | TOGETHER, "sharded": ALONE | SHARDED},
+    4: {"anchor and held blocks": ALONE | FULL | HELD, "holes": ALONE | LORA | {"show_every": 2}, "skipped": ALONE | FULL | SKIP, "sharded": ALONE | SHARDED | HELD},
 }
 """Processes, in rows of two -> what is compared after two updates, the second of them off policy."""
 FAULTS = ("reward", "hold", "show")
@@ -81,11 +83,12 @@ def updates(folder: Path, out: Path, case: str, changes: dict, size: int) -> dic
     """Weights and metrics after each of two steps, the first one's group in ``out`` where it is to be shown."""
     config = from_dict(settings(folder, **changes, data=prompts(folder), branch_parallel=size))
     run = {"holes": Holes, "in batches": Given}.get(case, Alignment)(config, out / case, Progress())
-    found = {"start": run.policy.snapshot(), "weights": [], "metrics": []}
+    weights = lambda: run.policy.layout.whole(run.policy.snapshot())  # noqa: E731
+    found = {"start": weights(), "weights": [], "metrics": []}
     for step in range(2):
         metrics = run.step(step)
         found["metrics"].append({k: float(v) for k, v in metrics.items() if not k.startswith((*CLOCK, "calls/"))})
-        found["weights"].append(run.policy.snapshot())
+        found["weights"].append(weights())
     return found
 
 
@@ -116,7 +119,7 @@ def work(folder: Path, out: Path, recipe: str) -> None:
     torch.save(found, out / f"rank-{ranks.rank}.pt")
     if ranks.world == 2:  # the command closes the connections behind it
         assert align(recipe, out / "run", "--branch-parallel", "2", "--steps", "1") == 0
-    ranks.leave()
+    leave()
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +139,7 @@ def world(request, folder, recipe, tmp_path_factory):
 
 
 def test_a_row_of_two_is_one_rank(world, folder, tmp_path):
-    """Weights to 1e-6, every metric, the recorded group; and bit for bit alike on all ranks."""
+    """Weights to 1e-6, also where they are sharded over all ranks; every metric, the recorded group; and bit for bit alike on all ranks."""
     found, out = world
     for case, changes in CASES[len(found)].items():
         alone = updates(folder, tmp_path, case, changes, 1)
@@ -146,7 +149,8 @@ def test_a_row_of_two_is_one_rank(world, folder, tmp_path):
             assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(other[case]["weights"][step], found[0][case]["weights"][step]))
             ours, theirs = found[0][case]["metrics"][step], alone["metrics"][step]
             assert ours.keys() == theirs.keys()
-            assert {k: v for k, v in ours.items() if v != pytest.approx(theirs[k], rel=1e-5, abs=1e-6)} == {}, case
+            close = 2e-4 if case == "sharded" and step else 1e-5  # FSDP2 adds what blocks share in another order: the second gradient is of weights that differ by 1e-7
+            assert {k: (v, theirs[k]) for k, v in ours.items() if v != pytest.approx(theirs[k], rel=close, abs=1e-6)} == {}, f"{case}, update {step}"
         if case == "holes":
             ours, theirs = (json.loads((where / case / "groups" / "step-000000" / "group.json").read_text()) for where in (out, tmp_path))
             assert len(theirs["plans"]) == 5 and [ours[k] for k in ("script_id", "fork", "plans", "rewards")] == [theirs[k] for k in ("script_id", "fork", "plans", "rewards")]

@@ -12,7 +12,7 @@ import torch
 from test_update import Run
 
 from kvpo import checkpoint as module
-from kvpo.checkpoint import CheckpointConfig, checkpoints, load_checkpoint, read_state, save_checkpoint
+from kvpo.checkpoint import CheckpointConfig, Snapshot, checkpoints, load_checkpoint, read_state, save_checkpoint
 from kvpo.policy import PolicyConfig
 from kvpo.update import OptimizerConfig
 
@@ -32,7 +32,7 @@ def update(run: Run) -> None:
 
 
 def save(folder, run: Run, step: int, keep: int = 2):
-    return save_checkpoint(folder, step, run.policy, run.updater.optimizer, SETTINGS, keep)
+    return save_checkpoint(folder, Snapshot.of(step, run.policy, run.updater.optimizer, SETTINGS), keep)
 
 
 def load(path, run: Run) -> int:
@@ -90,7 +90,7 @@ class Killed(BaseException):
 def test_a_crash_half_way_leaves_the_older_one(tmp_path, run, monkeypatch):
     """Between the tensors and the state, and just before the folder gets its name."""
     save(tmp_path, run, 1)
-    for place in ("_optimizer_steps", "_flush"):
+    for place in ("_finish", "_flush"):
 
         def die(*_):
             raise Killed

@@ -214,7 +214,7 @@ def test_two_hosts(hosts, recipe, whole, tmp_path):
             with (tmp_path / host).open("w") as out:
                 nodes.append(subprocess.Popen(command, env=env | {"INTERFACE": host}, stdout=out, stderr=subprocess.STDOUT))
         run.process = nodes[1]
-        assert run.wait_for(run.logged(2)), (tmp_path / hosts[1]).read_text()
+        assert run.wait_for((run.out / "checkpoints" / "step-000001").exists), (tmp_path / hosts[1]).read_text()
         assert [listening(host) for host in hosts] == [{"01004D0A"}, {"02004D0A"}]
         assert run.kill("0") or run.kill("1")
         said = [node.wait(timeout=180) for node in nodes], [(tmp_path / host).read_text() for host in hosts]
@@ -226,10 +226,20 @@ def test_two_hosts(hosts, recipe, whole, tmp_path):
 
 
 def test_several_nodes_share_no_store(monkeypatch):
-    for name, value in {"MASTER_ADDR": "localhost", "MASTER_PORT": "1", "WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}.items():
+    for name, value in {"MASTER_ADDR": "localhost", "MASTER_PORT": "1", "WORLD_SIZE": "2", "RANK": "0", "GROUP_WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of every torchrun"):
         open_store(timedelta(seconds=1))
+
+
+def test_a_store_that_is_not_there_is_one_line(monkeypatch):
+    """The first rank has died before the others came, or a firewall stands between."""
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "WORLD_SIZE": "2", "RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("kvpo.rendezvous.MEETING", timedelta(seconds=1))
+    with pytest.raises(ConnectionError, match=r"rank 1 found no store at 127.0.0.1:1 \(.*; rank 0, or torchrun on one node, opens it.*docs/cluster.md") as caught:
+        open_store(timedelta(seconds=1))
+    assert "\n" not in str(caught.value)
 
 
 # --- At random ---

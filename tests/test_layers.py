@@ -33,7 +33,7 @@ LAYERS = {
     "stage 6": "loss velocity_penalty",
     "the public code's arithmetic": "compat.policy compat.planning compat.inputs compat.memory",
     "stage 7": "update",
-    "persistence": "checkpoint run_folder",
+    "persistence": "checkpoint saving run_folder",
     "evaluation": "evaluate goodhart sentinels",
     "report": "routing_map showing report_page report_curves report_videos report_evaluation report_guards report",
     "the miniature's making": "mini.networks mini.linear_encoder mini.autoencoder mini.library mini.training mini.layouts mini.flat mini.openings mini.teacher_forcing mini.few_step mini.card mini.pretrain",

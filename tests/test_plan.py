@@ -15,7 +15,7 @@ from kvpo.config import RECIPES, from_dict, load_config, recipe_path
 from kvpo.generators.base_folder import new_transformer
 from kvpo.peak import Ledger, cost, fake, flops
 from kvpo.plan import CARDS, fitted, shares_of, stages, work
-from kvpo.plan_amounts import amounts, own_past, replay_rows, with_changes
+from kvpo.plan_amounts import amounts, own_past, replay_rows, reward_memory, with_changes
 from kvpo.plan_costs import WAN_1_3B, WAN_14B, costs, sizes_of
 from kvpo.policy import Policy
 from kvpo.progress import Progress
@@ -112,6 +112,31 @@ def test_parts_by_hand(folder):
     assert work(config, sizes, found, amounts(config, sizes.geometry))["prefix"] == found.prefix.flops * amounts(config, sizes.geometry).prefix_calls
 
 
+def test_shards_by_hand(folder):
+    """Of four cards each keeps a quarter of four sets and two moments; whole are the module's weights, the gradient, and reference and behaviour for the groups."""
+    config = config_of(folder, policy={"train": "full", "shard": True, "sync_interval": 2}, groups=4)
+    sizes = sizes_of(config)
+    found = costs(config, sizes)
+    n, memory = found.trainable, stages(config, sizes, found, world=4)["update"]
+    assert memory["generator"] == 4 * n and memory["trained copies"] == 16 * n // 4 and memory["optimizer"] == memory["optimizer at work"] == 8 * n // 4
+    assert memory["sets at hand"] == 2 * 4 * n and memory["gradient"] == 4 * n and "gradient so far" not in memory, "a card has one of the four groups"
+    alone = stages(config, sizes, found)["update"]
+    assert alone["optimizer"] == 8 * n and alone["trained copies"] == 12 * n and alone["gradient so far"] == 4 * n and "sets at hand" not in alone
+
+
+def test_rewards_by_hand(folder):
+    """Two judges of one network count once; who comes and goes counts where it scores, the largest of them; who has another card, not at all."""
+    entries = [{"name": "hpsv3"}, {"name": "videoreward", "params": {"judge": "MQ"}}, {"name": "videoreward", "params": {"judge": "TA"}}, {"name": "clip", "role": "eval"}]
+    memory = lambda **changes: reward_memory(config_of(folder, rewards=[e | changes for e in entries[:3]] + entries[3:]))  # noqa: E731
+    gib = 2**30
+    assert memory() == (27 * gib, 0) and memory(offload=True) == (0, 20 * gib)
+    assert memory(isolation="http", url="http://host:1") == memory(isolation="process", devices="1") == (0, 0)
+    config = config_of(folder, rewards=[entries[0], entries[1] | {"offload": True}])
+    sizes = sizes_of(config)
+    planned = stages(config, sizes, costs(config, sizes))
+    assert all(parts["rewards"] == 20 * gib for parts in planned.values()) and planned["scoring"]["reward at work"] == 7 * gib
+
+
 def test_a_policy_on_meta_is_the_policy():
     """What is counted without memory: every trained number, in the adapter's precision and in float32."""
     with torch.device("meta"):
@@ -154,7 +179,7 @@ def test_too_small_a_card(capsys, folder, tmp_path):
 def test_the_miniature_s_plan(capsys, tmp_path):
     code, out, _ = run(capsys, "mini", "--out", tmp_path / "plan.json")
     content = json.loads((tmp_path / "plan.json").read_text())
-    assert code == 0 and "It fits." in out and set(content["stages GiB"]) == {"prefix", "branches", "decoding", "replay", "gradient", "update"}
+    assert code == 0 and "It fits." in out and set(content["stages GiB"]) == {"prefix", "branches", "decoding", "scoring", "replay", "gradient", "update"}
     assert 0.1 < sum(content["stages GiB"]["gradient"].values()) < 0.25
 
 
@@ -205,7 +230,7 @@ def test_a_card_s_share_of_a_group_is_planned_as_a_smaller_group(folder):
     sizes = sizes_of(split)
     found = costs(split, sizes)
     assert amounts(split, sizes.geometry) == amounts(small, sizes.geometry)
-    assert found == costs(small, sizes) and stages(split, sizes, found) == stages(small, sizes, found)
+    assert found == costs(small, sizes) and stages(split, sizes, found, world=2) == stages(small, sizes, found)
 
 
 def test_cards_in_rows(capsys, folder, tmp_path):

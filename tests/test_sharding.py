@@ -19,7 +19,7 @@ from test_distributed import children, launch, torchrun
 from tiny import draw, new_transformer
 
 from kvpo.advantages import UnsafePolicy
-from kvpo.checkpoint import checkpoints, load_checkpoint, newest_whole, read_tensors, save_checkpoint
+from kvpo.checkpoint import Snapshot, checkpoints, load_checkpoint, newest_whole, read_tensors, save_checkpoint
 from kvpo.distributed import Ranks
 from kvpo.generators.causal_wan import CausalWan
 from kvpo.generators.checkpoints import keeps_float32
@@ -90,7 +90,7 @@ def ones(tmp_path_factory):
         runs[case] = run = Trained(case, Ranks(), shard=True)
         for step in range(3):
             run.step(step, [0, 1, 2])
-        save_checkpoint(home / f"one-{case}", 3, run.policy, run.optimizer, {}, 2)
+        save_checkpoint(home / f"one-{case}", Snapshot.of(3, run.policy, run.optimizer, {}), 2)
     return home, runs
 
 
@@ -191,6 +191,11 @@ def test_a_full_disk_of_one_rank(twos, case):
 def test_a_gradient_that_is_not_finite_on_one_rank(twos, case):
     first, second = twos[0][case]["not finite"]
     assert first == second and "not finite in 1 tensors, first " in first and "nothing was updated" in first
+
+
+def test_a_rank_that_does_not_come_is_named(twos):
+    """Also where the messages are those of the shards."""
+    assert twos[0]["alone"].startswith("rank 0 waited in vain: rank 1 did not come, it was in ")
 
 
 # --- Whole runs ---

@@ -48,6 +48,10 @@ class QwenReward(Pretrained):
     base: str
     dtype: str
 
+    @property
+    def network(self) -> Hashable:
+        return type(self), self.weights, self.base
+
     def read(self, dtype: torch.dtype) -> RewardNetwork:
         """The network from its files."""
         raise NotImplementedError(f"{type(self).__name__} has no read(dtype)")
@@ -57,7 +61,7 @@ class QwenReward(Pretrained):
         if self.model is None:
             auto = "bfloat16" if torch.device(device).type == "cuda" else "float32"
             dtype = DTYPES[auto if self.dtype == "auto" else self.dtype]
-            key = (type(self), self.weights, self.base, dtype)
+            key = (*self.network, dtype)
             network = _NETWORKS.get(key) or self.read(dtype).eval().requires_grad_(False)
             self.model = _NETWORKS[key] = network
             self.spec = replace(self.spec, weights=network.identity)
