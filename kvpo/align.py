@@ -22,7 +22,7 @@ from kvpo.conflicts import conflicts
 from kvpo.config import RunConfig, differences, from_dict, to_dict
 from kvpo.denoise import SAMPLERS
 from kvpo.distributed import Ranks
-from kvpo.environment import environment, make_reproducible, pick_device, take_peak
+from kvpo.environment import environment, make_reproducible, packages, pick_device, take_peak
 from kvpo.exploration.base import Explorer
 from kvpo.files import write_atomic
 from kvpo.generators.embeddings import load_with_texts
@@ -76,13 +76,14 @@ class Alignment:
         self.sampler = SAMPLERS[config.sampler]
         self.phases = Phases(self.ranks.tell)
         self.saver = Saver(out / "checkpoints", config.checkpoint.keep, self.ranks, config.patience)
-        self.done = self.saved = 0
-        """Steps in all, and in the last checkpoint."""
+        self.begun = False
+        """Its folder is made, or its checkpoint read."""
         self.trials = Trials(config, out, progress, self.ranks, self.phases, self.pipeline, self.policy, self.scripts, self.judges)
 
     def run(self, resume: bool) -> Path:
         """Train, checkpoint, evaluate; the path of the report.  FloatingPointError or ValueError before an update that must not happen; `Stopped` once what a signal stopped is saved."""
         self.done = self.saved = start = self._begin(resume)
+        self.begun = True
         log = MetricLog(self.out, resume_after=start - 1 if resume else None) if self.ranks.first else NoLog()
         with stoppable(), log, self.saver, self.progress.bar("align", self.config.steps, start) as bar:
             try:
@@ -211,7 +212,8 @@ class Alignment:
         if (step := read_state(newest)["step"]) > self.config.steps:
             raise ValueError(f"{newest} is beyond steps = {self.config.steps}; set steps to {step} or more, or start a new run by --out")
         step = load_checkpoint(newest, self.policy, self.updater.optimizer)
-        self.progress.say(f"resumed from {newest}")
+        others = differences(read_state(newest).get("packages", packages()), packages())
+        self.progress.say(f"resumed from {newest}" + (f", which was written with other versions, {'; '.join(others)}: numbers may round otherwise" if others else ""))
         return step
 
     def _write_beginning(self) -> None:

@@ -2,7 +2,7 @@
 
     checkpoints/step-000010/  tensors.safetensors   current, behaviour, EMA, reference weights, optimizer moments
                               shard-*.safetensors   instead of it, one a rank, where weights are sharded
-                              state.json            counters, the config they belong to, the names of the files
+                              state.json            counters, the config and versions they belong to, the names of the files
 
 A checkpoint is written beside its final place and renamed: it is there completely or not at all.  Shards are written by
 torch.distributed.checkpoint in its safetensors format, because its own one is an index in pickle.  A single whole file is
@@ -27,6 +27,7 @@ from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorage
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from kvpo.distributed import Ranks
+from kvpo.environment import packages
 from kvpo.policy import Policy
 
 SETS = ("current", "behaviour", "average", "reference")
@@ -66,7 +67,7 @@ class Snapshot:
     @classmethod
     def of(cls, step: int, policy: Policy, optimizer: torch.optim.Optimizer, config: Mapping[str, Any]) -> Snapshot:
         """After ``step`` steps."""
-        state = {"step": step, "updates": policy.updates, "lag": policy.lag, "optimizer_steps": _optimizer_steps(optimizer), "config": config}
+        state = {"step": step, "updates": policy.updates, "lag": policy.lag, "optimizer_steps": _optimizer_steps(optimizer), "config": config, "packages": packages()}
         written_here = policy.sharded or policy.layout.ranks.first
         return cls(state, BlockingAsyncStager().stage(_tensors(policy, optimizer)) if written_here else {}, policy.sharded)
 

@@ -60,17 +60,19 @@ class Align:
 
     def __call__(self) -> None:
         progress, run = Progress(self.out / "logs"), None
-        try:
-            with ending_at_once():
+        with ending_at_once():
+            try:
                 run = Alignment(self.settings, self.out, progress)
                 again = run.ranks.gather(restarted() and (self.out / "config.resolved.yaml").exists())  # torchrun counts on every node by itself
                 report = run.run(self.resume or any(again))
-            progress.say(f"report: {report.resolve()}")
-        except Stopped as stop:
-            done = "nothing was begun" if run is None else f"{run.done} steps are done and saved. Go on with: kvpo align {self.recipe} --out {self.out} --resume"
-            progress.say(f"stopped by {stop}; {done}")
-        finally:
-            leave()
+                progress.say(f"report: {report.resolve()}")
+            except Stopped as stop:
+                if run is not None and run.begun:
+                    progress.say(f"stopped by {stop}; {run.done} steps are done and saved. Go on with: kvpo align {self.recipe} --out {self.out} --resume")
+                else:
+                    progress.say(f"stopped by {stop}; nothing was begun")
+            finally:
+                leave()
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,15 @@ def environment(device: torch.device) -> dict[str, Any]:
         "command": command(),
         "git_commit": _git_commit(),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": packages(),
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_processor()}, {torch.get_num_threads()} threads",
         "device": str(device),
     }
+
+
+def packages() -> dict[str, str | None]:
+    """Versions of those that decide what a run's numbers are."""
+    return {name: _version(name) for name in PACKAGES}
 
 
 def command() -> str:

@@ -36,19 +36,21 @@ def _raise_if_asked(*_) -> None:
 
 
 def _stop(number: int, frame) -> None:
+    for further in SIGNALS:
+        signal.signal(further, signal.SIG_IGN)
     raise Stopped(signal.Signals(number).name)
 
 
 @contextmanager
 def ending_at_once() -> Iterator[None]:
-    """Inside, a signal raises `Stopped` wherever the program is."""
+    """Inside, the first signal raises `Stopped` wherever the program is; further ones change nothing."""
     with _handled_by(_stop):
         yield
 
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Inside, signals leave a mark.  Further ones change nothing: ctrl-C reaches a rank twice, from the terminal and from torchrun."""
+    """Inside, signals leave a mark.  Further ones change nothing here either: ctrl-C reaches a rank twice, from the terminal and from torchrun."""
     try:
         with _handled_by(_note):
             yield

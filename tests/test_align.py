@@ -10,6 +10,7 @@ import shutil
 import signal
 import time
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Callable
 
@@ -314,6 +315,18 @@ def test_stopped_in_an_evaluation(straight, tmp_path, monkeypatch, capsys):
     assert "4 steps are done and saved" in capsys.readouterr().out and not (tmp_path / "run" / "report.html").exists()
     assert align(recipe, tmp_path / "run", "--resume") == 0
     assert records(tmp_path / "run") == records(out)
+
+
+def test_other_versions_are_named(straight, tmp_path, capsys):
+    """A run goes on under another torch, but then it is not the uninterrupted run bit for bit."""
+    out, recipe, _ = straight
+    shutil.copytree(out, tmp_path / "run")
+    path = tmp_path / "run" / "checkpoints" / "step-000004" / "state.json"
+    state = json.loads(path.read_text())
+    assert state["packages"]["torch"] == version("torch")
+    path.write_text(json.dumps(state | {"packages": state["packages"] | {"torch": "1.0"}}))
+    assert align(recipe, tmp_path / "run", "--resume") == 0
+    assert f"written with other versions, torch: 1.0 -> {version('torch')}: numbers may round otherwise" in capsys.readouterr().out.replace("\n", "")
 
 
 def test_killed_before_the_last_evaluation(straight, tmp_path):

@@ -15,7 +15,7 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Callable, Iterator, Sequence
 
 import pytest
 from test_align import equal, final, records, settings, write_recipe
@@ -95,9 +95,9 @@ class Run:
         return self.process.poll() is None
 
     def ranks(self) -> dict[int, int]:
-        """Rank -> process, of those that are there."""
-        found = {}
-        for pid in children(self.process.pid):
+        """Rank -> process, of those that are there: torchrun's, which is this process or, of a script, its child."""
+        found, own = {}, children(self.process.pid)
+        for pid in own + [p for child in own for p in children(child)]:
             try:
                 found |= {int(n): pid for n in re.findall(rb"\0RANK=(\d)\0", Path(f"/proc/{pid}/environ").read_bytes())}
             except OSError:  # it has just ended
@@ -200,27 +200,43 @@ def listening(host: str) -> set[str]:
     return {row.split()[1].split(":")[0] for row in tables.splitlines() if " 0A " in row}
 
 
-def test_two_hosts(hosts, recipe, whole, tmp_path):
-    """By the script of docs/cluster.md, word for word: one rank on each; the second is killed and both start anew; nothing listens but on the cable; one host's weights."""
+def node(home: Path, interface: str, inside: Sequence[str] = (), **settings) -> subprocess.Popen:
+    """The script of docs/cluster.md, word for word; what it says is in ``home``/``interface``."""
     (script,) = (block for block in blocks(ROOT / "docs" / "cluster.md", "bash") if "exec torchrun" in block)
-    (tmp_path / "node.sh").write_text(script)
-    run = Run(recipe, tmp_path / "run")
+    (home / "node.sh").write_text(script)
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    env |= {"NODES": "2", "CARDS": "1", "JOB": "1", "RECIPE": recipe, "RUN": str(run.out), "RESUME": ""}
+    env |= {"INTERFACE": interface, "JOB": "1", "RESUME": ""} | {name: str(value) for name, value in settings.items()}
+    with (home / interface).open("w") as out:
+        return subprocess.Popen([*inside, "bash", str(home / "node.sh")], env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def test_pre_emption_of_a_node_ends_by_code_0(recipe, tmp_path):
+    """SIGTERM to the script, as a cluster sends it: the ranks save, and torchrun, which would call it a failure, does not get it."""
+    run = Run(recipe, tmp_path / "run")
+    run.process = node(tmp_path, "lo", NODES=1, CARDS=2, RECIPE=recipe, RUN=run.out)
+    assert run.wait_for(run.logged(1))
+    run.process.terminate()
+    assert run.process.wait(timeout=60) == 0
+    said, steps = (tmp_path / "lo").read_text(), len(records(run.out, evaluations=False))
+    assert f"stopped by SIGTERM; {steps} steps are done and saved" in said and 1 <= steps < STEPS
+    assert checkpoints(run.out / "checkpoints")[-1].name == f"step-{steps:06d}"
+
+
+def test_two_hosts(hosts, recipe, whole, tmp_path):
+    """One rank on each; the second is killed and both start anew; nothing listens but on the cable; one host's weights."""
+    run = Run(recipe, tmp_path / "run")
     nodes = []
     try:
-        for host in hosts:
-            command = ["ip", "netns", "exec", host, "bash", str(tmp_path / "node.sh")]
-            with (tmp_path / host).open("w") as out:
-                nodes.append(subprocess.Popen(command, env=env | {"INTERFACE": host}, stdout=out, stderr=subprocess.STDOUT))
+        nodes += [node(tmp_path, host, ["ip", "netns", "exec", host], NODES=2, CARDS=1, RECIPE=recipe, RUN=run.out) for host in hosts]
         run.process = nodes[1]
         assert run.wait_for((run.out / "checkpoints" / "step-000001").exists), (tmp_path / hosts[1]).read_text()
         assert [listening(host) for host in hosts] == [{"01004D0A"}, {"02004D0A"}]
         assert run.kill("0") or run.kill("1")
-        said = [node.wait(timeout=180) for node in nodes], [(tmp_path / host).read_text() for host in hosts]
+        said = [process.wait(timeout=180) for process in nodes], [(tmp_path / host).read_text() for host in hosts]
     finally:
-        for node in nodes:
-            node.kill()
+        for process in nodes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
     assert said[0] == [0, 0], "\n".join(said[1])
     assert "resumed from" in "".join(said[1]) and is_whole(run.out, whole)
 
