@@ -3,6 +3,7 @@
     checkpoints/step-000010/  tensors.safetensors   current, behaviour, EMA, reference weights, optimizer moments
                               shard-*.safetensors   instead of it, one a rank, where weights are sharded
                               state.json            counters, the config and versions they belong to, the names of the files
+    checkpoints/ema.safetensors                     the newest averaged weights by diffusers' names, for use elsewhere (not where sharded: `kvpo export`)
 
 A checkpoint is written beside its final place and renamed: it is there completely or not at all.  Shards are written by
 torch.distributed.checkpoint in its safetensors format, because its own one is an index in pickle.  A single whole file is
@@ -32,7 +33,7 @@ from kvpo.policy import Policy
 
 SETS = ("current", "behaviour", "average", "reference")
 MOMENTS = ("exp_avg", "exp_avg_sq")
-WHOLE = "tensors.safetensors"
+WHOLE, ELSEWHERE = "tensors.safetensors", "ema.safetensors"
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ class Snapshot:
     state: Mapping[str, Any]
     tensors: Mapping[str, torch.Tensor]
     """In main memory: of sharded weights this rank's parts, else all of them, on the rank that writes."""
+    elsewhere: Mapping[str, torch.Tensor]
+    """The averaged weights among them as diffusers names them: a LoRA file, or the transformer's own.  None of sharded weights, which no rank has whole."""
     sharded: bool
 
     @classmethod
@@ -69,7 +72,9 @@ class Snapshot:
         """After ``step`` steps."""
         state = {"step": step, "updates": policy.updates, "lag": policy.lag, "optimizer_steps": _optimizer_steps(optimizer), "config": config, "packages": packages()}
         written_here = policy.sharded or policy.layout.ranks.first
-        return cls(state, BlockingAsyncStager().stage(_tensors(policy, optimizer)) if written_here else {}, policy.sharded)
+        tensors = BlockingAsyncStager().stage(_tensors(policy, optimizer)) if written_here else {}
+        elsewhere = {_stock_name(name): tensors[f"average.{name}"] for name in policy.names if written_here and not policy.sharded}
+        return cls(state, tensors, elsewhere, policy.sharded)
 
 
 def save_checkpoint(folder: Path, snapshot: Snapshot, keep: int, best: int = 0, ranks: Ranks = Ranks()) -> Path:
@@ -78,16 +83,19 @@ def save_checkpoint(folder: Path, snapshot: Snapshot, keep: int, best: int = 0, 
     OSError with the way out where the disk refuses; nothing is lost then.
     """
     target = at_step(folder, snapshot.state["step"])
-    part = folder / f".{target.name}.part"
+    part, beside = folder / f".{target.name}.part", folder / f".{ELSEWHERE}.part"
     try:
         ranks.only_first(lambda: _make_anew(part))
         if snapshot.sharded:
             _write_shards(snapshot.tensors, part, ranks)
         else:
-            ranks.only_first(lambda: _write_whole(snapshot.tensors, part))
+            ranks.only_first(lambda: _write_file(snapshot.tensors, part / WHOLE))
+            ranks.only_first(lambda: _write_file(snapshot.elsewhere, beside))
         ranks.only_first(lambda: _finish(part, target, snapshot.state))
+        ranks.only_first(lambda: beside.exists() and os.replace(beside, folder / ELSEWHERE))
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
+        beside.unlink(missing_ok=True)
         raise OSError(f"checkpoint {target} could not be written ({error}); the ones before it are untouched. Free disk space, then go on with --resume") from None
     ranks.only_first(lambda: [shutil.rmtree(old) for old in checkpoints(folder)[:-keep] if old != at_step(folder, best)])
     return target
@@ -182,9 +190,9 @@ def _read(checkpoint: Path, into: dict[str, torch.Tensor]) -> None:
         raise BrokenCheckpoint(checkpoint / "*.safetensors", _reasons(error)) from None
 
 
-def _write_whole(tensors: Mapping[str, torch.Tensor], part: Path) -> None:
+def _write_file(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     try:
-        save_file({name: w.contiguous() for name, w in tensors.items()}, part / WHOLE)
+        save_file({name: w.contiguous() for name, w in tensors.items()}, path)
     except SafetensorError as error:
         raise OSError(str(error)) from None
 
@@ -209,6 +217,11 @@ def _finish(part: Path, target: Path, state: Mapping[str, Any]) -> None:
 def _make_anew(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+
+
+def _stock_name(name: str) -> str:
+    """Of a trained weight: an adapter's as in a LoRA file, else the transformer's own."""
+    return f"transformer.{name.replace('.default.', '.')}" if ".lora_" in name else name
 
 
 def _sets(policy: Policy) -> dict[str, torch.Tensor]:

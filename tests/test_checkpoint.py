@@ -9,7 +9,9 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_update import Run
+from tiny import draw, new_pipeline
 
 from kvpo import checkpoint as module
 from kvpo.checkpoint import CheckpointConfig, Snapshot, checkpoints, load_checkpoint, read_state, save_checkpoint
@@ -64,6 +66,26 @@ def test_round_trip_bit_for_bit(tmp_path, train):
         assert all(torch.equal(a[k], b[k]) for k in ("step", "exp_avg", "exp_avg_sq"))
 
 
+@pytest.mark.parametrize("train", ["full", "lora"])
+def test_the_file_for_elsewhere(tmp_path, train):
+    """diffusers loads it into the start weights, which then are the averaged ones; the newest checkpoint's, once."""
+    run = trained(train=train)
+    save(tmp_path, run, 1)
+    update(run)
+    save(tmp_path, run, 2)
+    state, stock = load_file(tmp_path / "ema.safetensors"), new_pipeline().generator
+    if train == "lora":
+        stock.transformer.load_lora_adapter(state, prefix="transformer")
+    else:
+        stock.transformer.load_state_dict(state)
+    x, text = draw(1, 2, 4, 4, 4), draw(1, 5, 16)
+    with run.policy.using(run.policy.average), torch.no_grad():
+        average = run.policy.model.velocity(x, 0.5, text, [0, 1])
+    with torch.no_grad():
+        found, start = stock.velocity(x, 0.5, text, [0, 1]), new_pipeline().generator.velocity(x, 0.5, text, [0, 1])
+    assert torch.allclose(found, average, atol=1e-6) and not torch.allclose(found, start, atol=1e-5)
+
+
 def test_before_the_first_update(tmp_path):
     """A run whose groups were all skipped so far has no moments yet."""
     fresh = trained(updates=0)
@@ -74,7 +96,7 @@ def test_before_the_first_update(tmp_path):
 def test_the_newest_stay(tmp_path, run):
     for step in (2, 4, 10, 12):
         save(tmp_path, run, step)
-    assert [p.name for p in checkpoints(tmp_path)] == ["step-000010", "step-000012"] == sorted(os.listdir(tmp_path))
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-000010", "step-000012"] == sorted(set(os.listdir(tmp_path)) - {"ema.safetensors"})
     assert read_state(checkpoints(tmp_path)[-1])["config"] == SETTINGS
 
 
@@ -102,7 +124,7 @@ def test_a_crash_half_way_leaves_the_older_one(tmp_path, run, monkeypatch):
         assert [p.name for p in checkpoints(tmp_path)] == ["step-000001"]
         assert load(checkpoints(tmp_path)[-1], trained(updates=0)) == 1
     save(tmp_path, run, 2)
-    assert sorted(os.listdir(tmp_path)) == ["step-000001", "step-000002"], "what the crash left is cleared away"
+    assert sorted(os.listdir(tmp_path)) == ["ema.safetensors", "step-000001", "step-000002"], "what the crash left is cleared away"
 
 
 @pytest.mark.parametrize("place", ["save_file", "os.replace", "_flush"])
@@ -116,7 +138,7 @@ def test_a_full_disk_is_one_clear_error(tmp_path, run, monkeypatch, place):
     with pytest.raises(OSError, match=r"checkpoint .*step-000002 could not be written \(.*No space left on device\); the ones before it are untouched. Free disk space.*--resume") as caught:
         save(tmp_path, run, 2)
     assert "\n" not in str(caught.value)
-    assert os.listdir(tmp_path) == ["step-000001"], "nothing half-written stays"
+    assert sorted(os.listdir(tmp_path)) == ["ema.safetensors", "step-000001"], "nothing half-written stays"
 
 
 @pytest.mark.parametrize("damage", ["truncate tensors", "lose tensors", "truncate state", "empty state", "strip state"])
