@@ -27,7 +27,8 @@ from kvpo.generators.history import Routed
 from kvpo.generators.pipeline import Geometry
 from kvpo.progress import Progress
 from kvpo.replay import CONTEXTS, Replay
-from kvpo.rollout import PlannedNoise, branch_out, generate_prefix, roll_out
+from kvpo.prefix import generate_prefixes
+from kvpo.rollout import PlannedNoise, branch_out, roll_out
 from kvpo.rng import stream
 from kvpo.score import ScoreConfig, horizon
 from kvpo.timing import Phases
@@ -43,7 +44,7 @@ def one_by_one(run: Alignment, script, embeddings, fork: int, name, phases: Phas
     window = Window(fork, explorer.window_blocks)
     noise = NamedNoise(run.pipeline.latent_shape(g.block), seed, (*name, "noise"))
     with phases("prefix"):
-        prefix, _ = generate_prefix(run.pipeline, run.sampler, script, embeddings, noise, window.fork, run.config.rollout.cache_frames)
+        (prefix,), _ = generate_prefixes(run.pipeline, run.sampler, [script], embeddings, [noise], [window.fork], run.config.rollout.cache_frames, [()])
     plans = explorer.plan(window, g, run.config.rollout.branches, stream(seed, *name, "plan"), prefix.cache.resident)
     plans = (*plans, BranchPlan())
     inputs, velocities, cleans, latents = [], [], [], []

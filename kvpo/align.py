@@ -8,9 +8,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Callable, Mapping, Sequence
+from typing import Any, Iterator, Mapping, Sequence
 
 import torch
 import yaml
@@ -32,12 +33,13 @@ from kvpo.metrics import MetricLog, NoLog, console_line
 from kvpo.parts import calibration_clips, evaluation_scripts, judges, script_source, trained
 from kvpo.policy import Policy
 from kvpo.progress import Bar, Progress
+from kvpo.prefix import Start
 from kvpo.prompts import PromptSet
 from kvpo.replay import CONTEXTS, Replay
 from kvpo.report import write_report
 from kvpo.rewards.calibration import refuse_frozen
 from kvpo.rng import stream
-from kvpo.rollout import check_room, roll_out
+from kvpo.rollout import Name, check_room, go_on, roll_out, starts
 from kvpo.saving import Saver
 from kvpo.score import horizon, pixel_diversity, score
 from kvpo.showing import show_group
@@ -75,7 +77,7 @@ class Alignment:
         check_room(config.exploring, config.rollout, config.data.blocks, self.pipeline.geometry)
         self.sampler = SAMPLERS[config.sampler]
         self.phases = Phases(self.ranks.tell)
-        self.saver = Saver(out / "checkpoints", config.checkpoint.keep, self.ranks, config.patience)
+        self.saver = Saver(out / "checkpoints", config.checkpoint.keep, self.policy, config.patience)
         self.begun = False
         """Its folder is made, or its checkpoint read."""
         self.trials = Trials(config, out, progress, self.ranks, self.phases, self.pipeline, self.policy, self.scripts, self.judges)
@@ -127,22 +129,41 @@ class Alignment:
 
     def _own_groups(self, step: int) -> dict[int, dict[str, float]]:
         self.saver.check()  # a disk that is full is no reason to train on until the next checkpoint
-        return {index: self._named_group(step, index) for index in self.column.share(self.config.groups)}
+        own, size, found = list(self.column.share(self.config.groups)), self.config.rollout.prefixes, {}
+        for part in (own[first : first + size] for first in range(0, len(own), size)):
+            with self._saying(step, part):
+                begun = self.starts(step, part)
+            for index in part:
+                with self._saying(step, [index]):
+                    found[index] = self.group(step, index, begun.pop(0))
+        return found
 
-    def _named_group(self, step: int, index: int) -> dict[str, float]:
-        self.phases.where = f" of step {step}, group {index},"
+    @contextmanager
+    def _saying(self, step: int, groups: Sequence[int]) -> Iterator[None]:
+        """When it was, to those who wait for this rank, and of a reward, an energy or an advantage that can not be."""
+        when = f"step {step}, group {', '.join(map(str, groups))}"
+        self.phases.where = f" of {when},"
         try:
-            return self.group(step, index)
-        except ValueError as error:  # a reward, an energy or an advantage that can not be: say when
-            raise ValueError(f"step {step}, group {index}: {error}. Nothing of this step was applied") from error
+            yield
+        except ValueError as error:
+            raise ValueError(f"{when}: {error}. Nothing of this step was applied") from error
 
-    def group(self, step: int, index: int) -> dict[str, float]:
-        """One script: explore, score, and add its gradient."""
-        config, name = self.config, ("train", step, index)
-        script = self.source.script(step, index)
-        embeddings = self.row.together(lambda: self.embed(script))
-        held = functools.partial(self._held, script, stream(config.seed, *name, "hold"))
-        rollout, own, pixels = self.row.together(lambda: self.explore(script, embeddings, name, held=held))
+    def starts(self, step: int, groups: Sequence[int]) -> list[Start]:
+        """The pasts of some groups of a step, up to their forks."""
+        config, names, scripts = self.config, [("train", step, i) for i in groups], [self.source.script(step, i) for i in groups]
+        embeddings = self.row.together(lambda: {text: e for script in scripts for text, e in self.embed(script).items()})
+        held = [functools.partial(self._held, script, stream(config.seed, *name, "hold")) for script, name in zip(scripts, names)]
+
+        def generated() -> list[Start]:
+            with self.policy.using(self.policy.behaviour), self.phases("prefix"):
+                return starts(self.pipeline, self.sampler, config.exploring, config.rollout, scripts, embeddings, config.seed, names, held)
+
+        return self.row.together(generated)
+
+    def group(self, step: int, index: int, start: Start) -> dict[str, float]:
+        """One script from its past on: explore, score, and add its gradient."""
+        config, name, script, embeddings = self.config, ("train", step, index), start.script, start.past.embeddings
+        rollout, own, pixels = self.row.together(lambda: self.explore(script, embeddings, name, start=start))
         rewards = all_rewards(self.row, own)
         advantage = self.advantages(rewards)
         if config.shuffle_advantages:
@@ -159,15 +180,17 @@ class Alignment:
         return update.metrics | penalty | advantage.metrics | agreement | _reward_metrics(rewards) | _group_metrics(rollout, pixels, self.row)
 
     def explore(
-        self, script: Script, embeddings: Mapping[str, torch.Tensor], name: tuple[int | str, ...], explorer: Explorer | None = None, fork: int | None = None,
-        held: Callable[[int], Sequence[int]] = lambda fork: (),
+        self, script: Script, embeddings: Mapping[str, torch.Tensor], name: Name, explorer: Explorer | None = None, fork: int | None = None, start: Start | None = None
     ) -> tuple[Rollout, RewardTable, torch.Tensor]:  # fmt: skip
         """A group of the behaviour policy (this rank's branches of it, and the anchor), its rewards, and its pixels from the fork on.
-        ``name`` names its streams; ``explorer``: default the recipe's; the rest as in `roll_out`."""
-        config, geometry = self.config, self.pipeline.geometry
-        seen, own = functools.partial(horizon, script, geometry=geometry, config=config.score), self.row.stretch(config.rollout.branches)
+        ``name`` names its streams; ``explorer``: default the recipe's; ``start``: its past, where that is there already; the rest as in `roll_out`."""
+        config, explorer = self.config, explorer or self.config.exploring
+        seen, own = functools.partial(horizon, script, geometry=self.pipeline.geometry, config=config.score), self.row.stretch(config.rollout.branches)
         with self.policy.using(self.policy.behaviour):
-            rollout = roll_out(self.pipeline, self.sampler, explorer or config.exploring, config.rollout, script, embeddings, config.seed, name, self.phases, fork, seen, held, own)
+            if start is None:
+                rollout = roll_out(self.pipeline, self.sampler, explorer, config.rollout, script, embeddings, config.seed, name, self.phases, fork, seen, own=own)
+            else:
+                rollout = go_on(self.pipeline, explorer, config.rollout, start, config.seed, name, self.phases, seen, own)
         return rollout, *score(self.pipeline, rollout, self.rewards, config.score, self.phases)
 
     def _held(self, script: Script, generator: torch.Generator, fork: int) -> list[int]:
@@ -191,7 +214,7 @@ class Alignment:
     def save(self, done: int) -> None:
         """Begin a checkpoint after ``done`` steps."""
         with self.phases("checkpoint"):
-            self.saver.begin(done, self.policy, self.updater.optimizer, self._identity(), self.trials.best(done))
+            self.saver.begin(done, self.updater.optimizer, self._identity(), self.trials.best(done))
         self.saved = done
 
     def _begin(self, resume: bool) -> int:

@@ -62,7 +62,7 @@ class Snapshot:
 
     state: Mapping[str, Any]
     tensors: Mapping[str, torch.Tensor]
-    """In main memory: of sharded weights this rank's parts, else all of them, on the rank that writes."""
+    """In main memory: of sharded weights this rank's parts, else all of them."""
     elsewhere: Mapping[str, torch.Tensor]
     """The averaged weights among them as diffusers names them: a LoRA file, or the transformer's own.  None of sharded weights, which no rank has whole."""
     sharded: bool
@@ -71,14 +71,13 @@ class Snapshot:
     def of(cls, step: int, policy: Policy, optimizer: torch.optim.Optimizer, config: Mapping[str, Any]) -> Snapshot:
         """After ``step`` steps."""
         state = {"step": step, "updates": policy.updates, "lag": policy.lag, "optimizer_steps": _optimizer_steps(optimizer), "config": config, "packages": packages()}
-        written_here = policy.sharded or policy.layout.ranks.first
-        tensors = BlockingAsyncStager().stage(_tensors(policy, optimizer)) if written_here else {}
-        elsewhere = {_stock_name(name): tensors[f"average.{name}"] for name in policy.names if written_here and not policy.sharded}
+        tensors = BlockingAsyncStager().stage(_tensors(policy, optimizer))
+        elsewhere = {} if policy.sharded else {_stock_name(name): tensors[f"average.{name}"] for name in policy.names}
         return cls(state, tensors, elsewhere, policy.sharded)
 
 
 def save_checkpoint(folder: Path, snapshot: Snapshot, keep: int, best: int = 0, ranks: Ranks = Ranks()) -> Path:
-    """``folder``/step-..., complete, and all but the ``keep`` newest and that of step ``best`` removed.  All ranks enter; the first one writes, or each its shard.
+    """``folder``/step-..., complete, and all but the ``keep`` newest and that of step ``best`` removed.  ``ranks``: those of shards, all enter; whole weights are one rank's.
 
     OSError with the way out where the disk refuses; nothing is lost then.
     """
@@ -89,8 +88,8 @@ def save_checkpoint(folder: Path, snapshot: Snapshot, keep: int, best: int = 0, 
         if snapshot.sharded:
             _write_shards(snapshot.tensors, part, ranks)
         else:
-            ranks.only_first(lambda: _write_file(snapshot.tensors, part / WHOLE))
-            ranks.only_first(lambda: _write_file(snapshot.elsewhere, beside))
+            _write_file(snapshot.tensors, part / WHOLE)
+            _write_file(snapshot.elsewhere, beside)
         ranks.only_first(lambda: _finish(part, target, snapshot.state))
         ranks.only_first(lambda: beside.exists() and os.replace(beside, folder / ELSEWHERE))
     except OSError as error:

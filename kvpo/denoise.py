@@ -79,6 +79,9 @@ class StackedNoise:
 
     rows: tuple[Noise, ...]
 
+    def part(self, first: int, count: int) -> StackedNoise:
+        return StackedNoise(self.rows[first : first + count])
+
     def start(self, block: int) -> torch.Tensor:
         return torch.stack([row.start(block) for row in self.rows])
 
@@ -121,6 +124,13 @@ class Stream:
     @property
     def rows(self) -> int:
         return self.cache.rows
+
+    def part(self, first: int, count: int) -> Stream:
+        """``count`` rows of a batch of videos (a script and a noise each) as a stream of their own, which goes on in this one's memory: these rows must not go on here."""
+        blocks = [b[first : first + count] for b in self.blocks]
+        part = Stream(self.model, self.geometry, self.sampler, self.scripts[first : first + count], self.embeddings, self.noise.part(first, count), self.cache.part(first, count), blocks)
+        part.reencoded = self.reencoded
+        return part
 
     def text(self, block: int, rows: Sequence[int] | None = None) -> torch.Tensor:
         """Embeddings of the prompts that hold at ``block``, [1, L, D] if one script serves all rows, else [B, L, D]."""

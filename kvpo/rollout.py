@@ -16,9 +16,16 @@ from kvpo.exploration.base import Explorer
 from kvpo.exploration.noise import mix_noise
 from kvpo.generators.history import Routed
 from kvpo.generators.pipeline import Geometry, Pipeline
+from kvpo.prefix import Start, latents, start_groups
 from kvpo.rng import stream
 from kvpo.timing import Phases
 from kvpo.types import BranchPlan, Rollout, Script, Trajectory, Window
+
+
+Name = tuple[int | str, ...]
+"""Of a group's random streams."""
+Held = Callable[[int], Sequence[int]]
+"""Fork -> blocks of the prefix whose network inputs are kept."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,8 @@ class RolloutConfig:
     """G, besides the anchor."""
     cache_frames: int = 33
     """Latent frames the prefix keeps: the pool that routing draws from, sink and nearest frames included."""
+    prefixes: int = 1
+    """Groups of a process whose prefixes are generated and decoded side by side: fewer and larger calls, and a cache of ``cache_frames`` for each of them from then on."""
     together: int = 0
     """Most branches (the anchor counts) that are generated, or replayed, side by side; 0 = all.  Each holds a past of its own in the cache: lower it where memory is short."""
 
@@ -37,6 +46,8 @@ class RolloutConfig:
             raise ValueError(f"rollout.branches = {self.branches}, but a group compares at least 2 branches; set 2 or more")
         if self.cache_frames < 1:
             raise ValueError(f"rollout.cache_frames = {self.cache_frames} must be positive")
+        if self.prefixes < 1:
+            raise ValueError(f"rollout.prefixes = {self.prefixes} must be 1 or more")
         if self.together < 0:
             raise ValueError(f"rollout.together = {self.together} must be 1 or more, or 0 for all branches")
 
@@ -66,8 +77,8 @@ class PlannedNoise:
 
 def roll_out(
     pipeline: Pipeline, sampler: Sampler, explorer: Explorer, config: RolloutConfig, script: Script,
-    embeddings: Mapping[str, torch.Tensor], seed: int, name: tuple[int | str, ...], phases: Phases, fork: int | None = None,
-    horizon: Callable[[Window], int] | None = None, held: Callable[[int], Sequence[int]] = lambda fork: (), own: range | None = None,
+    embeddings: Mapping[str, torch.Tensor], seed: int, name: Name, phases: Phases, fork: int | None = None,
+    horizon: Callable[[Window], int] | None = None, held: Held = lambda fork: (), own: range | None = None,
 ) -> Rollout:  # fmt: skip
     """A group under ``script`` with the weights now in the pipeline.  ``name`` names its random streams.
 
@@ -75,12 +86,30 @@ def roll_out(
     before, but never within the window (default: the whole script).  ``held``: fork -> blocks of the prefix
     whose network inputs are kept.  ``own``: those of the G branches that are generated here (default: all), beside the anchor.
     """
-    geometry = pipeline.geometry
-    check_room(explorer, config, script.blocks, geometry)
-    window = _window(explorer, script, geometry, seed, name, fork)
-    noise = NamedNoise(pipeline.latent_shape(geometry.block), seed, (*name, "noise"))
     with phases("prefix"):
-        prefix, kept = generate_prefix(pipeline, sampler, script, embeddings, noise, window.fork, config.cache_frames, held(window.fork))
+        (start,) = starts(pipeline, sampler, explorer, config, [script], embeddings, seed, [name], [held], fork)
+    return go_on(pipeline, explorer, config, start, seed, name, phases, horizon, own)
+
+
+def starts(
+    pipeline: Pipeline, sampler: Sampler, explorer: Explorer, config: RolloutConfig, scripts: Sequence[Script], embeddings: Mapping[str, torch.Tensor],
+    seed: int, names: Sequence[Name], held: Sequence[Held], fork: int | None = None,
+) -> list[Start]:  # fmt: skip
+    """The pasts of some groups, one a script and name, generated side by side."""
+    geometry = pipeline.geometry
+    for script in scripts:
+        check_room(explorer, config, script.blocks, geometry)
+    windows = [_window(explorer, script, geometry, seed, name, fork) for script, name in zip(scripts, names)]
+    noises = [NamedNoise(pipeline.latent_shape(geometry.block), seed, (*name, "noise")) for name in names]
+    return start_groups(pipeline, sampler, scripts, windows, embeddings, noises, config.cache_frames, [h(w.fork) for h, w in zip(held, windows)])
+
+
+def go_on(
+    pipeline: Pipeline, explorer: Explorer, config: RolloutConfig, start: Start, seed: int, name: Name, phases: Phases,
+    horizon: Callable[[Window], int] | None = None, own: range | None = None,
+) -> Rollout:  # fmt: skip
+    """A group from its past on; arguments as in `roll_out`."""
+    geometry, script, window, prefix, noise = pipeline.geometry, start.script, start.window, start.past, start.noise
     plans = explorer.plan(window, geometry, config.branches, stream(seed, *name, "plan"), prefix.cache.resident)
     own = range(config.branches) if own is None else own
     plans = (*plans[own.start : own.stop], BranchPlan())
@@ -90,7 +119,7 @@ def roll_out(
         parts = [_branches(pipeline, prefix, plans[i : i + size], PlannedNoise(noise, plans[i : i + size], window, own.start + i), window, stop) for i in range(0, len(plans), size)]
     inputs, velocities, after = (torch.cat(x) for x in zip(*parts))
     clean = after[:, : window.blocks * geometry.block].unflatten(1, (window.blocks, geometry.block))
-    return Rollout(script, window, plans, Trajectory(inputs, velocities, clean), torch.cat(prefix.blocks, dim=1)[0], after, prefix.cache, kept)
+    return Rollout(script, window, plans, Trajectory(inputs, velocities, clean), latents(prefix), after, prefix.cache, start.held, start.decoder)
 
 
 def _branches(pipeline: Pipeline, prefix: Stream, plans: tuple[BranchPlan, ...], noise: Noise, window: Window, stop: int) -> tuple[torch.Tensor, ...]:
@@ -121,18 +150,6 @@ def _window(explorer: Explorer, script: Script, geometry, seed: int, name: tuple
     elif fork not in eligible:
         raise ValueError(f"block {fork} can not be a fork of script {script.id!r}; eligible are {eligible}")
     return Window(fork, explorer.window_blocks)
-
-
-def generate_prefix(
-    pipeline: Pipeline, sampler: Sampler, script: Script, embeddings, noise: Noise, fork: int, cache_frames: int, held: Sequence[int] = ()
-) -> tuple[Stream, dict[int, torch.Tensor]]:
-    """The shared past, up to the fork, and the inputs z_SFCHW of its ``held`` blocks.  A prompt switch at the fork itself is part of it."""
-    past = Stream(pipeline.generator, pipeline.geometry, sampler, [script], embeddings, noise, pipeline.new_cache(cache_frames))
-    kept: dict[int, list[torch.Tensor]] = {block: [] for block in held}
-    for block in range(fork):
-        past.advance(observe=(lambda i, x, v: kept[block].append(x[0])) if block in kept else None)  # noqa: B023, called before block moves on
-    past.switch()
-    return past, {block: torch.stack(inputs) for block, inputs in kept.items()}
 
 
 def branch_out(pipeline: Pipeline, prefix: Stream, plans: tuple[BranchPlan, ...], noise: Noise, window: Window) -> Stream:

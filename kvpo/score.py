@@ -15,6 +15,7 @@ import torch
 
 from kvpo.distributed import Ranks
 from kvpo.generators.pipeline import Geometry, Pipeline
+from kvpo.prefix import PrefixDecoders
 from kvpo.rewards.base import Reward, VideoBatch
 from kvpo.timing import Phases
 from kvpo.types import RewardTable, Rollout, Script, Window
@@ -105,9 +106,7 @@ def decode(pipeline: Pipeline, rollout: Rollout, frames: int, together: int = 0)
 
     The prefix goes through the decoder once and leaves it in the state from which every row continues.
     """
-    decoder = pipeline.decoder()
-    if len(rollout.prefix):
-        decoder(rollout.prefix[None])
+    decoder = rollout.decoder() if rollout.decoder else PrefixDecoders(pipeline, [rollout.prefix]).take(0)
     latents = -(-frames // 4)  # after the video's first latent frame every one gives four pixel frames
     chunks = rollout.latents[:, :latents].split(together or len(rollout.plans))
     return torch.cat([decoder.fork(len(rows))(rows).cpu() for rows in chunks])

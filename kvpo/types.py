@@ -16,7 +16,7 @@ A frame is named by its absolute latent index, a block by its absolute index; bl
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Mapping
+from typing import Any, Callable, Mapping
 
 import torch
 
@@ -116,6 +116,8 @@ class Rollout:
     """The prefix's FrameCache as it stood at the fork, read only."""
     held: Mapping[int, torch.Tensor] = field(default_factory=dict)
     """Blocks of the prefix that the velocity penalty holds -> z_SFCHW, their network inputs."""
+    decoder: Callable[[], Any] | None = None
+    """Gives the `StreamingDecoder` as the prefix has left it; None: the prefix is decoded for it."""
 
     @property
     def num_branches(self) -> int:

@@ -26,7 +26,7 @@ LAYERS = {
     "the sampler": "denoise",
     "weights": "sharding policy",
     "stage 1": "prompts",
-    "stage 2": "rollout",
+    "stage 2": "prefix rollout",
     "stage 3": "score branch_parallel",
     "stage 4": "advantages conflicts",
     "stage 5": "replay",

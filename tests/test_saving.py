@@ -12,17 +12,15 @@ from test_checkpoint import SETTINGS, load, trained, update
 
 from kvpo import checkpoint as module
 from kvpo.checkpoint import checkpoints
-from kvpo.distributed import Ranks
 from kvpo.saving import Saver
 
 
-@pytest.fixture
-def saver(tmp_path):
-    return Saver(tmp_path, 2, Ranks(), 600.0)
+def saver_of(run, folder) -> Saver:
+    return Saver(folder, 2, run.policy, 600.0)
 
 
 def begin(saver: Saver, run, step: int) -> None:
-    saver.begin(step, run.policy, run.updater.optimizer, SETTINGS, 0)
+    saver.begin(step, run.updater.optimizer, SETTINGS, 0)
 
 
 @pytest.fixture
@@ -43,11 +41,11 @@ def full(*_):
 
 
 @pytest.mark.parametrize("train", ["full", "lora"])
-def test_training_goes_on_and_the_checkpoint_is_of_before(saver, disk, tmp_path, train):
+def test_training_goes_on_and_the_checkpoint_is_of_before(disk, tmp_path, train):
     """Weights, EMA and moments are moved in place by the update that comes while the disk is busy."""
     run = trained(train=train)
     before = [w.clone() for w in run.state()]
-    with saver:
+    with saver_of(run, tmp_path) as saver:
         begin(saver, run, 1)
         update(run)
         assert not checkpoints(tmp_path) and not all(torch.equal(a, b) for a, b in zip(before, run.state(), strict=True))
@@ -60,9 +58,9 @@ def test_training_goes_on_and_the_checkpoint_is_of_before(saver, disk, tmp_path,
     assert all(torch.equal(a, b) for a, b in zip(run.state(), resumed.state(), strict=True))
 
 
-def test_one_at_a_time(saver, disk, tmp_path):
+def test_one_at_a_time(disk, tmp_path):
     run = trained()
-    with saver:
+    with saver_of(run, tmp_path) as saver:
         begin(saver, run, 1)
         threading.Timer(0.2, disk.set).start()
         begin(saver, run, 2)
@@ -70,8 +68,9 @@ def test_one_at_a_time(saver, disk, tmp_path):
     assert [p.name for p in checkpoints(tmp_path)] == ["step-000001", "step-000002"]
 
 
-def test_a_full_disk_is_heard_of_at_the_next_step_the_next_checkpoint_and_the_end(saver, tmp_path, monkeypatch):
+def test_a_full_disk_is_heard_of_at_the_next_step_the_next_checkpoint_and_the_end(tmp_path, monkeypatch):
     run = trained()
+    saver = saver_of(run, tmp_path)
     monkeypatch.setattr(module, "save_file", full)
 
     def fails(hear) -> None:
@@ -99,6 +98,6 @@ def test_a_full_disk_is_heard_of_at_the_next_step_the_next_checkpoint_and_the_en
 def test_another_error_is_not_hidden_by_the_disk_s(tmp_path, monkeypatch):
     run = trained()
     monkeypatch.setattr(module, "save_file", full)
-    with pytest.raises(FloatingPointError, match="first"), Saver(tmp_path, 2, Ranks(), 600.0) as saver:
+    with pytest.raises(FloatingPointError, match="first"), saver_of(run, tmp_path) as saver:
         begin(saver, run, 1)
         raise FloatingPointError("first")

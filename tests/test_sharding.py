@@ -239,17 +239,23 @@ def test_sharded_runs_resume_bit_for_bit(run_of_one):
 
 
 @pytest.mark.slow
-def test_killed_while_shards_are_written(run_of_one, tmp_path):
-    """kill -9 of the second rank as soon as the second checkpoint's folder is begun: torchrun starts both again, and what was half-written counts for nothing."""
+@pytest.mark.parametrize("victims", ["rank", "launcher"])
+def test_killed_while_shards_are_written(run_of_one, tmp_path, victims):
+    """kill -9 of the second rank as soon as the second checkpoint's folder is begun: torchrun starts both again, and what was half-written counts for nothing.
+    Or of torchrun: the ranks, which write and compute at once, end soon, though each would wait for the other by its patience of half an hour."""
     recipe, home = run_of_one
-    assert torchrun(recipe, home / "unharmed")[0] == 0
+    if not (home / "unharmed").exists():
+        assert torchrun(recipe, home / "unharmed")[0] == 0
     out = tmp_path / "run"
     process = launch(recipe, out, restarts=2)
     while not (out / "checkpoints" / ".step-000002.part").exists():
         time.sleep(0.001)
         assert process.poll() is None, process.communicate()[0]
     (victim,) = (p for p in children(process.pid) if b"RANK=1" in Path(f"/proc/{p}/environ").read_bytes().split(b"\0"))
-    os.kill(victim, signal.SIGKILL)
+    os.kill(victim if victims == "rank" else process.pid, signal.SIGKILL)
     said, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, said
+    if victims == "launcher":
+        code, said = torchrun(recipe, out, "--resume")
+        assert code == 0, said
+    assert process.returncode == (0 if victims == "rank" else -signal.SIGKILL), said
     assert equal(final(out), final(home / "unharmed")) and not list(out.rglob("*.part"))

@@ -11,7 +11,7 @@ from kvpo.denoise import SAMPLERS, NamedNoise
 from kvpo.loss import ClippedObjective
 from kvpo.policy import Policy, PolicyConfig
 from kvpo.rng import stream
-from kvpo.rollout import generate_prefix
+from kvpo.prefix import generate_prefixes
 from kvpo.surrogates.base import Temperature
 from kvpo.timing import Phases
 from kvpo.types import Rollout
@@ -36,8 +36,7 @@ def test_a_block_can_be_replayed_where_its_past_is_what_it_read(pipeline, window
     script, g = story(8, *starts), pipeline.geometry
     embeddings, noise = embed(pipeline, script), NamedNoise(pipeline.latent_shape(g.block), 0, ("past",))
     straight: list[torch.Tensor] = []
-    prefix, inputs = generate_prefix(pipeline, SAMPLERS["renoise"], script, embeddings, noise, FORK, cache_frames, range(FORK))
-    once, _ = generate_prefix(pipeline, SAMPLERS["renoise"], script, embeddings, noise, 0, cache_frames)
+    (prefix, once), (inputs, _) = generate_prefixes(pipeline, SAMPLERS["renoise"], [script] * 2, embeddings, [noise] * 2, [FORK, 0], cache_frames, [range(FORK), ()])
     for _ in range(FORK):
         once.advance(observe=lambda i, x, v: straight.append(v[0]))
     rollout = Rollout(script, None, (), None, None, None, prefix.cache, inputs)  # of a rollout the past alone is asked here

@@ -6,6 +6,7 @@ routing is a choice of pages, and a fork shares its parent's pages read-only ove
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Sequence
 
@@ -84,6 +85,14 @@ class FrameCache:
         self.frozen = True
         _, _, tokens, heads, dim = self.k[0].shape
         return FrameCache(self.layers, capacity, tokens, heads, dim, rows=rows, sink=self.sink, dtype=self.k[0].dtype, device=self.k[0].device, parent=self)
+
+    def part(self, first: int, count: int) -> FrameCache:
+        """``count`` of the rows as a cache of their own in this one's memory: these rows must not be written here any more."""
+        part = copy.copy(self)
+        part.rows, part.slots, part.evicted = count, dict(self.slots), set(self.evicted)
+        part.k, part.v = ([pages[first : first + count] for pages in layers] for layers in (self.k, self.v))
+        part.bank = self.bank and self.bank.part(first, count)
+        return part
 
     def reserve(self, frames: Frames, rows: Sequence[int] | None = None) -> torch.Tensor:
         """Slots to write ``frames`` to, [F]: their own where resident, else free ones, else the oldest frames' after the sink.

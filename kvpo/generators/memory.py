@@ -46,6 +46,13 @@ class Bank:
     def slots(self) -> Mapping[int, int]:
         return {-1 - slot: slot for slot in range(self.frames.shape[2])}
 
+    def part(self, first: int, count: int) -> Bank:
+        """Of ``count`` of the rows."""
+        if self.rows == 1:
+            return self
+        k, v = (tuple(pages[first : first + count] for pages in layers) for layers in (self.k, self.v))
+        return replace(self, k=k, v=v, frames=self.frames[:, first : first + count])
+
     def recorded(self, frame: int, page: Callable[[int], Page], text_keys: Sequence[torch.Tensor], slot: int, size: int) -> Bank:
         """The bank with ``frame`` in it: in its ``slot`` if that is below ``size``, else in place of the prototype that agrees least with the text.
 

@@ -34,6 +34,12 @@ class StreamingDecoder:
         other._started = self._started
         return other
 
+    def part(self, first: int, count: int) -> StreamingDecoder:
+        """``count`` of the streams, which go on by themselves."""
+        other = StreamingDecoder(self.vae)
+        other._cache, other._started = self._each(lambda x: x[first : first + count]), self._started
+        return other
+
     @torch.no_grad()
     def __call__(self, latents_BNCHW: torch.Tensor) -> torch.Tensor:
         """Model latents [B, N, C, h, w] -> uint8 pixels [B, T, 3, H, W] RGB."""
