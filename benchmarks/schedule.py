@@ -27,6 +27,7 @@ from kvpo.generators.history import Routed
 from kvpo.generators.pipeline import Geometry
 from kvpo.progress import Progress
 from kvpo.replay import CONTEXTS, Replay
+from kvpo.plan_amounts import longest
 from kvpo.prefix import generate_prefixes
 from kvpo.rollout import PlannedNoise, branch_out, roll_out
 from kvpo.rng import stream
@@ -140,12 +141,21 @@ def resident_kib(field: str) -> int:
 PAPER = Script("paper", ("a", "b", "c", "d"), (0, 13, 25, 37), 49)
 """147 latent frames, prompts switching at frames 39, 75 and 111."""
 PAPER_GEOMETRY = Geometry(block=3, sink=3, window=12, latent_height=60, latent_width=104, fps=16, text_length=512)
+PAPER_FORKS = (7, 8, 13, 14, 19, 20, 25, 26, 31, 32, 37, 38)
+"""Blocks that the paper's code forks at."""
 
 
 def counted(fork: int, P: int = 5, S: int = 4) -> dict[str, int]:
     """Calls of our schedule for one group of the paper's shape, its window inside one segment; the number of branches does not matter."""
     end = horizon(PAPER, Window(fork, P), PAPER_GEOMETRY, ScoreConfig())
     return {"prefix": (S + 1) * fork, "branches and anchor": (S + 1) * (end - fork), "replays": 2 * (P - 1 + 1)}
+
+
+def mean_calls(prefixes: int) -> float:
+    """Of one group, on average over its fork, where the prefixes of so many groups are generated side by side (`rollout.prefixes`)."""
+    alone = [counted(fork) for fork in PAPER_FORKS]
+    beside = sum(c["branches and anchor"] + c["replays"] for c in alone) / len(alone)
+    return longest([c["prefix"] for c in alone], prefixes) / prefixes + beside
 
 
 def main() -> None:
@@ -184,6 +194,7 @@ def main() -> None:
         "speedup": {"whole step": median(False, "time/total") / median(True, "time/total"), "replays": replays[1] / replays[0]},
         "largest difference": differences,
         "paper's shape": {f"fork {fork}": counted(fork) | {"total": sum(counted(fork).values())} for fork in (7, 8, 19, 38)},
+        "paper's shape, mean calls of a group by prefixes side by side": {n: mean_calls(n) for n in (1, 2, 4, 8)},
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")

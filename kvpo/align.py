@@ -6,41 +6,36 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Iterator, Mapping, Sequence
+from typing import Iterator, Mapping, Sequence
 
 import torch
-import yaml
 
 from kvpo.advantages import Advantage
 from kvpo.branch_parallel import all_rewards, all_rows
-from kvpo.checkpoint import checkpoints, load_checkpoint, newest_whole, read_state
 from kvpo.conflicts import conflicts
-from kvpo.config import RunConfig, differences, from_dict, to_dict
+from kvpo.config import RunConfig
 from kvpo.denoise import SAMPLERS
 from kvpo.distributed import Ranks
-from kvpo.environment import environment, make_reproducible, packages, pick_device, take_peak
+from kvpo.environment import make_reproducible, pick_device, take_peak
 from kvpo.exploration.base import Explorer
-from kvpo.files import write_atomic
 from kvpo.generators.embeddings import load_with_texts
 from kvpo.generators.pipeline import Pipeline
 from kvpo.loading import folder_of, load_pipeline
 from kvpo.metrics import MetricLog, NoLog, console_line
 from kvpo.parts import calibration_clips, evaluation_scripts, judges, script_source, trained
 from kvpo.policy import Policy
-from kvpo.progress import Bar, Progress
 from kvpo.prefix import Start
+from kvpo.progress import Bar, Progress
 from kvpo.prompts import PromptSet
 from kvpo.replay import CONTEXTS, Replay
 from kvpo.report import write_report
+from kvpo.resuming import RunState
 from kvpo.rewards.calibration import refuse_frozen
 from kvpo.rng import stream
 from kvpo.rollout import Name, check_room, go_on, roll_out, starts
-from kvpo.saving import Saver
 from kvpo.score import horizon, pixel_diversity, score
 from kvpo.showing import show_group
 from kvpo.stopping import Stopped, stoppable
@@ -49,9 +44,6 @@ from kvpo.trials import Trials
 from kvpo.types import RewardTable, Rollout, Script
 from kvpo.update import Updater, group_means
 from kvpo.velocity_penalty import held_velocities
-
-MAY_CHANGE = ("steps", "show_every", "patience", "evaluate.", "sentinels.", "checkpoint.", "branch_parallel", "policy.shard")
-"""Settings that a resumed run may change: they do not touch what is trained on."""
 
 
 class Alignment:
@@ -77,26 +69,26 @@ class Alignment:
         check_room(config.exploring, config.rollout, config.data.blocks, self.pipeline.geometry)
         self.sampler = SAMPLERS[config.sampler]
         self.phases = Phases(self.ranks.tell)
-        self.saver = Saver(out / "checkpoints", config.checkpoint.keep, self.policy, config.patience)
-        self.begun = False
-        """Its folder is made, or its checkpoint read."""
+        self.state = RunState(config, out, progress, self.ranks, self.pipeline, self.policy, self.updater.optimizer, self.source)
         self.trials = Trials(config, out, progress, self.ranks, self.phases, self.pipeline, self.policy, self.scripts, self.judges)
 
     def run(self, resume: bool) -> Path:
         """Train, checkpoint, evaluate; the path of the report.  FloatingPointError or ValueError before an update that must not happen; `Stopped` once what a signal stopped is saved."""
-        self.done = self.saved = start = self._begin(resume)
-        self.begun = True
+        start = self.state.begin(resume)
         log = MetricLog(self.out, resume_after=start - 1 if resume else None) if self.ranks.first else NoLog()
-        with stoppable(), log, self.saver, self.progress.bar("align", self.config.steps, start) as bar:
+        with stoppable(), log, self.state.saver, self.progress.bar("align", self.config.steps, start) as bar:
             try:
                 self._train(log, bar)
             except Stopped:
-                if self.done > self.saved:
-                    self.save(self.done)
-                self.saver.wait()
+                self.state.save_what_is_left(self.trials.best(self.done))
                 raise
         self.ranks.only_first(lambda: write_report(self.out))
         return self.out / "report.html"
+
+    @property
+    def done(self) -> int:
+        """Steps in all."""
+        return self.state.done
 
     def _train(self, log: MetricLog | NoLog, bar: Bar) -> None:
         """The steps that are left, and the evaluations between and behind them."""
@@ -105,10 +97,11 @@ class Alignment:
         while not self.trials.must_stop(self.done, log) and self.done < self.config.steps:
             metrics = self.step(self.done)
             log.write(self.done, metrics)
-            self.done += 1
+            self.state.done += 1
             bar.advance(console_line(self.done, metrics))
             if self.done % self.config.checkpoint.every == 0 or self.done == self.config.steps or self.trials.due(self.done):
-                self.save(self.done)
+                with self.phases("checkpoint"):
+                    self.state.save(self.trials.best(self.done))
             if self.trials.due(self.done):
                 log.write(self.done - 1, self.trials.evaluate(self.done))
         if not self.trials.due(self.done):  # a run that was killed in its last evaluation has only this left to do
@@ -128,7 +121,7 @@ class Alignment:
         return metrics | self.phases.take() | {"memory/peak_gib": take_peak(self.device) / 2**30, "calls/generator": self.pipeline.generator.calls - calls}
 
     def _own_groups(self, step: int) -> dict[int, dict[str, float]]:
-        self.saver.check()  # a disk that is full is no reason to train on until the next checkpoint
+        self.state.saver.check()  # a disk that is full is no reason to train on until the next checkpoint
         own, size, found = list(self.column.share(self.config.groups)), self.config.rollout.prefixes, {}
         for part in (own[first : first + size] for first in range(0, len(own), size)):
             with self._saying(step, part):
@@ -210,61 +203,6 @@ class Alignment:
     def embed(self, script: Script) -> dict[str, torch.Tensor]:
         """Prompt -> [L, D]."""
         return dict(zip(script.texts, self.pipeline.encode_text(script.texts)))
-
-    def save(self, done: int) -> None:
-        """Begin a checkpoint after ``done`` steps."""
-        with self.phases("checkpoint"):
-            self.saver.begin(done, self.updater.optimizer, self._identity(), self.trials.best(done))
-        self.saved = done
-
-    def _begin(self, resume: bool) -> int:
-        """Open or make the run's folder; the step to begin with."""
-        found = checkpoints(self.out / "checkpoints")
-        if not resume:
-            self.ranks.only_first(self._write_beginning)
-            return 0
-        if not (self.out / "config.resolved.yaml").exists():
-            raise FileNotFoundError(f"{self.out} holds no run to resume; start one without --resume")
-        self._refuse_other(yaml.safe_load((self.out / "config.resolved.yaml").read_text()), to_dict(self.config))
-        self.ranks.only_first(lambda: write_atomic(self.out / "config.resolved.yaml", yaml.safe_dump(to_dict(self.config), sort_keys=False)))
-        if not found:
-            self.progress.say(f"{self.out} has no checkpoint yet: starting again from step 0")
-            return 0
-        newest = self.ranks.gather(self.ranks.together(lambda: newest_whole(found, self.progress.say) if self.ranks.first else None))[0]
-        self._refuse_other(read_state(newest)["config"], self._identity())
-        if (step := read_state(newest)["step"]) > self.config.steps:
-            raise ValueError(f"{newest} is beyond steps = {self.config.steps}; set steps to {step} or more, or start a new run by --out")
-        step = load_checkpoint(newest, self.policy, self.updater.optimizer)
-        others = differences(read_state(newest).get("packages", packages()), packages())
-        self.progress.say(f"resumed from {newest}" + (f", which was written with other versions, {'; '.join(others)}: numbers may round otherwise" if others else ""))
-        return step
-
-    def _write_beginning(self) -> None:
-        if (self.out / "config.resolved.yaml").exists():
-            raise ValueError(f"{self.out} already holds a run; go on with it by --resume, or choose another folder by --out")
-        write_atomic(self.out / "environment.json", json.dumps(environment(self.device), indent=1) + "\n")
-        write_atomic(self.out / "config.resolved.yaml", yaml.safe_dump(to_dict(self.config), sort_keys=False))
-
-    def _refuse_other(self, stored: dict[str, Any], new: dict[str, Any]) -> None:
-        settings, others = ({k: v for k, v in stored.items() if (k in self.config.__dataclass_fields__) == wanted} for wanted in (True, False))
-        old = to_dict(from_dict(settings)) | others  # a setting that is newer than the run has its default: what the run did
-        changed = [d for d in differences(old, new) if not d.startswith(MAY_CHANGE)]
-        if changed:
-            raise ValueError(f"{self.out} was run with other settings, {'; '.join(changed)}; resume with its own, or start a new run by --out")
-
-    def _identity(self) -> dict[str, Any]:
-        """What a checkpoint belongs to: the settings, the world its scripts come from, the weights it started from."""
-        story = hashlib.blake2b(repr(self.source.script(0, 0)).encode(), digest_size=8).hexdigest()
-        return to_dict(self.config) | {"start_weights": self._start_weights, "first_script": story}
-
-    @functools.cached_property
-    def _start_weights(self) -> str:
-        """Digest of all the generator's weights as the run found them: an adapter's own say nothing of the backbone below it."""
-        digest = hashlib.blake2b(digest_size=8)
-        frozen = [p.detach() for p in self.pipeline.generator.parameters() if not p.requires_grad]
-        for w in (*(w.float() for w in self.policy.layout.whole(self.policy.reference)), *frozen):
-            digest.update(w.flatten().view(torch.uint8).cpu().numpy().tobytes())
-        return digest.hexdigest()
 
 
 def _shuffled(advantage: Advantage, generator: torch.Generator) -> Advantage:

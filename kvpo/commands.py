@@ -67,7 +67,7 @@ class Align:
                 report = run.run(self.resume or any(again))
                 progress.say(f"report: {report.resolve()}")
             except Stopped as stop:
-                if run is not None and run.begun:
+                if run is not None and run.state.begun:
                     progress.say(f"stopped by {stop}; {run.done} steps are done and saved. Go on with: kvpo align {self.recipe} --out {self.out} --resume")
                 else:
                     progress.say(f"stopped by {stop}; nothing was begun")

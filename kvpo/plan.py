@@ -12,7 +12,7 @@ import tyro
 from kvpo.config import RunConfig
 from kvpo.distributed import Ranks
 from kvpo.files import write_atomic
-from kvpo.plan_amounts import Amounts, amounts, branches_of, decoded_together, groups_of, own_past, replay_rows, reward_memory, rows_of, side_by_side, with_changes
+from kvpo.plan_amounts import Amounts, amounts, branches_of, decoded_together, groups_of, own_past, prefixes_of, replay_rows, reward_memory, rows_of, side_by_side, with_changes
 from kvpo.plan_costs import GIB, Costs, Sizes, costs, sizes_of
 
 CARDS: Mapping[str, tuple[float, float]] = {
@@ -51,8 +51,8 @@ class Plan:
         shares = shares_of(self.settings.groups, self.nodes, self.gpus, self.settings.branch_parallel)
         room = self.gpu_memory * 0.97 * 1e9 / GIB if self.gpu_memory else CARDS[self.card][1]
         sizes = sizes_of(self.settings, self.size)
-        found, counted = costs(self.settings, sizes), amounts(self.settings, sizes.geometry)
         world = self.nodes * self.gpus
+        found, counted = costs(self.settings, sizes), amounts(self.settings, sizes.geometry, world)
         memory = stages(self.settings, sizes, found, world)
         lines = [*_head(self, sizes, found), *_memory(memory, room), *_advice(self.settings, sizes, found, room, world), *_work(self, sizes, found, counted), *_geometry(self, shares)]
         print("\n".join(lines))
@@ -68,20 +68,20 @@ def stages(config: RunConfig, sizes: Sizes, c: Costs, world: int = 1) -> dict[st
     members = min(config.rollout.together or branches_of(config), branches_of(config))
     latent = 4 * g.block * sizes.transformer["in_channels"] * g.latent_height * g.latent_width
     rows, P, S = rows_of(config), config.exploring.window_blocks, len(g.sigmas)
-    trained, (stay, come) = 4 * c.trainable, reward_memory(config)
+    pasts, trained, (stay, come) = prefixes_of(config, world), 4 * c.trainable, reward_memory(config)
     always = {"generator": c.weights, "VAE": c.vae} | _kept(config, c, world) | ({"rewards": stay} if stay else {})
     if config.data.prompts == "mini":
         always |= {"text encoder": c.text_encoder}
     if groups_of(config, world) > 1:
         always |= {"gradient so far": trained}
-    stored = {"shared past": config.rollout.cache_frames * c.frame, "trajectories": rows * P * latent * (2 * S + 1) + rows * (config.data.blocks - P) * latent}
+    stored = {"shared past": pasts * config.rollout.cache_frames * c.frame, "trajectories": rows * P * latent * (2 * S + 1) + rows * (config.data.blocks - P) * latent}
     bank = g.bank * c.frame
+    decoders = decoded_together(config) + pasts - 1  # of prefixes decoded side by side one state is kept for each
     swapped = {} if config.dtype == "float32" or _sharded(config, world) else {"weights swapped in": 2 * c.trainable}
-    decoded = decoded_together(config)
     return {
-        "prefix": always | {"shared past": stored["shared past"] + bank, "one pass": c.prefix.bytes},
+        "prefix": always | {"shared past": stored["shared past"] + pasts * bank, "one pass": pasts * c.prefix.bytes},
         "branches": always | stored | {"branches' own past": B * (rollout_own * c.frame + bank), "one pass": _scaled(c.branches.bytes, B, c, "branches")} | swapped,
-        "decoding": always | stored | {"decoder at work": _scaled(c.decode_rows.bytes, decoded, c, "decode_rows")},
+        "decoding": always | stored | {"decoder at work": _scaled(c.decode_rows.bytes, decoders, c, "decode_rows")},
         "scoring": always | stored | ({"reward at work": come} if come else {}),
         "replay": always | stored | {"branches' own past": members * (replay_own * c.frame + bank), "one pass": _scaled(c.replay.bytes, R, c, "replay")} | swapped,
         "gradient": always | stored | {"branches' own past": members * (replay_own * c.frame + bank), "activations": _scaled(c.gradient.bytes, R, c, "gradient"), "gradient": trained},
@@ -118,6 +118,8 @@ def changes(config: RunConfig, sizes: Sizes, stage: str) -> Iterator[tuple[str, 
     least = max(sizes.geometry.resident(config.data.blocks), sizes.geometry.window + 2 * sizes.geometry.block)
     if stage in ("replay", "gradient") and R > 1:
         yield "rows_per_pass", half(R)
+    if config.rollout.prefixes > 1:
+        yield "rollout.prefixes", 1
     if stage == "decoding" and decoded > 1:
         yield "score.together", half(decoded)
     if stage in ("branches", "replay", "gradient") and B > 1:
@@ -195,7 +197,7 @@ def work(config: RunConfig, sizes: Sizes, c: Costs, n: Amounts) -> dict[str, flo
     row, grad = c.replay.flops / c.rows["replay"], c.gradient.flops / c.rows["gradient"]
     unscored = n.replays - 1 + (not n.single_pass)
     return {
-        "prefix": n.prefix_calls * c.prefix.flops,
+        "prefix": (S + 1) * n.fork * c.prefix.flops,
         "branches and anchor": n.branch_rows * (S + 1) * c.branches.flops / c.rows["branches"],
         "decoding": n.decoded_prefix * c.decode_prefix.flops + n.decoded_rows * c.decode_rows.flops / c.rows["decode_rows"],
         "replays without gradient": unscored * (contexts + velocities) * row,

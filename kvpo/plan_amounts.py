@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Sequence
 
 from kvpo.config import RunConfig
 from kvpo.generators.pipeline import Geometry
@@ -52,6 +52,17 @@ def groups_of(config: RunConfig, world: int) -> int:
     return -(-config.groups * config.branch_parallel // world)
 
 
+def prefixes_of(config: RunConfig, world: int = 1) -> int:
+    """Generated side by side on a card."""
+    return min(config.rollout.prefixes, groups_of(config, world))
+
+
+def longest(forks: Sequence[float], draws: int) -> float:
+    """Expected largest of so many independent draws from ``forks``."""
+    ordered, m = sorted(forks), len(forks)
+    return sum(fork * (((i + 1) / m) ** draws - (i / m) ** draws) for i, fork in enumerate(ordered))
+
+
 def scripts_of(config: RunConfig) -> list[Script]:
     """Scripts of the recipe's shape: of so many prompts, or of one to four where that is drawn."""
     blocks, counts = config.data.blocks, [config.data.segments] if config.data.segments else [1, 2, 3, 4]
@@ -65,6 +76,7 @@ class Amounts:
 
     fork: float
     prefix_calls: float
+    """A group's share of those that serve several."""
     branch_calls: float
     replay_calls: float
     """Of each replay: of the current weights with gradient, of the reference, and of the behaviour policy where it lags."""
@@ -80,7 +92,7 @@ class Amounts:
     """Pixel frames that rewards look at, all rows."""
 
 
-def amounts(config: RunConfig, geometry: Geometry) -> Amounts:
+def amounts(config: RunConfig, geometry: Geometry, world: int = 1) -> Amounts:
     g, S = geometry, len(geometry.sigmas)
     chunks, P = -(-rows_of(config) // side_by_side(config)), config.exploring.window_blocks
     members = branches_of(config) + config.advantages.anchor
@@ -93,8 +105,10 @@ def amounts(config: RunConfig, geometry: Geometry) -> Amounts:
             window = Window(fork, P)
             stop, clips = horizon(script, window, g, config.score), group_clips(script, window, g, config.score)
             scored = sum(c.stop - c.first for c in {*clips["local"], *clips["global"]})
-            found.append((fork, (S + 1) * fork, chunks * (S + 1) * (stop - fork), fork * g.block, rows_of(config) * (stop - fork) * g.block, rows_of(config) * scored, rows_of(config) * (stop - fork)))
-    fork, prefix, branch, decoded_prefix, decoded_rows, scored, branch_rows = (sum(x) / len(found) for x in zip(*found))
+            found.append((fork, chunks * (S + 1) * (stop - fork), fork * g.block, rows_of(config) * (stop - fork) * g.block, rows_of(config) * scored, rows_of(config) * (stop - fork)))
+    together = prefixes_of(config, world)
+    prefix = (S + 1) * longest([fork for fork, *_ in found], together) / together
+    fork, branch, decoded_prefix, decoded_rows, scored, branch_rows = (sum(x) / len(found) for x in zip(*found))
     replays = 1 + (config.objective.kl_beta > 0.0 and config.objective.kl_to == "initial") + (config.policy.sync_interval > 1)
     return Amounts(fork, prefix, branch, parts * (P - 1) + passes, replays, passes == 1, branch_rows, decoded_prefix, decoded_rows, scored)
 

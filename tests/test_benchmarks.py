@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import random
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -52,6 +53,15 @@ def test_both_schedules_give_the_same_numbers(folder):
 def test_calls_are_counted_as_they_are_made():
     """45 of 49 blocks are looked at, of 5 calls each, whatever the fork; and a replay of 5 window blocks for two sets of weights."""
     assert {sum(load("schedule").counted(fork).values()) for fork in (7, 20, 32)} == {5 * 45 + 10}
+
+
+def test_calls_with_prefixes_side_by_side():
+    """112.5 calls of a prefix are a group's own alone; of four side by side a group has a quarter of the longest one's."""
+    schedule = load("schedule")
+    draw, forks = random.Random(0), schedule.PAPER_FORKS
+    assert schedule.mean_calls(1) == 5 * 45 + 10 and sum(5 * f for f in forks) / len(forks) == 112.5
+    drawn = sum(max(draw.choices(forks, k=4)) for _ in range(20_000)) / 20_000
+    assert schedule.mean_calls(4) == pytest.approx(5 * drawn / 4 + 122.5, abs=0.5) and schedule.mean_calls(4) < 170
 
 
 def test_a_group_of_the_papers_shape(monkeypatch):

@@ -42,6 +42,7 @@ LAYERS = {
     "weights and videos in and out": "importing exporting generating",
     "planning": "peak plan_amounts plan_costs plan",
     "parts by name": "parts",
+    "a run in its folder": "resuming",
     "evaluation at scale": "ab_page ab ab_answers prompt_sets vbench",
     "the main path": "trials align",
     "commands": "reward_commands commands doctor",

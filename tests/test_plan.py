@@ -15,7 +15,7 @@ from kvpo.config import RECIPES, from_dict, load_config, recipe_path
 from kvpo.generators.base_folder import new_transformer
 from kvpo.peak import Ledger, cost, fake, flops
 from kvpo.plan import CARDS, fitted, shares_of, stages, work
-from kvpo.plan_amounts import amounts, own_past, replay_rows, reward_memory, with_changes
+from kvpo.plan_amounts import amounts, longest, own_past, replay_rows, reward_memory, with_changes
 from kvpo.plan_costs import WAN_1_3B, WAN_14B, costs, sizes_of
 from kvpo.policy import Policy
 from kvpo.progress import Progress
@@ -81,15 +81,29 @@ def test_a_gradient_costs_what_is_planned(folder, checkpointing):
 
 def test_calls_are_those_of_a_run(folder, tmp_path):
     """A video with a single eligible fork, so that the mean over forks is one run's."""
-    for changes in ({}, {"rows_per_pass": 5}, {"rollout": {"branches": 3, "cache_frames": 12, "together": 2}}):
+    for changes in ({}, {"rows_per_pass": 5}, {"rollout": {"branches": 3, "cache_frames": 12, "together": 2}}, {"groups": 2, "rollout": {"branches": 3, "cache_frames": 12, "prefixes": 2}}):
         config = config_of(folder, data={"blocks": 5, "segments": 1, "memory": 0.0}, policy={"train": "full", "sync_interval": 1}, **changes)
         counted = amounts(config, sizes_of(config).geometry)
         alignment = Alignment(config, tmp_path, Progress())
         alignment.step(0)
         calls = alignment.step(1)["calls/generator"]
         unscored = counted.replays - 1 + (not counted.single_pass)
-        assert calls == counted.prefix_calls + counted.branch_calls + (unscored + 1) * counted.replay_calls
+        assert calls / config.groups == counted.prefix_calls + counted.branch_calls + (unscored + 1) * counted.replay_calls
         assert counted.fork == 3.0 and counted.replays == 2
+
+
+def test_prefixes_by_hand(folder):
+    """The longer of two draws from 2 and 4 is 3.5 on average; a card with a single group has no other beside it; each has a cache, and its decoder's state."""
+    assert longest([4.0, 2.0], 1) == 3.0 and longest([4.0, 2.0], 2) == 3.5
+    one, two = (config_of(folder, groups=2, rollout={"branches": 3, "cache_frames": 12, "prefixes": n}) for n in (1, 2))
+    sizes = sizes_of(one)
+    found = costs(one, sizes)
+    assert amounts(two, sizes.geometry, world=2) == amounts(one, sizes.geometry) and amounts(two, sizes.geometry).prefix_calls < amounts(one, sizes.geometry).prefix_calls
+    assert stages(two, sizes, found, world=2) == stages(one, sizes, found, world=2)
+    alone, beside = stages(one, sizes, found), stages(two, sizes, found)
+    assert beside["replay"]["shared past"] == 2 * alone["replay"]["shared past"] and beside["prefix"]["one pass"] == 2 * alone["prefix"]["one pass"]
+    assert beside["decoding"]["decoder at work"] > alone["decoding"]["decoder at work"]
+    assert work(two, sizes, found, amounts(two, sizes.geometry)) == work(one, sizes, found, amounts(one, sizes.geometry)), "fewer calls, not less work"
 
 
 def test_own_past_by_hand(folder):

@@ -1,0 +1,106 @@
+"""A run as its folder has it: begun there or gone on with, saved there, and refused where it is another run's.
+
+    config.resolved.yaml, environment.json     before the first step
+    checkpoints/                               `kvpo.checkpoint`, written beside the training by `kvpo.saving`
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from kvpo.checkpoint import checkpoints, load_checkpoint, newest_whole, read_state
+from kvpo.config import RunConfig, differences, from_dict, to_dict
+from kvpo.distributed import Ranks
+from kvpo.environment import environment, packages
+from kvpo.files import write_atomic
+from kvpo.generators.pipeline import Pipeline
+from kvpo.policy import Policy
+from kvpo.progress import Progress
+from kvpo.prompts import ScriptSource
+from kvpo.saving import Saver
+
+MAY_CHANGE = ("steps", "show_every", "patience", "evaluate.", "sentinels.", "checkpoint.", "branch_parallel", "policy.shard")
+"""Settings that a resumed run may change: they do not touch what is trained on."""
+
+
+class RunState:
+    """How far a run is, in memory and in its folder."""
+
+    def __init__(self, config: RunConfig, out: Path, progress: Progress, ranks: Ranks, pipeline: Pipeline, policy: Policy, optimizer: torch.optim.Optimizer, source: ScriptSource):
+        self.config, self.out, self.progress, self.ranks = config, out, progress, ranks
+        self.pipeline, self.policy, self.optimizer, self.source = pipeline, policy, optimizer, source
+        self.saver = Saver(out / "checkpoints", config.checkpoint.keep, policy, config.patience)
+        self.begun = False
+        """Its folder is made, or its checkpoint read."""
+        self.done = self.saved = 0
+        """Steps in all, and in the last checkpoint."""
+
+    def begin(self, resume: bool) -> int:
+        """Make the folder, or read its newest checkpoint; the steps that are done.  All ranks enter.  ValueError where the folder is another run's."""
+        self.done = self.saved = self._resumed() if resume else 0
+        if not resume:
+            self.ranks.only_first(self._write_beginning)
+        self.begun = True
+        return self.done
+
+    def save(self, best: int) -> None:
+        """Begin a checkpoint; ``best``: step of one that stays."""
+        self.saver.begin(self.done, self.optimizer, self._identity(), best)
+        self.saved = self.done
+
+    def save_what_is_left(self, best: int) -> None:
+        """And wait until it is written."""
+        if self.done > self.saved:
+            self.save(best)
+        self.saver.wait()
+
+    def _resumed(self) -> int:
+        if not (self.out / "config.resolved.yaml").exists():
+            raise FileNotFoundError(f"{self.out} holds no run to resume; start one without --resume")
+        self._refuse_other(yaml.safe_load((self.out / "config.resolved.yaml").read_text()), to_dict(self.config))
+        self.ranks.only_first(lambda: write_atomic(self.out / "config.resolved.yaml", yaml.safe_dump(to_dict(self.config), sort_keys=False)))
+        if not (found := checkpoints(self.out / "checkpoints")):
+            self.progress.say(f"{self.out} has no checkpoint yet: starting again from step 0")
+            return 0
+        newest = self.ranks.gather(self.ranks.together(lambda: newest_whole(found, self.progress.say) if self.ranks.first else None))[0]
+        state = read_state(newest)
+        self._refuse_other(state["config"], self._identity())
+        if state["step"] > self.config.steps:
+            raise ValueError(f"{newest} is beyond steps = {self.config.steps}; set steps to {state['step']} or more, or start a new run by --out")
+        step, others = load_checkpoint(newest, self.policy, self.optimizer), differences(state.get("packages", packages()), packages())
+        self.progress.say(f"resumed from {newest}" + (f", which was written with other versions, {'; '.join(others)}: numbers may round otherwise" if others else ""))
+        return step
+
+    def _write_beginning(self) -> None:
+        if (self.out / "config.resolved.yaml").exists():
+            raise ValueError(f"{self.out} already holds a run; go on with it by --resume, or choose another folder by --out")
+        write_atomic(self.out / "environment.json", json.dumps(environment(self.pipeline.generator.device), indent=1) + "\n")
+        write_atomic(self.out / "config.resolved.yaml", yaml.safe_dump(to_dict(self.config), sort_keys=False))
+
+    def _refuse_other(self, stored: dict[str, Any], new: dict[str, Any]) -> None:
+        settings, others = ({k: v for k, v in stored.items() if (k in self.config.__dataclass_fields__) == wanted} for wanted in (True, False))
+        old = to_dict(from_dict(settings)) | others  # a setting that is newer than the run has its default: what the run did
+        changed = [d for d in differences(old, new) if not d.startswith(MAY_CHANGE)]
+        if changed:
+            raise ValueError(f"{self.out} was run with other settings, {'; '.join(changed)}; resume with its own, or start a new run by --out")
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint belongs to: the settings, the world its scripts come from, the weights it started from."""
+        story = hashlib.blake2b(repr(self.source.script(0, 0)).encode(), digest_size=8).hexdigest()
+        return to_dict(self.config) | {"start_weights": self._start_weights, "first_script": story}
+
+    @functools.cached_property
+    def _start_weights(self) -> str:
+        """Digest of all the generator's weights as the run found them: an adapter's own say nothing of the backbone below it."""
+        digest = hashlib.blake2b(digest_size=8)
+        frozen = [p.detach() for p in self.pipeline.generator.parameters() if not p.requires_grad]
+        for w in (*(w.float() for w in self.policy.layout.whole(self.policy.reference)), *frozen):
+            digest.update(w.flatten().view(torch.uint8).cpu().numpy().tobytes())
+        return digest.hexdigest()
