@@ -32,7 +32,7 @@ test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -m "not slow and not gpu" -q -n 2 --dist loadfile
 
 test-slow: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -m "not gpu" -q
+	$(VENV)/bin/python -m pytest -m "not gpu" -q -n 2 --dist loadfile
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache

@@ -43,7 +43,6 @@ def full_size() -> Pipeline:
 
 @pytest.mark.slow
 def test_two_blocks_and_a_step():
-    torch.set_num_threads(2)
     pipeline, script = full_size(), Script("s", ("a prompt",), (0,), 3)
     model, g = pipeline.generator, pipeline.geometry
     embeddings = {"a prompt": normal((512, 4096), 0, "text").bfloat16()}
