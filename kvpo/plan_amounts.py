@@ -7,8 +7,8 @@ from typing import Any, Sequence
 
 from kvpo.config import RunConfig
 from kvpo.generators.pipeline import Geometry
-from kvpo.rewards.scorer import make_scorers
 from kvpo.prompts import even_starts, starts_at
+from kvpo.rewards.scorer import make_scorers
 from kvpo.rollout import own_frames
 from kvpo.score import group_clips, horizon
 from kvpo.types import Script, Window

@@ -21,7 +21,6 @@ from kvpo.types import Script, Window
 class Start:
     """What all rows of a group begin with."""
 
-    script: Script
     window: Window
     noise: NamedNoise
     past: Stream
@@ -30,6 +29,10 @@ class Start:
     """Blocks of the past that the velocity penalty holds -> z_SFCHW, their network inputs."""
     decoder: Callable[[], StreamingDecoder]
     """Gives the decoder as the past has left it."""
+
+    @property
+    def script(self) -> Script:
+        return self.past.scripts[0]
 
 
 def start_groups(
@@ -41,7 +44,7 @@ def start_groups(
     pick = lambda values: [values[i] for i in order]  # noqa: E731
     pasts, inputs = generate_prefixes(pipeline, sampler, pick(scripts), embeddings, pick(noises), [w.fork for w in pick(windows)], cache_frames, pick(held))
     decoders = PrefixDecoders(pipeline, [latents(past) for past in pasts])
-    found = [Start(scripts[i], windows[i], noises[i], past, kept, lambda row=row: decoders.take(row)) for row, (i, past, kept) in enumerate(zip(order, pasts, inputs))]
+    found = [Start(windows[i], noises[i], past, kept, lambda row=row: decoders.take(row)) for row, (i, past, kept) in enumerate(zip(order, pasts, inputs))]
     return [found[order.index(i)] for i in range(len(scripts))]
 
 

@@ -3,7 +3,7 @@
     config.resolved.yaml                  every setting, defaults included
     environment.json                      versions, git commit, hardware, command
     metrics.jsonl, tensorboard/           see `kvpo.metrics`
-    checkpoints/step-000010/
+    checkpoints/step-000010/              see `kvpo.checkpoint`; beside them ema.safetensors
     samples/step-000010/index.json        [{"file", "script_id", "texts", "starts", "blocks", "seed", "which"}, ...]
     groups/step-000010/group.json         `group_record`, beside grid.mp4 and routing.png
     evaluation/*.json                     {"label_a", "label_b", "scripts", "seeds", "rows": [...], "created", "command"}
