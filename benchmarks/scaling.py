@@ -181,7 +181,7 @@ def page(result: dict) -> str:
     return "\n".join([*lines, TAIL])
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", action="store_true")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
@@ -200,7 +200,8 @@ def main() -> None:
         write_atomic(RESULTS, json.dumps(result, indent=1) + "\n")
     else:
         print(page(json.loads(RESULTS.read_text())))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    end_by(main)

@@ -1,3 +1,3 @@
-from kvpo.cli import main
+from kvpo.cli import program
 
-raise SystemExit(main())
+program()

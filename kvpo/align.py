@@ -72,9 +72,9 @@ class Alignment:
         self.state = RunState(config, out, progress, self.ranks, self.pipeline, self.policy, self.updater.optimizer, self.source)
         self.trials = Trials(config, out, progress, self.ranks, self.phases, self.pipeline, self.policy, self.scripts, self.judges)
 
-    def run(self, resume: bool) -> Path:
+    def run(self, resume: bool, override: bool = False) -> Path:
         """Train, checkpoint, evaluate; the path of the report.  FloatingPointError or ValueError before an update that must not happen; `Stopped` once what a signal stopped is saved."""
-        start = self.state.begin(resume)
+        start = self.state.begin(resume, override)
         log = MetricLog(self.out, resume_after=start - 1 if resume else None) if self.ranks.first else NoLog()
         with stoppable(), log, self.state.saver, self.progress.bar("align", self.config.steps, start) as bar:
             try:

@@ -6,7 +6,9 @@ import difflib
 import itertools
 import os
 import sys
-from typing import Callable, Mapping
+from typing import Callable, Mapping, NoReturn
+
+from kvpo.ending import end_by
 
 COMMANDS: Mapping[str, str] = {
     "align": "align a generator to rewards by KVPO",
@@ -39,6 +41,11 @@ OUT_OF_MEMORY = {
 def _out_of_memory(error: Exception) -> bool:
     """Of a device or of the machine; torch has a class for the first and a sentence for the second."""
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+def program() -> NoReturn:
+    """What `kvpo` and `python -m kvpo` are."""
+    end_by(main)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -57,6 +57,8 @@ class Align:
     """Folder of the run; it must not hold another one."""
     resume: bool = False
     """Go on with the run in --out from its newest checkpoint."""
+    override: bool = False
+    """With --resume, take settings that differ from the run's: patience, branch_parallel, policy.shard, and those of what is shown, evaluated and kept.  steps needs no asking."""
 
     def __call__(self) -> None:
         progress, run = Progress(self.out / "logs"), None
@@ -64,11 +66,11 @@ class Align:
             try:
                 run = Alignment(self.settings, self.out, progress)
                 again = run.ranks.gather(restarted() and (self.out / "config.resolved.yaml").exists())  # torchrun counts on every node by itself
-                report = run.run(self.resume or any(again))
+                report = run.run(self.resume or any(again), self.override)
                 progress.say(f"report: {report.resolve()}")
             except Stopped as stop:
                 if run is not None and run.state.begun:
-                    progress.say(f"stopped by {stop}; {run.done} steps are done and saved. Go on with: kvpo align {self.recipe} --out {self.out} --resume")
+                    progress.say(f"stopped by {stop}; {run.done} steps are done and saved. Go on by the same command with --resume")
                 else:
                     progress.say(f"stopped by {stop}; nothing was begun")
             finally:

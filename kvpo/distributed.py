@@ -190,7 +190,7 @@ _ERRORS = {"ValueError": ValueError, "FloatingPointError": FloatingPointError, "
 
 
 def leave() -> None:
-    """At the end, or after an error: a process that ends with its connections open may be aborted while it does."""
+    """At the end, or after an error: the others hear of it at once."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

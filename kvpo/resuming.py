@@ -26,8 +26,8 @@ from kvpo.progress import Progress
 from kvpo.prompts import ScriptSource
 from kvpo.saving import Saver
 
-MAY_CHANGE = ("steps", "show_every", "patience", "evaluate.", "sentinels.", "checkpoint.", "branch_parallel", "policy.shard")
-"""Settings that a resumed run may change: they do not touch what is trained on."""
+MAY_CHANGE = ("steps: ", "show_every", "patience", "evaluate.", "sentinels.", "checkpoint.", "branch_parallel", "policy.shard")
+"""Settings that a resumed run may change, because training does not depend on them: how far it goes (``steps``) freely, the others by ``--override``."""
 
 
 class RunState:
@@ -42,9 +42,12 @@ class RunState:
         self.done = self.saved = 0
         """Steps in all, and in the last checkpoint."""
 
-    def begin(self, resume: bool) -> int:
-        """Make the folder, or read its newest checkpoint; the steps that are done.  All ranks enter.  ValueError where the folder is another run's."""
-        self.done = self.saved = self._resumed() if resume else 0
+    def begin(self, resume: bool, override: bool) -> int:
+        """Make the folder, or read its newest checkpoint; the steps that are done.  All ranks enter.
+
+        ``override``: all settings in `MAY_CHANGE` may be others than the run's, not ``steps`` alone.  ValueError where the folder is another run's.
+        """
+        self.done = self.saved = self._resumed(override) if resume else 0
         if not resume:
             self.ranks.only_first(self._write_beginning)
         self.begun = True
@@ -61,17 +64,22 @@ class RunState:
             self.save(best)
         self.saver.wait()
 
-    def _resumed(self) -> int:
+    def _resumed(self, override: bool) -> int:
         if not (self.out / "config.resolved.yaml").exists():
             raise FileNotFoundError(f"{self.out} holds no run to resume; start one without --resume")
-        self._refuse_other(yaml.safe_load((self.out / "config.resolved.yaml").read_text()), to_dict(self.config))
-        self.ranks.only_first(lambda: write_atomic(self.out / "config.resolved.yaml", yaml.safe_dump(to_dict(self.config), sort_keys=False)))
+        self._override(self._changed(yaml.safe_load((self.out / "config.resolved.yaml").read_text()), to_dict(self.config)), override)
+        step = self._load()
+        self.ranks.only_first(self._write_config)
+        return step
+
+    def _load(self) -> int:
+        """Of the newest checkpoint that can be read."""
         if not (found := checkpoints(self.out / "checkpoints")):
             self.progress.say(f"{self.out} has no checkpoint yet: starting again from step 0")
             return 0
         newest = self.ranks.gather(self.ranks.together(lambda: newest_whole(found, self.progress.say) if self.ranks.first else None))[0]
         state = read_state(newest)
-        self._refuse_other(state["config"], self._identity())
+        self._changed(state["config"], self._identity())
         if state["step"] > self.config.steps:
             raise ValueError(f"{newest} is beyond steps = {self.config.steps}; set steps to {state['step']} or more, or start a new run by --out")
         step, others = load_checkpoint(newest, self.policy, self.optimizer), differences(state.get("packages", packages()), packages())
@@ -82,14 +90,26 @@ class RunState:
         if (self.out / "config.resolved.yaml").exists():
             raise ValueError(f"{self.out} already holds a run; go on with it by --resume, or choose another folder by --out")
         write_atomic(self.out / "environment.json", json.dumps(environment(self.pipeline.generator.device), indent=1) + "\n")
+        self._write_config()
+
+    def _write_config(self) -> None:
         write_atomic(self.out / "config.resolved.yaml", yaml.safe_dump(to_dict(self.config), sort_keys=False))
 
-    def _refuse_other(self, stored: dict[str, Any], new: dict[str, Any]) -> None:
+    def _override(self, changed: list[str], override: bool) -> None:
+        asked = [d for d in changed if not d.startswith("steps: ")]
+        if asked and not override:
+            raise ValueError(f"{self.out} was run with other settings, {'; '.join(asked)}; resume with its own, or let them change from here on by --override")
+        if changed:
+            self.progress.say(f"from here on {'; '.join(changed)}")
+
+    def _changed(self, stored: dict[str, Any], new: dict[str, Any]) -> list[str]:
+        """What differs and may; ValueError where something differs that may not."""
         settings, others = ({k: v for k, v in stored.items() if (k in self.config.__dataclass_fields__) == wanted} for wanted in (True, False))
         old = to_dict(from_dict(settings)) | others  # a setting that is newer than the run has its default: what the run did
-        changed = [d for d in differences(old, new) if not d.startswith(MAY_CHANGE)]
-        if changed:
-            raise ValueError(f"{self.out} was run with other settings, {'; '.join(changed)}; resume with its own, or start a new run by --out")
+        changed = differences(old, new)
+        if fixed := [d for d in changed if not d.startswith(MAY_CHANGE)]:
+            raise ValueError(f"{self.out} was run with other settings, {'; '.join(fixed)}; resume with its own, or start a new run by --out")
+        return changed
 
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint belongs to: the settings, the world its scripts come from, the weights it started from."""

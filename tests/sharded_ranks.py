@@ -18,9 +18,10 @@ from test_sharding import CASES, Trained
 from kvpo import checkpoint as module
 from kvpo.checkpoint import Snapshot, load_checkpoint, save_checkpoint
 from kvpo.distributed import Ranks, leave
+from kvpo.ending import end_by
 
 
-def main(folder: Path) -> None:
+def main(folder: Path) -> int:
     warnings.simplefilter("error")
     torch.use_deterministic_algorithms(True)
     ranks, facts = Ranks.join(torch.device("cpu"), 600.0), {}
@@ -45,14 +46,14 @@ def main(folder: Path) -> None:
         facts[case] |= {"full disk": full_disk(folder / "full" / case, sharded, ranks), "not finite": not_finite(sharded, ranks)}
         if ranks.first:
             save_file({name: w.contiguous().clone() for name, w in weights.items()}, folder / f"{case}.safetensors")
-    if not ranks.first:
-        return  # and does not come to what follows
-    try:
-        sharded.policy.layout.total(torch.zeros(1))
-    except ConnectionError as error:
-        facts["alone"] = str(error)
-    (folder / "facts.json").write_text(json.dumps(facts))
+    if ranks.first:  # and the other does not come
+        try:
+            sharded.policy.layout.total(torch.zeros(1))
+        except ConnectionError as error:
+            facts["alone"] = str(error)
+        (folder / "facts.json").write_text(json.dumps(facts))
     leave()
+    return 0
 
 
 def full_disk(folder: Path, run: Trained, ranks: Ranks) -> list[str]:
@@ -90,4 +91,4 @@ def not_finite(run: Trained, ranks: Ranks) -> list[str]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    end_by(lambda: main(Path(sys.argv[1])))

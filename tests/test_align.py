@@ -82,8 +82,8 @@ def records(out: Path, evaluations: bool = True) -> list[dict[str, float]]:
 def straight(folder, tmp_path_factory):
     """An uninterrupted run of 4 steps, its recipe, and the seconds of a step."""
     home = tmp_path_factory.mktemp("straight")
-    path = write_recipe(home / "tiny.yaml", settings(folder))
-    assert align(path, home / "run", "--show-every", "3") == 0
+    path = write_recipe(home / "tiny.yaml", settings(folder, show_every=3))
+    assert align(path, home / "run") == 0
     return home / "run", path, read_metrics(home / "run" / "metrics.jsonl")[1]["time/total"]
 
 
@@ -264,10 +264,10 @@ def test_ctrl_c_and_pre_emption(straight, tmp_path, monkeypatch, capsys, number)
         patched.setattr(Alignment, "explore", interrupted)
         assert align(recipe, tmp_path / "run", "--checkpoint.every", "9") == 0
     said = capsys.readouterr().out
-    assert f"stopped by {number.name}; 2 steps are done and saved. Go on with: kvpo align {recipe} --out {tmp_path / 'run'} --resume" in said
+    assert f"stopped by {number.name}; 2 steps are done and saved. Go on by the same command with --resume" in said
     assert [p.name for p in checkpoints(tmp_path / "run" / "checkpoints")] == ["step-000002"] and len(records(tmp_path / "run")) == 2
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
-    assert align(recipe, tmp_path / "run", "--resume") == 0
+    assert align(recipe, tmp_path / "run", "--checkpoint.every", "9", "--resume") == 0
     assert equal(final(tmp_path / "run"), final(out)) and records(tmp_path / "run")[-1] == records(out)[-1]
 
 
@@ -336,7 +336,7 @@ def test_killed_before_the_last_evaluation(straight, tmp_path):
     log = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(log[:-1]))
     shutil.rmtree(tmp_path / "run" / "evaluation")
-    assert align(recipe, tmp_path / "run", "--resume", "--show-every", "3") == 0
+    assert align(recipe, tmp_path / "run", "--resume") == 0
     assert records(tmp_path / "run") == records(out) and (tmp_path / "run" / "evaluation" / "ema-step-000004.json").exists()
 
 
@@ -415,6 +415,20 @@ def test_resuming_with_other_settings(straight, capsys):
     assert "was run with other settings, context: branch -> self; optimizer.lr: 0.001 -> 0.01; resume with its own, or start a new run by --out" in line
 
 
+def test_override(straight, tmp_path, capsys):
+    """What training does not depend on may change, once asked for, and `steps` unasked; the lr may not.  The run's folder then says the new settings, and needs no asking again."""
+    out, recipe, _ = straight
+    run = shutil.copytree(out, tmp_path / "run")
+    more = ["--resume", "--steps", "5", "--checkpoint.keep", "3"]
+    line = refused(recipe, run, capsys, *more)
+    assert "was run with other settings, checkpoint.keep: 2 -> 3; resume with its own, or let them change from here on by --override" in line
+    line = refused(recipe, run, capsys, *more, "--override", "--optimizer.lr", "0.01")
+    assert "was run with other settings, optimizer.lr: 0.001 -> 0.01; resume with its own, or start a new run by --out" in line
+    assert align(recipe, run, *more, "--override") == 0
+    assert "from here on checkpoint.keep: 2 -> 3; steps: 4 -> 5" in capsys.readouterr().out.replace("\n", " ")
+    assert align(recipe, run, *more) == 0 and len(checkpoints(run / "checkpoints")) == 3
+
+
 def test_resuming_in_another_world(straight, tmp_path, capsys, monkeypatch):
     out, recipe, _ = straight
     shutil.copytree(out, tmp_path / "run")
@@ -422,9 +436,11 @@ def test_resuming_in_another_world(straight, tmp_path, capsys, monkeypatch):
     assert "was run with other settings, first_script: " in refused(recipe, tmp_path / "run", capsys, "--resume")
 
 
-def test_resuming_behind_the_checkpoint(straight, capsys):
+def test_resuming_behind_the_checkpoint(straight, tmp_path, capsys):
     out, recipe, _ = straight
-    assert "step-000004 is beyond steps = 2; set steps to 4 or more" in refused(recipe, out, capsys, "--resume", "--steps", "2")
+    run = shutil.copytree(out, tmp_path / "run")
+    assert "step-000004 is beyond steps = 2; set steps to 4 or more" in refused(recipe, run, capsys, "--resume", "--steps", "2")
+    assert (run / "config.resolved.yaml").read_bytes() == (out / "config.resolved.yaml").read_bytes(), "what was refused is not what the run says it is"
 
 
 def test_a_broken_newest_checkpoint_is_named(straight, tmp_path, capsys):

@@ -21,6 +21,7 @@ from kvpo.align import Alignment
 from kvpo.branch_parallel import all_rewards
 from kvpo.config import from_dict
 from kvpo.distributed import Ranks, leave
+from kvpo.ending import end_by
 from kvpo.progress import Progress
 from kvpo.types import RewardTable
 from kvpo.update import Updater
@@ -111,7 +112,7 @@ def failure(folder: Path, out: Path, fault: str, size: int) -> dict:
     return {"said": str(caught.value), "updates": run.policy.updates, "same": all(torch.equal(p, r) for p, r in zip(run.policy.parameters, run.policy.reference))}
 
 
-def work(folder: Path, out: Path, recipe: str) -> None:
+def work(folder: Path, out: Path, recipe: str) -> int:
     """One rank's."""
     ranks = Ranks.join(torch.device("cpu"), 600.0)
     found = {case: updates(folder, out, case, changes, 2) for case, changes in CASES[ranks.world].items()}
@@ -120,6 +121,7 @@ def work(folder: Path, out: Path, recipe: str) -> None:
     if ranks.world == 2:  # the command closes the connections behind it
         assert align(recipe, out / "run", "--branch-parallel", "2", "--steps", "1") == 0
     leave()
+    return 0
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +177,7 @@ def test_an_error_of_one_rank_is_its_row_s_and_everyone_s(world):
 def test_a_run_in_rows_goes_on_without_them(world, folder, recipe, tmp_path):
     found, out = world
     if len(found) == 2:
-        assert align(recipe, out / "run", "--resume", "--steps", "2") == 0
+        assert align(recipe, out / "run", "--resume", "--override", "--steps", "2") == 0
         expected = updates(folder, tmp_path, "alone", ALONE | LORA, 1)["metrics"]
         for ours, theirs in zip(records(out / "run", evaluations=False), expected, strict=True):
             assert {k: v for k, v in theirs.items() if ours[k] != pytest.approx(v, rel=1e-3, abs=1e-6)} == {}
@@ -206,4 +208,4 @@ def test_every_process_of_a_row_needs_a_branch(folder, size):
 
 
 if __name__ == "__main__":
-    work(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+    end_by(lambda: work(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]))

@@ -144,7 +144,7 @@ def test_killed_stopped_and_killed_again(recipe, whole, tmp_path):
     begun = time.monotonic()
     run.process.terminate()
     said, _ = run.process.communicate(timeout=60)
-    assert time.monotonic() - begun < 20 and "2 steps are done and saved. Go on with: kvpo align" in said
+    assert time.monotonic() - begun < 20 and "2 steps are done and saved. Go on by the same command with --resume" in said
     assert [p.name for p in checkpoints(run.out / "checkpoints")] == ["step-000001", "step-000002"]
     run.start()
     assert run.wait_for(run.logged(3)) and run.kill("all")

@@ -180,7 +180,7 @@ def test_a_run_whose_rewards_are_gamed_stops(folder, tmp_path, capsys, monkeypat
     assert "The rewards were gamed: they rose while identity fell" in report and "training stopped early: 2 of 4 updates" in report.lower().replace("<li>", "")
     assert align(str(tmp_path / "r.yaml"), out, "--resume") == 0 and "stopped after 2 steps" in capsys.readouterr().out
     assert len(checkpoints(out / "checkpoints")) == 2
-    assert align(str(tmp_path / "r.yaml"), out, "--resume", "--evaluate.no-stop-when-gamed") == 0 and checkpoints(out / "checkpoints")[-1].name == "step-000004"
+    assert align(str(tmp_path / "r.yaml"), out, "--resume", "--override", "--evaluate.no-stop-when-gamed") == 0 and checkpoints(out / "checkpoints")[-1].name == "step-000004"
 
 
 def test_the_best_held_out_checkpoint_stays_and_has_a_name(folder, tmp_path, monkeypatch):

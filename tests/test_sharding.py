@@ -219,7 +219,7 @@ def test_a_run_begun_by_two_is_finished_by_one(run_of_one):
     a, b = (records(home / name, evaluations=False)[0] for name in ("two", "one"))
     assert a.keys() == b.keys() and all(a[k] == pytest.approx(b[k], rel=1e-4, abs=1e-6) for k in a if k != "calls/generator")
     assert any(k.startswith("eval/") for k in read_metrics(home / "two" / "metrics.jsonl")[-1])
-    assert align(recipe, home / "two", "--resume", "--policy.no-shard") == 0
+    assert align(recipe, home / "two", "--resume", "--override", "--policy.no-shard") == 0
     ours, theirs = final(home / "two"), final(home / "one")
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
