@@ -123,7 +123,7 @@ def main() -> None:
             return evaluate(run.pipeline, run.sampler, run.scripts, run.rewards, config.score, config.evaluate)
 
     start, results = scored(run.policy.reference), {}
-    kinds = kinds_of(run.rewards)
+    kinds = kinds_of(run.rewards, run.config.evaluate.seeds)
     for name, v in found.items():
         results[name] = compare(scored(step(run, v.direction(args.groups), kept, args.distance)), start, kinds)
         progress.say(f"\n{name}\n{table(results[name], 'step', 'start')}")

@@ -23,6 +23,7 @@ import torch
 from kvpo.align import Alignment
 from kvpo.config import RunConfig, load_config, recipe_path
 from kvpo.distributed import Ranks, leave
+from kvpo.ending import end_by
 from kvpo.environment import environment
 from kvpo.exploration.kv_routing import KVRouting
 from kvpo.files import write_atomic
@@ -146,7 +147,7 @@ Written by `python benchmarks/scaling.py`. The first table was measured; the sec
 The recipe `{recipe}` with videos of 9 blocks and 4 branches, on {cores} cores ({hardware}), with nothing else running; one thread a rank, two groups a rank and step, gloo, mean over ranks and {steps} steps. With 4 ranks there are more ranks than cores: "a step" and "waiting"
 then say how the system shares its cores, not what KVPO costs. "CPU" is what a rank's own process used, and shows the fixed work. "Waiting" is for the slowest rank, whose groups were longer; "metrics" and "gradients" are the messages after that.
 
-| ranks | a step, s | CPU, s | waiting, s | metrics, s | gradients, s | sent by a rank, MB |
+| ranks | a step, s | CPU, s | waiting, s | metrics, s | gradients, s | sent by a rank (counted), MB |
 |---|---|---|---|---|---|---|"""
 
 MODEL = """

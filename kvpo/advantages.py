@@ -156,7 +156,7 @@ def _checked(table: RewardTable) -> torch.Tensor:
         missing = (~table.valid).nonzero().flatten().tolist()
         raise ValueError(
             f"{count} of {B} rows have rewards (missing: {missing}; row {B - 1} is the anchor); the anchor, at least two branches and {MIN_VALID:.0%} of all rows "
-            "are needed for a fair comparison; look at the reward's own error, or drop the group"
+            "are needed for a fair comparison; look at the reward's own error"
         )
     return table.valid
 

@@ -73,16 +73,17 @@ class Alignment:
         self.trials = Trials(config, out, progress, self.ranks, self.phases, self.pipeline, self.policy, self.scripts, self.judges)
 
     def run(self, resume: bool, override: bool = False) -> Path:
-        """Train, checkpoint, evaluate; the path of the report.  FloatingPointError or ValueError before an update that must not happen; `Stopped` once what a signal stopped is saved."""
-        start = self.state.begin(resume, override)
-        log = MetricLog(self.out, resume_after=start - 1 if resume else None) if self.ranks.first else NoLog()
-        with stoppable(), log, self.state.saver, self.progress.bar("align", self.config.steps, start) as bar:
-            try:
-                self._train(log, bar)
-            except Stopped:
-                self.state.save_what_is_left(self.trials.best(self.done))
-                raise
-        self.ranks.only_first(lambda: write_report(self.out))
+        """Train, checkpoint, evaluate; the path of the report.  FloatingPointError or ValueError before an update that must not happen, `Stopped` after a signal: the steps before are saved."""
+        with self.state:
+            start = self.state.begin(resume, override)
+            log = MetricLog(self.out, resume_after=start - 1 if resume else None) if self.ranks.first else NoLog()
+            with stoppable(), log, self.state.saver, self.progress.bar("align", self.config.steps, start) as bar:
+                try:
+                    self._train(log, bar)
+                except (Stopped, ValueError, FloatingPointError):  # all ranks raise these, so all can save
+                    self.state.save_what_is_left(self.trials.best(self.done))
+                    raise
+            self.ranks.only_first(lambda: write_report(self.out))
         return self.out / "report.html"
 
     @property
@@ -99,13 +100,18 @@ class Alignment:
             log.write(self.done, metrics)
             self.state.done += 1
             bar.advance(console_line(self.done, metrics))
-            if self.done % self.config.checkpoint.every == 0 or self.done == self.config.steps or self.trials.due(self.done):
-                with self.phases("checkpoint"):
-                    self.state.save(self.trials.best(self.done))
+            if self.done % self.config.checkpoint.every == 0 or self.trials.due(self.done):
+                self._save()
             if self.trials.due(self.done):
                 log.write(self.done - 1, self.trials.evaluate(self.done))
+        if self.done > self.state.saved:
+            self._save()
         if not self.trials.due(self.done):  # a run that was killed in its last evaluation has only this left to do
             log.write(self.done - 1, self.trials.evaluate(self.done))
+
+    def _save(self) -> None:
+        with self.phases("checkpoint"):
+            self.state.save(self.trials.best(self.done))
 
     def step(self, step: int) -> dict[str, float]:
         """All groups of a step, this rank's share of them here, then one update."""

@@ -2,7 +2,7 @@
 
     checkpoints/step-000010/  tensors.safetensors   current, behaviour, EMA, reference weights, optimizer moments
                               shard-*.safetensors   instead of it, one a rank, where weights are sharded
-                              state.json            counters, the config and versions they belong to, the names of the files
+                              state.json            counters, the config and versions they belong to, the names and digests of the files
     checkpoints/ema.safetensors                     the newest averaged weights by diffusers' names, for use elsewhere (not where sharded: `kvpo export`)
 
 A checkpoint is written beside its final place and renamed: it is there completely or not at all.  Shards are written by
@@ -12,6 +12,7 @@ a valid case of that format: one reader serves both, and any number of ranks.  `
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -27,7 +28,7 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
-from kvpo.distributed import Ranks
+from kvpo.distributed import Lost, Ranks
 from kvpo.environment import packages
 from kvpo.policy import Policy
 
@@ -86,17 +87,20 @@ def save_checkpoint(folder: Path, snapshot: Snapshot, keep: int, best: int = 0, 
     try:
         ranks.only_first(lambda: _make_anew(part))
         if snapshot.sharded:
+            ranks.only_first(lambda: (folder / ELSEWHERE).unlink(missing_ok=True))  # of the time before the weights were sharded
             _write_shards(snapshot.tensors, part, ranks)
         else:
             _write_file(snapshot.tensors, part / WHOLE)
             _write_file(snapshot.elsewhere, beside)
         ranks.only_first(lambda: _finish(part, target, snapshot.state))
         ranks.only_first(lambda: beside.exists() and os.replace(beside, folder / ELSEWHERE))
+    except Lost:
+        raise
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
         beside.unlink(missing_ok=True)
         raise OSError(f"checkpoint {target} could not be written ({error}); the ones before it are untouched. Free disk space, then go on with --resume") from None
-    ranks.only_first(lambda: [shutil.rmtree(old) for old in checkpoints(folder)[:-keep] if old != at_step(folder, best)])
+    ranks.only_first(lambda: [shutil.rmtree(old) for old in _up_to(target)[:-keep] if old != at_step(folder, best)])
     return target
 
 
@@ -110,11 +114,17 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step-*") if (p / "state.json").is_file())
 
 
+def _up_to(target: Path) -> list[Path]:
+    """Those until then: later ones, which could not be read when the run was resumed, do not count as the newest."""
+    return [found for found in checkpoints(target.parent) if found.name <= target.name]
+
+
 def newest_whole(found: Sequence[Path], say: Callable[[str], None]) -> Path:
     """The newest one that can be read; those after it are named to ``say``.  ValueError where there is none."""
     for checkpoint in reversed(found):
         try:
             _shapes(checkpoint)
+            _refuse_changed(checkpoint)
             return checkpoint
         except BrokenCheckpoint as error:
             say(f"{error.fault}: looking at the checkpoint before it")
@@ -179,6 +189,22 @@ def _shapes(checkpoint: Path) -> dict[str, Any]:
     return HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
 
 
+def _refuse_changed(checkpoint: Path) -> None:
+    """Headers can be whole where what follows is not.  Checkpoints of before have no digests."""
+    for name, digest in read_state(checkpoint).get("digests", {}).items():
+        try:
+            found = _digest(checkpoint / name)
+        except OSError as error:
+            raise BrokenCheckpoint(checkpoint / name, error) from None
+        if found != digest:
+            raise BrokenCheckpoint(checkpoint / name, f"its content has changed since it was written: digest {found}, then {digest}")
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
+
+
 def _read(checkpoint: Path, into: dict[str, torch.Tensor]) -> None:
     """Every process by itself; of a sharded tensor only its own part."""
     try:
@@ -207,7 +233,7 @@ def _write_shards(tensors: Mapping[str, torch.Tensor], part: Path, ranks: Ranks)
 def _finish(part: Path, target: Path, state: Mapping[str, Any]) -> None:
     """The manifest, and then the name that makes it count."""
     files = sorted(path.name for path in part.iterdir())
-    (part / "state.json").write_text(json.dumps({**state, "files": files}))
+    (part / "state.json").write_text(json.dumps({**state, "files": files, "digests": {name: _digest(part / name) for name in files}}))
     _flush(part)
     shutil.rmtree(target, ignore_errors=True)
     os.replace(part, target)

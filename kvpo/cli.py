@@ -78,6 +78,7 @@ def _run(argv: list[str]) -> int:
         print(f"kvpo {name}: out of memory ({str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}); {OUT_OF_MEMORY[name in RUNS]}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
+        print(f"kvpo {name}: interrupted", file=sys.stderr)
         return 130
     except SystemExit as stop:  # how the parser ends --help (0) and wrong usage (2)
         return int(stop.code or 0)

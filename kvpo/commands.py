@@ -15,7 +15,7 @@ from kvpo.ab_answers import Unblind
 from kvpo.align import Alignment
 from kvpo.config import RunConfig, load_config, recipe_path
 from kvpo.denoise import SAMPLERS
-from kvpo.distributed import leave, restarted
+from kvpo.distributed import leave
 from kvpo.doctor import examine
 from kvpo.environment import command, pick_device
 from kvpo.evaluate import compare, evaluate, kinds_of, table, write_comparison
@@ -31,6 +31,7 @@ from kvpo.plan import Plan
 from kvpo.prompt_sets import Prompts
 from kvpo.replay import CONTEXTS, Replay
 from kvpo.report import write_report
+from kvpo.resuming import restarted_here
 from kvpo.reward_commands import Rewards
 from kvpo.reward_env import RewardEnv
 from kvpo.rewards.scorer import load_rewards
@@ -65,7 +66,7 @@ class Align:
         with ending_at_once():
             try:
                 run = Alignment(self.settings, self.out, progress)
-                again = run.ranks.gather(restarted() and (self.out / "config.resolved.yaml").exists())  # torchrun counts on every node by itself
+                again = run.ranks.gather(restarted_here(self.out))  # torchrun counts on every node by itself
                 report = run.run(self.resume or any(again), self.override)
                 progress.say(f"report: {report.resolve()}")
             except Stopped as stop:
@@ -111,7 +112,7 @@ class Evaluate:
     """Prompt file to measure on; default: what the recipe evaluates on."""
     scripts: int = 128
     seeds: int = 1
-    """Videos of every script, each with noise of its own."""
+    """Videos of every script, each with noise of its own; from 2 on their diversity is measured too."""
     seed: int = 1000
     """Names the scripts' and the noise's streams."""
     blocks: int = 0
@@ -173,7 +174,7 @@ def evaluate_command(args: Evaluate) -> None:
         config = replace(config, data=replace(config.data, blocks=args.blocks))
     device, scripts, progress = pick_device(args.device), evaluation_scripts(config), Progress()
     rewards = load_rewards(config.rewards, device)
-    kinds = kinds_of(rewards, trained_families(args.generator) | trained_families(args.against))
+    kinds = kinds_of(rewards, args.seeds, trained_families(args.generator) | trained_families(args.against))
     scored, labels = [], []
     for spec in (args.generator, args.against or args.generator)[: 2 if args.against else 1]:
         pipeline, label = load_generator(spec, device, config.vae_dtype, config.dtype)
@@ -188,8 +189,9 @@ def evaluate_command(args: Evaluate) -> None:
     else:
         for name, kind, r_N in zip(scored[0].components, kinds, scored[0].r_KN):
             progress.say(f"{name:<20} {kind:<9} mean {r_N.nanmean():.4f}  scripts {int(r_N.isfinite().sum())}")
-        means = {name: float(r_N.nanmean()) for name, r_N in zip(scored[0].components, scored[0].r_KN)}
-        write_atomic(args.out, json.dumps({"label": labels[0], "means": means, "scripts": len(scripts), "videos": args.seeds, "seed": args.seed, "command": command()}, indent=1) + "\n")
+        means = {name: float(r_N.nanmean()) if r_N.isfinite().any() else None for name, r_N in zip(scored[0].components, scored[0].r_KN)}
+        record = {"label": labels[0], "means": means, "scripts": len(scripts), "videos": args.seeds, "seed": args.seed, "command": command()}
+        write_atomic(args.out, json.dumps(record, indent=1, allow_nan=False) + "\n")
     progress.say(f"written to {args.out}")
 
 

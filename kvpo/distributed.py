@@ -21,9 +21,13 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from kvpo.rendezvous import open_store
-from kvpo.stopping import Stopped, giving_way
+from kvpo.stopping import Stopped, giving_way, heed
 
 T = TypeVar("T")
+
+
+class Lost(ConnectionError):
+    """A rank that did not come, or torchrun that is gone: nothing more can be agreed on."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class Ranks:
     """Where each says what it is doing, for whoever waits in vain."""
     name: str = "all"
     """Of these among all such sets of processes, in the store."""
+    parent: int = 0
+    """Who has started this one: torchrun."""
 
     @classmethod
     def join(cls, device: torch.device, patience: float) -> Ranks:
@@ -49,8 +55,12 @@ class Ranks:
             return cls(device=device)
         if not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # what is agreed on goes by the CPU, where waiting in vain is an error and not the process's end
-            dist.init_process_group(backend, store=open_store(timeout), rank=int(os.environ["RANK"]), world_size=world, timeout=timeout)
-        ranks = cls(dist.get_rank(), world, device, store=dist.PrefixStore("ranks", dist.distributed_c10d._get_default_store()))
+            store = open_store(timeout)
+            try:
+                dist.init_process_group(backend, store=store, rank=int(os.environ["RANK"]), world_size=world, timeout=timeout)
+            except RuntimeError as error:
+                raise Lost(f"rank {os.environ['RANK']} did not meet all {world} ranks at the start ({str(error).splitlines()[0][-160:]}); the others say why") from None
+        ranks = cls(dist.get_rank(), world, device, store=dist.PrefixStore("ranks", dist.distributed_c10d._get_default_store()), parent=os.getppid())
         ranks.tell("start")
         return ranks
 
@@ -60,7 +70,8 @@ class Ranks:
             raise ValueError(f"branch_parallel = {size} does not divide {self.world} processes; start a multiple of {size} by torchrun --nproc-per-node, or set branch_parallel to 1")
         if self.world == 1:
             return self, self
-        mesh = init_device_mesh(self.device.type, (self.world // size, size), mesh_dim_names=("group", "branch"))
+        with self._connected():
+            mesh = init_device_mesh(self.device.type, (self.world // size, size), mesh_dim_names=("group", "branch"))
         names = {"group": f"column {self.rank % size}", "branch": f"row {self.rank // size}"}
         column, row = (replace(self, rank=mesh[d].get_local_rank(), world=mesh[d].size(), channel=mesh[d].get_group(), name=name) for d, name in names.items())
         for part in (column, row):
@@ -68,16 +79,23 @@ class Ranks:
         return column, row
 
     def tell(self, doing: str) -> None:
-        """What this process does from now on."""
-        if self.store is not None:
-            with self._connected():
-                self.store.set(f"doing/{dist.get_rank()}", f"{doing} since {time.strftime('%H:%M:%S')}")
+        """What this process does from now on; and hear whether another one was stopped.  `Lost` where torchrun is gone: it would start a run anew that still goes on."""
+        if self.store is None:
+            return
+        if os.getppid() != self.parent:
+            raise Lost(f"rank {dist.get_rank()} has lost torchrun (process {self.parent}), which has ended or was killed; go on with --resume")
+        with self._connected():
+            self.store.set(f"doing/{dist.get_rank()}", f"{doing} since {time.strftime('%H:%M:%S')}")
+            if self.store.check(["stopped"]):
+                heed(self.store.get("stopped").decode())
 
     def apart(self, name: str, patience: float) -> Ranks:
         """The same processes with a channel of their own, for another thread, through main memory.  All enter."""
         if self.world == 1:
             return self
-        return replace(self, device=torch.device("cpu"), channel=dist.new_group(timeout=timedelta(seconds=patience), backend="gloo"), name=name)
+        with self._connected():
+            channel = dist.new_group(timeout=timedelta(seconds=patience), backend="gloo")
+        return replace(self, device=torch.device("cpu"), channel=channel, name=name)
 
     @property
     def first(self) -> bool:
@@ -125,7 +143,7 @@ class Ranks:
 
     @contextmanager
     def meeting(self) -> Iterator[None]:
-        """Inside are messages that all enter.  ConnectionError names those who did not come, and what they were doing: killed, cut off, or beyond the patience."""
+        """Inside are messages that all enter.  `Lost` names those who did not come, and what they were doing: killed, cut off, or beyond the patience."""
         if self.world == 1:
             yield
             return
@@ -141,7 +159,7 @@ class Ranks:
             raise
         except RuntimeError as error:  # torch's network errors are of this kind
             who = self.process(self.rank)
-            raise ConnectionError(f"rank {who} waited in vain: {self._missing()} ({str(error).splitlines()[0][-160:]}). `patience` is how long to wait; go on with --resume") from None
+            raise Lost(f"rank {who} waited in vain: {self._missing()} ({str(error).splitlines()[0][-160:]}). `patience` is how long to wait; go on with --resume") from None
 
     def _missing(self) -> str:
         try:
@@ -157,8 +175,13 @@ class Ranks:
         try:
             with giving_way():
                 result = work()
+        except Lost:  # of a row: to gather now would be to wait once more
+            raise
         except (ValueError, OSError, FloatingPointError, Stopped) as found:
             error = found
+            if isinstance(found, Stopped) and self.store is not None:  # the others need not end their share of the step first
+                with self._connected():
+                    self.store.set("stopped", str(found))
         said = enumerate(self.gather(("", "") if error is None else (type(error).__name__, str(error))))
         raised = sorted((kind == "Stopped", rank, kind, text) for rank, (kind, text) in said if kind)
         if error is not None and isinstance(error, Stopped) == raised[0][0]:

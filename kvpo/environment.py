@@ -24,6 +24,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": command(),
         "git_commit": _git_commit(),
+        "torchrun": os.environ.get("TORCHELASTIC_RUN_ID"),
         "python": platform.python_version(),
         "packages": packages(),
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_processor()}, {torch.get_num_threads()} threads",

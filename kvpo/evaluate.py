@@ -21,10 +21,12 @@ from kvpo.generators.rope import check_positions
 from kvpo.rewards.base import Reward, VideoBatch
 from kvpo.rewards.scorer import Scorer
 from kvpo.rng import stream
-from kvpo.score import Clip, ScoreConfig, global_clips
+from kvpo.score import Clip, ScoreConfig, global_clips, pixel_diversity
 from kvpo.types import Script, Window
 
 RESAMPLES = 4000
+DIVERSITY = "diversity"
+"""Of a script's videos over seeds: mean squared difference of two of them, pixels in [0, 1].  A guard: it falls where a policy collapses, but noise has most of it."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class EvaluateConfig:
     scripts: int = 64
     """Scripts of an evaluation."""
     seeds: int = 1
-    """Videos of every script, each with noise of its own; a script's number is their mean."""
+    """Videos of every script, each with noise of its own; a script's number is their mean.  From 2 on their diversity stands in the table too."""
     batch: int = 16
     """Videos generated together."""
     seed: int = 1000
@@ -93,16 +95,24 @@ def evaluate(
     progress: Callable[[int], None] = lambda done: None,
 ) -> Scored:  # fmt: skip
     """The weights now in the pipeline on all scripts; a script's number is the mean over its seeds of the mean over its segments' clips."""
-    columns, videos = [], []
+    columns, videos, apart, alike = [], [], [], []
     jobs = [(script, seed) for script in scripts for seed in range(config.seeds)]
     for first in range(0, len(jobs), config.batch):
         part = jobs[first : first + config.batch]
         pixels = generate(pipeline, sampler, [s for s, _ in part], config.seed, [noise_name(*job) for job in part])
         columns.append(_score(pixels, [s for s, _ in part], pipeline, rewards, clips))
         videos += [video for video, (_, seed) in zip(pixels, part) if seed == 0][: config.videos - len(videos)]
+        alike += pixels if config.seeds > 1 else []
+        while len(alike) >= config.seeds > 1:  # all videos of the next script are there
+            apart.append(pixel_diversity(torch.stack(alike[: config.seeds])))
+            del alike[: config.seeds]
         progress((first + len(part)) // config.seeds)
-    r_KNS = torch.cat(columns, dim=1).view(-1, len(scripts), config.seeds)
-    return Scored(tuple(c for r in rewards for c in r.spec.columns), r_KNS.nanmean(dim=-1), tuple(videos))
+    components = tuple(c for r in rewards for c in r.spec.columns)
+    nothing = torch.empty(len(components), 0, dtype=torch.float64)  # a rank's share of fewer scripts than ranks
+    r_KN = torch.cat([nothing, *columns], dim=1).view(len(components), len(scripts), config.seeds).nanmean(dim=-1)
+    if config.seeds > 1:
+        components, r_KN = (*components, DIVERSITY), torch.cat([r_KN, torch.tensor([apart], dtype=r_KN.dtype)])
+    return Scored(components, r_KN, tuple(videos))
 
 
 def noise_name(script: Script, seed: int) -> tuple[int | str, ...]:
@@ -141,12 +151,12 @@ ROLES = {"train": "train", "eval": "heldout", "guard": "guard"}
 """Role of a recipe's reward -> what its rows are called in a table."""
 
 
-def kinds_of(scorers: Sequence[Scorer], trained_on: Collection[str] = ()) -> list[str]:
+def kinds_of(scorers: Sequence[Scorer], seeds: int, trained_on: Collection[str] = ()) -> list[str]:
     """The kind of every component; parts of a trained reward are no reward of their own.
 
     ``trained_on``: families of the rewards that made the weights which are measured, where another recipe measures them:
     an evaluator of one of these is `related`, not held out."""
-    return [_kind(s, column, trained_on) for s in scorers for column in s.spec.columns]
+    return [_kind(s, column, trained_on) for s in scorers for column in s.spec.columns] + ["guard"] * (seeds > 1)
 
 
 def _kind(scorer: Scorer, column: str, trained_on: Collection[str]) -> str:
@@ -158,7 +168,7 @@ def _kind(scorer: Scorer, column: str, trained_on: Collection[str]) -> str:
 def compare(a: Scored, b: Scored, kinds: Sequence[str], seed: int = 0) -> list[dict]:
     """Rows of the table A against B: means, paired difference with its 95 % bootstrap interval over scripts, win rate (ties half)."""
     total = [k for k, kind in enumerate(kinds) if kind == "train"]
-    rows = [_row(name, kind, a.r_KN[k], b.r_KN[k], seed) for k, (name, kind) in enumerate(zip(a.components, kinds))]
+    rows = [_row(name, kind, a.r_KN[k], b.r_KN[k], seed) for k, (name, kind) in enumerate(zip(a.components, kinds, strict=True))]
     return [_row("mean of trained", "train", a.r_KN[total].mean(dim=0), b.r_KN[total].mean(dim=0), seed), *rows]
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
+import uuid
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator
@@ -18,7 +20,7 @@ def write_atomic(path: Path, data: bytes | str) -> Path:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")  # whichever hosts and containers write there
     try:
         with part.open("wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
@@ -28,6 +30,19 @@ def write_atomic(path: Path, data: bytes | str) -> Path:
     finally:
         part.unlink(missing_ok=True)
     return path
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Inside, no other process is; ValueError where one is already.  A process that is killed leaves nothing behind."""
+    with (folder / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is at work on the run in {folder}; wait until it has ended, or choose another folder by --out") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
 
 
 def must_be_new(path: Path) -> None:

@@ -226,6 +226,8 @@ def _setup(run: Path) -> tuple[str, str]:
 
 def _flat(value: Any, name: str = "") -> list[tuple[str, str]]:
     """Nested JSON as (dotted name, text) pairs."""
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        value = dict(enumerate(value, 1))
     if isinstance(value, dict):
         return [pair for key, inner in value.items() for pair in _flat(inner, f"{name}.{key}" if name else str(key))]
     return [(name, " ".join(map(str, value)) if isinstance(value, list) else str(value))]

@@ -9,34 +9,47 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
+from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterable
 
 import torch
 import yaml
 
 from kvpo.checkpoint import checkpoints, load_checkpoint, newest_whole, read_state
 from kvpo.config import RunConfig, differences, from_dict, to_dict
-from kvpo.distributed import Ranks
+from kvpo.distributed import Ranks, restarted
 from kvpo.environment import environment, packages
-from kvpo.files import write_atomic
+from kvpo.files import only_writer, write_atomic
 from kvpo.generators.pipeline import Pipeline
 from kvpo.policy import Policy
 from kvpo.progress import Progress
-from kvpo.prompts import ScriptSource
+from kvpo.prompts import PromptSet, ScriptSource
 from kvpo.saving import Saver
 
 MAY_CHANGE = ("steps: ", "show_every", "patience", "evaluate.", "sentinels.", "checkpoint.", "branch_parallel", "policy.shard")
 """Settings that a resumed run may change, because training does not depend on them: how far it goes (``steps``) freely, the others by ``--override``."""
 
 
+def restarted_here(out: Path) -> bool:
+    """Whether torchrun starts these processes again after a failure, and the run in ``out`` is what it had started: not one that was there before."""
+    if not restarted() or not (out / "config.resolved.yaml").exists():
+        return False
+    begun = json.loads((out / "environment.json").read_text())
+    return os.environ.get("TORCHELASTIC_RUN_ID") in (facts.get("torchrun") for facts in (begun, *begun.get("resumed", [])))
+
+
 class RunState:
-    """How far a run is, in memory and in its folder."""
+    """How far a run is, in memory and in its folder.  A context: inside, and once begun, no other process writes there."""
 
     def __init__(self, config: RunConfig, out: Path, progress: Progress, ranks: Ranks, pipeline: Pipeline, policy: Policy, optimizer: torch.optim.Optimizer, source: ScriptSource):
         self.config, self.out, self.progress, self.ranks = config, out, progress, ranks
         self.pipeline, self.policy, self.optimizer, self.source = pipeline, policy, optimizer, source
         self.saver = Saver(out / "checkpoints", config.checkpoint.keep, policy, config.patience)
+        self._held = ExitStack()
+        """The folder's lock."""
         self.begun = False
         """Its folder is made, or its checkpoint read."""
         self.done = self.saved = 0
@@ -53,6 +66,12 @@ class RunState:
         self.begun = True
         return self.done
 
+    def __enter__(self) -> RunState:
+        return self
+
+    def __exit__(self, *error) -> bool | None:
+        return self._held.__exit__(*error)
+
     def save(self, best: int) -> None:
         """Begin a checkpoint; ``best``: step of one that stays."""
         self.saver.begin(self.done, self.optimizer, self._identity(), best)
@@ -65,16 +84,17 @@ class RunState:
         self.saver.wait()
 
     def _resumed(self, override: bool) -> int:
-        if not (self.out / "config.resolved.yaml").exists():
+        if not self.ranks.gather((self.out / "config.resolved.yaml").exists())[0]:
             raise FileNotFoundError(f"{self.out} holds no run to resume; start one without --resume")
+        self.ranks.only_first(self._lock)
         self._override(self._changed(yaml.safe_load((self.out / "config.resolved.yaml").read_text()), to_dict(self.config)), override)
         step = self._load()
-        self.ranks.only_first(self._write_config)
+        self.ranks.only_first(lambda: self._write_start(step))
         return step
 
     def _load(self) -> int:
         """Of the newest checkpoint that can be read."""
-        if not (found := checkpoints(self.out / "checkpoints")):
+        if not (found := self.ranks.gather(checkpoints(self.out / "checkpoints"))[0]):  # as the first rank sees them: shared folders lag
             self.progress.say(f"{self.out} has no checkpoint yet: starting again from step 0")
             return 0
         newest = self.ranks.gather(self.ranks.together(lambda: newest_whole(found, self.progress.say) if self.ranks.first else None))[0]
@@ -89,11 +109,21 @@ class RunState:
     def _write_beginning(self) -> None:
         if (self.out / "config.resolved.yaml").exists():
             raise ValueError(f"{self.out} already holds a run; go on with it by --resume, or choose another folder by --out")
-        write_atomic(self.out / "environment.json", json.dumps(environment(self.pipeline.generator.device), indent=1) + "\n")
-        self._write_config()
+        self.out.mkdir(parents=True, exist_ok=True)
+        self._lock()
+        self._write_start(0)
 
-    def _write_config(self) -> None:
+    def _write_start(self, step: int) -> None:
+        """The settings, and by what the run goes on from this step: its code and versions may not be those it was begun with."""
+        path, facts = self.out / "environment.json", environment(self.pipeline.generator.device)
+        if step and path.exists():
+            begun = json.loads(path.read_text())
+            facts = begun | {"resumed": [*begun.get("resumed", []), {"step": step, **facts}]}
+        write_atomic(path, json.dumps(facts, indent=1) + "\n")
         write_atomic(self.out / "config.resolved.yaml", yaml.safe_dump(to_dict(self.config), sort_keys=False))
+
+    def _lock(self) -> None:
+        self._held.enter_context(only_writer(self.out))
 
     def _override(self, changed: list[str], override: bool) -> None:
         asked = [d for d in changed if not d.startswith("steps: ")]
@@ -106,21 +136,33 @@ class RunState:
         """What differs and may; ValueError where something differs that may not."""
         settings, others = ({k: v for k, v in stored.items() if (k in self.config.__dataclass_fields__) == wanted} for wanted in (True, False))
         old = to_dict(from_dict(settings)) | others  # a setting that is newer than the run has its default: what the run did
-        changed = differences(old, new)
+        changed = differences(old, {name: value for name, value in new.items() if name in old})
         if fixed := [d for d in changed if not d.startswith(MAY_CHANGE)]:
             raise ValueError(f"{self.out} was run with other settings, {'; '.join(fixed)}; resume with its own, or start a new run by --out")
         return changed
 
     def _identity(self) -> dict[str, Any]:
-        """What a checkpoint belongs to: the settings, the world its scripts come from, the weights it started from."""
-        story = hashlib.blake2b(repr(self.source.script(0, 0)).encode(), digest_size=8).hexdigest()
-        return to_dict(self.config) | {"start_weights": self._start_weights, "first_script": story}
+        """What a checkpoint belongs to: the settings, the world its scripts come from, the weights it started from, what makes pixels of its latents."""
+        prompts = {"prompts": _digest_of_text(repr(self.source.scripts))} if isinstance(self.source, PromptSet) else {}
+        return to_dict(self.config) | prompts | {"start_weights": self._start_weights, "decoder": self._decoder, "first_script": _digest_of_text(repr(self.source.script(0, 0)))}
 
     @functools.cached_property
     def _start_weights(self) -> str:
         """Digest of all the generator's weights as the run found them: an adapter's own say nothing of the backbone below it."""
-        digest = hashlib.blake2b(digest_size=8)
         frozen = [p.detach() for p in self.pipeline.generator.parameters() if not p.requires_grad]
-        for w in (*(w.float() for w in self.policy.layout.whole(self.policy.reference)), *frozen):
-            digest.update(w.flatten().view(torch.uint8).cpu().numpy().tobytes())
-        return digest.hexdigest()
+        return _digest(chain((w.float() for w in self.policy.layout.whole(self.policy.reference)), frozen))
+
+    @functools.cached_property
+    def _decoder(self) -> str:
+        return _digest(p.detach() for p in self.pipeline.vae.parameters())
+
+
+def _digest(weights: Iterable[torch.Tensor]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for w in weights:
+        digest.update(w.flatten().view(torch.uint8).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _digest_of_text(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -26,8 +26,13 @@ _asked: list[str] = []
 """Of the process, as signals are."""
 
 
+def heed(name: str) -> None:
+    """As if the signal had come here: another rank has it."""
+    _asked.append(name)
+
+
 def _note(number: int, frame) -> None:
-    _asked.append(signal.Signals(number).name)
+    heed(signal.Signals(number).name)
 
 
 def _raise_if_asked(*_) -> None:

@@ -46,7 +46,7 @@ class Trials:
         return self.config.evaluate.every > 0 and 0 < done < self.config.steps and done % self.config.evaluate.every == 0
 
     def missing(self, done: int) -> bool:
-        return self.due(done) and not self._comparison("ema", done).exists()
+        return self.due(done) and not self.ranks.gather(self._comparison("ema", done).exists())[0]  # as the first rank sees it: shared folders lag
 
     def best(self, done: int) -> int:
         """Step of the best held-out evaluation so far; 0 = the start weights."""
@@ -57,15 +57,17 @@ class Trials:
         sets = {"start": self.policy.reference, "online": self.policy.snapshot(), "ema": self.policy.average}
         scored = {which: self._scored(which, weights) for which, weights in sets.items()}
         metrics: dict[str, float] = {}
-        self.ranks.only_first(lambda: metrics.update(self._compared(done, scored, kinds_of(self.judges))))
+        self.ranks.only_first(lambda: metrics.update(self._compared(done, scored, kinds_of(self.judges, self.config.evaluate.seeds))))
         return metrics | self.phases.take()
 
     def _scored(self, which: str, weights: list[torch.Tensor]) -> Scored:
         """One set of weights on all scripts, this rank's share of them here."""
-        scripts = [self.scripts[i] for i in self.ranks.stretch(len(self.scripts))]
+        share = self.ranks.stretch(len(self.scripts))
+        scripts = [self.scripts[i] for i in share]
         with self.policy.using(weights), self.phases("evaluate"), self.progress.bar(f"evaluate {which}", len(scripts)) as bar:
             own = self.ranks.together(lambda: evaluate(self.pipeline, self.sampler, scripts, self.judges, self.config.score, self.config.evaluate, bar.move_to))
-        return replace(own, r_KN=torch.cat(self.ranks.gather(own.r_KN), dim=1))
+        found = self.ranks.gather((own.r_KN, own.videos[: max(0, self.config.evaluate.videos - share.start)]))
+        return replace(own, r_KN=torch.cat([r_KN for r_KN, _ in found], dim=1), videos=tuple(video for _, videos in found for video in videos))
 
     def _compared(self, done: int, scored: Mapping[str, Scored], kinds: Sequence[str]) -> dict[str, float]:
         """Samples, tables and metrics of an evaluation."""
@@ -103,7 +105,7 @@ class Trials:
         if not every or not done or done % every:
             return ""
         with self.phases("sentinels"), self.policy.at_hand(self.policy.reference), self.progress.bar("sentinels", self.config.sentinels.scripts) as bar:
-            found = self.ranks.together(lambda: self.watch(recent_kl(self.out, done, every), bar.move_to) if self.ranks.first else Verdict())
+            found = self.ranks.together(lambda: self.watch(recent_kl(self.out, done, every) if self.config.objective.kl_to == "initial" else 0.0, bar.move_to) if self.ranks.first else Verdict())
         verdict = self.ranks.gather(found)[0]
         log.write(done - 1, verdict.metrics | self.phases.take())
         for line in verdict.warnings:

@@ -76,7 +76,7 @@ class Updater:
             unknown = torch.full_like(advantage.values, float("nan"))
             return GroupUpdate(unknown, unknown, metrics)
         with phases("replay_old"):
-            moved = self.policy.updates > 0 and self.objective.kl_beta > 0.0 and self.objective.kl_to == "initial"
+            moved = self.policy.updates > 0 and self.objective.kl_to == "initial"  # also where kl_beta is 0: the drift is to be seen
             reference_G = self._energies_under(self.policy.reference, replay) if moved else None
             old_G = None if self.policy.on_policy else self._energies_under(self.policy.behaviour, replay)
         with phases("replay_grad"):
@@ -122,7 +122,7 @@ class Updater:
             bad = [n for n, fault in zip(self.policy.names, faults) if fault]
             raise FloatingPointError(
                 f"gradient norm is {float(norm)} at update {self.policy.updates}; not finite in {len(bad)} tensors, first {', '.join(bad[:3])}; nothing was updated. "
-                "Lower optimizer.lr or look at this step's rewards and energies"
+                "Look at this step's rewards and energies, or start a new run with a lower optimizer.lr"
             )
         for group in self.optimizer.param_groups:
             group["lr"] = rate

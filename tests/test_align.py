@@ -24,12 +24,14 @@ from kvpo import cli
 from kvpo.align import Alignment
 from kvpo.checkpoint import checkpoints, read_tensors
 from kvpo.config import from_dict
+from kvpo.files import only_writer
 from kvpo.metrics import read_metrics
 from kvpo.parts import evaluation_scripts, script_source, unseen
 from kvpo.progress import Progress
 from kvpo.rewards.base import RewardSpec
 from kvpo.rewards.measured import scored
 from kvpo.trials import Trials
+from kvpo.update import Updater
 
 CLOCK = ("unix_time", "time/", "memory/")
 
@@ -429,6 +431,31 @@ def test_override(straight, tmp_path, capsys):
     assert align(recipe, run, *more) == 0 and len(checkpoints(run / "checkpoints")) == 3
 
 
+def test_one_run_at_a_time_in_a_folder(straight, tmp_path, capsys):
+    """A run whose torchrun was killed may still be at work there."""
+    out, recipe, _ = straight
+    run = shutil.copytree(out, tmp_path / "run")
+    with only_writer(run):
+        assert f"another process is at work on the run in {run}; wait until it has ended" in refused(recipe, run, capsys, "--resume")
+    assert align(recipe, run, "--resume") == 0
+
+
+@pytest.mark.parametrize("job", ["mine", "other"])
+def test_torchrun_goes_on_with_its_own_job_only(straight, tmp_path, capsys, monkeypatch, job):
+    """A restart once went on with whatever lay in the folder, though the first start had been refused for it."""
+    out, recipe, _ = straight
+    run = shutil.copytree(out, tmp_path / "run")
+    facts = json.loads((run / "environment.json").read_text())
+    (run / "environment.json").write_text(json.dumps(facts | {"torchrun": "mine"}))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", job)
+    if job == "mine":
+        assert align(recipe, run) == 0 and "resumed from" in capsys.readouterr().out
+        assert json.loads((run / "environment.json").read_text())["resumed"][0]["step"] == 4
+    else:
+        assert "already holds a run" in refused(recipe, run, capsys)
+
+
 def test_resuming_in_another_world(straight, tmp_path, capsys, monkeypatch):
     out, recipe, _ = straight
     shutil.copytree(out, tmp_path / "run")
@@ -454,6 +481,19 @@ def test_a_broken_newest_checkpoint_is_named(straight, tmp_path, capsys):
     said = capsys.readouterr().out
     assert f"{path} is broken or missing" in said and f"resumed from {newest.parent / 'step-000003'}" in said.replace("\n", "")
     assert equal(final(tmp_path / "run"), final(out))
+
+
+def test_content_that_has_changed_is_named(straight, tmp_path, capsys):
+    """A bit of the disk's: the file's length and header are as they were."""
+    out, recipe, _ = straight
+    run = shutil.copytree(out, tmp_path / "run")
+    path = checkpoints(run / "checkpoints")[-1] / "tensors.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+    assert align(recipe, run, "--resume") == 0
+    assert f"{path} is broken or missing (its content has changed since it was written" in capsys.readouterr().out.replace("\n", "")
+    assert equal(final(run), final(out))
 
 
 @pytest.mark.parametrize("train", ["full", "lora"])
@@ -504,12 +544,24 @@ def test_a_prompt_file_that_is_wrong(recipe, tmp_path, capsys, text, message):
     assert str(path) in line and message in line and not (tmp_path / "run").exists()
 
 
-def test_a_prompt_file(folder, tmp_path):
+def test_a_prompt_file(folder, tmp_path, capsys):
+    """A run goes on with the prompts it was begun with, and with the decoder whose pixels were rewarded."""
     path = tmp_path / "prompts.txt"
     path.write_text("2,[a red circle rises slowly],[it turns blue]\n3,[a small square],[it moves left],[it rises]\n")
-    content = settings(folder, steps=1, data={"prompts": str(path), "blocks": 6}, policy={"train": "lora", "rank": 2})
-    assert align(write_recipe(tmp_path / "r.yaml", content), tmp_path / "run") == 0
+    shutil.copytree(folder, tmp_path / "pipeline")
+    content = settings(tmp_path / "pipeline", steps=1, data={"prompts": str(path), "blocks": 6}, policy={"train": "lora", "rank": 2})
+    recipe = write_recipe(tmp_path / "r.yaml", content)
+    assert align(recipe, tmp_path / "run") == 0
     assert len(records(tmp_path / "run")) == 2
+    before = path.read_text()
+    path.write_text(before.replace("it rises", "it falls"))
+    assert "prompts: " in refused(recipe, tmp_path / "run", capsys, "--resume", "--steps", "2")
+    path.write_text(before)
+    (weights,) = (tmp_path / "pipeline" / "vae").glob("*.safetensors")
+    state = load_file(weights)
+    state["decoder.conv_out.bias"][0] += 0.01
+    save_file(state, weights, metadata={"format": "pt"})
+    assert "was run with other settings, decoder: " in refused(recipe, tmp_path / "run", capsys, "--resume", "--steps", "2")
 
 
 @pytest.mark.parametrize(
@@ -523,6 +575,27 @@ def test_rewards_that_are_no_numbers(folder, tmp_path, capsys, reward, message):
     line = refused(recipe, tmp_path / "run", capsys)
     assert message in line and "Nothing of this step was applied" in line
     assert checkpoints(tmp_path / "run" / "checkpoints") == [] and records(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize("error", [ValueError, FloatingPointError])
+def test_what_was_trained_before_a_number_that_is_none_is_saved(straight, tmp_path, capsys, monkeypatch, error):
+    """In the third step, with no checkpoint due before the ninth: the two steps before were lost once."""
+    out, recipe, _ = straight
+    where, name = (Alignment, "explore") if error is ValueError else (Updater, "step")
+    work, calls = getattr(where, name), []
+
+    def broken(self, *args, **options):
+        calls.append(1)
+        if (self.done if error is ValueError else self.policy.updates) == 2:
+            raise error("gradient norm is nan")
+        return work(self, *args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(where, name, broken)
+        assert "gradient norm is nan" in refused(recipe, tmp_path / "run", capsys, "--checkpoint.every", "9")
+    assert calls and [p.name for p in checkpoints(tmp_path / "run" / "checkpoints")] == ["step-000002"]
+    assert align(recipe, tmp_path / "run", "--checkpoint.every", "9", "--resume") == 0
+    assert equal(final(tmp_path / "run"), final(out))
 
 
 def test_rewards_that_a_frozen_picture_wins_are_refused(folder, tmp_path, capsys):

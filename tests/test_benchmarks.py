@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import random
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -117,6 +119,12 @@ def test_variants_step_equally_far(folder):
     assert [ablation.distance(run, w, kept) for w in steps] == pytest.approx([0.003] * 2, rel=0.05)
     assert ablation.distance(run, run.policy.reference, kept) < 1e-9
     assert any(not a.equal(b) for a, b in zip(*steps)), "contexts differ"
+
+
+def test_scaling_starts():
+    """As a program, which torchrun starts too: a name that was not imported once showed only there."""
+    done = subprocess.run([sys.executable, str(BENCHMARKS / "scaling.py"), "--help"], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(BENCHMARKS.parent)})
+    assert done.returncode == 0 and "--measure" in done.stdout, done.stderr
 
 
 def test_scaling_by_hand(folder, tmp_path):

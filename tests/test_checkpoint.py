@@ -15,6 +15,7 @@ from tiny import draw, new_pipeline
 
 from kvpo import checkpoint as module
 from kvpo.checkpoint import CheckpointConfig, Snapshot, checkpoints, load_checkpoint, read_state, save_checkpoint
+from kvpo.distributed import Lost
 from kvpo.policy import PolicyConfig
 from kvpo.update import OptimizerConfig
 
@@ -98,6 +99,24 @@ def test_the_newest_stay(tmp_path, run):
         save(tmp_path, run, step)
     assert [p.name for p in checkpoints(tmp_path)] == ["step-000010", "step-000012"] == sorted(set(os.listdir(tmp_path)) - {"ema.safetensors"})
     assert read_state(checkpoints(tmp_path)[-1])["config"] == SETTINGS
+
+
+def test_later_ones_that_could_not_be_read_do_not_push_out_a_new_one(tmp_path, run):
+    """Resumed from before two broken checkpoints, a run once removed its own next one as the oldest of three."""
+    for step in (20, 30):
+        save(tmp_path, run, step)
+    save(tmp_path, run, 10, keep=1)
+    save(tmp_path, run, 15, keep=1)
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-000015", "step-000020", "step-000030"]
+
+
+def test_a_lost_rank_is_no_full_disk(tmp_path, run, monkeypatch):
+    def lost(*_):
+        raise Lost("rank 1 did not come")
+
+    monkeypatch.setattr(module, "save_file", lost)
+    with pytest.raises(Lost, match="^rank 1 did not come$"):
+        save(tmp_path, run, 1)
 
 
 def test_a_step_may_be_saved_again(tmp_path, run):

@@ -14,7 +14,7 @@ from typing import get_type_hints
 import pytest
 import torch
 from test_align import align, settings, write_recipe
-from tiny import BLUE, RED
+from tiny import BLUE, RED, save_pipeline
 
 from kvpo import cli, commands
 from kvpo.commands import Settings
@@ -147,7 +147,7 @@ def test_interrupted(capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(commands.Report, "__call__", stop)
-    assert run(capsys, "report", "x")[0] == 130
+    assert run(capsys, "report", "x") == (130, "", "kvpo report: interrupted\n")
 
 
 # --- The commands, on the tiny generator ---
@@ -257,6 +257,106 @@ def test_doctor_says_what_fails(capsys, tmp_path, folder, monkeypatch):
     failed = [line for line in out.splitlines() if line.startswith("FAILED")]
     assert code == 1 and "some invariants do not hold" in err
     assert len(failed) == 2 and "energy" in failed[0] and "one velocity at a time" in failed[1]
+
+
+def diagnosed(capsys, recipe: str) -> dict[str, bool]:
+    """Name of every line of the doctor -> whether it holds."""
+    _, out, _ = run(capsys, "doctor", recipe)
+    return {line[8:66].rstrip(): line.startswith("ok ") for line in out.splitlines()[:-1]}
+
+
+def _break_page(monkeypatch):
+    from kvpo.generators import attention
+
+    store = attention.store
+    monkeypatch.setattr(attention, "store", lambda pages, row, slots, x: store(pages, row, slots, 1.01 * x))
+
+
+def _break_eviction(monkeypatch):
+    """Once pages run out, a new frame takes the sink's in place of the oldest frame's."""
+    from kvpo.generators.cache import FrameCache
+
+    free = FrameCache._free_slot
+    monkeypatch.setattr(FrameCache, "_free_slot", lambda self, frames: free(self, frames) * (not self.evicted))
+
+
+def _break_rotary_offset(monkeypatch):
+    """Positions that begin anew in every block: right for one block, wrong for its past."""
+    from kvpo.generators import causal_wan
+
+    angles = causal_wan.frame_angles
+    monkeypatch.setattr(causal_wan, "frame_angles", lambda rope, frames, grid: angles(rope, frames % 2, grid))
+
+
+@pytest.mark.parametrize("damage", [_break_page, _break_eviction, _break_rotary_offset])
+def test_doctor_sees_a_past_that_is_not_the_uncached_one(capsys, tmp_path, folder, monkeypatch, damage):
+    """Once the cache was never read for this line: one block without a past holds whatever is wrong with pages."""
+    damage(monkeypatch)
+    lines = diagnosed(capsys, write_recipe(tmp_path / "d.yaml", settings(folder)))
+    assert lines["one block without a past == the stock model's forward"]
+    assert not lines["a block read through the cache == one uncached forward"]
+
+
+def test_doctor_knows_a_memory_bank(capsys, tmp_path):
+    """Prototypes are read twice where the window holds their frame too, and by every head whatever `bank_keep` says."""
+    folder = save_pipeline(tmp_path / "p", bank=3, bank_every=1, bank_keep=2)
+    assert all(diagnosed(capsys, write_recipe(tmp_path / "d.yaml", settings(folder, rollout={"branches": 3, "cache_frames": 12}))).values())
+
+
+def _break_lookup(monkeypatch):
+    """The first row of a group reads another page than it asked for."""
+    from kvpo.generators.cache import FrameCache
+
+    find = FrameCache.find
+
+    def wrong(self, frames, batch, rows=None):
+        found = find(self, frames, batch, rows)
+        if self.parent is not None and batch == 4:
+            found[0][2][0] += 1
+        return found
+
+    monkeypatch.setattr(FrameCache, "find", wrong)
+
+
+def _break_prefix(monkeypatch):
+    """A branch that commits changes one number of the prefix, by a little."""
+    from kvpo.generators.causal_wan import CausalWan
+
+    commit = CausalWan.commit
+
+    def careless(self, clean, text, frames, cache, *args, **kwargs):
+        if cache.parent is not None:
+            cache.parent.v[-1][0, 0, 0, 0, 0] *= 1.0 + 1e-6
+        return commit(self, clean, text, frames, cache, *args, **kwargs)
+
+    monkeypatch.setattr(CausalWan, "commit", careless)
+
+
+@pytest.mark.parametrize("damage", [_break_lookup, _break_prefix])
+def test_doctor_sees_a_prefix_that_is_not_the_same_in_all_rows(capsys, tmp_path, folder, monkeypatch, damage):
+    damage(monkeypatch)
+    lines = diagnosed(capsys, write_recipe(tmp_path / "d.yaml", settings(folder)))
+    assert not lines["pages of the prefix that a row reads otherwise than left"]
+
+
+@pytest.mark.parametrize("which", ["rows", "state"])
+def test_doctor_sees_a_decoder_that_goes_on_from_another_prefix(capsys, tmp_path, folder, monkeypatch, which):
+    """In one row from an empty state; or in all rows, of the second set, from what the first has left."""
+    from kvpo.generators.streaming import StreamingDecoder
+
+    fork = StreamingDecoder.fork
+
+    def wrong(self, rows):
+        other = fork(self, rows)
+        if which == "rows":
+            other._cache = other._each(lambda x: x * torch.arange(len(x)).clamp(max=1).view(-1, *[1] * (x.dim() - 1)))
+        else:
+            self._each(lambda x: x.mul_(0.5))
+        return other
+
+    monkeypatch.setattr(StreamingDecoder, "fork", wrong)
+    lines = diagnosed(capsys, write_recipe(tmp_path / "d.yaml", settings(folder)))
+    assert [name for name, holds in lines.items() if not holds] == ["rows decoded on from the prefix: equal latents differ by"]
 
 
 def test_doctor_sees_a_gradient_that_is_wrong_by_a_factor(capsys, tmp_path, folder, monkeypatch):

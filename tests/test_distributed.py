@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from test_align import align, equal, final, records, settings, write_recipe
 
 from kvpo.checkpoint import checkpoints, read_tensors
-from kvpo.distributed import Ranks, restarted
+from kvpo.distributed import Lost, Ranks, restarted
 from kvpo.metrics import read_metrics
-from kvpo.stopping import Stopped
+from kvpo.stopping import Stopped, giving_way, stoppable
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -92,6 +93,50 @@ def test_all_ranks_end_alike(own, other, raised):
 
     with pytest.raises(raised, match="bad|SIGTERM"):
         WithAnother(0, 2).together(work)
+
+
+def test_a_lost_rank_of_a_row_is_not_waited_for_twice():
+    """In its row first, and then once more to say so to the same ranks."""
+
+    class Deaf(Ranks):
+        def gather(self, value):
+            raise AssertionError("nobody is there to hear it")
+
+    def work():
+        raise Lost("rank 1 did not come")
+
+    with pytest.raises(Lost, match="rank 1 did not come"):
+        Deaf(0, 2).together(work)
+
+
+def test_a_signal_to_one_rank_is_heard_by_the_others(monkeypatch):
+    """When their next phase begins, not when their share of the step is done."""
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(Ranks, "gather", lambda self, value: [value])
+    ranks = Ranks(0, 2, store=dist.HashStore(), parent=os.getppid())
+
+    def work():
+        raise Stopped("SIGTERM")
+
+    with stoppable():
+        ranks.tell("phase reward")
+        with giving_way():
+            torch.nn.Identity()(0)
+        with pytest.raises(Stopped):
+            ranks.together(work)
+        ranks.tell("phase replay")
+        with giving_way(), pytest.raises(Stopped, match="SIGTERM"):
+            torch.nn.Identity()(0)
+
+
+def test_a_rank_whose_torchrun_is_gone_ends(monkeypatch):
+    """With a store of its own on every node (docs/cluster.md) it would otherwise train on, beside whoever starts the run again."""
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    ranks = Ranks(0, 2, store=dist.HashStore(), parent=os.getppid())
+    ranks.tell("phase reward")
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    with pytest.raises(Lost, match=f"rank 0 has lost torchrun .process {ranks.parent}."):
+        ranks.tell("phase replay")
 
 
 # --- The same run ---

@@ -103,14 +103,17 @@ def test_the_batch_does_not_matter(pipeline):
 
 
 def test_a_script_of_several_seeds_is_their_mean(pipeline):
-    """The first seed's noise is that of an evaluation of one seed, so more seeds refine the same number."""
-    config = EvaluateConfig(scripts=3, batch=4, videos=2, seeds=2)
+    """The first seed's noise is that of an evaluation of one seed, so more seeds refine the same number; how far they differ is a number of its own, also where a batch ends between them."""
+    config = EvaluateConfig(scripts=3, batch=3, videos=2, seeds=2)
     done = []
     result = evaluate(pipeline, SAMPLERS["renoise"], SCRIPTS, [Warmth()], CLIPS, config, done.append)
-    assert result.r_KN.shape == (1, 3) and done == [2, 3] and len(result.videos) == 2
+    assert result.components == ("Warmth", "diversity") and result.r_KN.shape == (2, 3) and done == [1, 3] and len(result.videos) == 2
     for i, script in enumerate(SCRIPTS):
         first, second = (measured_video(pipeline, script, name) for name in (("evaluate", script.id), ("evaluate", script.id, 1)))
         assert first != second and float(result.r_KN[0, i]) == pytest.approx((first + second) / 2, abs=1e-3)
+        one, other = (generate(pipeline, SAMPLERS["renoise"], [script], 1000, [name])[0] for name in (("evaluate", script.id), ("evaluate", script.id, 1)))
+        apart = float(((one.double() - other.double()) / 255).square().mean())
+        assert apart > 1e-4 and float(result.r_KN[1, i]) == pytest.approx(apart, rel=2e-2)
 
 
 def measured_video(pipeline, script, name) -> float:
@@ -125,7 +128,7 @@ def test_an_evaluator_of_a_family_that_the_weights_were_trained_on_is_not_held_o
     """Another recipe's evaluators may see as this run's rewards did."""
     scorer = Scorer(Warmth(), RewardEntry("tiny:Warmth", role=role))
     scorer.reward.spec = replace(scorer.spec, family=family)
-    assert kinds_of([scorer], {"toy"}) == [kind]
+    assert kinds_of([scorer], 1, {"toy"}) == [kind] and kinds_of([scorer], 2, {"toy"}) == [kind, "guard"]
 
 
 def test_a_scripts_number_is_the_mean_over_its_segments(pipeline):
@@ -144,6 +147,13 @@ def test_other_weights_see_the_same_noise(pipeline):
     a, b, c = (generate(p, SAMPLERS["renoise"], SCRIPTS, 0, names) for p in (pipeline, again, other))
     assert torch.equal(a, b) and not torch.equal(a, c)
     assert not torch.equal(a, generate(pipeline, SAMPLERS["renoise"], SCRIPTS, 1, names))
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_a_rank_without_a_script_has_an_empty_table(pipeline, seeds):
+    """Of more ranks than scripts: it ended a run at its evaluation once."""
+    result = evaluate(pipeline, SAMPLERS["renoise"], [], [Warmth()], CLIPS, EvaluateConfig(seeds=seeds))
+    assert result.r_KN.shape == (len(result.components), 0) and len(result.components) == seeds and result.videos == ()
 
 
 def test_what_can_not_be_measured_is_nan(pipeline):

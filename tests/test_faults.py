@@ -45,6 +45,28 @@ class SlowDisk:
         return Warmth()
 
 
+PHASES = ("total", "prefix", "branches", "decode", "reward", "replay_old", "replay_grad", "hold", "optimizer", "checkpoint", "evaluate", "sentinels")
+
+
+class DiesInEveryPhase:
+    """kill -9 of the second rank by itself in one phase after the other, each once: what it has died in is in the folder that KVPO_DIED names."""
+
+    def __new__(cls):
+        from kvpo.timing import Phases
+        from tiny import Warmth
+
+        died, begin = Path(os.environ["KVPO_DIED"]), Phases.__call__
+
+        def dying(self, name):
+            if os.environ.get("RANK") == "1" and not (died / name).exists():
+                (died / name).touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return begin(self, name)
+
+        Phases.__call__ = dying
+        return Warmth()
+
+
 class HangsOnTheSecond:
     """Sleeps instead of scoring, on the second rank."""
 
@@ -258,7 +280,24 @@ def test_a_store_that_is_not_there_is_one_line(monkeypatch):
     assert "\n" not in str(caught.value)
 
 
-# --- At random ---
+# --- In every phase, and at random ---
+
+
+@pytest.mark.slow
+def test_killed_in_every_phase(folder, tmp_path, monkeypatch):
+    """One run, in which torchrun starts both ranks again after each death."""
+    changes = {"steps": STEPS, "evaluate": {"every": 2, "scripts": 2, "batch": 2, "videos": 0}, "sentinels": {"every": 2, "scripts": 2, "seeds": 2, "stop": 0.0, "kl_stop": 0.0}, "velocity_penalty": {"weight": 1.0}}
+    (tmp_path / "died").mkdir()
+    monkeypatch.setenv("KVPO_DIED", str(tmp_path / "died"))
+    whole = launch(new_recipe(folder, tmp_path, rewards=[{"name": "tiny:Warmth"}], **changes), tmp_path / "whole")
+    said, _ = whole.communicate(timeout=180)
+    assert whole.returncode == 0, said
+    run = launch(new_recipe(folder, tmp_path, rewards=[{"name": "test_faults:DiesInEveryPhase"}], **changes), tmp_path / "run", restarts=len(PHASES))
+    said, _ = run.communicate(timeout=600)
+    assert run.returncode == 0, said
+    assert {path.name for path in (tmp_path / "died").iterdir()} == set(PHASES)
+    assert is_whole(tmp_path / "run", tmp_path / "whole")
+
 
 
 @pytest.mark.slow

@@ -199,7 +199,8 @@ def test_sentinels_in_a_run(folder, tmp_path, capsys, monkeypatch):
     assert run(folder, out, tmp_path, sentinels=sentinels) == 0
     looks = [r for r in read_metrics(out / "metrics.jsonl") if "sentinel/saturation/moved" in r]
     assert [r["step"] for r in looks] == [1, 3] and looks[0]["time/sentinels"] > 0 and "stopped" not in capsys.readouterr().out
-    assert run(folder, tmp_path / "other", tmp_path, sentinels=sentinels | {"kl_warn": 1e-12, "kl_stop": 1e-12}) == 0
+    assert run(folder, tmp_path / "other", tmp_path, sentinels=sentinels | {"kl_warn": 1e-12, "kl_stop": 1e-12}, checkpoint={"every": 9}) == 0
     said = capsys.readouterr().out
     assert "sentinel after 2 steps: KL to the start policy" in said and "stopped after 2 steps: beyond the stop limit: KL" in said
+    assert [p.name for p in checkpoints(tmp_path / "other" / "checkpoints")] == ["step-000002"], "what was evaluated is there, though no checkpoint was due"
     assert (tmp_path / "other" / "evaluation" / "ema-step-000002.json").exists() and "Sentinels" in (tmp_path / "other" / "report.html").read_text()

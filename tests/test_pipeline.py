@@ -151,3 +151,20 @@ def test_another_class_in_a_folder(broken):
     shutil.rmtree(broken / "vae")
     shutil.copytree(broken / "transformer", broken / "vae")
     assert "vae" in refused(broken)
+
+
+@pytest.mark.parametrize("name", ["tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json", "scheduler/scheduler_config.json"])
+def test_a_truncated_description(broken, name):
+    """`Expecting value: line 82 column 13` was once all that was said."""
+    path = broken / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    message = refused(broken)
+    assert message.startswith(f"{path} is not JSON (") and message.endswith("; copy it again")
+
+
+@pytest.mark.parametrize(("name", "content"), [("tokenizer/tokenizer.json", "{}"), ("scheduler/scheduler_config.json", '{"num_train_timesteps": "many"}'), ("tokenizer/tokenizer.json", None)])
+def test_a_description_of_nothing(broken, name, content):
+    path = broken / name
+    path.unlink() if content is None else path.write_text(content)
+    message = refused(broken)
+    assert message.startswith(f"{path.parent} does not hold a {path.parent.name} (") and message.endswith("; copy it again")

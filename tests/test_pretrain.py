@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from safetensors import SafetensorError
 
 from kvpo.generators.causal_wan import CausalWan
 from kvpo.generators.history import SinkWindow
@@ -17,14 +18,16 @@ from kvpo.mini.autoencoder import clip, encode, fit_encoder, set_latent_scale
 from kvpo.mini.few_step import Played, draw_stretch
 from kvpo.mini.flat import flat_velocity, use_flat_attention
 from kvpo.mini.layouts import SLOTS, draw_layout, draw_switch, frames_of, layout
+from kvpo.mini.library import Library, load_library, save_library
 from kvpo.mini.linear_encoder import install
-from kvpo.mini.networks import BLOCK, SINK, WINDOW, new_text_encoder, new_vae
+from kvpo.mini.networks import BLOCK, SINK, WINDOW, new_text_encoder, new_transformer, new_vae
 from kvpo.mini.openings import build_openings, likeliest, noised_openings, opening_lesson
-from kvpo.mini.pretrain import Settings, mixed, pretrain
+from kvpo.mini.pretrain import Networks, Settings, export, mixed, pretrain
 from kvpo.mini.teacher_forcing import Crops
-from kvpo.mini.training import LOG, Stage, forget, optimizers
+from kvpo.mini.training import LOG, Stage, beside, forget, optimizers
 from kvpo.mini.world import PILLAR
 from kvpo.generators.pipeline import Pipeline
+from kvpo.progress import Progress
 from kvpo.rng import normal, stream
 
 H = W = 4
@@ -198,13 +201,98 @@ def test_pretraining_killed_in_every_stage_ends_bit_for_bit_the_same(tmp_path, m
     for name in ("decoder", "teacher_forcing", "few_step", "long_stream"):
         with pytest.raises(Killed, match=name):
             pretrain(tmp_path / "resumed", tmp_path / "work_b", settings=TINY)
+        assert not (tmp_path / "resumed").exists(), "weights that are not finished"
     pretrain(tmp_path / "resumed", tmp_path / "work_b", settings=TINY)
     assert "long_stream: goes on after step 1 of 2" in capsys.readouterr().out
     assert weights(tmp_path / "resumed") == weights(tmp_path / "whole")
     geometry = Pipeline.load(tmp_path / "whole").geometry
     assert (geometry.block, geometry.sink, geometry.window, geometry.text_length) == (3, 3, 12, 24)
+    assert Pipeline.load(tmp_path / "work_b" / "teacher_forced").geometry == geometry
     with pytest.raises(ValueError, match="flow_lr"):
         pretrain(tmp_path / "resumed", tmp_path / "work_b", settings=replace(TINY, flow_lr=1.0))
+
+
+def test_what_is_no_pipeline_folder_is_not_replaced(tmp_path):
+    """`kvpo pretrain OUT` once deleted whatever lay at OUT."""
+    out, work = tmp_path / "thesis", tmp_path / "work"
+    out.mkdir()
+    (out / "chapter.tex").write_text("years of work")
+    for place in (out, out / "chapter.tex"):
+        with pytest.raises(ValueError, match=f"{place} is there and is no pipeline folder .*give a new or an empty folder"):
+            pretrain(place, work, settings=TINY)
+    assert weights(tmp_path) == {"thesis/chapter.tex": b"years of work"} and not work.exists()
+
+
+@pytest.mark.parametrize("work", ["out", "out/work"])
+def test_the_finished_weights_do_not_replace_the_work_folder(tmp_path, work):
+    with pytest.raises(ValueError, match="the work folder .* give another --work"):
+        pretrain(tmp_path / "out", tmp_path / work, settings=TINY)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("there", ["nothing", "an empty folder", "a pipeline folder"])
+def test_what_may_be_replaced(tmp_path, there):
+    out, work = tmp_path / "out", tmp_path / "work"
+    work.mkdir()
+    (work / "settings.json").write_text("{}")  # of other settings, so that it ends before it computes
+    if there != "nothing":
+        out.mkdir()
+    if there == "a pipeline folder":
+        (out / "streaming.json").touch()
+    with pytest.raises(ValueError, match="was begun with other settings"):
+        pretrain(out, work, settings=TINY)
+
+
+def test_a_full_disk_keeps_the_state_before_it(tmp_path, monkeypatch):
+    layer = torch.nn.Linear(1, 1)
+    stage = Stage("tiny", tmp_path, {"layer": layer}, lambda step: (layer.weight.sum(), {}), steps=2, lr=1e-3)
+    stage.save()
+    full_disk(monkeypatch)
+    stage.step = 1
+    with pytest.raises(OSError, match=r"^\S*tiny.state.pt could not be written \(unexpected pos 64 vs 0\); free disk space, then the same command goes on$"):
+        stage.save()
+    assert [p.name for p in tmp_path.iterdir()] == ["tiny.state.pt"] and stage.resume() and stage.step == 0
+
+
+def test_a_full_disk_leaves_no_half_library(tmp_path, monkeypatch):
+    library, path = Library((), (), (), ()), tmp_path / "stories.pt"
+    with monkeypatch.context() as patched:
+        full_disk(patched)
+        with pytest.raises(OSError, match="stories.pt could not be written .*free disk space"):
+            save_library(library, path)
+    assert not list(tmp_path.iterdir())
+    save_library(library, path)
+    assert load_library(path) == library
+
+
+def full_disk(monkeypatch) -> None:
+    def save(state, file) -> None:
+        file.write(b"PK")
+        raise RuntimeError("unexpected pos 64 vs 0\n(a stack of C++)")
+
+    monkeypatch.setattr(torch, "save", save)
+
+
+def test_a_full_disk_keeps_the_weights_before_it(tmp_path, monkeypatch):
+    """As safetensors says it."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "streaming.json").write_text("older")
+
+    def save(pipeline, folder) -> None:
+        folder.mkdir()
+        (folder / "half").touch()
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(Pipeline, "save", save)
+    with pytest.raises(OSError, match="out could not be written .*No space left on device.*free disk space"):
+        export(Networks(new_vae(0), new_transformer(0), new_text_encoder(0)), out, Progress())
+    assert weights(tmp_path) == {"out/streaming.json": b"older"}
+
+
+def test_what_a_device_raises_is_not_the_disk(tmp_path):
+    with pytest.raises(torch.OutOfMemoryError), beside(tmp_path / "x"):
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 def test_a_resumed_log_tells_every_step_once(tmp_path):

@@ -171,16 +171,19 @@ def test_the_kl_may_be_to_the_old_policy():
     assert all(torch.equal(a, b) for a, b in zip(run.state(), plain.state()))
 
 
-def test_without_kl_no_reference_is_replayed():
-    calls = []
-    for beta in (0.0, 1.0):
-        run = Run(objective=ClippedObjective(kl_beta=beta))
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+def test_the_kl_to_the_start_is_seen_also_where_nothing_holds_it(beta):
+    """With kl_beta 0 it was once the KL to the old policy, 0 in every step, and the sentinel that watches it slept."""
+    calls, kl = [], []
+    for to in ("old", "initial"):
+        run = Run(objective=ClippedObjective(kl_beta=beta, kl_to=to))
         run.accumulate()
         run.updater.step()
         before = run.pipeline.generator.calls
-        run.accumulate()
+        kl.append(run.accumulate().metrics["loss/kl"])
         calls.append(run.pipeline.generator.calls - before)
     assert calls == [2, 4], "a clean pass and a batch of velocities for each set of weights"
+    assert kl[0] == 0.0 < kl[1]
 
 
 def test_groups_add_up_to_their_mean():

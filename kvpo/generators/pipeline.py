@@ -148,8 +148,8 @@ class Pipeline:
         transformer = _load(WanTransformer3DModel, folder / "transformer", dtype)
         vae = _load(AutoencoderKLWan, folder / "vae", vae_dtype or dtype)
         encoder = _load(UMT5EncoderModel, folder / "text_encoder", dtype) if text_encoder else None
-        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
+        tokenizer = _load_weightless(AutoTokenizer, folder / "tokenizer")
+        scheduler = _load_weightless(FlowMatchEulerDiscreteScheduler, folder / "scheduler")
         geometry.check_grid(transformer.config.patch_size, str(folder / "streaming.json"))
         stock = WanPipeline(tokenizer, encoder, vae, scheduler, transformer)
         for module in filter(None, (transformer, vae, encoder)):
@@ -225,9 +225,34 @@ def _load(kind, folder: Path, dtype: torch.dtype):
     try:
         model, info = kind.from_pretrained(folder, torch_dtype=dtype, output_loading_info=True, use_safetensors=True, local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{folder} does not hold a {kind.__name__}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{folder} does not hold a {kind.__name__}: {_first_line(error)}") from None
     wrong = {what: sorted(map(str, info[what])) for what in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(what)}
     if wrong:
         listed = "; ".join(f"{what.replace('_', ' ')}: {', '.join(keys[:5])}{' ...' if len(keys) > 5 else ''}" for what, keys in wrong.items())
         raise ValueError(f"{folder} holds weights of another model than its config.json describes: {listed}")
     return model
+
+
+def _load_weightless(kind, folder: Path):
+    """A stock class from a folder of descriptions only."""
+    try:
+        return kind.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # of malformed files tokenizers raises bare ones, and transformers whatever its reading stumbles over
+        if isinstance(error, MemoryError):
+            raise
+        reason = _not_json(folder) or f"{folder} does not hold a {folder.name} ({type(error).__name__}: {_first_line(error)})"
+    raise ValueError(f"{reason}; copy it again")
+
+
+def _not_json(folder: Path) -> str:
+    """Which of the folder's files is no JSON and why; nothing if all are."""
+    for path in sorted(folder.glob("*.json")):
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            return f"{path} is not JSON ({error})"
+    return ""
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from kvpo.mini.autoencoder import encode
 from kvpo.mini.linear_encoder import LinearEncoder
 from kvpo.mini.networks import BLOCK, new_tokenizer, tokenize
 from kvpo.mini.stories import Story, write_story
+from kvpo.mini.training import save_whole
 from kvpo.types import Script
 
 OBJECT_WEIGHT = 3.0
@@ -93,9 +93,7 @@ def build_library(vae, code: LinearEncoder, seed: int, stories: int, progress: C
 
 def save_library(library: Library, path: Path) -> None:
     scripts = [(s.id, s.texts, s.starts, s.blocks) for s in library.scripts]
-    temporary = path.with_suffix(".tmp")
-    torch.save({"scripts": scripts, "latents": library.latents, "cells": library.cells, "tokens": library.tokens}, temporary)
-    os.replace(temporary, path)
+    save_whole({"scripts": scripts, "latents": library.latents, "cells": library.cells, "tokens": library.tokens}, path)
 
 
 def load_library(path: Path) -> Library:

@@ -33,7 +33,7 @@ from kvpo.mini.linear_encoder import LinearEncoder, install
 from kvpo.mini.networks import BLOCK, SINK, STEPS, TEXT_LEN, WINDOW, new_scheduler, new_text_encoder, new_tokenizer, new_transformer, new_vae
 from kvpo.mini.openings import build_openings
 from kvpo.mini.teacher_forcing import teacher_forcing_loss
-from kvpo.mini.training import Stage
+from kvpo.mini.training import Stage, beside
 from kvpo.mini.world import FPS, SIZE
 from kvpo.progress import Progress
 
@@ -90,8 +90,12 @@ class Networks:
 
 
 def pretrain(out: Path, work: Path, seed: int = 0, settings: Settings = Settings(), device: str = "cpu") -> None:
-    """Train everything and write the pipeline folder ``out``; states, the encoded stories and the log go to ``work``."""
+    """Train everything and write the pipeline folder ``out``; states, the encoded stories, the log and what stage 2 left go to ``work``.
+
+    ValueError, before anything is touched, where ``out`` holds something else than a pipeline folder."""
     out, work, progress = Path(out), Path(work), Progress()
+    may_be_replaced(out, work)
+    out = out.resolve()  # a link stays one, and even "." has a name
     claim(work, seed, settings)
     nets = Networks(new_vae(seed), new_transformer(seed), new_text_encoder(seed)).to(device)
     code = set_code(nets, seed, settings)
@@ -103,7 +107,7 @@ def pretrain(out: Path, work: Path, seed: int = 0, settings: Settings = Settings
     openings = build_openings(nets.vae, code, seed, settings.openings)
     loss = teacher_forcing_loss(nets.transformer, nets.encoder, library, openings, seed, settings.flow_batch, device)
     seconds["teacher_forcing"] = train_generator("teacher_forcing", nets, loss, settings.flow_steps, settings.flow_lr, work, settings, progress)
-    export(nets, out, progress)
+    export(nets, work / "teacher_forced", progress)  # not ``out``: nobody shall take these for the finished ones
 
     def on_own_streams(name: str, turns: Sequence[str], steps: int, lr: float) -> None:
         loss = few_step_loss(nets.transformer, nets.encoder, Writer(nets.vae, code), library, openings, turns, seed, name.replace("_", "-"), settings.few_batch, device)
@@ -117,6 +121,15 @@ def pretrain(out: Path, work: Path, seed: int = 0, settings: Settings = Settings
         numbers = measured(Pipeline.load(out, device), settings.measured)
         write_card(out, numbers, settings.measured, settings, seed, seconds)
         progress.say("held-out stories: " + ", ".join(f"{name} {value:.3f}" for name, value in numbers.items()))
+
+
+def may_be_replaced(out: Path, work: Path) -> None:
+    """ValueError unless ``out`` is missing, empty or a pipeline folder, and ``work`` lies elsewhere: what is at ``out`` goes when the new weights come."""
+    empty = not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir()))
+    if not empty and not (out / "streaming.json").is_file():
+        raise ValueError(f"{out} is there and is no pipeline folder (it has no streaming.json), so it is not replaced; give a new or an empty folder, or an older pipeline folder")
+    if out.resolve() in (work.resolve(), *work.resolve().parents):
+        raise ValueError(f"the work folder {work} lies in {out}, which is replaced as a whole by the finished weights; give another --work, or another folder for the weights")
 
 
 def claim(work: Path, seed: int, settings: Settings) -> None:
@@ -172,17 +185,17 @@ def mixed(modules: torch.nn.Module, share: float) -> Iterator[None]:
 
 def export(nets: Networks, out: Path, progress: Progress) -> None:
     """The pipeline folder, there completely or not at all; a model card already in it stays."""
-    part, old = out.with_name(f".{out.name}.part"), out.with_name(f".{out.name}.old")
-    for leftover in (part, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    old = out.with_name(f".{out.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
     transformer = type(nets.transformer).from_config(nets.transformer.config)
     transformer.load_state_dict(nets.transformer.state_dict())
     stock = WanPipeline(new_tokenizer(), nets.encoder, nets.vae, new_scheduler(), transformer)
-    Pipeline(CausalWan(transformer), nets.vae, GEOMETRY, stock, str(part)).save(part)
-    if (card := out / "README.md").exists():
-        shutil.copy(card, part / "README.md")
-    if out.exists():
-        os.replace(out, old)
-    os.replace(part, out)
+    with beside(out) as part:
+        Pipeline(CausalWan(transformer), nets.vae, GEOMETRY, stock, str(part)).save(part)
+        if (card := out / "README.md").exists():
+            shutil.copy(card, part / "README.md")
+        if out.exists():
+            os.replace(out, old)
+        os.replace(part, out)
     shutil.rmtree(old, ignore_errors=True)
     progress.say(f"weights: written to {out}")

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import time
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, Mapping
+from typing import Any, Callable, Iterator, Mapping
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from kvpo.files import write_atomic
@@ -56,11 +59,8 @@ class Stage:
         return True
 
     def save(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".part")
         state = {"modules": self.modules.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers], "average": self.average}
-        torch.save({**state, "step": self.step, "seconds": self.seconds}, temporary)
-        os.replace(temporary, self.path)
+        save_whole({**state, "step": self.step, "seconds": self.seconds}, self.path)
 
     def rate(self) -> float:
         if self.step < self.warmup:
@@ -97,11 +97,16 @@ class Stage:
                 self.seconds += time.monotonic() - began
                 bar.advance(f"loss {metrics['loss']:.4f}")
                 if self.step % 10 == 0 or self.step == self.steps:
-                    with (self.folder / LOG).open("a") as file:
-                        file.write(json.dumps({"stage": self.name, "step": self.step, "seconds": round(self.seconds, 1), **metrics}) + "\n")
+                    self.note(metrics)
                 if self.step % self.save_every == 0 or self.step == self.steps:
                     self.save()
         self.take_average()
+
+    def note(self, metrics: Mapping[str, float]) -> None:
+        """A line of the log."""
+        log = self.folder / LOG
+        with refusals(log), log.open("a") as file:
+            file.write(json.dumps({"stage": self.name, "step": self.step, "seconds": round(self.seconds, 1), **metrics}) + "\n")
 
     @torch.no_grad()
     def take_average(self) -> None:
@@ -134,3 +139,44 @@ def forget(log: Path, stage: str, step: int) -> None:
         if row["stage"] != stage or row["step"] <= step:
             kept.append(line + "\n")
     write_atomic(log, "".join(kept))
+
+
+def save_whole(state: Mapping[str, Any], path: Path) -> None:
+    """``path`` by torch.save, there completely or not at all.  OSError with the way out where the disk refuses."""
+    with beside(path) as part:
+        with part.open("wb") as file:  # of a path torch.save would not say why it could not be written
+            torch.save(state, file)
+        os.replace(part, path)
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """Where to write what the body then moves to ``path``, a file or a folder; if it does not come to that, nothing of it is left."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with refusals(path):
+            _remove(part)  # of a program that was killed
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield part
+    finally:
+        _remove(part)
+
+
+@contextmanager
+def refusals(path: Path) -> Iterator[None]:
+    """What a disk that refuses ``path`` raises, as one line with the way out: OSError."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and type(error) is not RuntimeError:
+            raise  # of a device, which have classes of their own; torch.save makes a plain one of the disk's
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        said = (str(reason).strip().splitlines() or [type(reason).__name__])[0]
+        raise OSError(f"{path} could not be written ({said}); free disk space, then the same command goes on") from None
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
