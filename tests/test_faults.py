@@ -244,6 +244,25 @@ def test_pre_emption_of_a_node_ends_by_code_0(recipe, tmp_path):
     assert checkpoints(run.out / "checkpoints")[-1].name == f"step-{steps:06d}"
 
 
+@pytest.mark.slow
+def test_ranks_without_their_torchrun_end(recipe, whole, tmp_path):
+    """By the script every node has a store of its own, in its first rank, so nothing else tells them: they once trained on, beside the run that was started again."""
+    run = Run(recipe, tmp_path / "run")
+    run.process = node(tmp_path, "lo", NODES=1, CARDS=2, RECIPE=recipe, RUN=run.out)
+    assert run.wait_for(run.logged(1))
+    ranks, (torchrun,) = run.ranks(), children(run.process.pid)
+    assert len(ranks) == 2
+    os.kill(torchrun, signal.SIGKILL)
+    assert run.process.wait(timeout=60) == 128 + signal.SIGKILL
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in ranks.values()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert "has lost torchrun" in (tmp_path / "lo").read_text() and len(records(run.out, evaluations=False)) < STEPS
+    run.start()
+    run.end()
+    assert is_whole(run.out, whole)
+
+
 def test_two_hosts(hosts, recipe, whole, tmp_path):
     """One rank on each; the second is killed and both start anew; nothing listens but on the cable; one host's weights."""
     run = Run(recipe, tmp_path / "run")
