@@ -72,7 +72,7 @@ class Alignment:
         self.state = RunState(config, out, progress, self.ranks, self.pipeline, self.policy, self.updater.optimizer, self.source)
         self.trials = Trials(config, out, progress, self.ranks, self.phases, self.pipeline, self.policy, self.scripts, self.judges)
 
-    def run(self, resume: bool, override: bool = False) -> Path:
+    def run(self, resume: bool, override: bool) -> Path:
         """Train, checkpoint, evaluate; the path of the report.  FloatingPointError or ValueError before an update that must not happen, `Stopped` after a signal: the steps before are saved."""
         with self.state:
             start = self.state.begin(resume, override)
@@ -104,8 +104,7 @@ class Alignment:
                 self._save()
             if self.trials.due(self.done):
                 log.write(self.done - 1, self.trials.evaluate(self.done))
-        if self.done > self.state.saved:
-            self._save()
+        self._save()
         if not self.trials.due(self.done):  # a run that was killed in its last evaluation has only this left to do
             log.write(self.done - 1, self.trials.evaluate(self.done))
 

@@ -9,6 +9,7 @@ import sys
 from typing import Callable, Mapping, NoReturn
 
 from kvpo.ending import end_by
+from kvpo.errors import first_line
 
 COMMANDS: Mapping[str, str] = {
     "align": "align a generator to rewards by KVPO",
@@ -75,7 +76,7 @@ def _run(argv: list[str]) -> int:
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
             raise
-        print(f"kvpo {name}: out of memory ({str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}); {OUT_OF_MEMORY[name in RUNS]}", file=sys.stderr)
+        print(f"kvpo {name}: out of memory ({first_line(error)}); {OUT_OF_MEMORY[name in RUNS]}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"kvpo {name}: interrupted", file=sys.stderr)

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from kvpo.errors import first_line
 from kvpo.rendezvous import open_store
 from kvpo.stopping import Stopped, giving_way, heed
 
@@ -59,7 +60,7 @@ class Ranks:
             try:
                 dist.init_process_group(backend, store=store, rank=int(os.environ["RANK"]), world_size=world, timeout=timeout)
             except RuntimeError as error:
-                raise Lost(f"rank {os.environ['RANK']} did not meet all {world} ranks at the start ({str(error).splitlines()[0][-160:]}); the others say why") from None
+                raise Lost(f"rank {os.environ['RANK']} did not meet all {world} ranks at the start ({first_line(error)[-160:]}); the others say why") from None
         ranks = cls(dist.get_rank(), world, device, store=dist.PrefixStore("ranks", dist.distributed_c10d._get_default_store()), parent=os.getppid())
         ranks.tell("start")
         return ranks
@@ -159,7 +160,7 @@ class Ranks:
             raise
         except RuntimeError as error:  # torch's network errors are of this kind
             who = self.process(self.rank)
-            raise Lost(f"rank {who} waited in vain: {self._missing()} ({str(error).splitlines()[0][-160:]}). `patience` is how long to wait; go on with --resume") from None
+            raise Lost(f"rank {who} waited in vain: {self._missing()} ({first_line(error)[-160:]}). `patience` is how long to wait; go on with --resume") from None
 
     def _missing(self) -> str:
         try:

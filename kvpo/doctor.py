@@ -189,7 +189,7 @@ def _print(x: torch.Tensor) -> int:
 def _decoded_apart(rollout: Rollout) -> float:
     """The anchor's first frame in all rows, twice: every row starts from the same state, and decoding leaves that state as it was."""
     decoder, rows = rollout.decoder(), rollout.latents[-1:, :1].expand(len(rollout.plans), -1, -1, -1, -1)
-    return _spread(torch.cat([decoder.fork(len(rows))(rows) for _ in "12"]).float())
+    return _spread(torch.cat([decoder.fork(len(rows))(rows) for _ in range(2)]).float())
 
 
 def _gradients(run: Alignment, replay, rollout: Rollout) -> Iterator[Finding]:

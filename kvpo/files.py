@@ -12,6 +12,8 @@ from typing import Iterator
 
 from safetensors import SafetensorError
 
+from kvpo.errors import first_line
+
 
 def write_atomic(path: Path, data: bytes | str) -> Path:
     """``path`` with exactly ``data`` (text as UTF-8); whoever reads it sees the old content or the new, never half.
@@ -58,13 +60,36 @@ def whole_folder(path: Path) -> Iterator[Path]:
     ValueError if ``path`` is there already; OSError with the way out where the disk refuses.
     """
     must_be_new(path)
-    part = path.with_name(f".{path.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        part.mkdir(parents=True)
+    with beside(path, "nothing of it is left. Free disk space, or choose another disk") as part:
+        part.mkdir()
         yield part
         os.replace(part, path)
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"{path} could not be written ({error}); nothing of it is left. Free disk space, or choose another disk") from None
+
+
+@contextmanager
+def beside(path: Path, way_out: str) -> Iterator[Path]:
+    """Where to write what the body then moves to ``path``, a file or a folder; if it does not come to that, nothing of it is left.  OSError where the disk refuses."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with refusals(path, way_out):
+            _remove(part)  # of a program that was killed
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield part
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        _remove(part)
+
+
+@contextmanager
+def refusals(path: Path, way_out: str) -> Iterator[None]:
+    """What a disk that refuses ``path`` raises, as one line with the way out: OSError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{path} could not be written ({first_line(error)}); {way_out}") from None
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -14,6 +14,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from kvpo.errors import first_line
+
 UNSHARED = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 """torchrun's switch; then every start has a port of its own."""
 MEETING = timedelta(minutes=1)
@@ -33,7 +35,7 @@ def open_store(timeout: timedelta) -> dist.Store:
         store = open_at(**listening)
     except RuntimeError as error:  # torch's network errors are of this kind
         raise ConnectionError(
-            f"rank {rank} found no store at {address}:{port} ({str(error).splitlines()[0][-160:]}); rank 0, or torchrun on one node, opens it: "
+            f"rank {rank} found no store at {address}:{port} ({first_line(error)[-160:]}); rank 0, or torchrun on one node, opens it: "
             "is that up, and is its address the cluster's interface, without a firewall between (docs/cluster.md)?"
         ) from None
     store.set_timeout(timeout)

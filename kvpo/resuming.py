@@ -73,14 +73,14 @@ class RunState:
         return self._held.__exit__(*error)
 
     def save(self, best: int) -> None:
-        """Begin a checkpoint; ``best``: step of one that stays."""
-        self.saver.begin(self.done, self.optimizer, self._identity(), best)
-        self.saved = self.done
+        """Begin a checkpoint, unless the last one is of now; ``best``: step of one that stays."""
+        if self.done > self.saved:
+            self.saver.begin(self.done, self.optimizer, self._identity, best)
+            self.saved = self.done
 
     def save_what_is_left(self, best: int) -> None:
         """And wait until it is written."""
-        if self.done > self.saved:
-            self.save(best)
+        self.save(best)
         self.saver.wait()
 
     def _resumed(self, override: bool) -> int:
@@ -99,7 +99,7 @@ class RunState:
             return 0
         newest = self.ranks.gather(self.ranks.together(lambda: newest_whole(found, self.progress.say) if self.ranks.first else None))[0]
         state = read_state(newest)
-        self._changed(state["config"], self._identity())
+        self._changed(state["config"], self._identity)
         if state["step"] > self.config.steps:
             raise ValueError(f"{newest} is beyond steps = {self.config.steps}; set steps to {state['step']} or more, or start a new run by --out")
         step, others = load_checkpoint(newest, self.policy, self.optimizer), differences(state.get("packages", packages()), packages())
@@ -141,20 +141,14 @@ class RunState:
             raise ValueError(f"{self.out} was run with other settings, {'; '.join(fixed)}; resume with its own, or start a new run by --out")
         return changed
 
+    @functools.cached_property
     def _identity(self) -> dict[str, Any]:
-        """What a checkpoint belongs to: the settings, the world its scripts come from, the weights it started from, what makes pixels of its latents."""
+        """What a checkpoint belongs to: the settings, the world its scripts come from, the weights it started from (an adapter's own say nothing of the backbone below it), what makes pixels of its latents.  All ranks enter."""
         prompts = {"prompts": _digest_of_text(repr(self.source.scripts))} if isinstance(self.source, PromptSet) else {}
-        return to_dict(self.config) | prompts | {"start_weights": self._start_weights, "decoder": self._decoder, "first_script": _digest_of_text(repr(self.source.script(0, 0)))}
-
-    @functools.cached_property
-    def _start_weights(self) -> str:
-        """Digest of all the generator's weights as the run found them: an adapter's own say nothing of the backbone below it."""
-        frozen = [p.detach() for p in self.pipeline.generator.parameters() if not p.requires_grad]
-        return _digest(chain((w.float() for w in self.policy.layout.whole(self.policy.reference)), frozen))
-
-    @functools.cached_property
-    def _decoder(self) -> str:
-        return _digest(p.detach() for p in self.pipeline.vae.parameters())
+        trained = (w.float() for w in self.policy.layout.whole(self.policy.reference))
+        frozen = (p.detach() for p in self.pipeline.generator.parameters() if not p.requires_grad)
+        weights = {"start_weights": _digest(chain(trained, frozen)), "decoder": _digest(p.detach() for p in self.pipeline.vae.parameters())}
+        return to_dict(self.config) | prompts | weights | {"first_script": _digest_of_text(repr(self.source.script(0, 0)))}
 
 
 def _digest(weights: Iterable[torch.Tensor]) -> str:

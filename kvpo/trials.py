@@ -105,12 +105,16 @@ class Trials:
         if not every or not done or done % every:
             return ""
         with self.phases("sentinels"), self.policy.at_hand(self.policy.reference), self.progress.bar("sentinels", self.config.sentinels.scripts) as bar:
-            found = self.ranks.together(lambda: self.watch(recent_kl(self.out, done, every) if self.config.objective.kl_to == "initial" else 0.0, bar.move_to) if self.ranks.first else Verdict())
+            found = self.ranks.together(lambda: self.watch(self._kl(done, every), bar.move_to) if self.ranks.first else Verdict())
         verdict = self.ranks.gather(found)[0]
         log.write(done - 1, verdict.metrics | self.phases.take())
         for line in verdict.warnings:
             self.progress.say(f"sentinel after {done} steps: {line}")
         return f"beyond the stop limit: {'; '.join(verdict.stops)}" if verdict.stops else ""
+
+    def _kl(self, done: int, steps: int) -> float:
+        """To the start policy; where the run measures its KL to another one, nothing to watch."""
+        return recent_kl(self.out, done, steps) if self.config.objective.kl_to == "initial" else 0.0
 
     def _history(self, done: int) -> dict[int, goodhart.Rows]:
         """Evaluations up to now; a run that was killed and resumed from before them may have later ones."""

@@ -15,7 +15,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "kvpo"
 
 LAYERS = {
-    "foundation": "types flow rng files timing environment progress stopping ending rendezvous mini.world mini.stories mini.source",
+    "foundation": "types flow rng errors files timing environment progress stopping ending rendezvous mini.world mini.stories mini.source",
     "metrics": "metrics distributed video",
     "generators": "generators.rope generators.memory generators.cache generators.history generators.attention generators.causal_wan "
     "generators.streaming generators.pipeline generators.checkpoints generators.base_folder generators.embeddings",

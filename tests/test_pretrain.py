@@ -12,6 +12,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from safetensors import SafetensorError
 
+from kvpo.files import beside
 from kvpo.generators.causal_wan import CausalWan
 from kvpo.generators.history import SinkWindow
 from kvpo.mini.autoencoder import clip, encode, fit_encoder, set_latent_scale
@@ -24,7 +25,7 @@ from kvpo.mini.networks import BLOCK, SINK, WINDOW, new_text_encoder, new_transf
 from kvpo.mini.openings import build_openings, likeliest, noised_openings, opening_lesson
 from kvpo.mini.pretrain import Networks, Settings, export, mixed, pretrain
 from kvpo.mini.teacher_forcing import Crops
-from kvpo.mini.training import LOG, Stage, beside, forget, optimizers
+from kvpo.mini.training import LOG, Stage, forget, optimizers
 from kvpo.mini.world import PILLAR
 from kvpo.generators.pipeline import Pipeline
 from kvpo.progress import Progress
@@ -291,7 +292,7 @@ def test_a_full_disk_keeps_the_weights_before_it(tmp_path, monkeypatch):
 
 
 def test_what_a_device_raises_is_not_the_disk(tmp_path):
-    with pytest.raises(torch.OutOfMemoryError), beside(tmp_path / "x"):
+    with pytest.raises(torch.OutOfMemoryError), beside(tmp_path / "x", "free disk space"):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
 

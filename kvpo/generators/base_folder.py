@@ -22,6 +22,7 @@ from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
+from kvpo.errors import first_line
 from kvpo.generators.checkpoints import State, account, read_checkpoint
 
 ORIGINAL_T5, ORIGINAL_VAE, ORIGINAL_TOKENIZER = "models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth", "google/umt5-xxl"
@@ -51,7 +52,7 @@ def open_base(name: str) -> BaseFolder:
         try:
             folder = Path(snapshot_download(name, allow_patterns=list(WANTED)))
         except (OSError, ValueError) as error:  # huggingface_hub's own errors are one or the other
-            raise FileNotFoundError(f"--base {name} is no local folder, and could not be downloaded: {str(error).splitlines()[0]}") from None
+            raise FileNotFoundError(f"--base {name} is no local folder, and could not be downloaded: {first_line(error)}") from None
     kind, needed = (DiffusersBase, ("transformer/config.json", *PARTS)) if (folder / "model_index.json").is_file() else (OriginalBase, ("config.json", ORIGINAL_VAE, ORIGINAL_T5, ORIGINAL_TOKENIZER))
     if missing := [part for part in needed if not (folder / part).exists()]:
         raise FileNotFoundError(f"--base {name} is neither a whole diffusers folder nor a whole Wan2.1 folder: {', '.join(missing)} missing")

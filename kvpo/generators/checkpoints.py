@@ -22,6 +22,8 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from kvpo.errors import first_line
+
 State = dict[str, torch.Tensor]
 Adapter = dict[str, tuple[torch.Tensor, torch.Tensor]]
 """Module -> (A [r, in], B [out, r]): the module's weight W acts as W + scale * B A."""
@@ -67,11 +69,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         reason = re.search(r"Unsupported [^\n]*?(?= was not|\n|$)", str(error))
         raise ValueError(
-            f"{path} holds more than tensors ({reason[0] if reason else str(error).splitlines()[0]}); reading it would run code from the file, so it is refused. "
+            f"{path} holds more than tensors ({reason[0] if reason else first_line(error)}); reading it would run code from the file, so it is refused. "
             "Save its weights alone, as safetensors"
         ) from None
     except (RuntimeError, EOFError, OSError, SafetensorError) as error:
-        raise ValueError(f"{path} is not a whole checkpoint ({str(error).splitlines()[0]}); copy it again") from None
+        raise ValueError(f"{path} is not a whole checkpoint ({first_line(error)}); copy it again") from None
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, not named tensors")
     return dict(content)

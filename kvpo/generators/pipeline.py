@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, UMT5EncoderModel
 from transformers.utils.logging import disable_progress_bar
 
+from kvpo.errors import first_line
 from kvpo.flow import warped_sigmas
 from kvpo.generators.cache import FrameCache
 from kvpo.generators.causal_wan import CausalWan
@@ -225,7 +226,7 @@ def _load(kind, folder: Path, dtype: torch.dtype):
     try:
         model, info = kind.from_pretrained(folder, torch_dtype=dtype, output_loading_info=True, use_safetensors=True, local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{folder} does not hold a {kind.__name__}: {_first_line(error)}") from None
+        raise ValueError(f"{folder} does not hold a {kind.__name__}: {first_line(error)}") from None
     wrong = {what: sorted(map(str, info[what])) for what in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(what)}
     if wrong:
         listed = "; ".join(f"{what.replace('_', ' ')}: {', '.join(keys[:5])}{' ...' if len(keys) > 5 else ''}" for what, keys in wrong.items())
@@ -240,7 +241,7 @@ def _load_weightless(kind, folder: Path):
     except Exception as error:  # of malformed files tokenizers raises bare ones, and transformers whatever its reading stumbles over
         if isinstance(error, MemoryError):
             raise
-        reason = _not_json(folder) or f"{folder} does not hold a {folder.name} ({type(error).__name__}: {_first_line(error)})"
+        reason = _not_json(folder) or f"{folder} does not hold a {folder.name} ({type(error).__name__}: {first_line(error)})"
     raise ValueError(f"{reason}; copy it again")
 
 
@@ -252,7 +253,3 @@ def _not_json(folder: Path) -> str:
         except (OSError, ValueError) as error:
             return f"{path} is not JSON ({error})"
     return ""
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -21,7 +21,7 @@ from typing import Callable, Iterator, Sequence
 import torch
 from diffusers import WanPipeline
 
-from kvpo.files import write_atomic
+from kvpo.files import beside, write_atomic
 from kvpo.generators.causal_wan import CausalWan
 from kvpo.generators.pipeline import Geometry, Pipeline
 from kvpo.mini.autoencoder import decoder_loss, fit_encoder, set_latent_scale
@@ -33,7 +33,7 @@ from kvpo.mini.linear_encoder import LinearEncoder, install
 from kvpo.mini.networks import BLOCK, SINK, STEPS, TEXT_LEN, WINDOW, new_scheduler, new_text_encoder, new_tokenizer, new_transformer, new_vae
 from kvpo.mini.openings import build_openings
 from kvpo.mini.teacher_forcing import teacher_forcing_loss
-from kvpo.mini.training import Stage, beside
+from kvpo.mini.training import AGAIN, Stage
 from kvpo.mini.world import FPS, SIZE
 from kvpo.progress import Progress
 
@@ -190,7 +190,7 @@ def export(nets: Networks, out: Path, progress: Progress) -> None:
     transformer = type(nets.transformer).from_config(nets.transformer.config)
     transformer.load_state_dict(nets.transformer.state_dict())
     stock = WanPipeline(new_tokenizer(), nets.encoder, nets.vae, new_scheduler(), transformer)
-    with beside(out) as part:
+    with beside(out, AGAIN) as part:
         Pipeline(CausalWan(transformer), nets.vae, GEOMETRY, stock, str(part)).save(part)
         if (card := out / "README.md").exists():
             shutil.copy(card, part / "README.md")

@@ -5,20 +5,19 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import time
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping
+from typing import Any, Callable, Mapping
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
-from kvpo.files import write_atomic
+from kvpo.errors import first_line
+from kvpo.files import beside, refusals, write_atomic
 from kvpo.progress import Progress
 
 LOG = "pretrain.jsonl"
+AGAIN = "free disk space, then the same command goes on"
 MATRIX_RATE = 5.0
 """Learning rate of Muon over that of AdamW, both in AdamW's units (update of about one rate per weight).  Measured: 600 steps of stage 2 with
 Muon are worth 1,100 with AdamW alone."""
@@ -105,7 +104,7 @@ class Stage:
     def note(self, metrics: Mapping[str, float]) -> None:
         """A line of the log."""
         log = self.folder / LOG
-        with refusals(log), log.open("a") as file:
+        with refusals(log, AGAIN), log.open("a") as file:
             file.write(json.dumps({"stage": self.name, "step": self.step, "seconds": round(self.seconds, 1), **metrics}) + "\n")
 
     @torch.no_grad()
@@ -143,40 +142,12 @@ def forget(log: Path, stage: str, step: int) -> None:
 
 def save_whole(state: Mapping[str, Any], path: Path) -> None:
     """``path`` by torch.save, there completely or not at all.  OSError with the way out where the disk refuses."""
-    with beside(path) as part:
+    with beside(path, AGAIN) as part:
         with part.open("wb") as file:  # of a path torch.save would not say why it could not be written
-            torch.save(state, file)
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:  # how it says what the disk said; a device's errors have classes of their own
+                if type(error) is not RuntimeError:
+                    raise
+                raise error.__context__ if isinstance(error.__context__, OSError) else OSError(first_line(error)) from None
         os.replace(part, path)
-
-
-@contextmanager
-def beside(path: Path) -> Iterator[Path]:
-    """Where to write what the body then moves to ``path``, a file or a folder; if it does not come to that, nothing of it is left."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with refusals(path):
-            _remove(part)  # of a program that was killed
-            path.parent.mkdir(parents=True, exist_ok=True)
-            yield part
-    finally:
-        _remove(part)
-
-
-@contextmanager
-def refusals(path: Path) -> Iterator[None]:
-    """What a disk that refuses ``path`` raises, as one line with the way out: OSError."""
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and type(error) is not RuntimeError:
-            raise  # of a device, which have classes of their own; torch.save makes a plain one of the disk's
-        reason = error.__context__ if isinstance(error.__context__, OSError) else error
-        said = (str(reason).strip().splitlines() or [type(reason).__name__])[0]
-        raise OSError(f"{path} could not be written ({said}); free disk space, then the same command goes on") from None
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)

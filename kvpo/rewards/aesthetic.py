@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from kvpo.errors import first_line
 from kvpo.rewards.base import UNBOUNDED, RewardSpec
 from kvpo.rewards.measured import FrameScorer, check_frame_options
 from kvpo.rewards.image_text import FAMILY
@@ -72,5 +73,5 @@ def load_head(reward: str, path: Path) -> nn.ModuleDict:
     try:
         head.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except (OSError, EOFError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"reward {reward!r}: {path} is not the head sac+logos+ava1-l14-linearMSE.pth ({str(error).splitlines()[0]})") from None
+        raise ValueError(f"reward {reward!r}: {path} is not the head sac+logos+ava1-l14-linearMSE.pth ({first_line(error)})") from None
     return head

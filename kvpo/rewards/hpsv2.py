@@ -11,6 +11,7 @@ from typing import Sequence
 
 import torch
 
+from kvpo.errors import first_line
 from kvpo.rewards.base import RewardSpec
 from kvpo.rewards.image_text import FAMILY, ImageText, share_read
 from kvpo.rewards.pixels import Pixels
@@ -37,7 +38,7 @@ class HPSv2(ImageText):
         try:
             model = open_clip.create_model(ARCHITECTURE, pretrained=str(path))  # strict, and weights only
         except (OSError, EOFError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
-            raise ValueError(f"reward {self.spec.name!r}: {path} does not hold the weights of a {ARCHITECTURE} ({str(error).splitlines()[0]}); copy {FILE} again") from None
+            raise ValueError(f"reward {self.spec.name!r}: {path} does not hold the weights of a {ARCHITECTURE} ({first_line(error)}); copy {FILE} again") from None
         self.tokenizer = open_clip.get_tokenizer(ARCHITECTURE)
         height, width = model.visual.image_size
         self.pixels = Pixels((height, width), "pad")  # the released preprocessing fits the longer side

@@ -18,6 +18,7 @@ from typing import Any, Mapping, Sequence
 import torch
 import torch.nn.functional as F
 
+from kvpo.errors import first_line
 from kvpo.rewards.base import RewardSpec, VideoBatch
 from kvpo.rewards.measured import FrameScorer, check_frame_options
 from kvpo.rewards.pixels import Pixels
@@ -156,7 +157,7 @@ def open_tokenizer(reward: str, kind: type, folder: Path) -> Any:
     try:
         return kind.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise ValueError(f"reward {reward!r}: the tokenizer in {folder} can not be read ({str(error).splitlines()[0]}); copy its files again") from None
+        raise ValueError(f"reward {reward!r}: the tokenizer in {folder} can not be read ({first_line(error)}); copy its files again") from None
 
 
 def _lower(prompts: Sequence[str]) -> list[str]:

@@ -10,6 +10,8 @@ from typing import Any, Sequence
 
 import torch
 
+from kvpo.errors import first_line
+
 HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
 STOCK_FILES = ("*.json", "*.txt", "model*.safetensors")
 """What a transformers model, its tokenizer and its preprocessing need of a hub repository."""
@@ -30,7 +32,7 @@ def find(reward: str, name: str, wanted: Sequence[str]) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(wanted)))
     except (OSError, ValueError) as error:  # huggingface_hub's own errors are one or the other
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ValueError(
             f"reward {reward!r}: weights {name} are no local folder, and could not be downloaded ({reason}); "
             f"where there is a network: hf download {name} --local-dir FOLDER, then set weights: FOLDER"
@@ -63,7 +65,7 @@ def load_stock(reward: str, kind: type, folder: Path) -> torch.nn.Module:
     try:
         model, info = kind.from_pretrained(folder, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"reward {reward!r}: the weights in {folder} can not be loaded ({str(error).splitlines()[0]}); copy them again") from None
+        raise ValueError(f"reward {reward!r}: the weights in {folder} can not be loaded ({first_line(error)}); copy them again") from None
     if wrong := sorted(str(key) for what in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[what]):
         raise ValueError(f"reward {reward!r}: {folder} holds other tensors than its config.json describes: {', '.join(wrong[:5])}{' ...' if len(wrong) > 5 else ''}")
     return model
