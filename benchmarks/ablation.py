@@ -17,17 +17,17 @@ from pathlib import Path
 
 import torch
 
-from kvpo.advantages import UnsafePolicy
-from kvpo.align import Alignment
+from kvpo.method.advantages import UnsafePolicy
+from kvpo.train import Alignment
 from kvpo.config import load_config, recipe_path
-from kvpo.environment import environment
-from kvpo.evaluate import Scored, compare, evaluate, kinds_of, table
-from kvpo.exploration.kv_routing import KVRouting
-from kvpo.progress import Progress
-from kvpo.replay import CONTEXTS, Replay
-from kvpo.surrogates.base import Surrogate, Temperature
-from kvpo.surrogates.denoised_energy import DenoisedEnergy
-from kvpo.surrogates.velocity_energy import VelocityEnergy
+from kvpo.common.environment import environment
+from kvpo.evaluation.evaluate import Scored, compare, evaluate, kinds_of, table
+from kvpo.method.routing import KVRouting
+from kvpo.common.progress import Progress
+from kvpo.method.replay import CONTEXTS, Replay
+from kvpo.method.energies import Surrogate, Temperature
+from kvpo.method.energies import DenoisedEnergy
+from kvpo.method.energies import VelocityEnergy
 from kvpo.types import Rollout
 
 EXPLORER = KVRouting(nearest=2, window_blocks=3)

@@ -26,10 +26,10 @@ import torch
 
 from kvpo.rewards.base import VideoBatch
 from kvpo.rewards.calibration import DEGRADATIONS
-from kvpo.rewards.classic import Classic
-from kvpo.rewards.clips import story_clips
-from kvpo.rewards.niqe import Niqe
-from kvpo.rng import stream
+from kvpo.rewards.classic.classic import Classic
+from kvpo.mini.source import story_clips
+from kvpo.rewards.classic.niqe import Niqe
+from kvpo.common.rng import stream
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "classic_calibration.json"

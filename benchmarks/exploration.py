@@ -16,16 +16,16 @@ from pathlib import Path
 
 import torch
 
-from kvpo.align import Alignment
+from kvpo.train import Alignment
 from kvpo.config import RunConfig, load_config, recipe_path
-from kvpo.environment import environment
-from kvpo.exploration.kv_routing import KVRouting
-from kvpo.exploration.noise import StartNoise
-from kvpo.loading import load_generator
+from kvpo.common.environment import environment
+from kvpo.method.routing import KVRouting
+from kvpo.method.explorers import StartNoise
+from kvpo.runs.loading import load_generator
 from kvpo.mini.source import StorySource
-from kvpo.progress import Progress
-from kvpo.rewards.attributes import load_network
-from kvpo.rewards.heldout import diversity
+from kvpo.common.progress import Progress
+from kvpo.mini.rewards.attributes import load_network
+from kvpo.mini.rewards.heldout import diversity
 from kvpo.types import Script
 
 KINDS = {"memory stories": 1.0, "other stories": 0.0}

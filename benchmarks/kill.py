@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from kvpo.checkpoint import checkpoints, read_tensors
-from kvpo.environment import environment
-from kvpo.rng import stream
+from kvpo.policy.checkpoint import checkpoints, read_tensors
+from kvpo.common.environment import environment
+from kvpo.common.rng import stream
 
 
 def command(out: Path, pipeline: str, steps: int, resume: bool) -> list[str]:

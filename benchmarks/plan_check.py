@@ -17,11 +17,11 @@ from pathlib import Path
 
 from schedule import resident_kib
 
-from kvpo.align import Alignment
+from kvpo.train import Alignment
 from kvpo.config import load_config, recipe_path
-from kvpo.plan import stages
-from kvpo.plan_costs import costs, sizes_of
-from kvpo.progress import Progress
+from kvpo.planning.plan import stages
+from kvpo.planning.costs import costs, sizes_of
+from kvpo.common.progress import Progress
 
 
 def planned(config) -> float:

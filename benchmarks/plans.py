@@ -9,7 +9,7 @@ import contextlib
 import io
 
 from kvpo.config import load_config, recipe_path
-from kvpo.plan import Plan
+from kvpo.commands.plan import Plan
 
 ON = {"longlive": "h100", "memflow": "h100", "self_forcing": "h100", "causal_forcing": "h100", "longlive_short": "h100", "longlive_24gb": "rtx4090"}
 

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 
-from kvpo.align import Alignment
+from kvpo.train import Alignment
 from kvpo.config import load_config, recipe_path
-from kvpo.conflicts import spearman
-from kvpo.environment import environment
-from kvpo.progress import Progress
+from kvpo.method.advantages import spearman
+from kvpo.common.environment import environment
+from kvpo.common.progress import Progress
 from kvpo.rewards.scorer import load_rewards
 
 

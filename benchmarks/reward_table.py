@@ -15,12 +15,13 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kvpo.files import write_atomic
-from kvpo.progress import Progress
+from kvpo.common.files import write_atomic
+from kvpo.common.progress import Progress
 from kvpo.rewards.base import RewardSpec, VideoBatch
 from kvpo.rewards.measured import missing_packages
 from kvpo.rewards.calibration import FLAWS, calibrate
-from kvpo.rewards.clips import folder_clips, story_clips
+from kvpo.rewards.clips import folder_clips
+from kvpo.mini.source import story_clips
 from kvpo.rewards.registry import SHIPPED, RewardEntry, find
 from kvpo.rewards.scorer import load_rewards
 

@@ -20,18 +20,18 @@ from typing import Sequence
 
 import torch
 
-from kvpo.align import Alignment
+from kvpo.train import Alignment
 from kvpo.config import RunConfig, load_config, recipe_path
-from kvpo.distributed import Ranks, leave
-from kvpo.ending import end_by
-from kvpo.environment import environment
-from kvpo.exploration.kv_routing import KVRouting
-from kvpo.files import write_atomic
-from kvpo.plan import CARDS, UTILISATION, work
-from kvpo.plan_amounts import amounts
-from kvpo.plan_costs import Costs, Sizes, costs, sizes_of
-from kvpo.progress import Progress
-from kvpo.rng import stream
+from kvpo.distributed.ranks import Ranks, leave
+from kvpo.distributed.process_end import end_by
+from kvpo.common.environment import environment
+from kvpo.method.routing import KVRouting
+from kvpo.common.files import write_atomic
+from kvpo.planning.plan import CARDS, UTILISATION, work
+from kvpo.planning.amounts import amounts
+from kvpo.planning.costs import Costs, Sizes, costs, sizes_of
+from kvpo.common.progress import Progress
+from kvpo.common.rng import stream
 
 RESULTS = Path("benchmarks/results/scaling.json")
 CARDS_A_NODE, NVLINK = 8, 450e9

@@ -18,21 +18,21 @@ from pathlib import Path
 
 import torch
 
-from kvpo.align import Alignment
+from kvpo.train import Alignment
 from kvpo.config import load_config, recipe_path
-from kvpo.denoise import NamedNoise
-from kvpo.environment import environment
-from kvpo.exploration.kv_routing import KVRouting
+from kvpo.generators.sampler import NamedNoise
+from kvpo.common.environment import environment
+from kvpo.method.routing import KVRouting
 from kvpo.generators.history import Routed
 from kvpo.generators.pipeline import Geometry
-from kvpo.progress import Progress
-from kvpo.replay import CONTEXTS, Replay
-from kvpo.plan_amounts import longest
-from kvpo.prefix import generate_prefixes
-from kvpo.rollout import PlannedNoise, branch_out, roll_out
-from kvpo.rng import stream
-from kvpo.score import ScoreConfig, horizon
-from kvpo.timing import Phases
+from kvpo.common.progress import Progress
+from kvpo.method.replay import CONTEXTS, Replay
+from kvpo.planning.amounts import longest
+from kvpo.method.rollout import generate_prefixes
+from kvpo.method.rollout import PlannedNoise, branch_out, roll_out
+from kvpo.common.rng import stream
+from kvpo.method.score import ScoreConfig, horizon
+from kvpo.common.timing import Phases
 from kvpo.types import BranchPlan, Rollout, Script, Trajectory, Window
 
 EXPLORER = KVRouting()

@@ -19,24 +19,24 @@ import torch
 from diffusers import WanTransformer3DModel
 from schedule import PAPER, PAPER_GEOMETRY, one_by_one
 
-from kvpo.advantages import Advantage
+from kvpo.method.advantages import Advantage
 from kvpo.config import RunConfig
-from kvpo.denoise import SAMPLERS, NamedNoise, Stream
-from kvpo.environment import environment
-from kvpo.files import write_atomic
-from kvpo.exploration.kv_routing import KVRouting
+from kvpo.generators.sampler import SAMPLERS, NamedNoise, Stream
+from kvpo.common.environment import environment
+from kvpo.common.files import write_atomic
+from kvpo.method.routing import KVRouting
 from kvpo.generators.causal_wan import CausalWan
 from kvpo.generators.pipeline import Geometry, Pipeline
-from kvpo.plan import CARDS
-from kvpo.plan_costs import UMT5_XXL, WAN_1_3B, Sizes, costs
-from kvpo.policy import Policy, PolicyConfig
-from kvpo.replay import CONTEXTS, Replay
-from kvpo.rng import normal
-from kvpo.rollout import roll_out
-from kvpo.score import horizon
-from kvpo.timing import Phases
+from kvpo.planning.plan import CARDS
+from kvpo.planning.costs import UMT5_XXL, WAN_1_3B, Sizes, costs
+from kvpo.policy.policy import Policy, PolicyConfig
+from kvpo.method.replay import CONTEXTS, Replay
+from kvpo.common.rng import normal
+from kvpo.method.rollout import roll_out
+from kvpo.method.score import horizon
+from kvpo.common.timing import Phases
 from kvpo.types import Rollout, Script, Window
-from kvpo.update import Updater
+from kvpo.method.update import Updater
 
 def new_run(config: RunConfig, shape: dict, geometry: Geometry, device: torch.device) -> SimpleNamespace:
     """The parts of a run that roll out and replay, around a random transformer in bf16."""

@@ -1,3 +1,3 @@
-from kvpo.cli import program
+from kvpo.commands.main import program
 
 program()

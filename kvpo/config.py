@@ -14,23 +14,23 @@ from typing import Any, Literal, Mapping, get_type_hints
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from kvpo.advantages import Advantages, UnsafePolicy
-from kvpo.checkpoint import CheckpointConfig
-from kvpo.evaluate import EvaluateConfig
-from kvpo.exploration.base import Explorer
-from kvpo.exploration.kv_routing import KVRouting
-from kvpo.exploration.noise import StartNoise
-from kvpo.loss import ClippedObjective
-from kvpo.policy import PolicyConfig
+from kvpo.method.advantages import Advantages, UnsafePolicy
+from kvpo.policy.checkpoint import CheckpointConfig
+from kvpo.evaluation.evaluate import EvaluateConfig
+from kvpo.method.explorers import Explorer
+from kvpo.method.routing import KVRouting
+from kvpo.method.explorers import StartNoise
+from kvpo.method.loss import ClippedObjective
+from kvpo.policy.policy import PolicyConfig
 from kvpo.rewards.registry import RewardEntry
-from kvpo.rollout import RolloutConfig
-from kvpo.score import ScoreConfig
-from kvpo.sentinels import SentinelConfig
-from kvpo.surrogates.base import Surrogate, Temperature
-from kvpo.surrogates.denoised_energy import DenoisedEnergy
-from kvpo.surrogates.velocity_energy import VelocityEnergy
-from kvpo.update import OptimizerConfig
-from kvpo.velocity_penalty import VelocityPenalty
+from kvpo.method.rollout import RolloutConfig
+from kvpo.method.score import ScoreConfig
+from kvpo.evaluation.sentinels import SentinelConfig
+from kvpo.method.energies import Surrogate, Temperature
+from kvpo.method.energies import DenoisedEnergy
+from kvpo.method.energies import VelocityEnergy
+from kvpo.method.update import OptimizerConfig
+from kvpo.method.velocity_penalty import VelocityPenalty
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -40,7 +40,7 @@ class DataConfig:
     """Which stories are trained on."""
 
     prompts: str = "mini"
-    """A prompt file (see `kvpo.prompts`), or `mini`: the miniature's stories without end."""
+    """A prompt file (see `kvpo.method.prompts`), or `mini`: the miniature's stories without end."""
     blocks: int = 13
     """Length of a video, blocks (of 3 latent frames)."""
     segments: int | None = None

@@ -12,19 +12,19 @@ from typing import Iterator
 import torch
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
-from kvpo.advantages import Advantage
-from kvpo.align import Alignment
-from kvpo.checkpoint import Snapshot, load_checkpoint, save_checkpoint
+from kvpo.method.advantages import Advantage
+from kvpo.train import Alignment
+from kvpo.policy.checkpoint import Snapshot, load_checkpoint, save_checkpoint
 from kvpo.config import RunConfig
-from kvpo.denoise import Stream
-from kvpo.exploration.base import Explorer
+from kvpo.generators.sampler import Stream
+from kvpo.method.explorers import Explorer
 from kvpo.generators.cache import FrameCache, gather
 from kvpo.generators.causal_wan import CausalWan
-from kvpo.progress import Progress
-from kvpo.replay import CONTEXTS, Replay
-from kvpo.rng import normal
-from kvpo.rollout import go_on, starts
-from kvpo.timing import Phases
+from kvpo.common.progress import Progress
+from kvpo.method.replay import CONTEXTS, Replay
+from kvpo.common.rng import normal
+from kvpo.method.rollout import go_on, starts
+from kvpo.common.timing import Phases
 from kvpo.types import BranchPlan, Rollout, Script
 
 

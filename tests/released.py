@@ -10,8 +10,8 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from tiny import _seeded, draw, new_text_encoder
 from transformers import UMT5Config, UMT5EncoderModel
 
-from kvpo.generators.checkpoints import diffusers_to_original
-from kvpo.mini.networks import new_tokenizer
+from kvpo.convert.wan_names import diffusers_to_original
+from kvpo.mini.pretraining.networks import new_tokenizer
 
 SIZES = {"dim": 24, "eps": 1e-6, "ffn_dim": 32, "freq_dim": 16, "in_dim": 16, "model_type": "t2v", "num_heads": 2, "num_layers": 2, "out_dim": 16, "text_len": 24, "text_dim": 16}
 """Of the original folder's config.json; it has no text_dim, which is 4096 at full size."""

@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import save_file
 from test_sharding import CASES, Trained
 
-from kvpo import checkpoint as module
-from kvpo.checkpoint import Snapshot, load_checkpoint, save_checkpoint
-from kvpo.distributed import Ranks, leave
-from kvpo.ending import end_by
+from kvpo.policy import checkpoint as module
+from kvpo.policy.checkpoint import Snapshot, load_checkpoint, save_checkpoint
+from kvpo.distributed.ranks import Ranks, leave
+from kvpo.distributed.process_end import end_by
 
 
 def main(folder: Path) -> int:

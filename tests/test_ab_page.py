@@ -18,11 +18,13 @@ import torch
 from test_align import settings, write_recipe
 from tiny import BLUE, GEOMETRY, RED, SMALL, save_pipeline, story
 
-from kvpo import ab, generating
-from kvpo.ab import Ab, check_alike, draw_pairs
-from kvpo.ab_answers import Unblind, judge, left_share, sign_test, table, wilson
-from kvpo.ab_page import QUESTIONS, write_page
-from kvpo.video import read_mp4, write_mp4
+from kvpo.generators import generate as generating
+from kvpo.commands.ab import Ab
+from kvpo.evaluation.ab_pairs import check_alike, draw_pairs
+from kvpo.commands.unblind import Unblind
+from kvpo.evaluation.ab_answers import judge, left_share, sign_test, table, wilson
+from kvpo.pages.ab import QUESTIONS, write_page
+from kvpo.common.video import read_mp4, write_mp4
 
 NAMES = list(QUESTIONS)
 
@@ -204,7 +206,7 @@ def test_prompt_times_by_hand(study):
 
 def test_big_studies_keep_their_videos_beside_the_page(study, visit, monkeypatch):
     folder, pairs = study
-    monkeypatch.setattr("kvpo.ab_page.EMBED", 0)
+    monkeypatch.setattr("kvpo.pages.ab.EMBED", 0)
     for number in range(len(pairs)):
         for side in ("left", "right"):
             write_mp4(folder / "page" / f"{number:03d}-{side}.mp4", clip(RED_OF_A))

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from kvpo.advantages import Advantages, UnsafePolicy, anchor_advantage
-from kvpo.rng import normal
+from kvpo.method.advantages import Advantages, UnsafePolicy, anchor_advantage
+from kvpo.common.rng import normal
 from kvpo.types import RewardTable
 
 

@@ -20,18 +20,18 @@ import yaml
 from safetensors.torch import load_file, save_file
 from tiny import Warmth, story
 
-from kvpo import cli
-from kvpo.align import Alignment
-from kvpo.checkpoint import checkpoints, read_tensors
+from kvpo.commands import main as cli
+from kvpo.train import Alignment
+from kvpo.policy.checkpoint import checkpoints, read_tensors
 from kvpo.config import from_dict
-from kvpo.files import only_writer
-from kvpo.metrics import read_metrics
-from kvpo.parts import evaluation_scripts, script_source, unseen
-from kvpo.progress import Progress
+from kvpo.common.files import only_writer
+from kvpo.common.metrics import read_metrics
+from kvpo.runs.build import evaluation_scripts, script_source, unseen
+from kvpo.common.progress import Progress
 from kvpo.rewards.base import RewardSpec
 from kvpo.rewards.measured import scored
-from kvpo.trials import Trials
-from kvpo.update import Updater
+from kvpo.runs.monitor import Trials
+from kvpo.method.update import Updater
 
 CLOCK = ("unix_time", "time/", "memory/")
 
@@ -301,7 +301,7 @@ def test_stopped_with_a_full_disk(recipe, tmp_path, monkeypatch, capsys):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Alignment, "explore", interrupted)
-    monkeypatch.setattr("kvpo.checkpoint.save_file", full)
+    monkeypatch.setattr("kvpo.policy.checkpoint.save_file", full)
     assert align(recipe, tmp_path / "run", "--checkpoint.every", "9") == 1
     said = capsys.readouterr()
     assert "step-000002 could not be written" in said.err and "are done and saved" not in said.out
@@ -362,7 +362,7 @@ def test_a_full_disk(recipe, tmp_path, monkeypatch, capsys):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("kvpo.checkpoint.save_file", full)
+    monkeypatch.setattr("kvpo.policy.checkpoint.save_file", full)
     assert align(recipe, tmp_path / "run", "--steps", "1") == 1
     (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
     assert line.startswith("kvpo align: checkpoint ") and "No space left on device" in line and "--resume" in line
@@ -371,7 +371,7 @@ def test_a_full_disk(recipe, tmp_path, monkeypatch, capsys):
 
 def test_a_disk_that_becomes_full(straight, tmp_path, monkeypatch, capsys):
     """In the second checkpoint, half-way through its file: the first one stays, the run says so, and goes on once there is room."""
-    from kvpo.checkpoint import save_file
+    from kvpo.policy.checkpoint import save_file
 
     def fills_up(tensors, path):
         save_file(tensors, path)
@@ -381,7 +381,7 @@ def test_a_disk_that_becomes_full(straight, tmp_path, monkeypatch, capsys):
 
     out, recipe, _ = straight
     with monkeypatch.context() as patched:
-        patched.setattr("kvpo.checkpoint.save_file", fills_up)
+        patched.setattr("kvpo.policy.checkpoint.save_file", fills_up)
         assert "step-000002 could not be written ([Errno 28] No space left on device); the ones before it are untouched" in refused(recipe, tmp_path / "run", capsys)
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["ema.safetensors", "step-000001"]
     assert align(recipe, tmp_path / "run", "--resume") == 0
@@ -614,7 +614,7 @@ def test_an_evaluator_of_a_trained_family_is_refused(folder, tmp_path, capsys):
 
 def test_a_gradient_that_is_not_finite(recipe, tmp_path, capsys, monkeypatch):
     """After a good step: its checkpoint stays, the bad step leaves nothing."""
-    from kvpo.update import Updater
+    from kvpo.method.update import Updater
 
     step = Updater.step
 

@@ -15,18 +15,18 @@ import pytest
 import torch
 from test_align import settings
 
-from kvpo.align import Alignment
+from kvpo.train import Alignment
 from kvpo.config import RunConfig, from_dict, load_config, recipe_path
-from kvpo.exploration.kv_routing import KVRouting
-from kvpo.exploration.noise import StartNoise
-from kvpo.mini.pretrain import GEOMETRY
+from kvpo.method.routing import KVRouting
+from kvpo.method.explorers import StartNoise
+from kvpo.mini.pretraining.pretrain import GEOMETRY
 from kvpo.mini.source import StorySource
-from kvpo.plan_costs import WAN_1_3B, Sizes
-from kvpo.policy import PolicyConfig
-from kvpo.progress import Progress
-from kvpo.rewards.attributes import load_network
+from kvpo.planning.costs import WAN_1_3B, Sizes
+from kvpo.policy.policy import PolicyConfig
+from kvpo.common.progress import Progress
+from kvpo.mini.rewards.attributes import load_network
 from kvpo.rewards.registry import RewardEntry
-from kvpo.rollout import RolloutConfig
+from kvpo.method.rollout import RolloutConfig
 from kvpo.types import Script
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"

@@ -17,14 +17,14 @@ from test_align import CLOCK, align, records, settings, write_recipe
 from test_distributed import launch_python
 from tiny import Warmth, draw
 
-from kvpo.align import Alignment
-from kvpo.branch_parallel import all_rewards
+from kvpo.train import Alignment
+from kvpo.distributed.branches import all_rewards
 from kvpo.config import from_dict
-from kvpo.distributed import Ranks, leave
-from kvpo.ending import end_by
-from kvpo.progress import Progress
+from kvpo.distributed.ranks import Ranks, leave
+from kvpo.distributed.process_end import end_by
+from kvpo.common.progress import Progress
 from kvpo.types import RewardTable
-from kvpo.update import Updater
+from kvpo.method.update import Updater
 
 ALONE = {"groups": 2, "optimizer": {"lr": 1e-3, "warmup": 1, "eps": 1e-3}, "rollout": {"branches": 4, "cache_frames": 12, "together": 1}, "score": {"clip_frames": 8, "min_frames": 4, "together": 1}}
 """Rows generated, decoded and replayed one at a time: then a row of ranks has the bits of one rank, and only sums have another order.
@@ -106,7 +106,7 @@ def failure(folder: Path, out: Path, fault: str, size: int) -> dict:
         if fault == "hold" and first:
             patched.setattr(Updater, "hold", broken)
         if fault == "show" and first:
-            patched.setattr("kvpo.align.show_group", broken)
+            patched.setattr("kvpo.train.show_group", broken)
         with pytest.raises((ValueError, OSError)) as caught:
             run.step(0)
     return {"said": str(caught.value), "updates": run.policy.updates, "same": all(torch.equal(p, r) for p, r in zip(run.policy.parameters, run.policy.reference))}

@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from test_update import Run
 from tiny import draw, new_pipeline
 
-from kvpo import checkpoint as module
-from kvpo.checkpoint import CheckpointConfig, Snapshot, checkpoints, load_checkpoint, read_state, save_checkpoint
-from kvpo.distributed import Lost
-from kvpo.policy import PolicyConfig
-from kvpo.update import OptimizerConfig
+from kvpo.policy import checkpoint as module
+from kvpo.policy.checkpoint import CheckpointConfig, Snapshot, checkpoints, load_checkpoint, read_state, save_checkpoint
+from kvpo.distributed.ranks import Lost
+from kvpo.policy.policy import PolicyConfig
+from kvpo.method.update import OptimizerConfig
 
 SETTINGS = {"seed": 3, "data": {"blocks": 6}}
 
@@ -153,7 +153,7 @@ def test_a_full_disk_is_one_clear_error(tmp_path, run, monkeypatch, place):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(f"kvpo.checkpoint.{place}", full)
+    monkeypatch.setattr(f"kvpo.policy.checkpoint.{place}", full)
     with pytest.raises(OSError, match=r"checkpoint .*step-000002 could not be written \(.*No space left on device\); the ones before it are untouched. Free disk space.*--resume") as caught:
         save(tmp_path, run, 2)
     assert "\n" not in str(caught.value)

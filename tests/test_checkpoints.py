@@ -10,17 +10,8 @@ from released import new_wan, released_lora, released_state
 from safetensors.torch import save_file
 from tiny import draw
 
-from kvpo.generators.checkpoints import (
-    account,
-    adapter_of,
-    diffusers_to_original,
-    generator_state,
-    is_adapter,
-    keeps_float32,
-    merge,
-    original_to_diffusers,
-    read_checkpoint,
-)
+from kvpo.common.weights import account, read_checkpoint
+from kvpo.convert.wan_names import adapter_of, diffusers_to_original, generator_state, is_adapter, keeps_float32, merge, original_to_diffusers
 
 # --- Names ---
 

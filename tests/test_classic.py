@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from kvpo.rewards import classic_measures as measures
+from kvpo.rewards.classic import measures
 from kvpo.rewards.base import VideoBatch, check_output
 from kvpo.rewards.calibration import DEGRADATIONS
-from kvpo.rewards.cheats import loop, pan_of_still, zoom_of_still
-from kvpo.rewards.classic import Classic, falling, mean_of, rising
-from kvpo.rewards.niqe import WEIGHTS, Niqe, Photographs
-from kvpo.rng import stream
+from kvpo.rewards.calibration import loop, pan_of_still, zoom_of_still
+from kvpo.rewards.classic.classic import Classic, falling, mean_of, rising
+from kvpo.rewards.classic.niqe import WEIGHTS, Niqe, Photographs
+from kvpo.common.rng import stream
 
 SIZE, T = 64, 16
 

@@ -16,10 +16,10 @@ import torch
 from test_align import align, settings, write_recipe
 from tiny import BLUE, RED, save_pipeline
 
-from kvpo import cli, commands
-from kvpo.commands import Settings
+from kvpo.commands import main as cli
+from kvpo.commands.options import Settings
 from kvpo.config import RunConfig
-from kvpo.loading import load_generator
+from kvpo.runs.loading import load_generator
 
 
 def options(kind: type, prefix: str = "") -> list[str]:
@@ -70,7 +70,7 @@ def test_a_mistyped_command(capsys, name, near):
 @pytest.mark.parametrize("name", sorted(cli.COMMANDS))
 def test_help_mentions_every_option(capsys, name):
     code, out, _ = run(capsys, name, "--help")
-    command = getattr(commands, cli.class_name(name))
+    command = cli.find(name)
     hints = get_type_hints(command, include_extras=True)
     wanted = [f"--{f.name.replace('_', '-')}" for f in fields(command) if hints[f.name] != Settings and f.name not in (*positional(command), "do")]
     if Settings in hints.values():
@@ -146,7 +146,7 @@ def test_interrupted(capsys, monkeypatch):
     def stop(self):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands.Report, "__call__", stop)
+    monkeypatch.setattr(cli.find("report"), "__call__", stop)
     assert run(capsys, "report", "x") == (130, "", "kvpo report: interrupted\n")
 
 
@@ -248,7 +248,7 @@ def test_doctor(capsys, tmp_path, folder, train):
 
 def test_doctor_says_what_fails(capsys, tmp_path, folder, monkeypatch):
     """A policy whose later replays are off by a little: the doctor must see it, say where, and fail."""
-    from kvpo.replay import Replay
+    from kvpo.method.replay import Replay
 
     energies = Replay.energies
     monkeypatch.setattr(Replay, "energies", lambda self: energies(self) + 1e-3 * (self.rows_per_pass == 1) + 1e-6)
@@ -361,7 +361,7 @@ def test_doctor_sees_a_decoder_that_goes_on_from_another_prefix(capsys, tmp_path
 
 def test_doctor_sees_a_gradient_that_is_wrong_by_a_factor(capsys, tmp_path, folder, monkeypatch):
     """Once every group was clipped, gradients were compared after the clip, which makes any factor equal."""
-    from kvpo.replay import Replay
+    from kvpo.method.replay import Replay
 
     passes = Replay.passes
 

@@ -10,7 +10,7 @@ import yaml
 from tiny import GEOMETRY
 
 from kvpo.config import RECIPES, RunConfig, differences, from_dict, load_config, recipe_path, to_dict
-from kvpo.exploration.kv_routing import KVRouting
+from kvpo.method.routing import KVRouting
 from kvpo.rewards.registry import RewardEntry, find
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from tiny import draw, new_stream, story
 
-from kvpo.denoise import NamedNoise, Ode, Renoise, StackedNoise, denoise_block
-from kvpo.flow import add_noise, warped_sigmas
-from kvpo.rng import normal
+from kvpo.generators.sampler import NamedNoise, Ode, Renoise, StackedNoise, denoise_block
+from kvpo.generators.flow import add_noise, warped_sigmas
+from kvpo.common.rng import normal
 
 SIGMAS = warped_sigmas()
 

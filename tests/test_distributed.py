@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from test_align import align, equal, final, records, settings, write_recipe
 
-from kvpo.checkpoint import checkpoints, read_tensors
-from kvpo.distributed import Lost, Ranks, restarted
-from kvpo.metrics import read_metrics
-from kvpo.stopping import Stopped, giving_way, stoppable
+from kvpo.policy.checkpoint import checkpoints, read_tensors
+from kvpo.distributed.ranks import Lost, Ranks, restarted
+from kvpo.common.metrics import read_metrics
+from kvpo.distributed.signals import Stopped, giving_way, stoppable
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from benchmarks.reward_table import Row, page
-from kvpo import cli
+from kvpo.commands import main as cli
 from kvpo.config import from_dict
 from kvpo.rewards.base import VideoBatch, check_output
 from kvpo.rewards.registry import SHIPPED, find, make_reward
@@ -93,7 +93,7 @@ def parsed(path: Path) -> dict[str, ast.stmt]:
 
 
 def exists(symbol: str) -> bool:
-    """``kvpo.replay.Replay.passes``: a module, then names that it defines; read, not imported."""
+    """``kvpo.method.replay.Replay.passes``: a module, then names that it defines; read, not imported."""
     parts = symbol.split(".")
     for n in range(len(parts), 0, -1):
         path = ROOT.joinpath(*parts[:n])
@@ -116,8 +116,8 @@ def known_tests() -> set[str]:
 
 
 def test_names_that_do_not_exist_are_seen():
-    assert exists("kvpo.replay.Replay.passes") and exists("kvpo.types.BranchPlan.frames")
-    assert not exists("kvpo.replay.Replay.pass") and not exists("kvpo.nothing.at_all")
+    assert exists("kvpo.method.replay.Replay.passes") and exists("kvpo.types.BranchPlan.frames")
+    assert not exists("kvpo.method.replay.Replay.pass") and not exists("kvpo.nothing.at_all")
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda p: p.name)

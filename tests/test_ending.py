@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = """
 import atexit
-from kvpo.ending import end_by
+from kvpo.distributed.process_end import end_by
 
 class Kept:
     def __del__(self):

@@ -10,13 +10,14 @@ import pytest
 import torch
 from tiny import BLUE, RED, SMALL, Change, Unmeasured, Warmth, draw, new_pipeline, story
 
-from kvpo.denoise import SAMPLERS
-from kvpo.evaluate import EvaluateConfig, Scored, bootstrap_interval, compare, evaluate, generate, kinds_of, table, write_comparison
+from kvpo.generators.sampler import SAMPLERS
+from kvpo.evaluation.evaluate import EvaluateConfig, Scored, bootstrap_interval, compare, evaluate, kinds_of, table, write_comparison
+from kvpo.generators.generate import generate
 from kvpo.rewards.base import VideoBatch
 from kvpo.rewards.registry import RewardEntry
 from kvpo.rewards.scorer import Scorer
-from kvpo.rng import stream
-from kvpo.score import ScoreConfig, global_clips
+from kvpo.common.rng import stream
+from kvpo.method.score import ScoreConfig, global_clips
 from kvpo.types import Window
 
 CLIPS = ScoreConfig(clip_frames=8, min_frames=4)

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from kvpo.exploration.draws import DRAWS, balanced, dispersed
-from kvpo.exploration.kv_routing import KVRouting
-from kvpo.exploration.noise import StartNoise, mix_noise
-from kvpo.rng import normal, stream
+from kvpo.method.routing import DRAWS, balanced, dispersed
+from kvpo.method.routing import KVRouting
+from kvpo.method.explorers import StartNoise, mix_noise
+from kvpo.common.rng import normal, stream
 from kvpo.types import BranchPlan, Window
 
 

@@ -12,12 +12,13 @@ from released import new_wan, original_folder, released_state
 from test_align import align, settings, write_recipe
 from tiny import CHANNELS, TEXT_DIM, draw, new_transformer
 
-from kvpo import cli
-from kvpo.exporting import WRITERS
+from kvpo.commands import main as cli
+from kvpo.convert.export_formats import WRITERS
 from kvpo.generators.causal_wan import CausalWan
-from kvpo.generators.checkpoints import account, adapter_of, generator_state, merge, read_checkpoint
+from kvpo.common.weights import account, read_checkpoint
+from kvpo.convert.wan_names import adapter_of, generator_state, merge
 from kvpo.generators.pipeline import Pipeline
-from kvpo.loading import load_generator
+from kvpo.runs.loading import load_generator
 
 
 def run(capsys, *argv) -> tuple[int, str]:
@@ -155,7 +156,7 @@ def test_a_full_disk_leaves_nothing(capsys, runs, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("kvpo.exporting.write_atomic", full)
+    monkeypatch.setattr("kvpo.convert.export_formats.write_atomic", full)
     code, err = run(capsys, runs["lora"], "--format", "peft", "--out", tmp_path / "out")
     assert code == 1 and "could not be written" in err and not list(tmp_path.iterdir())
 

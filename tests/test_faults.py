@@ -22,8 +22,8 @@ from test_align import equal, final, records, settings, write_recipe
 from test_distributed import ROOT, children, launch
 from test_docs import blocks
 
-from kvpo.checkpoint import checkpoints
-from kvpo.rendezvous import open_store
+from kvpo.policy.checkpoint import checkpoints
+from kvpo.distributed.rendezvous import open_store
 
 STEPS = 4
 
@@ -32,7 +32,7 @@ class SlowDisk:
     """A reward whose mere presence makes every checkpoint take a third of a second, half of it with its file there."""
 
     def __new__(cls):
-        import kvpo.checkpoint
+        import kvpo.policy.checkpoint
         from safetensors.torch import save_file
         from tiny import Warmth
 
@@ -41,7 +41,7 @@ class SlowDisk:
             save_file(tensors, path)
             time.sleep(0.15)
 
-        kvpo.checkpoint.save_file = slowly
+        kvpo.policy.checkpoint.save_file = slowly
         return Warmth()
 
 
@@ -52,7 +52,7 @@ class DiesInEveryPhase:
     """kill -9 of the second rank by itself in one phase after the other, each once: what it has died in is in the folder that KVPO_DIED names."""
 
     def __new__(cls):
-        from kvpo.timing import Phases
+        from kvpo.common.timing import Phases
         from tiny import Warmth
 
         died, begin = Path(os.environ["KVPO_DIED"]), Phases.__call__
@@ -293,7 +293,7 @@ def test_a_store_that_is_not_there_is_one_line(monkeypatch):
     """The first rank has died before the others came, or a firewall stands between."""
     for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "WORLD_SIZE": "2", "RANK": "1"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("kvpo.rendezvous.MEETING", timedelta(seconds=1))
+    monkeypatch.setattr("kvpo.distributed.rendezvous.MEETING", timedelta(seconds=1))
     with pytest.raises(ConnectionError, match=r"rank 1 found no store at 127.0.0.1:1 \(.*; rank 0, or torchrun on one node, opens it.*docs/cluster.md") as caught:
         open_store(timedelta(seconds=1))
     assert "\n" not in str(caught.value)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvpo import flow
-from kvpo.rng import normal
+from kvpo.generators import flow
+from kvpo.common.rng import normal
 
 SIGMAS = (1.0, 0.9375, 5.0 / 6.0, 0.625, 0.01)
 

@@ -5,23 +5,23 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvpo.advantages import Advantages
+from kvpo.method.advantages import Advantages
 from kvpo.config import RunConfig
-from kvpo.denoise import SAMPLERS, NamedNoise, Stream
-from kvpo.exploration.kv_routing import KVRouting
-from kvpo.generators.base_folder import new_transformer
+from kvpo.generators.sampler import SAMPLERS, NamedNoise, Stream
+from kvpo.method.routing import KVRouting
+from kvpo.convert.wan_base import new_transformer
 from kvpo.generators.causal_wan import CausalWan
 from kvpo.generators.pipeline import Geometry, Pipeline
-from kvpo.plan import stages
-from kvpo.plan_amounts import with_changes
-from kvpo.plan_costs import UMT5_XXL, WAN_1_3B, Sizes, costs
-from kvpo.policy import Policy, PolicyConfig
-from kvpo.replay import CONTEXTS, Replay
-from kvpo.rng import normal
-from kvpo.rollout import RolloutConfig, roll_out
-from kvpo.timing import Phases
+from kvpo.planning.plan import stages
+from kvpo.planning.amounts import with_changes
+from kvpo.planning.costs import UMT5_XXL, WAN_1_3B, Sizes, costs
+from kvpo.policy.policy import Policy, PolicyConfig
+from kvpo.method.replay import CONTEXTS, Replay
+from kvpo.common.rng import normal
+from kvpo.method.rollout import RolloutConfig, roll_out
+from kvpo.common.timing import Phases
 from kvpo.types import RewardTable, Script
-from kvpo.update import Updater
+from kvpo.method.update import Updater
 
 SHAPE = WAN_1_3B | {"num_layers": 2}
 GEOMETRY = Geometry(block=3, sink=1, window=6, latent_height=60, latent_width=104, fps=16, text_length=512, steps=2)

@@ -8,13 +8,13 @@ import torch
 from released import released_lora
 from tiny import BLUE, GEOMETRY, RED, embed, new_pipeline, new_stream, save_pipeline, story, with_geometry
 
-from kvpo import cli
-from kvpo.denoise import SAMPLERS
-from kvpo.evaluate import generate, streamed
-from kvpo.generating import Generate, block_at
-from kvpo.loading import load_pipeline
-from kvpo.peak import Ledger
-from kvpo.video import Mp4Writer, encode_mp4, read_mp4
+from kvpo.commands import main as cli
+from kvpo.generators.sampler import SAMPLERS
+from kvpo.generators.generate import generate, streamed
+from kvpo.commands.generate import Generate, block_at
+from kvpo.runs.loading import load_pipeline
+from kvpo.planning.peak import Ledger
+from kvpo.common.video import Mp4Writer, encode_mp4, read_mp4
 
 
 def run(capsys, *argv) -> tuple[int, str, str]:
@@ -136,10 +136,10 @@ def test_out_of_memory_is_one_line(capsys, folder, tmp_path, monkeypatch, error)
     def full(*_, **__):
         raise error
 
-    monkeypatch.setattr("kvpo.generating.streamed", full)
+    monkeypatch.setattr("kvpo.generators.generate.streamed", full)
     code, _, err = run(capsys, folder, "--prompt", RED, "--out", tmp_path / "v")
     assert code == 1 and err.startswith("kvpo generate: out of memory (") and "--dtype bfloat16" in err and not list(tmp_path.glob("v/*"))
-    monkeypatch.setattr("kvpo.commands.examine", full)
+    monkeypatch.setattr("kvpo.commands.main.examine", full)
     capsys.readouterr()
     assert cli.main(["doctor", "mini"]) == 1
     assert "`kvpo plan` with the same recipe" in capsys.readouterr().err
@@ -149,7 +149,7 @@ def test_another_runtime_error_is_not_hidden(folder, tmp_path, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("kvpo.generating.streamed", broken)
+    monkeypatch.setattr("kvpo.generators.generate.streamed", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main(["generate", str(folder), "--prompt", RED, "--out", str(tmp_path)])
 

@@ -8,10 +8,10 @@ import torch
 from diffusers import WanTransformer3DModel
 from golden import case, read_tensors
 
-from kvpo.denoise import Renoise, Stream
-from kvpo.flow import add_noise
+from kvpo.generators.sampler import Renoise, Stream
+from kvpo.generators.flow import add_noise
 from kvpo.generators.causal_wan import CausalWan
-from kvpo.generators.checkpoints import original_to_diffusers
+from kvpo.convert.wan_names import original_to_diffusers
 from kvpo.generators.history import Routed
 from kvpo.generators.pipeline import Geometry
 from kvpo.types import BranchPlan, Script, Window

@@ -9,7 +9,7 @@ import torch
 from golden import case
 from test_golden_generator import assert_block, geometry_of, run_block, stream_of
 
-from kvpo.compat.memory import OverwritingBank, RepeatingBank
+from reference.memory import OverwritingBank, RepeatingBank
 from kvpo.generators.history import MemoryBank, SinkWindow
 from kvpo.generators.memory import Bank
 from kvpo.generators.pipeline import Geometry

@@ -9,7 +9,7 @@ import golden
 import pytest
 import torch
 
-from kvpo.compat import inputs, planning, policy
+from reference import inputs, planning, policy
 
 FILE = "policy_math"
 TESTED: set[str] = set()

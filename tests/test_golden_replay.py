@@ -12,11 +12,11 @@ from golden import case, read_tensors
 from peft import LoraConfig
 from test_golden_generator import geometry_of, model_of
 
-from kvpo.flow import add_noise
-from kvpo.generators.checkpoints import original_to_diffusers
-from kvpo.policy import ADAPTER_TARGETS
-from kvpo.replay import Replay, SelfContext
-from kvpo.surrogates.denoised_energy import DenoisedEnergy
+from kvpo.generators.flow import add_noise
+from kvpo.convert.wan_names import original_to_diffusers
+from kvpo.policy.policy import ADAPTER_TARGETS
+from kvpo.method.replay import Replay, SelfContext
+from kvpo.method.energies import DenoisedEnergy
 from kvpo.types import BranchPlan, Rollout, Script, Trajectory, Window
 
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from test_align import align, equal, final, records, settings, write_recipe
 
-from kvpo import cli
-from kvpo.align import Alignment
+from kvpo.commands import main as cli
+from kvpo.train import Alignment
 from kvpo.config import load_config, recipe_path
-from kvpo.progress import Progress
-from kvpo.replay import CONTEXTS, Replay
-from kvpo.timing import Phases
+from kvpo.common.progress import Progress
+from kvpo.method.replay import CONTEXTS, Replay
+from kvpo.common.timing import Phases
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

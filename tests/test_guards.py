@@ -8,14 +8,14 @@ import pytest
 import torch
 from test_align import align, settings, write_recipe
 
-from kvpo.checkpoint import checkpoints
-from kvpo.conflicts import conflicts, ranks, spearman
-from kvpo.goodhart import held_out_score, history, judge
-from kvpo.loading import load_generator
-from kvpo.metrics import read_metrics
-from kvpo.rewards.watched import longest_run, watched
-from kvpo.sentinels import BAD, Look, SentinelConfig
-from kvpo.sentinels import judge as judge_sentinels
+from kvpo.policy.checkpoint import checkpoints
+from kvpo.method.advantages import conflicts, ranks, spearman
+from kvpo.evaluation.goodhart import held_out_score, history, judge
+from kvpo.runs.loading import load_generator
+from kvpo.common.metrics import read_metrics
+from kvpo.rewards.classic.watched import longest_run, watched
+from kvpo.evaluation.sentinels import BAD, Look, SentinelConfig
+from kvpo.evaluation.sentinels import judge as judge_sentinels
 
 
 def tensor(*rows: list[float]) -> torch.Tensor:
@@ -170,7 +170,7 @@ def gamed(a, b, kinds):
 
 def test_a_run_whose_rewards_are_gamed_stops(folder, tmp_path, capsys, monkeypatch):
     """After the second evaluation, with everything written; resumed, it stops at once."""
-    monkeypatch.setattr("kvpo.trials.compare", gamed)
+    monkeypatch.setattr("kvpo.runs.monitor.compare", gamed)
     out, evaluate = tmp_path / "run", {"every": 1, "scripts": 2, "batch": 2, "videos": 0}
     assert run(folder, out, tmp_path, evaluate=evaluate) == 0
     said = capsys.readouterr().out
@@ -186,7 +186,7 @@ def test_a_run_whose_rewards_are_gamed_stops(folder, tmp_path, capsys, monkeypat
 def test_the_best_held_out_checkpoint_stays_and_has_a_name(folder, tmp_path, monkeypatch):
     """Held-out scores rise and fall again: the checkpoint of the first evaluation outlives newer ones."""
     scores = iter([UP, UP, FLAT, FLAT, DOWN, DOWN, DOWN, DOWN])  # online and EMA of four evaluations
-    monkeypatch.setattr("kvpo.trials.compare", lambda a, b, kinds: [{**row, "a": 0.5, "b": 0.5, "win": 0.5, "n": 2} for row in rows(FLAT, identity=next(scores))])
+    monkeypatch.setattr("kvpo.runs.monitor.compare", lambda a, b, kinds: [{**row, "a": 0.5, "b": 0.5, "win": 0.5, "n": 2} for row in rows(FLAT, identity=next(scores))])
     out = tmp_path / "run"
     assert run(folder, out, tmp_path, evaluate={"every": 1, "scripts": 2, "batch": 2, "videos": 0}, checkpoint={"every": 1, "keep": 1}) == 0
     assert [p.name for p in checkpoints(out / "checkpoints")] == ["step-000001", "step-000004"]

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from kvpo.mini.world import PILLAR, Scene, play, render
-from kvpo.rewards.attributes import HEADS, WEIGHTS, card, load_network, read_frames
-from kvpo.rewards.attributes_training import frames, spoil, train_classifier
+from kvpo.mini.rewards.attributes import HEADS, WEIGHTS, card, load_network, read_frames
+from kvpo.mini.pretraining.attributes import frames, spoil, train_classifier
 from kvpo.rewards.base import VideoBatch, check_output, to_uint8
 from kvpo.rewards.calibration import degrade
-from kvpo.rewards.heldout import AttributeAgreement, IdentityDrift, diversity
-from kvpo.rewards.opticalflow import FlowMotion
-from kvpo.rewards.world import MotionQuality, TextAlignment, VisualQuality
-from kvpo.rng import stream
+from kvpo.mini.rewards.heldout import AttributeAgreement, IdentityDrift, diversity
+from kvpo.mini.rewards.flow_motion import FlowMotion
+from kvpo.mini.rewards.world import MotionQuality, TextAlignment, VisualQuality
+from kvpo.common.rng import stream
 
 SCENE = Scene("circle", "red", "small", "paper", False, "left", "quickly")
 PROMPT = "a small red circle moves quickly to the left over white paper"

@@ -16,15 +16,15 @@ from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPi
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from kvpo.rewards import hpsv2
-from kvpo.rewards.aesthetic import HEAD_FILE, Aesthetic, load_head
+from kvpo.rewards.pretrained import hpsv2
+from kvpo.rewards.pretrained.aesthetic import HEAD_FILE, Aesthetic, load_head
 from kvpo.rewards.base import VideoBatch, check_output
-from kvpo.rewards.dinov2 import DinoConsistency, similarities
-from kvpo.rewards.hpsv2 import HPSv2
-from kvpo.rewards.image_text import ClipAlignment, PickScore, SiglipAlignment, share_read
-from kvpo.rewards.pixels import CHUNK, CLIP_MEAN, CLIP_STD, Pixels
+from kvpo.rewards.pretrained.dinov2 import DinoConsistency, similarities
+from kvpo.rewards.pretrained.hpsv2 import HPSv2
+from kvpo.rewards.pretrained.image_text import ClipAlignment, PickScore, SiglipAlignment, share_read
+from kvpo.rewards.pretrained.pixels import CHUNK, CLIP_MEAN, CLIP_STD, Pixels
 from kvpo.rewards.registry import make_reward
-from kvpo.rng import normal, stream
+from kvpo.common.rng import normal, stream
 
 LENGTH = 16
 """Tokens that the tiny text towers read."""

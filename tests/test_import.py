@@ -16,12 +16,12 @@ from test_golden_generator import ATOL
 from tiny import draw, embed, new_stream, save_pipeline, story
 from transformers import AutoTokenizer
 
-from kvpo import cli
-from kvpo.generators.base_folder import open_base
+from kvpo.commands import main as cli
+from kvpo.convert.wan_base import open_base
 from kvpo.generators.causal_wan import CausalWan
-from kvpo.generators.checkpoints import adapter_of, merge
+from kvpo.convert.wan_names import adapter_of, merge
 from kvpo.generators.pipeline import Geometry, Pipeline
-from kvpo.importing import FORMATS
+from kvpo.convert.import_released import FORMATS
 
 SMALL = ("--latent-height", "4", "--latent-width", "4")
 
@@ -229,13 +229,13 @@ def test_bad_bases(capsys, tmp_path, original, diffusers_base, monkeypatch):
     def offline(*args, **kwargs):
         raise OSError("no route to the hub\nand more")
 
-    monkeypatch.setattr("kvpo.generators.base_folder.snapshot_download", offline)
+    monkeypatch.setattr("kvpo.convert.wan_base.snapshot_download", offline)
     assert "could not be downloaded: no route to the hub" in refused(capsys, tmp_path, good, out, *kind, "--base", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
 
 
 def test_a_hub_id_is_downloaded(tmp_path, original, monkeypatch):
     asked = []
-    monkeypatch.setattr("kvpo.generators.base_folder.snapshot_download", lambda name, allow_patterns: asked.append((name, allow_patterns)) or str(original[0]))
+    monkeypatch.setattr("kvpo.convert.wan_base.snapshot_download", lambda name, allow_patterns: asked.append((name, allow_patterns)) or str(original[0]))
     assert open_base("Wan-AI/Wan2.1-T2V-1.3B").folder == original[0]
     assert asked[0][0] == "Wan-AI/Wan2.1-T2V-1.3B" and not any("diffusion_pytorch_model" in p for p in asked[0][1])
 
@@ -246,7 +246,7 @@ def test_a_full_disk_leaves_nothing(capsys, tmp_path, original, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("kvpo.importing.write_atomic", full)
+    monkeypatch.setattr("kvpo.convert.import_released.write_atomic", full)
     assert "could not be written" in refused(capsys, tmp_path, good, tmp_path / "out", "--format", "causal-forcing", "--base", original[0])
 
 

@@ -19,13 +19,13 @@ import numpy as np
 import pytest
 import torch
 
-from kvpo import reward_env
-from kvpo.reward_env import ENVS, create, python_of, shipped, table
-from kvpo.rewards import wire
+from kvpo.rewards.isolated import environments as reward_env
+from kvpo.rewards.isolated.environments import ENVS, create, python_of, shipped, table
+from kvpo.rewards.isolated import wire
 from kvpo.rewards.base import VideoBatch, check_output
-from kvpo.rewards.heldout import AttributeAgreement
-from kvpo.rewards.isolated import WORKER, Isolated, scorer_file, spec_of
-from kvpo.rng import stream
+from kvpo.mini.rewards.heldout import AttributeAgreement
+from kvpo.rewards.isolated.reward import WORKER, Isolated, scorer_file, spec_of
+from kvpo.common.rng import stream
 
 TOY = """
     import importlib.util, os, signal, subprocess, sys, time
@@ -227,7 +227,7 @@ def test_no_orphan_of_a_killed_run(toy, tmp_path):
     script = f"""
         import torch
         from kvpo.rewards.base import VideoBatch
-        from kvpo.rewards.isolated import Isolated
+        from kvpo.rewards.isolated.reward import Isolated
         for todo in ("child {files['child']}", "hang {files['hang']}"):
             reward = Isolated({str(toy)!r})
             reward.load()

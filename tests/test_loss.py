@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from kvpo import loss
-from kvpo.loss import ClippedObjective
-from kvpo.rng import normal
+from kvpo.method import loss
+from kvpo.method.loss import ClippedObjective
+from kvpo.common.rng import normal
 
 
 def draw(*name, G: int = 6) -> torch.Tensor:

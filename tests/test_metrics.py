@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvpo import metrics
-from kvpo.advantages import Advantages
-from kvpo.loss import ClippedObjective
-from kvpo.metrics import DECLARED, MetricLog, console_line, declaration, pick, read_metrics, render_docs, truncate_after
+from kvpo.common import metrics
+from kvpo.method.advantages import Advantages
+from kvpo.method.loss import ClippedObjective
+from kvpo.common.metrics import DECLARED, MetricLog, console_line, declaration, pick, read_metrics, render_docs, truncate_after
 from kvpo.types import RewardTable
 
 
@@ -27,7 +27,7 @@ def examples(pattern: str) -> list[str]:
 
 def test_docs_are_what_the_declarations_say():
     committed = Path(__file__).parents[1] / "docs/metrics.md"
-    assert committed.read_text() == render_docs(), "docs/metrics.md is out of date: python -m kvpo.metrics > docs/metrics.md"
+    assert committed.read_text() == render_docs(), "docs/metrics.md is out of date: python -m kvpo.common.metrics > docs/metrics.md"
 
 
 def test_every_name_has_exactly_one_declaration():

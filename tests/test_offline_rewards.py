@@ -15,10 +15,10 @@ from kvpo.mini.world import Scene, play, render
 from kvpo.rewards.base import VideoBatch, check_output, to_uint8
 from kvpo.rewards.measured import missing_packages
 from kvpo.rewards.calibration import degrade
-from kvpo.rewards.conse import Conse, places
-from kvpo.rewards.efficientnet import EfficientNetConsistency, own_motion
-from kvpo.rewards.ocr import TextReward, likelihood, quoted, similarity
-from kvpo.rewards.packaged import packaged
+from kvpo.rewards.pretrained.conse import Conse, places
+from kvpo.rewards.pretrained.efficientnet import EfficientNetConsistency, own_motion
+from kvpo.rewards.pretrained.ocr import TextReward, likelihood, quoted, similarity
+from kvpo.rewards.pretrained.packaged import packaged
 
 KINDS = (EfficientNetConsistency, Conse, TextReward)
 DATA = Path(matplotlib.get_data_path())

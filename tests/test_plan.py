@@ -9,16 +9,16 @@ import torch
 from test_align import settings, write_recipe
 from tiny import GEOMETRY, draw
 
-from kvpo import cli
-from kvpo.align import Alignment
+from kvpo.commands import main as cli
+from kvpo.train import Alignment
 from kvpo.config import RECIPES, from_dict, load_config, recipe_path
-from kvpo.generators.base_folder import new_transformer
-from kvpo.peak import Ledger, cost, fake, flops
-from kvpo.plan import CARDS, fitted, shares_of, stages, work
-from kvpo.plan_amounts import amounts, longest, own_past, replay_rows, reward_memory, with_changes
-from kvpo.plan_costs import WAN_1_3B, WAN_14B, costs, sizes_of
-from kvpo.policy import Policy
-from kvpo.progress import Progress
+from kvpo.convert.wan_base import new_transformer
+from kvpo.planning.peak import Ledger, cost, fake, flops
+from kvpo.planning.plan import CARDS, fitted, shares_of, stages, work
+from kvpo.planning.amounts import amounts, longest, own_past, replay_rows, reward_memory, with_changes
+from kvpo.planning.costs import WAN_1_3B, WAN_14B, costs, sizes_of
+from kvpo.policy.policy import Policy
+from kvpo.common.progress import Progress
 
 
 def run(capsys, *argv) -> tuple[int, str, str]:
@@ -155,7 +155,7 @@ def test_a_policy_on_meta_is_the_policy():
     """What is counted without memory: every trained number, in the adapter's precision and in float32."""
     with torch.device("meta"):
         from kvpo.generators.causal_wan import CausalWan
-        from kvpo.policy import PolicyConfig
+        from kvpo.policy.policy import PolicyConfig
 
         policy = Policy(CausalWan(new_transformer(WAN_1_3B)), PolicyConfig(rank=256), 0)
     assert policy.num_trainable == pytest.approx(350e6, rel=0.01), "300 modules of rank 256, as the paper's code has"

@@ -7,8 +7,8 @@ import torch
 from tiny import draw, new_transformer
 
 from kvpo.generators.causal_wan import CausalWan
-from kvpo.policy import Policy, PolicyConfig
-from kvpo.rng import normal
+from kvpo.policy.policy import Policy, PolicyConfig
+from kvpo.common.rng import normal
 
 
 def new_policy(seed: int = 0, **kwargs) -> Policy:

@@ -9,10 +9,10 @@ from test_branch_parallel import Given
 from tiny import draw, embed, story, with_geometry
 
 from kvpo.config import from_dict
-from kvpo.denoise import NamedNoise, SAMPLERS
-from kvpo.prefix import PrefixDecoders, Start, start_groups
-from kvpo.progress import Progress
-from kvpo.rollout import RolloutConfig
+from kvpo.generators.sampler import NamedNoise, SAMPLERS
+from kvpo.method.rollout import PrefixDecoders, Start, start_groups
+from kvpo.common.progress import Progress
+from kvpo.method.rollout import RolloutConfig
 from kvpo.types import Window
 
 CACHE = 9

@@ -12,24 +12,24 @@ import torch
 from diffusers import WanTransformer3DModel
 from safetensors import SafetensorError
 
-from kvpo.files import beside
+from kvpo.common.files import beside
 from kvpo.generators.causal_wan import CausalWan
 from kvpo.generators.history import SinkWindow
-from kvpo.mini.autoencoder import clip, encode, fit_encoder, set_latent_scale
-from kvpo.mini.few_step import Played, draw_stretch
-from kvpo.mini.flat import flat_velocity, use_flat_attention
-from kvpo.mini.layouts import SLOTS, draw_layout, draw_switch, frames_of, layout
-from kvpo.mini.library import Library, load_library, save_library
-from kvpo.mini.linear_encoder import install
-from kvpo.mini.networks import BLOCK, SINK, WINDOW, new_text_encoder, new_transformer, new_vae
-from kvpo.mini.openings import build_openings, likeliest, noised_openings, opening_lesson
-from kvpo.mini.pretrain import Networks, Settings, export, mixed, pretrain
-from kvpo.mini.teacher_forcing import Crops
-from kvpo.mini.training import LOG, Stage, forget, optimizers
+from kvpo.mini.pretraining.autoencoder import clip, encode, fit_encoder, set_latent_scale
+from kvpo.mini.pretraining.few_step import Played, draw_stretch
+from kvpo.mini.pretraining.flat import flat_velocity, use_flat_attention
+from kvpo.mini.pretraining.layouts import SLOTS, draw_layout, draw_switch, frames_of, layout
+from kvpo.mini.pretraining.library import Library, load_library, save_library
+from kvpo.mini.pretraining.linear_encoder import install
+from kvpo.mini.pretraining.networks import BLOCK, SINK, WINDOW, new_text_encoder, new_transformer, new_vae
+from kvpo.mini.pretraining.openings import build_openings, likeliest, noised_openings, opening_lesson
+from kvpo.mini.pretraining.pretrain import Networks, Settings, export, mixed, pretrain
+from kvpo.mini.pretraining.teacher_forcing import Crops
+from kvpo.mini.pretraining.training import LOG, Stage, forget, optimizers
 from kvpo.mini.world import PILLAR
 from kvpo.generators.pipeline import Pipeline
-from kvpo.progress import Progress
-from kvpo.rng import normal, stream
+from kvpo.common.progress import Progress
+from kvpo.common.rng import normal, stream
 
 H = W = 4
 CHANNELS, TEXT, TOKENS = 4, 8, 5

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from kvpo import prompt_sets
-from kvpo.prompt_sets import SETS, Prompts, write_set
-from kvpo.prompts import read_scripts
+from kvpo.evaluation import prompt_sets
+from kvpo.evaluation.prompt_sets import SETS, write_set
+from kvpo.commands.prompts import Prompts
+from kvpo.method.prompts import read_scripts
 
 PUBLIC = Path(__file__).resolve().parents[2] / "shared" / "data" / "prompts"
 

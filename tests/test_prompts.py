@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from kvpo.mini.source import StorySource
-from kvpo.prompts import PromptSet, ScriptSource, even_starts, outer_brackets, read_scripts, starts_at
+from kvpo.method.prompts import PromptSet, ScriptSource, even_starts, outer_brackets, read_scripts, starts_at
 from kvpo.types import Script
 
 BLOCKS = 49

@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from kvpo.rewards import qwen
+from kvpo.rewards.pretrained import qwen
 from kvpo.rewards.base import VideoBatch, check_output
-from kvpo.rewards.hpsv3 import HPSv3
-from kvpo.rewards.videoreward import VideoReward, grey
-from kvpo.rng import stream
+from kvpo.rewards.pretrained.hpsv3 import HPSv3
+from kvpo.rewards.pretrained.videoreward import VideoReward, grey
+from kvpo.common.rng import stream
 
 GOLDEN = Path(__file__).parent / "golden_rewards"
 ABOUT, NUMBERS = json.loads((GOLDEN / "qwen.json").read_text()), load_file(GOLDEN / "qwen.safetensors")
@@ -132,7 +132,7 @@ def names_in_4_45(hidden: int, inner: int, heads: int, groups: int, tokens: int,
 
 def test_hpsv3_of_full_size_is_its_file():
     """The public HPSv3.safetensors has 16 584 387 300 bytes: exactly these names and shapes in bfloat16."""
-    from kvpo.rewards.hpsv3 import head
+    from kvpo.rewards.pretrained.hpsv3 import head
 
     header, end = {}, 0
     for name, shape in sorted(names_in_4_45(3584, 18944, 28, 4, 1, head(3584), "image").items()):

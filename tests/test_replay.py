@@ -9,14 +9,14 @@ import torch
 from test_rollout import FORK, SWITCHES
 from tiny import draw, embed, new_pipeline, new_rollout, story, with_geometry
 
-from kvpo.denoise import Stream
-from kvpo.exploration.kv_routing import KVRouting
-from kvpo.exploration.noise import StartNoise
-from kvpo.flow import denoised
+from kvpo.generators.sampler import Stream
+from kvpo.method.routing import KVRouting
+from kvpo.method.explorers import StartNoise
+from kvpo.generators.flow import denoised
 from kvpo.generators.cache import FrameCache
-from kvpo.replay import CONTEXTS, Replay
-from kvpo.surrogates.denoised_energy import DenoisedEnergy
-from kvpo.surrogates.velocity_energy import VelocityEnergy
+from kvpo.method.replay import CONTEXTS, Replay
+from kvpo.method.energies import DenoisedEnergy
+from kvpo.method.energies import VelocityEnergy
 from kvpo.types import Trajectory
 
 CASES = [pytest.param(context, starts, id=f"{context}, switch {where}") for context in CONTEXTS for where, starts in SWITCHES.items() if where != "after"]

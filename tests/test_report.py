@@ -14,15 +14,16 @@ import pytest
 import torch
 import yaml
 
-from kvpo.metrics import MetricLog
-from kvpo.report import write_report
-from kvpo.report_curves import running_mean
-from kvpo.report_page import num, seconds
-from kvpo.rng import stream
-from kvpo.routing_map import routing_map
-from kvpo.run_folder import Missing, Row, group_record, read_evaluations, read_group, read_samples
+from kvpo.common.metrics import MetricLog
+from kvpo.report.report import write_report
+from kvpo.report.curves import running_mean
+from kvpo.pages.html import num, seconds
+from kvpo.common.rng import stream
+from kvpo.report.routing_map import routing_map
+from kvpo.report.read_run import Missing, Row, read_evaluations, read_group, read_samples
+from kvpo.report.samples import group_record
 from kvpo.types import BranchPlan, RewardTable, Script, Window
-from kvpo.video import grid, write_mp4
+from kvpo.common.video import grid, write_mp4
 
 STEPS, BRANCHES, SEGMENTS = 40, 4, ("a small red circle moves slowly to the left over a dark night", "it turns green & rises fast")
 GEOMETRY = SimpleNamespace(block=3, sink=3, window=12)

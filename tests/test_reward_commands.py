@@ -8,13 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kvpo import cli
+from kvpo.commands import main as cli
 from kvpo.rewards.base import VideoBatch
 from kvpo.rewards.calibration import FLAWS, MAY_PASS, MUST_WIN, calibrate, miscaptioned, refuse_frozen
-from kvpo.rewards.clips import FRAMES, folder_clips, story_clips
+from kvpo.rewards.clips import FRAMES, folder_clips
+from kvpo.mini.source import story_clips
 from kvpo.rewards.registry import SHIPPED
-from kvpo.rewards.world import MotionQuality, VisualQuality
-from kvpo.video import write_mp4
+from kvpo.mini.rewards.world import MotionQuality, VisualQuality
+from kvpo.common.video import write_mp4
 
 PROMPT = "a small red circle moves right slowly over white paper"
 

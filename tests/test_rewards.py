@@ -9,12 +9,12 @@ import torch
 from kvpo.mini.world import SIZE, Scene, play, render
 from kvpo.rewards.base import RewardOutput, RewardSpec, VideoBatch, check_output, to_uint8
 from kvpo.rewards.calibration import DEGRADATIONS, calibrate, degrade
-from kvpo.rewards.clips import story_clips
-from kvpo.rewards.facts import decay, measure
-from kvpo.rewards.judge import blend, soft
-from kvpo.rewards.motion import LAG, agreement, motion, typical_bend, typical_speed, wrap
-from kvpo.rewards.track import observe
-from kvpo.rewards.world import MotionQuality, TextAlignment, VisualQuality
+from kvpo.mini.source import story_clips
+from kvpo.mini.rewards.facts import decay, measure
+from kvpo.mini.rewards.asked import blend, soft
+from kvpo.mini.rewards.motion import LAG, agreement, motion, typical_bend, typical_speed, wrap
+from kvpo.mini.rewards.track import observe
+from kvpo.mini.rewards.world import MotionQuality, TextAlignment, VisualQuality
 
 REWARDS = (VisualQuality(), MotionQuality(), TextAlignment())
 EQUAL = {"VQ": 1.0, "MQ": 1.0, "TA": 1.0}

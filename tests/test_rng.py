@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvpo.rng import normal, stream
+from kvpo.common.rng import normal, stream
 
 
 def test_a_name_always_gives_the_same_draws():

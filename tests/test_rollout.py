@@ -8,10 +8,10 @@ import pytest
 import torch
 from tiny import RED, embed, new_rollout, new_stream, story, with_geometry
 
-from kvpo.denoise import NamedNoise, SAMPLERS, Stream
-from kvpo.exploration.kv_routing import KVRouting
-from kvpo.exploration.noise import StartNoise, mix_noise
-from kvpo.rollout import RolloutConfig, check_room
+from kvpo.generators.sampler import NamedNoise, SAMPLERS, Stream
+from kvpo.method.routing import KVRouting
+from kvpo.method.explorers import StartNoise, mix_noise
+from kvpo.method.rollout import RolloutConfig, check_room
 from kvpo.types import BranchPlan, Window
 
 ROUTING = KVRouting(window_blocks=2)

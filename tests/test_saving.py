@@ -10,9 +10,9 @@ import pytest
 import torch
 from test_checkpoint import SETTINGS, load, trained, update
 
-from kvpo import checkpoint as module
-from kvpo.checkpoint import checkpoints
-from kvpo.saving import Saver
+from kvpo.policy import checkpoint as module
+from kvpo.policy.checkpoint import checkpoints
+from kvpo.policy.saving import Saver
 
 
 def saver_of(run, folder) -> Saver:

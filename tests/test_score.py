@@ -12,11 +12,12 @@ import pytest
 import torch
 from tiny import BLUE, GEOMETRY, RED, SMALL, Broken, Change, Unmeasured, Warmth, new_rollout, story
 
-from kvpo.exploration.kv_routing import KVRouting
+from kvpo.method.routing import KVRouting
 from kvpo.rewards.registry import RewardEntry
 from kvpo.rewards.scorer import Scorer
-from kvpo.score import Clip, ScoreConfig, decode, global_clips, group_clips, horizon, local_clips, pixel_diversity, pixel_span, score
-from kvpo.timing import Phases
+from kvpo.method.score import Clip, ScoreConfig, decode, global_clips, group_clips, horizon, local_clips, pixel_diversity, score
+from kvpo.generators.pipeline import pixel_span
+from kvpo.common.timing import Phases
 from kvpo.types import Window
 
 CONFIG = ScoreConfig(clip_frames=8, min_frames=4)

@@ -18,16 +18,16 @@ from test_align import align, equal, final, records, settings, write_recipe
 from test_distributed import children, launch, torchrun
 from tiny import draw, new_transformer
 
-from kvpo.advantages import UnsafePolicy
-from kvpo.checkpoint import Snapshot, checkpoints, load_checkpoint, newest_whole, read_tensors, save_checkpoint
-from kvpo.distributed import Ranks
+from kvpo.method.advantages import UnsafePolicy
+from kvpo.policy.checkpoint import Snapshot, checkpoints, load_checkpoint, newest_whole, read_tensors, save_checkpoint
+from kvpo.distributed.ranks import Ranks
 from kvpo.generators.causal_wan import CausalWan
-from kvpo.generators.checkpoints import keeps_float32
-from kvpo.loss import ClippedObjective
-from kvpo.metrics import read_metrics
-from kvpo.policy import Policy, PolicyConfig
-from kvpo.surrogates.base import Temperature
-from kvpo.update import OptimizerConfig, Updater
+from kvpo.convert.wan_names import keeps_float32
+from kvpo.method.loss import ClippedObjective
+from kvpo.common.metrics import read_metrics
+from kvpo.policy.policy import Policy, PolicyConfig
+from kvpo.method.energies import Temperature
+from kvpo.method.update import OptimizerConfig, Updater
 
 ROOT = Path(__file__).resolve().parents[1]
 CASES = ("full-float32", "full-bfloat16", "lora-float32", "lora-bfloat16")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvpo import flow
-from kvpo.rng import normal
-from kvpo.surrogates.base import Temperature, squared_residual
-from kvpo.surrogates.denoised_energy import DenoisedEnergy
-from kvpo.surrogates.velocity_energy import VelocityEnergy
+from kvpo.generators import flow
+from kvpo.common.rng import normal
+from kvpo.method.energies import Temperature, squared_residual
+from kvpo.method.energies import DenoisedEnergy
+from kvpo.method.energies import VelocityEnergy
 
 SIGMAS = flow.warped_sigmas()
 SHAPE = (3, 2, 4, 3, 2, 2, 2)
@@ -18,7 +18,7 @@ SURROGATES = (VelocityEnergy(), DenoisedEnergy(), DenoisedEnergy(floor=0.0), Den
 
 
 def energy(surrogate, v_BPSFCHW, u_BPSFCHW, sigmas=SIGMAS):
-    """E_B = 1 / (P S) sum_{b,s} w_s mean (v - u)^2, put together as `kvpo.replay` does."""
+    """E_B = 1 / (P S) sum_{b,s} w_s mean (v - u)^2, put together as `kvpo.method.replay` does."""
     rows = squared_residual(v_BPSFCHW.flatten(0, 2), u_BPSFCHW.flatten(0, 2)).unflatten(0, v_BPSFCHW.shape[:3])
     return (rows * surrogate.step_weights(sigmas)).mean(dim=(1, 2))
 

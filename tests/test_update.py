@@ -8,16 +8,16 @@ import pytest
 import torch
 from tiny import draw, embed, new_pipeline, new_rollout, story
 
-from kvpo.advantages import Advantage, UnsafePolicy
-from kvpo.exploration.kv_routing import KVRouting
-from kvpo.loss import ClippedObjective
-from kvpo.policy import Policy, PolicyConfig
-from kvpo.replay import CONTEXTS, Replay
-from kvpo.surrogates.base import Temperature
-from kvpo.surrogates.velocity_energy import VelocityEnergy
-from kvpo.timing import Phases
+from kvpo.method.advantages import Advantage, UnsafePolicy
+from kvpo.method.routing import KVRouting
+from kvpo.method.loss import ClippedObjective
+from kvpo.policy.policy import Policy, PolicyConfig
+from kvpo.method.replay import CONTEXTS, Replay
+from kvpo.method.energies import Temperature
+from kvpo.method.energies import VelocityEnergy
+from kvpo.common.timing import Phases
 from kvpo.types import Trajectory
-from kvpo.update import OptimizerConfig, Updater, group_means
+from kvpo.method.update import OptimizerConfig, Updater, group_means
 
 FORK = 4
 UNCLIPPED = OptimizerConfig(clip=1e9)

@@ -11,9 +11,10 @@ import pytest
 from test_align import settings, write_recipe
 from tiny import BLUE, GEOMETRY, RED
 
-from kvpo.prompts import read_scripts
-from kvpo.vbench import DIMENSIONS, Vbench, named_scripts, read_score, table, totals, video_name
-from kvpo.video import read_mp4
+from kvpo.method.prompts import read_scripts
+from kvpo.evaluation.vbench import DIMENSIONS, named_scripts, read_score, table, totals, video_name
+from kvpo.commands.vbench import Vbench
+from kvpo.common.video import read_mp4
 
 PUBLISHED = {
     "VideoCrafter-2.0": (80.44, 82.20, 73.42, 96.85, 98.22, 98.41, 97.73, 42.50, 63.13, 67.22, 92.55, 40.66, 95.00, 92.92, 35.86, 55.29, 25.13, 25.84, 28.23),

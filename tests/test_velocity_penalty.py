@@ -6,17 +6,17 @@ import pytest
 import torch
 from tiny import embed, new_pipeline, new_rollout, story, with_geometry
 
-from kvpo.advantages import UnsafePolicy
-from kvpo.denoise import SAMPLERS, NamedNoise
-from kvpo.loss import ClippedObjective
-from kvpo.policy import Policy, PolicyConfig
-from kvpo.rng import stream
-from kvpo.prefix import generate_prefixes
-from kvpo.surrogates.base import Temperature
-from kvpo.timing import Phases
+from kvpo.method.advantages import UnsafePolicy
+from kvpo.generators.sampler import SAMPLERS, NamedNoise
+from kvpo.method.loss import ClippedObjective
+from kvpo.policy.policy import Policy, PolicyConfig
+from kvpo.common.rng import stream
+from kvpo.method.rollout import generate_prefixes
+from kvpo.method.energies import Temperature
+from kvpo.common.timing import Phases
 from kvpo.types import Rollout
-from kvpo.update import OptimizerConfig, Updater
-from kvpo.velocity_penalty import VelocityPenalty, held_velocities, replayable
+from kvpo.method.update import OptimizerConfig, Updater
+from kvpo.method.velocity_penalty import VelocityPenalty, held_velocities, replayable
 
 FORK = 6
 CACHE = 9

@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from kvpo.exploration.kv_routing import KVRouting
-from kvpo.files import write_atomic
-from kvpo.rng import stream
-from kvpo.routing_map import ROLES, roles, routing_map
+from kvpo.method.routing import KVRouting
+from kvpo.common.files import write_atomic
+from kvpo.common.rng import stream
+from kvpo.report.routing_map import ROLES, roles, routing_map
 from kvpo.types import BranchPlan, Window
-from kvpo.video import encode_mp4, enlarge, grid, html_image, html_video, read_mp4, strips, watchable, write_mp4
+from kvpo.common.video import encode_mp4, enlarge, grid, html_image, html_video, read_mp4, strips, watchable, write_mp4
 
 GEOMETRY, WINDOW = SimpleNamespace(block=3, sink=3, window=12), Window(7, 3)
 
@@ -85,7 +85,7 @@ def test_writing_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     def full(*_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("kvpo.files.os.fsync", full)
+    monkeypatch.setattr("kvpo.common.files.os.fsync", full)
     with pytest.raises(OSError, match="no space"):
         write_atomic(path, "new")
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]

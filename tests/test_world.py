@@ -9,7 +9,7 @@ import torch
 
 from kvpo.mini.stories import MOTION_PHRASES, PLACE_PHRASES, _SIZE_WORDS, _SPEED_WORDS, describe, describe_change, understand, vocabulary, words, write_story
 from kvpo.mini.world import COLOURS, PILLAR, SHAPES, SIZE, Scene, pixel_frames, play, render
-from kvpo.rng import stream
+from kvpo.common.rng import stream
 
 
 def test_stories_depend_on_their_name_only():

@@ -13,17 +13,17 @@ import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from transformers import UMT5Config, UMT5EncoderModel
 
-from kvpo.denoise import SAMPLERS, NamedNoise, StackedNoise, Stream
-from kvpo.exploration.kv_routing import KVRouting
+from kvpo.generators.sampler import SAMPLERS, NamedNoise, StackedNoise, Stream
+from kvpo.method.routing import KVRouting
 from kvpo.generators.causal_wan import CausalWan
 from kvpo.generators.pipeline import Geometry, Pipeline
-from kvpo.mini.networks import new_tokenizer
+from kvpo.mini.pretraining.networks import new_tokenizer
 from kvpo.mini.stories import vocabulary
 from kvpo.rewards.base import RewardOutput, RewardSpec, VideoBatch
 from kvpo.rewards.measured import scored
-from kvpo.rng import stream
-from kvpo.rollout import RolloutConfig, roll_out
-from kvpo.timing import Phases
+from kvpo.common.rng import stream
+from kvpo.method.rollout import RolloutConfig, roll_out
+from kvpo.common.timing import Phases
 from kvpo.types import Rollout, Script
 
 GEOMETRY = Geometry(block=2, sink=1, window=7, latent_height=4, latent_width=4, fps=16, text_length=24)

@@ -13,7 +13,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import nn
 
-from kvpo.flow import TIME_SCALE
+from kvpo.generators.flow import TIME_SCALE
 from kvpo.generators.attention import FoldedCrossAttention, LayerView, PagedSelfAttention
 from kvpo.generators.cache import FrameCache, Frames
 from kvpo.generators.rope import check_positions, frame_angles

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from kvpo.files import write_atomic
+from kvpo.common.files import write_atomic
 from kvpo.generators.pipeline import Pipeline
 
 SAMPLES, SAMPLE_BYTES = 64, 1 << 16

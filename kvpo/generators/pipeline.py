@@ -18,10 +18,10 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, UMT5EncoderModel
 from transformers.utils.logging import disable_progress_bar
 
-from kvpo.errors import first_line
-from kvpo.flow import warped_sigmas
+from kvpo.common.files import first_line
 from kvpo.generators.cache import FrameCache
 from kvpo.generators.causal_wan import CausalWan
+from kvpo.generators.flow import warped_sigmas
 from kvpo.generators.history import Deployed, MemoryBank, SinkWindow
 from kvpo.generators.memory import Bank
 from kvpo.generators.streaming import StreamingDecoder
@@ -48,7 +48,7 @@ class Geometry:
     steps: int = 4
     """Denoise steps of a block."""
     shift: float = 5.0
-    """Warp of the step schedule, see `kvpo.flow.warp`."""
+    """Warp of the step schedule, see `kvpo.generators.flow.warp`."""
     bank: int = 0
     """Latent frames of MemFlow's memory bank, read beside the window; 0: none."""
     bank_every: int = 3
@@ -253,3 +253,8 @@ def _not_json(folder: Path) -> str:
         except (OSError, ValueError) as error:
             return f"{path} is not JSON ({error})"
     return ""
+
+
+def pixel_span(blocks: tuple[int, int], geometry: Geometry) -> tuple[int, int]:
+    """Pixel frames [first, stop) of blocks [first, stop)."""
+    return tuple(geometry.pixel_frames(b * geometry.block) for b in blocks)

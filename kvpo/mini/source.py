@@ -1,11 +1,16 @@
-"""Stories without end: the miniature's source of scripts (`kvpo.prompts.ScriptSource`)."""
+"""Stories without end: the miniature's source of scripts (`kvpo.method.prompts.ScriptSource`)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
+from kvpo.common.rng import stream
 from kvpo.mini.stories import Story, chance, write_story
-from kvpo.rng import stream
+from kvpo.mini.world import FPS, pixel_frames
+from kvpo.rewards.base import VideoBatch, to_uint8
+from kvpo.rewards.clips import FRAMES
 from kvpo.types import Script
 
 MAX_SEGMENTS = 4
@@ -47,3 +52,19 @@ class StorySource:
 
     def script(self, step: int, index: int) -> Script:
         return self.story(step, index).script
+
+
+def story_clips(count: int, pillar: bool = False, seed: int = 7, frames: int = FRAMES) -> list[VideoBatch]:
+    """``count`` true clips of the miniature's world, in batches of 8: the first ``frames`` of every prompt segment of stories that no training draws."""
+    rows, i = [], 0
+    while len(rows) < count:
+        story = write_story(seed, "rewards", i, blocks=12, memory=pillar)
+        video = to_uint8(story.render())
+        for k in range(len(story.scenes)):
+            first, stop = (pixel_frames(3 * block) for block in story.script.span(k))
+            if first + frames <= stop and story.scenes[0].pillar == pillar:
+                rows.append((video[first : first + frames], story.script.texts[k], story.script.texts[:k]))
+        i += 1
+    rows = rows[:count]
+    groups = [rows[j : j + 8] for j in range(0, count, 8)]
+    return [VideoBatch(torch.stack([r[0] for r in g]), FPS, tuple(r[1] for r in g), tuple(r[2] for r in g)) for g in groups]

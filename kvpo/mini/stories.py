@@ -12,7 +12,7 @@ from typing import Sequence
 
 import torch
 
-from kvpo.rng import stream
+from kvpo.common.rng import stream
 from kvpo.types import Script
 from kvpo.mini.world import COLOURS, HEADING, PLACES, SHAPES, SIZES, SPEEDS, Scene, Truth, pixel_frames, play, render
 

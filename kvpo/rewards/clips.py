@@ -8,31 +8,11 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-import torch
-
-from kvpo.mini.stories import write_story
-from kvpo.mini.world import FPS, pixel_frames
-from kvpo.rewards.base import VideoBatch, to_uint8
-from kvpo.video import read_mp4
+from kvpo.common.video import FPS, read_mp4
+from kvpo.rewards.base import VideoBatch
 
 FRAMES = 36
 """Of a clip: three blocks, as in training."""
-
-
-def story_clips(count: int, pillar: bool = False, seed: int = 7, frames: int = FRAMES) -> list[VideoBatch]:
-    """``count`` true clips of the miniature's world, in batches of 8: the first ``frames`` of every prompt segment of stories that no training draws."""
-    rows, i = [], 0
-    while len(rows) < count:
-        story = write_story(seed, "rewards", i, blocks=12, memory=pillar)
-        video = to_uint8(story.render())
-        for k in range(len(story.scenes)):
-            first, stop = (pixel_frames(3 * block) for block in story.script.span(k))
-            if first + frames <= stop and story.scenes[0].pillar == pillar:
-                rows.append((video[first : first + frames], story.script.texts[k], story.script.texts[:k]))
-        i += 1
-    rows = rows[:count]
-    groups = [rows[j : j + 8] for j in range(0, count, 8)]
-    return [VideoBatch(torch.stack([r[0] for r in g]), FPS, tuple(r[1] for r in g), tuple(r[2] for r in g)) for g in groups]
 
 
 def folder_clips(folder: Path, seconds: float = FRAMES / FPS) -> list[VideoBatch]:

@@ -14,7 +14,7 @@ import torch
 
 from kvpo.rewards.base import Reward, RewardOutput, RewardSpec, VideoBatch, check_output
 from kvpo.rewards.measured import sampled
-from kvpo.rewards.isolated import Isolated
+from kvpo.rewards.isolated.reward import Isolated
 from kvpo.rewards.registry import RewardEntry, check_held_out, make_reward
 
 REMEMBERED = 65_536

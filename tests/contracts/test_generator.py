@@ -13,7 +13,7 @@ from tiny import BLUE, CHANNELS, RED, SMALL, TEXT_DIM, draw, embed, new_pipeline
 from kvpo.generators.cache import FrameCache, gather
 from kvpo.generators.causal_wan import CausalWan
 from kvpo.generators.history import Routed, SinkWindow
-from kvpo.policy import ADAPTER_TARGETS
+from kvpo.policy.policy import ADAPTER_TARGETS
 from kvpo.types import BranchPlan, Window
 
 F, H, W = 2, 4, 4

@@ -10,14 +10,14 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from tiny import RED, SMALL, draw, embed, new_pipeline, new_rollout, new_stream, story, with_geometry
 
-from kvpo.denoise import NamedNoise
+from kvpo.generators.sampler import NamedNoise
 from kvpo.generators.causal_wan import CausalWan
 from kvpo.generators.history import MemoryBank, Routed, SinkWindow
 from kvpo.generators.pipeline import Pipeline
-from kvpo.loading import load_pipeline
-from kvpo.replay import CONTEXTS, Replay
-from kvpo.rollout import own_frames
-from kvpo.surrogates.velocity_energy import VelocityEnergy
+from kvpo.runs.loading import load_pipeline
+from kvpo.method.replay import CONTEXTS, Replay
+from kvpo.method.rollout import own_frames
+from kvpo.method.energies import VelocityEnergy
 from kvpo.types import BranchPlan, Window
 
 CLOSE = {"atol": 3e-5, "rtol": 0}

@@ -1,0 +1,66 @@
+"""`kvpo ab`: a blind A/B page of two generators."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Sequence
+
+from kvpo.commands.options import Positional
+from kvpo.common.environment import command, pick_device
+from kvpo.common.files import must_be_new
+from kvpo.common.progress import Progress
+from kvpo.config import RunConfig, load_config, recipe_path
+from kvpo.evaluation.ab_pairs import Pair, check_alike, claim, draw_pairs
+from kvpo.generators.generate import write_missing
+from kvpo.generators.pipeline import Geometry
+from kvpo.generators.sampler import SAMPLERS
+from kvpo.pages.ab import QUESTIONS, write_page
+from kvpo.runs.build import evaluation_scripts
+from kvpo.runs.loading import load_generator
+
+
+@dataclass(frozen=True)
+class Ab:
+    """Make a blind A/B page of two generators: same scripts, same noise, sides hidden.  A second call goes on where the first stopped."""
+
+    a: Positional[str]
+    """Pipeline folder, mini, or a run (RUN, RUN:ema, RUN:online, RUN:start)."""
+    b: Positional[str]
+    """The other one."""
+    recipe: str = "mini"
+    """Where sampler, length and scripts are taken from."""
+    prompts: str = ""
+    """Prompt file; default: what the recipe evaluates on."""
+    scripts: int = 16
+    seeds: tuple[int, ...] = (0,)
+    """A pair of every script for each."""
+    blocks: int = 0
+    """Length of the videos, blocks; 0 = the recipe's."""
+    out: Path = Path("runs/ab")
+    device: str = "auto"
+
+    def __call__(self) -> None:
+        must_be_new(self.out / "page" / "index.html")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"--seeds {' '.join(map(str, self.seeds))}: give at least one seed and each once, equal ones would make equal pairs")
+        config = load_config(recipe_path(self.recipe))
+        config = replace(config, evaluate=replace(config.evaluate, scripts=self.scripts, prompts=self.prompts or config.evaluate.prompts))
+        config = replace(config, data=replace(config.data, blocks=self.blocks or config.data.blocks))
+        pairs, progress = draw_pairs(evaluation_scripts(config), self.seeds, config.evaluate.seed), Progress()
+        geometry = self.write_videos("a", pairs, config, progress)
+        self.write_videos("b", pairs, config, progress, geometry)
+        study = hashlib.blake2b((self.out / "key.json").read_bytes(), digest_size=8).hexdigest()
+        claim(self.out / "key.json", {"study": study, "command": command()})
+        write_page(self.out / "page", study, [pair.script for pair in pairs], geometry)
+        progress.say(f"{len(pairs)} pairs, {len(QUESTIONS)} questions each\nfor the raters: {self.out}/page\nfor kvpo unblind, not for raters: {self.out}/key.json")
+
+    def write_videos(self, name: str, pairs: Sequence[Pair], config: RunConfig, progress: Progress, other: Geometry | None = None) -> Geometry:
+        """One generator's videos, page/000-left.mp4 or -right.mp4 and so on; those that are there already stay.  Its geometry, alike the ``other``'s."""
+        pipeline, label = load_generator(getattr(self, name), pick_device(self.device), config.vae_dtype, config.dtype)
+        check_alike(other or pipeline.geometry, pipeline.geometry)
+        claim(self.out / "key.json", {name: label, "sampler": config.sampler, "pairs": [pair.record for pair in pairs]})
+        paths = [self.out / "page" / f"{number:03d}-{pair.side(name)}.mp4" for number, pair in enumerate(pairs)]
+        write_missing(pipeline, SAMPLERS[config.sampler], [(pair.script, pair.seed, path) for pair, path in zip(pairs, paths)], label, progress)
+        return pipeline.geometry

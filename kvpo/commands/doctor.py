@@ -1,0 +1,20 @@
+"""`kvpo doctor`: the method's invariants on a generator and a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvpo.commands.options import Positional, Settings
+from kvpo.doctor import examine
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Check the method's invariants on a generator and a recipe, each with its measured number."""
+
+    recipe: Positional[str]
+    settings: Settings
+
+    def __call__(self) -> None:
+        if not examine(self.settings):
+            raise ValueError("some invariants do not hold; see the lines marked FAILED above")

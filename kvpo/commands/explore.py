@@ -1,0 +1,75 @@
+"""`kvpo explore`: the branches of one story side by side, and what each of them reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from kvpo.commands.options import Positional, Settings
+from kvpo.common.environment import pick_device
+from kvpo.common.progress import Progress
+from kvpo.common.timing import Phases
+from kvpo.generators.sampler import SAMPLERS
+from kvpo.method.replay import CONTEXTS, Replay
+from kvpo.method.rollout import roll_out
+from kvpo.method.score import pixel_diversity, score
+from kvpo.method.update import GroupUpdate
+from kvpo.report.samples import show_group
+from kvpo.runs.build import evaluation_scripts, judges
+from kvpo.runs.loading import load_generator
+
+
+@dataclass(frozen=True)
+class Explore:
+    """Show what an explorer does to one story: branches and anchor side by side, what each of them reads, rewards, diversity."""
+
+    recipe: Positional[str]
+    settings: Settings
+    generator: str = ""
+    """Whose weights: pipeline folder, mini or a run; default: the recipe's pipeline."""
+    script: int = 0
+    """Number of the story among the recipe's evaluation scripts."""
+    by: Literal["recipe", "kv_routing", "start_noise"] = "recipe"
+    """Which explorer; start_noise can be shown, but not trained by an energy."""
+    fork: int = -1
+    """Fork block; -1 = drawn among the eligible ones."""
+    out: Path = Path("runs/explore")
+
+    def __call__(self) -> None:
+        explore_command(self)
+
+
+def explore_command(args: Explore) -> None:
+    config, device, progress, phases = args.settings, pick_device(args.settings.device), Progress(), Phases()
+    pipeline, label = load_generator(args.generator or config.pipeline, device, config.vae_dtype, config.dtype)
+    scripts = evaluation_scripts(config)
+    if not 0 <= args.script < len(scripts):
+        raise ValueError(f"--script {args.script} does not exist: the recipe has evaluation scripts 0 to {len(scripts) - 1}")
+    script = scripts[args.script]
+    embeddings = dict(zip(script.texts, pipeline.encode_text(script.texts)))
+    rewards, advantages = judges(replace(config, rewards=tuple(config.rewards_of("train"))), device)
+    fork, explorer = None if args.fork < 0 else args.fork, config.exploring if args.by == "recipe" else getattr(config, args.by)
+    rollout = roll_out(pipeline, SAMPLERS[config.sampler], explorer, config.rollout, script, embeddings, config.seed, ("explore", args.script), phases, fork)
+    scores, pixels = score(pipeline, rollout, rewards, config.score, phases)
+    advantage = advantages(scores)
+    energy = Replay(pipeline, rollout, embeddings, CONTEXTS[config.context], config.energy, range(len(advantage.values))).energies()
+    pi = torch.softmax(-energy / config.temperature.resolve(energy), dim=0) if not explorer.deterministic_replay else torch.full_like(energy, 1 / len(energy))
+    folder = show_group(args.out, 0, pipeline, rollout, pixels, scores, advantage, GroupUpdate(energy, pi, {}), explorer)
+    progress.say(f"{label}, {type(explorer).__name__}, fork at block {rollout.window.fork} of {script.blocks}: " + " | ".join(script.texts))
+    progress.say(_branch_table(scores, advantage, energy, rollout))
+    progress.say(f"pixel diversity of the branches: {pixel_diversity(pixels[:-1]):.5f}")
+    progress.say(f"written to {Path(folder).resolve()}: grid.mp4, routing.png, group.json")
+
+
+def _branch_table(scores, advantage, energy, rollout) -> str:
+    lines = ["row       " + "".join(f"{name:>12}" for name in scores.components) + f"{'A':>9}{'energy':>11}  reads"]
+    for row, plan in enumerate(rollout.plans):
+        anchor = row == rollout.num_branches
+        numbers = "".join(f"{float(r):>12.3f}" for r in scores.local[:, row])
+        judged = f"{float(advantage.values[row]):>+9.2f}{float(energy[row]):>11.2e}" if row < len(energy) else f"{'':>20}"
+        reads = " ".join(map(str, plan.frames)) or ("rolling window" if anchor else "rolling window, other noise")
+        lines.append(f"{'anchor' if anchor else f'branch {row}':<10}{numbers}{judged}  {reads}")
+    return "\n".join(lines)

@@ -1,0 +1,27 @@
+"""`kvpo export`: a run's weights in another format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from kvpo.commands.options import Positional
+from kvpo.convert.export_formats import export
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a run's weights in another format."""
+
+    run: Positional[str]
+    """RUN or RUN:ema (the averaged weights), RUN:online (the last ones), RUN:start."""
+    format: Literal["pipeline", "diffusers-lora", "peft", "original-lora", "original-merged"]
+    """A whole model (pipeline, original-merged) or the adapter alone, which only a run with policy.train lora has."""
+    out: Path | None = None
+    """Folder to write; default: RUN/export/WEIGHTS-FORMAT."""
+    dtype: Literal["run", "bfloat16", "float32"] = "run"
+    """Of what is written; run = the run's own for a whole model, float32, in which it is trained, for an adapter."""
+
+    def __call__(self) -> None:
+        print(f"written to {export(self.run, self.format, self.out, self.dtype).resolve()}")

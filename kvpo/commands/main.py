@@ -1,0 +1,132 @@
+"""The command line: finds the command, says errors of the user's in one line."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import itertools
+import os
+import sys
+from typing import Callable, Mapping, NoReturn
+
+from kvpo.common.files import first_line
+from kvpo.distributed.process_end import end_by
+
+COMMANDS: Mapping[str, str] = {
+    "align": "align a generator to rewards by KVPO",
+    "generate": "generate videos from prompts",
+    "explore": "show the branches of one story side by side, and what each of them reads",
+    "evaluate": "measure a generator on fixed scripts; against another one, with intervals",
+    "rewards": "list rewards, score a video, calibrate a recipe's",
+    "reward-env": "make an environment for a reward that needs other packages",
+    "ab": "make a blind A/B page of two generators",
+    "unblind": "win rates from the answers of an A/B page",
+    "vbench": "videos as VBench wants them, its scores and totals",
+    "prompts": "write a public prompt set as a prompt file",
+    "report": "write a run's report.html anew",
+    "doctor": "check the method's invariants on a generator and a recipe",
+    "plan": "memory, work and time of a recipe, before anything is loaded",
+    "import": "turn a released checkpoint into a pipeline folder",
+    "export": "write a run's weights in another format",
+    "pretrain": "make the miniature's start weights, from nothing",
+}
+USER_ERRORS = (ValueError, OSError, FloatingPointError)
+
+
+RUNS = ("align", "explore", "doctor")
+OUT_OF_MEMORY = {
+    True: "`kvpo plan` with the same recipe and options says what takes it and which settings lower it; what was saved is whole, go on with --resume",
+    False: "generate fewer or smaller videos at a time (evaluate.batch of the recipe), take --dtype bfloat16 where there is that option, or a card with more",
+}
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Of a device or of the machine; torch has a class for the first and a sentence for the second."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+def program() -> NoReturn:
+    """What `kvpo` and `python -m kvpo` are."""
+    end_by(main)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit code: 0 done, 1 an error said in one line, 2 wrong usage, 130 interrupted, 141 nobody reads the output any more (`| head`)."""
+    try:
+        code = _run(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter fails once more, flushing at its end
+        return 141
+
+
+def _run(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help") or argv[0] not in COMMANDS:
+        asked = bool(argv) and argv[0] in ("-h", "--help")
+        print(_usage() if asked or not argv else _unknown(argv[0]), file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
+    name, rest = argv[0], argv[1:]
+    try:
+        _parse(name, rest)()
+    except BrokenPipeError:
+        raise
+    except USER_ERRORS as error:
+        print(f"kvpo {name}: {error}", file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        print(f"kvpo {name}: out of memory ({first_line(error)}); {OUT_OF_MEMORY[name in RUNS]}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"kvpo {name}: interrupted", file=sys.stderr)
+        return 130
+    except SystemExit as stop:  # how the parser ends --help (0) and wrong usage (2)
+        return int(stop.code or 0)
+    return 0
+
+
+def find(name: str) -> type:
+    """A command's dataclass: `reward-env` is `kvpo.commands.reward_env.RewardEnv`."""
+    module = {"import": "import_"}.get(name, name.replace("-", "_"))
+    return getattr(importlib.import_module(f"kvpo.commands.{module}"), "".join(part.capitalize() for part in name.split("-")))
+
+
+def _parse(name: str, args: list[str]) -> Callable[[], None]:
+    """The command with its options; the recipe named first is where the settings' defaults come from."""
+    import tyro
+
+    from kvpo.config import load_config, recipe_path
+
+    command = find(name)  # seconds of imports, which --help and a mistyped command need not wait for
+    if "settings" not in command.__dataclass_fields__:
+        return tyro.cli(command, args=_together(args) if name == "import" else args, prog=f"kvpo {name}")
+    recipe = args[0] if args and not args[0].startswith("-") else "mini"
+    rest = args[1:] if args and not args[0].startswith("-") else args
+    default = command(recipe, load_config(recipe_path(recipe)))
+    given = [] if {"-h", "--help"} & set(rest) else [recipe]  # an argument that is there already would be missing from the help
+    return tyro.cli(command, args=[*given, *rest], prog=f"kvpo {name}", default=default)
+
+
+def _together(args: list[str]) -> list[str]:
+    """Options first: the parser wants positional arguments side by side, and people write FILES --base BASE OUT.  Every option here has a value."""
+    if {"-h", "--help"} & set(args):
+        return args
+    options, positional, rest = [], [], iter(args)
+    for arg in rest:
+        if not arg.startswith("--"):
+            positional.append(arg)
+        else:
+            options += [arg] if "=" in arg else [arg, *itertools.islice(rest, 1)]
+    return [*options, *positional]
+
+
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(name, COMMANDS, n=1)
+    return f"kvpo: there is no command {name!r}" + (f"; did you mean {near[0]}?" if near else "") + f" Commands are {', '.join(COMMANDS)}; kvpo --help says more"
+
+
+def _usage() -> str:
+    lines = [f"  {name:<10} {summary}" for name, summary in COMMANDS.items()]
+    return "\n".join(["usage: kvpo COMMAND [OPTIONS]", "", "Align a streaming video generator to human preferences.", "", *lines, "", "kvpo COMMAND --help lists a command's options."])

@@ -1,0 +1,39 @@
+"""`kvpo plan`: memory, work and time of a recipe, before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from kvpo.commands.options import Positional, Settings
+from kvpo.common.files import write_atomic
+from kvpo.planning.plan import planned
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Memory, work and time of a recipe, computed from its own code on tensors without memory; no weights are needed."""
+
+    recipe: Positional[str]
+    """A shipped recipe or a YAML file."""
+    settings: Settings
+    gpus: int = 1
+    """Cards of a node; each takes its share of a step's groups, or, with branch_parallel, of a group's branches."""
+    nodes: int = 1
+    """Machines of so many cards."""
+    card: Literal["h200", "h100", "a100", "l40s", "rtx4090", "rtx5090"] = "h100"
+    """For the time, and for the memory unless that is given."""
+    gpu_memory: float = 0.0
+    """GB of one card, as sold; 0 = the card's."""
+    size: Literal["", "1.3b", "14b"] = ""
+    """Plan as if the generator had this size; default: that of the recipe's pipeline folder."""
+    out: Path | None = None
+    """Also write everything as JSON."""
+
+    def __call__(self) -> None:
+        lines, content = planned(self.recipe, self.settings, self.gpus, self.nodes, self.card, self.gpu_memory, self.size)
+        print("\n".join(lines))
+        if self.out is not None:
+            write_atomic(self.out, json.dumps(content, indent=1) + "\n")

@@ -1,0 +1,27 @@
+"""`kvpo report`: a run's report.html, written anew."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvpo.commands.options import Positional
+from kvpo.common.files import write_atomic
+from kvpo.report.report import write_report
+from kvpo.report.samples import before_after
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write a run's report.html anew."""
+
+    run: Positional[Path]
+    strips: Path | None = None
+    """Also write a still picture of the same stories before and after, PNG."""
+
+    def __call__(self) -> None:
+        if not (self.run / "config.resolved.yaml").exists():
+            raise FileNotFoundError(f"{self.run} is no run folder: it has no config.resolved.yaml")
+        print(f"report: {write_report(self.run).resolve()}")
+        if self.strips is not None:
+            print(f"strips: {write_atomic(self.strips, before_after(self.run)).resolve()}")

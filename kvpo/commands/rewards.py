@@ -1,0 +1,130 @@
+"""`kvpo rewards`: which there are, what one says of a video, whether a recipe's can be cheated."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Mapping, Sequence
+
+import tyro
+import yaml
+
+from kvpo.commands.options import Positional
+from kvpo.common.environment import command, pick_device
+from kvpo.common.files import write_atomic
+from kvpo.common.progress import Progress
+from kvpo.common.video import read_mp4
+from kvpo.config import RunConfig, load_config, recipe_path
+from kvpo.rewards.base import RewardSpec, VideoBatch
+from kvpo.rewards.calibration import FLAWS, MAY_PASS, MUST_WIN, Verdict, calibrate
+from kvpo.rewards.clips import folder_clips
+from kvpo.rewards.measured import missing_packages
+from kvpo.rewards.registry import RewardEntry, find, known
+from kvpo.rewards.scorer import load_rewards
+from kvpo.runs.build import calibration_clips, trained
+
+
+@dataclass(frozen=True)
+class List:
+    """Every reward that has a name: what it looks at, its licence, whether it can run here."""
+
+    def __call__(self) -> None:
+        rows = [_listed(name, find(name).spec) for name in known()]
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        for row in rows:
+            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one reward says of a video."""
+
+    file: Positional[Path]
+    """An mp4."""
+    reward: str
+    """A name of `kvpo rewards list`, or package.module:Class."""
+    prompt: str = ""
+    params: tuple[str, ...] = ()
+    """Parameters of the reward, key=value each."""
+    seconds: float = 0.0
+    """Length of the clips that the video is cut into, 0 = the whole video is one."""
+    device: str = "auto"
+
+    def __call__(self) -> None:
+        device = pick_device(self.device)
+        (scorer,) = load_rewards([RewardEntry(self.reward, params=dict(map(_param, self.params)))], device)
+        if scorer.spec.needs_prompt and not self.prompt:
+            raise ValueError(f"reward {self.reward!r} judges how a video fits its prompt: give --prompt")
+        video, fps = read_mp4(self.file)
+        length = round(self.seconds * fps) or len(video)
+        for first in range(0, len(video) - min(length, len(video)) + 1, length):
+            output = scorer.score(VideoBatch(video[None, first : first + length], fps, (self.prompt,)))
+            parts = "  ".join(f"{name} {value.item():.4f}" for name, value in output.parts.items())
+            score = f"{output.scores.item():.4f}" if output.valid.item() else "can not be measured"
+            print(f"{first / fps:6.2f} s  {scorer.spec.name} {score}  {parts}  ({output.info['seconds']:.2f} s)")
+
+
+@dataclass(frozen=True)
+class Calibrate:
+    """Spoilt copies of good clips must score below the good ones: which flaws a recipe's rewards see, each and together."""
+
+    recipe: Positional[str]
+    clips: Path | None = None
+    """Folder of good videos with clips.csv (columns file, prompt); default: the recipe's, or the miniature's true clips."""
+    count: int = 16
+    """Clips of the miniature."""
+    out: Path = Path("runs/calibration.json")
+    device: str = "auto"
+
+    def __call__(self) -> None:
+        config = load_config(recipe_path(self.recipe))
+        scorers = trained(load_rewards(config.rewards, pick_device(self.device)))
+        batches = _clips(self, config)
+        weights, table, progress = {s.spec.name: s.entry.weight for s in scorers}, {}, Progress()
+        with progress.bar("calibrate", len(FLAWS)) as bar:
+            for flaw in FLAWS:
+                table |= calibrate(scorers, batches, weights, flaws=[flaw])
+                bar.advance(flaw)
+        progress.say(_table(table, [*weights, "all"]))
+        verdicts = {flaw: {name: [verdict.won, verdict.margin] for name, verdict in row.items()} for flaw, row in table.items()}
+        write_atomic(self.out, json.dumps({"recipe": self.recipe, "clips": sum(map(len, batches)), "weights": weights, "won_and_margin": verdicts, "command": command()}, indent=1) + "\n")
+        progress.say(f"{sum(map(len, batches))} good clips; written to {self.out}")
+        if lost := [flaw for flaw, row in table.items() if row["all"].won < MUST_WIN and flaw not in MAY_PASS]:
+            raise ValueError(f"the combination does not see {', '.join(lost)}: it prefers fewer than {MUST_WIN:.0%} of the good clips to their spoilt copies; change rewards or weights")
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """Rewards: which there are, what one says of a video, whether a recipe's can be cheated."""
+
+    do: Annotated[List | Score | Calibrate, tyro.conf.OmitSubcommandPrefixes]
+
+    def __call__(self) -> None:
+        self.do()
+
+
+def _listed(name: str, spec: RewardSpec) -> tuple[str, ...]:
+    missing = missing_packages(spec)
+    here = f"needs kvpo[{spec.extra}]" if missing else "ready" if not spec.memory_gb or spec.extra == "offline" else "needs its weights"
+    return name, spec.looks_at.replace("`", ""), spec.family, f"{spec.memory_gb:g} GiB" if spec.memory_gb else "", here, spec.licence
+
+
+def _param(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--params {text!r} must be key=value")
+    return key, yaml.safe_load(value)
+
+
+def _clips(args: Calibrate, config: RunConfig) -> list[VideoBatch]:
+    found = folder_clips(args.clips) if args.clips else calibration_clips(config, args.count)
+    if not found:
+        raise ValueError(f"recipe {args.recipe} names no good clips to calibrate on: give --clips FOLDER, or set calibration_clips in it")
+    return found
+
+
+def _table(table: Mapping[str, Mapping[str, Verdict]], names: Sequence[str]) -> str:
+    lines = [f"{'share of good clips preferred':<30}" + "".join(f"{name:>14}" for name in names)]
+    lines += [f"{flaw:<30}" + "".join(f"{row[name].won:>14.0%}" for name in names) for flaw, row in table.items()]
+    return "\n".join(lines)

@@ -1,0 +1,223 @@
+"""Videos as files, grids, strips and HTML.  A video is uint8 [T, 3, H, W], RGB, T pixel frames."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import html
+import io
+import os
+import textwrap
+from fractions import Fraction
+from pathlib import Path
+from typing import Sequence
+
+import av
+import matplotlib
+import numpy as np
+import torch
+from av.video.reformatter import Colorspace
+from PIL import Image, ImageDraw, ImageFont
+
+from kvpo.common.files import write_atomic
+
+FPS = 16.0
+"""Frames a second of Wan and of the miniature."""
+MIN_SIDE = 256
+"""Pixels: smaller videos are enlarged by a whole factor until their shorter side reaches this."""
+INK, PAPER, LINE = (28, 32, 36), (255, 255, 255), (208, 212, 217)
+BT709 = 1
+
+
+def check_video(video: torch.Tensor, name: str = "video") -> torch.Tensor:
+    """``video`` itself.  ValueError unless it is uint8 [T, 3, H, W] with at least one frame."""
+    if video.dtype != torch.uint8 or video.ndim != 4 or video.shape[1] != 3 or 0 in video.shape:
+        raise ValueError(f"{name} is {video.dtype} {tuple(video.shape)}, expected uint8 [T, 3, H, W] with at least one frame; clamp, scale to 0..255 and convert first")
+    return video
+
+
+def enlarge(video: torch.Tensor, factor: int) -> torch.Tensor:
+    """Every pixel as a square of ``factor`` x ``factor``: small videos stay sharp where a browser would blur them."""
+    return video.repeat_interleave(factor, dim=-2).repeat_interleave(factor, dim=-1)
+
+
+def watchable(video: torch.Tensor, min_side: int = MIN_SIDE) -> int:
+    """The smallest factor that brings the shorter side to ``min_side`` pixels and, for yuv420p, both sides to even numbers."""
+    factor = -(-min_side // min(video.shape[-2:]))
+    odd = any(side * factor % 2 for side in video.shape[-2:])
+    return factor + 1 if odd else factor
+
+
+def encode_mp4(video: torch.Tensor, fps: float = FPS, factor: int | None = None, crf: int = 16) -> bytes:
+    """h264 in yuv420p, which every browser plays.  ``factor``: enlarge by this, None = `watchable`; ``crf``: lower = better.
+
+    Colours lose a level or two; at factor 1 chroma is halved in resolution as well.  ValueError for odd sides.
+    """
+    file = io.BytesIO()
+    encoder = _Encoder(file, check_video(video), fps, factor, crf)
+    encoder.write(video)
+    encoder.close()
+    return file.getvalue()
+
+
+def write_mp4(path: Path, video: torch.Tensor, fps: float = FPS, factor: int | None = None, crf: int = 16) -> Path:
+    """`encode_mp4` into a file, atomically; makes missing folders."""
+    return write_atomic(path, encode_mp4(video, fps, factor, crf))
+
+
+class Mp4Writer:
+    """A video file that grows while its frames are made, `encode_mp4` in pieces.  In its place when it is whole, or not at all."""
+
+    def __init__(self, path: Path, fps: float = FPS, factor: int | None = None, crf: int = 16):
+        self.path, self.part = Path(path), Path(path).with_name(f".{Path(path).name}.{os.getpid()}.part")
+        self.settings, self.encoder = (fps, factor, crf), None
+
+    def __enter__(self) -> Mp4Writer:
+        return self
+
+    def write(self, video: torch.Tensor) -> None:
+        """More frames, uint8 [T, 3, H, W]."""
+        if self.encoder is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.encoder = _Encoder(str(self.part), check_video(video), *self.settings)
+        self.encoder.write(video)
+
+    def __exit__(self, kind, *_) -> None:
+        try:
+            if self.encoder is not None:
+                self.encoder.close()
+                if kind is None:
+                    os.replace(self.part, self.path)
+        finally:
+            self.part.unlink(missing_ok=True)
+
+
+class _Encoder:
+    """h264 for frames of the first one's size."""
+
+    def __init__(self, file, video: torch.Tensor, fps: float, factor: int | None, crf: int):
+        self.factor = watchable(video) if factor is None else factor
+        height, width = (side * self.factor for side in video.shape[-2:])
+        if height % 2 or width % 2:
+            raise ValueError(f"{width} x {height} pixels cannot be written as yuv420p, which needs even sides; enlarge by 2, or leave the factor to the program")
+        self.container = av.open(file, "w", format="mp4")
+        self.stream = self.container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": str(crf), "preset": "medium"})
+        # One thread: the bytes are then the same on every machine, and 64x64 needs no more.
+        self.stream.width, self.stream.height, self.stream.pix_fmt, self.stream.thread_count = width, height, "yuv420p", 1
+        # Said, not left to the player's guess: untagged colours differ between browsers.
+        context = self.stream.codec_context
+        context.colorspace = context.color_primaries = context.color_trc = BT709
+
+    def write(self, video: torch.Tensor) -> None:
+        for image in enlarge(check_video(video), self.factor).permute(0, 2, 3, 1).contiguous().numpy():
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)
+            self.container.mux(self.stream.encode(frame))
+
+    def close(self) -> None:
+        self.container.mux(self.stream.encode())
+        self.container.close()
+
+
+def read_mp4(path: Path) -> tuple[torch.Tensor, float]:
+    """(uint8 [T, 3, H, W], frames a second); sides as stored, that is enlarged.  ValueError if it is no readable video."""
+    try:
+        with av.open(str(path)) as container:
+            fps = float(container.streams.video[0].average_rate or 0.0)
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    except (av.error.FFmpegError, IndexError) as error:
+        raise ValueError(f"{path} is not a readable video ({error}); write it again") from error
+    if not frames:
+        raise ValueError(f"{path} holds no frame; write it again")
+    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).contiguous(), fps
+
+
+def html_video(mp4: Path | bytes, label: str) -> str:
+    """A `<video>` that holds its own file: loops without sound wherever the page is opened.  ``label`` is read aloud."""
+    data = mp4 if isinstance(mp4, bytes) else Path(mp4).read_bytes()
+    source = base64.b64encode(data).decode()
+    return f'<video loop muted autoplay playsinline controls aria-label="{html.escape(label)}" src="data:video/mp4;base64,{source}"></video>'
+
+
+def html_image(png: Path | bytes, label: str) -> str:
+    data = png if isinstance(png, bytes) else Path(png).read_bytes()
+    return f'<img alt="{html.escape(label)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+
+
+@functools.cache
+def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans as matplotlib ships it: there on every machine, with Greek letters and arrows."""
+    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans{'-Bold' if bold else ''}.ttf", size)
+
+
+def _captioned(text: str, width: int, lines: int, size: int) -> Image.Image:
+    """``text`` wrapped to ``width`` pixels in exactly ``lines`` lines, its end cut by an ellipsis if need be."""
+    image = Image.new("RGB", (width, lines * (size + 4) + 8), PAPER)
+    ImageDraw.Draw(image).multiline_text((2, 3), "\n".join(_wrapped(text, width, size)[:lines]), fill=INK, font=font(size), spacing=3)
+    return image
+
+
+def _wrapped(text: str, width: int, size: int) -> list[str]:
+    columns = max(4, int((width - 4) / (0.6 * size)))
+    return [line for part in text.split("\n") for line in textwrap.wrap(part, columns) or [""]]
+
+
+def _columns(count: int) -> int:
+    """Of the widths from square to four times as wide as high, the one that leaves fewest tiles empty, the widest of those."""
+    side = max(1, round(count**0.5))
+    return min(range(side, min(count, 2 * side) + 1), key=lambda columns: (-count % columns, -columns))
+
+
+def grid(clips: Sequence[torch.Tensor], captions: Sequence[str], columns: int | None = None, tile: int = 160, accents: Sequence[str] | None = None) -> torch.Tensor:
+    """Clips side by side, a caption under each, as one video.
+
+    ``tile``: pixels that a clip's shorter side at least gets; ``columns``: None = chosen, see `_columns`;
+    ``accents``: colour of the frame around each clip, "" = none.  A shorter clip holds its last frame.
+    """
+    accents = accents or [""] * len(clips)
+    if not clips or not len(clips) == len(captions) == len(accents):
+        raise ValueError(f"{len(clips)} clips, {len(captions)} captions, {len(accents)} accents: a grid needs one of each for each of at least one clip")
+    clips = [enlarge(check_video(clip, f"clip {i}"), -(-tile // min(clip.shape[-2:]))) for i, clip in enumerate(clips)]
+    if len({clip.shape[-2:] for clip in clips}) > 1:
+        raise ValueError(f"clips differ in size: {sorted({tuple(clip.shape[-2:]) for clip in clips})}; a grid needs one size")
+    steps, (height, width) = max(len(clip) for clip in clips), clips[0].shape[-2:]
+    columns = columns or _columns(len(clips))
+    lines = max(len(_wrapped(text, width, 13)) for text in captions)
+    footers = [_captioned(text, width, lines, 13) for text in captions]
+    gap, cell = 8, (height + 4 + footers[0].height, width)
+    rows = -(-len(clips) // columns)
+    size = [count * (length + gap) + gap for count, length in zip((rows, columns), cell)]
+    canvas = torch.full((steps, size[0] + size[0] % 2, size[1] + size[1] % 2, 3), 255, dtype=torch.uint8)
+    for i, (clip, footer) in enumerate(zip(clips, footers)):
+        y, x = gap + i // columns * (cell[0] + gap), gap + i % columns * (width + gap)
+        if accents[i]:
+            colour = torch.tensor([round(255 * c) for c in matplotlib.colors.to_rgb(accents[i])], dtype=torch.uint8)
+            canvas[:, y - 4 : y + height + 4, x - 4 : x + width + 4] = colour
+        canvas[:, y : y + height, x : x + width] = clip[torch.arange(steps).clamp(max=len(clip) - 1)].permute(0, 2, 3, 1)
+        canvas[:, y + height + 4 : y + cell[0], x : x + width] = torch.from_numpy(np.array(footer))
+    return canvas.permute(0, 3, 1, 2).contiguous()
+
+
+def strips(rows: Sequence[tuple[str, torch.Tensor]], frames: int = 8, tile: int = 112) -> bytes:
+    """PNG of labelled videos as strips of ``frames`` frames at even times, first and last included: the still form of a grid."""
+    if not rows or frames < 1:
+        raise ValueError(f"{len(rows)} videos, {frames} frames: strips need at least one of each")
+    images = []
+    for label, video in rows:
+        at = torch.linspace(0, len(check_video(video, label)) - 1, frames).round().long()
+        shown = enlarge(video[at], -(-tile // min(video.shape[-2:])))
+        images += [Image.fromarray(np.concatenate([np.pad(f, ((0, 0), (0, 4), (0, 0)), constant_values=255) for f in shown.permute(0, 2, 3, 1).numpy()], axis=1))]
+    width = max(image.width for image in images)
+    labels = [_captioned(label, width, len(_wrapped(label, width, 14)), 14) for label, _ in rows]
+    picture = Image.new("RGB", (width, sum(label.height + image.height + 6 for label, image in zip(labels, images))), PAPER)
+    y = 0
+    for label, image in zip(labels, images):
+        picture.paste(label, (0, y))
+        picture.paste(image, (0, y + label.height))
+        y += label.height + image.height + 6
+    return png(picture)
+
+
+def png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG", optimize=True)
+    return file.getvalue()

@@ -1,0 +1,179 @@
+"""What a released generator checkpoint does not hold: text encoder, tokenizer, VAE, and the transformer's sizes.
+
+They come from Wan2.1 itself, in one of its two public layouts, as a local folder or a hub id:
+
+    diffusers   Wan-AI/Wan2.1-T2V-1.3B-Diffusers   model_index.json transformer/ vae/ text_encoder/ tokenizer/
+    original    Wan-AI/Wan2.1-T2V-1.3B             config.json Wan2.1_VAE.pth models_t5_umt5-xxl-enc-bf16.pth google/umt5-xxl/
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Mapping, Protocol
+
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+from huggingface_hub import snapshot_download
+from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
+
+from kvpo.common.files import first_line
+from kvpo.common.weights import State, account, read_checkpoint
+
+ORIGINAL_T5, ORIGINAL_VAE, ORIGINAL_TOKENIZER = "models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth", "google/umt5-xxl"
+PARTS = ("vae", "text_encoder", "tokenizer")
+WANTED = ("*.json", "vae/*", "text_encoder/*", "tokenizer/*", "transformer/config.json", ORIGINAL_T5, ORIGINAL_VAE, f"{ORIGINAL_TOKENIZER}/*")
+"""What is downloaded of a hub id: everything but the weights of its own transformer."""
+
+
+class BaseFolder(Protocol):
+    folder: Path
+
+    def transformer_config(self) -> dict[str, Any]:
+        """Arguments of `WanTransformer3DModel`."""
+        ...
+
+    def write_parts(self, folder: Path) -> None:
+        """``vae``, ``text_encoder`` and ``tokenizer`` in diffusers layout."""
+        ...
+
+
+def open_base(name: str) -> BaseFolder:
+    """The base of a local folder or hub id.  FileNotFoundError or ValueError that says what is missing."""
+    folder = Path(name)
+    if not folder.is_dir():
+        if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+            raise FileNotFoundError(f"--base {name} is no folder; give Wan2.1's own folder, in diffusers or original layout, or a hub id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
+        try:
+            folder = Path(snapshot_download(name, allow_patterns=list(WANTED)))
+        except (OSError, ValueError) as error:  # huggingface_hub's own errors are one or the other
+            raise FileNotFoundError(f"--base {name} is no local folder, and could not be downloaded: {first_line(error)}") from None
+    kind, needed = (DiffusersBase, ("transformer/config.json", *PARTS)) if (folder / "model_index.json").is_file() else (OriginalBase, ("config.json", ORIGINAL_VAE, ORIGINAL_T5, ORIGINAL_TOKENIZER))
+    if missing := [part for part in needed if not (folder / part).exists()]:
+        raise FileNotFoundError(f"--base {name} is neither a whole diffusers folder nor a whole Wan2.1 folder: {', '.join(missing)} missing")
+    return kind(folder)
+
+
+@dataclass(frozen=True)
+class DiffusersBase:
+    folder: Path
+
+    def transformer_config(self) -> dict[str, Any]:
+        config = json.loads((self.folder / "transformer" / "config.json").read_text())
+        if config.get("_class_name") != "WanTransformer3DModel" or config.get("image_dim"):
+            raise ValueError(f"{self.folder} holds a {config.get('_class_name')}{' for images' if config.get('image_dim') else ''}; the base must be a Wan2.1 text-to-video model")
+        return arguments(config)
+
+    def write_parts(self, folder: Path) -> None:
+        for part in PARTS:  # as they are: their dtype is chosen when they are loaded
+            link_tree(self.folder / part, folder / part)
+
+
+@dataclass(frozen=True)
+class OriginalBase:
+    folder: Path
+
+    def transformer_config(self) -> dict[str, Any]:
+        config = json.loads((self.folder / "config.json").read_text())
+        if config.get("model_type") != "t2v":
+            raise ValueError(f"{self.folder / 'config.json'} describes a model of type {config.get('model_type')!r}; the base must be a text-to-video model, t2v")
+        return {
+            "patch_size": (1, 2, 2), "num_attention_heads": config["num_heads"], "attention_head_dim": config["dim"] // config["num_heads"], "in_channels": config["in_dim"],
+            "out_channels": config["out_dim"], "text_dim": config.get("text_dim", 4096), "freq_dim": config["freq_dim"], "ffn_dim": config["ffn_dim"],
+            "num_layers": config["num_layers"], "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "eps": config["eps"],
+        }  # fmt: skip
+
+    def write_parts(self, folder: Path) -> None:
+        _vae(self.folder / ORIGINAL_VAE).save_pretrained(folder / "vae")
+        _text_encoder(self.folder / ORIGINAL_T5).save_pretrained(folder / "text_encoder")
+        AutoTokenizer.from_pretrained(self.folder / ORIGINAL_TOKENIZER, local_files_only=True).save_pretrained(folder / "tokenizer")
+
+
+def _vae(path: Path) -> AutoencoderKLWan:
+    """Wan2.1's autoencoder; only its width is read from the weights."""
+    state = convert_wan_vae_to_diffusers(read_checkpoint(path))
+    if "encoder.conv_in.weight" not in state:
+        raise ValueError(f"{path} holds no Wan2.1 VAE: encoder.conv1.weight is not in it")
+    return _filled(lambda: AutoencoderKLWan(base_dim=len(state["encoder.conv_in.weight"])), state, path)
+
+
+def _text_encoder(path: Path) -> UMT5EncoderModel:
+    """The UMT5 encoder with Wan's names; its sizes are those of the weights."""
+    found = read_checkpoint(path)
+    state = {_t5_name(name): tensor for name, tensor in found.items()}
+    if "shared.weight" not in state:
+        raise ValueError(f"{path} holds no UMT5 encoder: token_embedding.weight is not in it")
+    state["encoder.embed_tokens.weight"] = state["shared.weight"]
+    first = "encoder.block.0.layer"
+    buckets, heads = state[f"{first}.0.SelfAttention.relative_attention_bias.weight"].shape
+    config = UMT5Config(
+        vocab_size=state["shared.weight"].shape[0], d_model=state["shared.weight"].shape[1], d_kv=len(state[f"{first}.0.SelfAttention.q.weight"]) // heads,
+        d_ff=len(state[f"{first}.1.DenseReluDense.wi_0.weight"]), num_layers=1 + max(int(n.split(".")[2]) for n in state if n.startswith("encoder.block.")), num_heads=heads,
+        relative_attention_num_buckets=buckets, relative_attention_max_distance=128, feed_forward_proj="gated-gelu", dropout_rate=0.0,
+    )  # fmt: skip
+    return _filled(lambda: UMT5EncoderModel(config), state, path)
+
+
+T5_NAMES = (
+    ("token_embedding.", "shared."),
+    ("blocks.", "encoder.block."),
+    (".norm1.", ".layer.0.layer_norm."),
+    (".attn.", ".layer.0.SelfAttention."),
+    (".pos_embedding.embedding.", ".layer.0.SelfAttention.relative_attention_bias."),
+    (".norm2.", ".layer.1.layer_norm."),
+    (".ffn.gate.0.", ".layer.1.DenseReluDense.wi_0."),
+    (".ffn.fc1.", ".layer.1.DenseReluDense.wi_1."),
+    (".ffn.fc2.", ".layer.1.DenseReluDense.wo."),
+)
+
+
+def _t5_name(name: str) -> str:
+    for old, new in T5_NAMES:
+        name = name.replace(old, new)
+    return "encoder.final_layer_norm.weight" if name == "norm.weight" else name
+
+
+def _filled(build, state: State, path: Path):
+    """A stock model that holds exactly ``state``, in its dtype."""
+    with torch.device("meta"):
+        model = build()
+    account(state, {n: t.shape for n, t in model.state_dict().items()}, str(path), type(model).__name__)
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def new_transformer(config: dict[str, Any]) -> WanTransformer3DModel:
+    """Without memory for its weights: to be compared with, or filled by ``load_state_dict(assign=True)``."""
+    with torch.device("meta"):
+        return WanTransformer3DModel(**config)
+
+
+def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a stock class, from its config.json: what the library notes for itself left out."""
+    return {k: v for k, v in config.items() if not k.startswith("_")}
+
+
+def save_transformer(config: dict[str, Any], state: State, folder: Path) -> None:
+    """``state`` as the `transformer` of a pipeline folder."""
+    transformer = new_transformer(config)
+    transformer.load_state_dict(state, assign=True)
+    transformer.save_pretrained(folder / "transformer", max_shard_size="4GB")
+
+
+def link_tree(source: Path, target: Path) -> None:
+    """Copy a folder, by second names of the same files where the disk allows: a text encoder is 11 GB, and nothing here changes it."""
+    shutil.copytree(source, target, copy_function=_link)
+
+
+def _link(source: str, target: str) -> str:
+    source = os.path.realpath(source)  # the hub's cache is made of symbolic links
+    try:
+        os.link(source, target)
+        return target
+    except OSError:
+        return shutil.copy2(source, target)

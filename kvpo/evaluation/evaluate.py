@@ -1,0 +1,187 @@
+"""Evaluation: fixed scripts and seeds, two sets of weights, paired.
+
+Both sets see the same scripts with the same noise, so a difference is the weights' doing; its interval is a
+bootstrap over scripts, the unit that varies.  Evaluators that were never trained on stand in the same table.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Callable, Collection, Sequence
+
+import torch
+
+from kvpo.common.files import write_atomic
+from kvpo.common.rng import stream
+from kvpo.generators.generate import generate
+from kvpo.generators.pipeline import Pipeline
+from kvpo.generators.sampler import Sampler
+from kvpo.method.score import Clip, ScoreConfig, global_clips, pixel_diversity
+from kvpo.rewards.base import Reward, VideoBatch
+from kvpo.rewards.scorer import Scorer
+from kvpo.types import Script, Window
+
+RESAMPLES = 4000
+DIVERSITY = "diversity"
+"""Of a script's videos over seeds: mean squared difference of two of them, pixels in [0, 1].  A guard: it falls where a policy collapses, but noise has most of it."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    every: int = 0
+    """Steps between evaluations during training; 0 = only after the last."""
+    prompts: str = ""
+    """Prompt file of scripts that are not trained on.  Empty: unseen stories where the miniature's are trained on; else the
+    training prompts themselves under other noise, and the report says so."""
+    scripts: int = 64
+    """Scripts of an evaluation."""
+    seeds: int = 1
+    """Videos of every script, each with noise of its own; a script's number is their mean.  From 2 on their diversity stands in the table too."""
+    batch: int = 16
+    """Videos generated together."""
+    seed: int = 1000
+    """Names the scripts' and the noise's streams; training never draws from them."""
+    videos: int = 4
+    """Scripts whose videos are kept, before and after."""
+    stop_when_gamed: bool = True
+    """End the run where trained rewards rise and a held-out evaluator falls in two successive evaluations (`kvpo.evaluation.goodhart`)."""
+
+    def __post_init__(self):
+        if self.every < 0 or self.videos < 0 or min(self.batch, self.seeds) < 1 or self.scripts < 2:
+            raise ValueError(
+                f"evaluate: every = {self.every} and videos = {self.videos} must not be negative, batch = {self.batch} and seeds = {self.seeds} at least 1, scripts = {self.scripts} at least 2"
+            )
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Rewards of one set of weights on an evaluation's scripts."""
+
+    components: tuple[str, ...]
+    r_KN: torch.Tensor
+    """float64, one number per component and script; NaN where a script has no clip the component could measure."""
+    videos: tuple[torch.Tensor, ...]
+    """uint8 [T, 3, H, W] of the first scripts."""
+
+
+def evaluate(
+    pipeline: Pipeline, sampler: Sampler, scripts: Sequence[Script], rewards: Sequence[Reward], clips: ScoreConfig, config: EvaluateConfig,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Scored:  # fmt: skip
+    """The weights now in the pipeline on all scripts; a script's number is the mean over its seeds of the mean over its segments' clips."""
+    columns, videos, apart, alike = [], [], [], []
+    jobs = [(script, seed) for script in scripts for seed in range(config.seeds)]
+    for first in range(0, len(jobs), config.batch):
+        part = jobs[first : first + config.batch]
+        pixels = generate(pipeline, sampler, [s for s, _ in part], config.seed, [noise_name(*job) for job in part])
+        columns.append(_score(pixels, [s for s, _ in part], pipeline, rewards, clips))
+        videos += [video for video, (_, seed) in zip(pixels, part) if seed == 0][: config.videos - len(videos)]
+        alike += pixels if config.seeds > 1 else []
+        while len(alike) >= config.seeds > 1:  # all videos of the next script are there
+            apart.append(pixel_diversity(torch.stack(alike[: config.seeds])))
+            del alike[: config.seeds]
+        progress((first + len(part)) // config.seeds)
+    components = tuple(c for r in rewards for c in r.spec.columns)
+    nothing = torch.empty(len(components), 0, dtype=torch.float64)  # a rank's share of fewer scripts than ranks
+    r_KN = torch.cat([nothing, *columns], dim=1).view(len(components), len(scripts), config.seeds).nanmean(dim=-1)
+    if config.seeds > 1:
+        components, r_KN = (*components, DIVERSITY), torch.cat([r_KN, torch.tensor([apart], dtype=r_KN.dtype)])
+    return Scored(components, r_KN, tuple(videos))
+
+
+def noise_name(script: Script, seed: int) -> tuple[int | str, ...]:
+    """Names the noise of a script's video number ``seed``."""
+    return ("evaluate", script.id, *((seed,) if seed else ()))
+
+
+def _score(pixels: torch.Tensor, scripts: Sequence[Script], pipeline: Pipeline, rewards: Sequence[Reward], clips: ScoreConfig) -> torch.Tensor:
+    """r_KN of some videos: mean over the clips of each video's segments, clips that a component can not tell left out.
+
+    Clips of one length are scored together, whatever video they come from.
+    """
+    by_length: dict[int, list[tuple[int, Clip]]] = {}
+    for i, script in enumerate(scripts):
+        for clip in global_clips(script, Window(0, 1), pipeline.geometry, clips):
+            by_length.setdefault(clip.stop - clip.first, []).append((i, clip))
+    columns: list[list[torch.Tensor]] = [[] for _ in scripts]
+    for found in by_length.values():
+        frames = torch.stack([pixels[i, clip.first : clip.stop] for i, clip in found])
+        texts = [scripts[i].texts[: clip.segment + 1] for i, clip in found]
+        batch = VideoBatch(frames, pipeline.geometry.fps, tuple(t[-1] for t in texts), tuple(t[:-1] for t in texts))
+        for (i, _), column in zip(found, torch.cat([_columns(reward, batch) for reward in rewards]).T):
+            columns[i].append(column)
+    nothing = torch.full((sum(len(r.spec.columns) for r in rewards),), float("nan"))  # of a script whose segments are all too short
+    return torch.stack([torch.stack(column or [nothing]).double().nanmean(dim=0) for column in columns], dim=1)
+
+
+def _columns(reward: Reward, batch: VideoBatch) -> torch.Tensor:
+    """Score and reported parts, r_KB in the order of `RewardSpec.columns`; NaN for what a clip can not tell."""
+    output = reward.score(batch)
+    nothing = torch.full_like(output.scores, float("nan"))
+    return torch.stack([output.scores, *(output.parts.get(part, nothing) for part in reward.spec.report)])
+
+
+ROLES = {"train": "train", "eval": "heldout", "guard": "guard"}
+"""Role of a recipe's reward -> what its rows are called in a table."""
+
+
+def kinds_of(scorers: Sequence[Scorer], seeds: int, trained_on: Collection[str] = ()) -> list[str]:
+    """The kind of every component; parts of a trained reward are no reward of their own.
+
+    ``trained_on``: families of the rewards that made the weights which are measured, where another recipe measures them:
+    an evaluator of one of these is `related`, not held out."""
+    return [_kind(s, column, trained_on) for s in scorers for column in s.spec.columns] + ["guard"] * (seeds > 1)
+
+
+def _kind(scorer: Scorer, column: str, trained_on: Collection[str]) -> str:
+    if scorer.entry.role == "train":
+        return "train" if column == scorer.spec.name else "part"
+    return "related" if scorer.entry.role == "eval" and scorer.spec.family in trained_on else ROLES[scorer.entry.role]
+
+
+def compare(a: Scored, b: Scored, kinds: Sequence[str], seed: int = 0) -> list[dict]:
+    """Rows of the table A against B: means, paired difference with its 95 % bootstrap interval over scripts, win rate (ties half)."""
+    total = [k for k, kind in enumerate(kinds) if kind == "train"]
+    rows = [_row(name, kind, a.r_KN[k], b.r_KN[k], seed) for k, (name, kind) in enumerate(zip(a.components, kinds, strict=True))]
+    return [_row("mean of trained", "train", a.r_KN[total].mean(dim=0), b.r_KN[total].mean(dim=0), seed), *rows]
+
+
+def _row(component: str, kind: str, a_N: torch.Tensor, b_N: torch.Tensor, seed: int) -> dict:
+    both = a_N.isfinite() & b_N.isfinite()
+    a, b = a_N[both], b_N[both]
+    n = int(both.sum())
+    if n < 2:
+        return {"component": component, "kind": kind, **dict.fromkeys(("a", "b", "diff", "low", "high", "win")), "n": n}
+    low, high = bootstrap_interval(a - b, stream(seed, "bootstrap", component))
+    win = float(((a > b).double() + 0.5 * (a == b).double()).mean())
+    return {"component": component, "kind": kind, "a": float(a.mean()), "b": float(b.mean()), "diff": float((a - b).mean()), "low": low, "high": high, "win": win, "n": n}
+
+
+def bootstrap_interval(diff_N: torch.Tensor, generator: torch.Generator, level: float = 0.95) -> tuple[float, float]:
+    """Percentile interval of the mean over ``RESAMPLES`` resamples of the scripts."""
+    pick = torch.randint(len(diff_N), (RESAMPLES, len(diff_N)), generator=generator)
+    means = diff_N[pick].mean(dim=1)
+    tail = (1.0 - level) / 2.0
+    low, high = means.quantile(torch.tensor([tail, 1.0 - tail], dtype=means.dtype)).tolist()
+    return low, high
+
+
+def table(rows: Sequence[dict], label_a: str, label_b: str) -> str:
+    """The comparison as text."""
+    lines = [f"{'component':<20} {'kind':<9} {label_a:>9} {label_b:>9} {'diff':>8} {'95 % interval':>19} {'win':>6} {'n':>5}"]
+    for r in rows:
+        if r["diff"] is None:
+            lines.append(f"{r['component']:<20} {r['kind']:<9} {'could not be measured on enough scripts':>53} {r['n']:>5}")
+        else:
+            lines.append(f"{r['component']:<20} {r['kind']:<9} {r['a']:>9.4f} {r['b']:>9.4f} {r['diff']:>+8.4f}   [{r['low']:>+7.4f}, {r['high']:>+7.4f}] {r['win']:>6.1%} {r['n']:>5}")
+    return "\n".join(lines)
+
+
+def write_comparison(path: Path, rows: Sequence[dict], label_a: str, label_b: str, scripts: Sequence[Script], config: EvaluateConfig, command: str, unseen: bool = True) -> Path:
+    """The record that `kvpo.report.report` reads.  ``unseen``: the scripts are not those that were trained on."""
+    created = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    record = {"label_a": label_a, "label_b": label_b, "scripts": [s.id for s in scripts], "unseen": unseen, "seed": config.seed, "videos": config.seeds, "rows": list(rows), "created": created, "command": command}
+    return write_atomic(path, json.dumps(record, indent=1) + "\n")

@@ -1,0 +1,58 @@
+"""Videos from scripts, block by block, in memory or written while they are generated."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Iterator, Sequence
+
+import torch
+
+from kvpo.common.progress import Progress
+from kvpo.common.video import Mp4Writer
+from kvpo.generators.pipeline import Pipeline
+from kvpo.generators.rope import check_positions
+from kvpo.generators.sampler import NamedNoise, Sampler, StackedNoise, Stream
+from kvpo.types import Script
+
+
+def generate(pipeline: Pipeline, sampler: Sampler, scripts: Sequence[Script], seed: int, names: Sequence[tuple[int | str, ...]]) -> torch.Tensor:
+    """uint8 [B, T, 3, H, W]: a video per script, all of one length, with noise from the streams (seed, *name)."""
+    return torch.cat(list(streamed(pipeline, sampler, scripts, seed, names)), dim=1)
+
+
+@torch.no_grad()
+def streamed(pipeline: Pipeline, sampler: Sampler, scripts: Sequence[Script], seed: int, names: Sequence[tuple[int | str, ...]]) -> Iterator[torch.Tensor]:
+    """The same block by block.  Memory does not grow with the length, unless the generator's window is everything."""
+    lengths = {s.blocks for s in scripts}
+    if len(lengths) != 1:
+        raise ValueError(f"videos generated together must be equally long, not {sorted(lengths)} blocks")
+    g, (blocks,) = pipeline.geometry, lengths
+    check_positions(pipeline.generator.transformer.rope, [[blocks * g.block - 1]])  # before anything is made, not at the frame that has none
+    texts = sorted({t for s in scripts for t in s.texts})
+    embeddings = dict(zip(texts, pipeline.encode_text(texts)))
+    noise = StackedNoise(tuple(NamedNoise(pipeline.latent_shape(g.block), seed, name) for name in names))
+    cache = pipeline.new_cache(g.resident(blocks), rows=len(scripts))
+    videos, decoder = Stream(pipeline.generator, g, sampler, scripts, embeddings, noise, cache), pipeline.decoder()
+    for _ in range(blocks):
+        yield decoder(videos.advance()).cpu()
+        videos.forget()
+
+
+def write_video(pipeline: Pipeline, sampler, script: Script, seed: int, path: Path, bar) -> float:
+    """Frames a second.  The file is there when it is whole, or not at all."""
+    frames, started = 0, time.perf_counter()
+    with Mp4Writer(path, pipeline.geometry.fps) as writer:
+        for pixels in streamed(pipeline, sampler, [script], seed, [("generate", script.id)]):
+            writer.write(pixels[0])
+            frames += len(pixels[0])
+            bar.advance(f"{path.name}: {frames} frames, {frames / (time.perf_counter() - started):.1f} a second")
+    return frames / (time.perf_counter() - started)
+
+
+def write_missing(pipeline: Pipeline, sampler, videos: Sequence[tuple[Script, int, Path]], label: str, progress: Progress) -> None:
+    """(script, seed, file) each; files that are there already stay, so that a second call goes on where the first stopped."""
+    todo = [video for video in videos if not video[2].exists()]
+    with progress.bar(f"videos of {label}", sum(script.blocks for script, _, _ in todo)) as bar:
+        for script, seed, path in todo:
+            write_video(pipeline, sampler, script, seed, path, bar)

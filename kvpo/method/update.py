@@ -1,0 +1,184 @@
+"""Stage 7: energies and objective to gradients, a finite check, and the optimizer's step (method.md section 5).
+
+The loss is a function of G numbers, so its cotangents are too: replay with gradient goes pass by pass, each
+multiplied by its branches' numbers and freed.  The gradient is exact, whatever the size of a pass.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Callable, Iterable, Mapping
+
+import torch
+
+from kvpo.method.advantages import Advantage, UnsafePolicy
+from kvpo.distributed.ranks import Ranks
+from kvpo.method.loss import ClippedObjective, entropy
+from kvpo.policy.policy import Policy
+from kvpo.method.replay import Replay
+from kvpo.method.energies import Temperature, squared_residual
+from kvpo.method.velocity_penalty import VelocityPenalty
+from kvpo.common.timing import Phases
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW on float32 master weights."""
+
+    lr: float = 1e-5
+    warmup: int = 5
+    """Updates over which the rate rises linearly to ``lr``; the first one already moves (lr / warmup)."""
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    """Added to the root mean square that a weight's step is divided by.  Where most of a gradient is noise, AdamW moves every weight by about
+    ``lr`` whichever way it falls; an ``eps`` of the gradients' own size lets weights of little gradient rest."""
+    clip: float = 1.0
+    """Largest gradient norm of one group.  Groups differ a hundredfold (`auto` temperature divides by the spread of their energies): clipped
+    together, one group would speak for all."""
+
+    def __post_init__(self):
+        if not (self.lr > 0.0 and self.eps > 0.0 and self.clip > 0.0 and self.warmup >= 1):
+            raise ValueError(f"optimizer.lr = {self.lr}, eps = {self.eps} and clip = {self.clip} must be positive, warmup = {self.warmup} at least 1")
+
+
+@dataclass(frozen=True)
+class GroupUpdate:
+    """What one group added."""
+
+    energy: torch.Tensor
+    """E_M float64 of the group's members under the current weights; NaN where the group was skipped."""
+    pi: torch.Tensor
+    """pi_old_M, the behaviour policy's share of every member; likewise."""
+    metrics: Mapping[str, float]
+
+
+class Updater:
+    """Accumulates the gradients of a step's groups, then updates the policy."""
+
+    def __init__(
+        self, policy: Policy, config: OptimizerConfig, objective: ClippedObjective, temperature: Temperature, unsafe: UnsafePolicy, groups: int, row: Ranks = Ranks()
+    ):  # fmt: skip
+        """``row``: the ranks that share a group with this one, each with members of its own."""
+        self.row = row
+        self.policy, self.config, self.objective = policy, config, objective
+        self.temperature, self.unsafe, self.groups = temperature, unsafe, groups
+        self.optimizer = torch.optim.AdamW(policy.parameters, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, weight_decay=config.weight_decay)
+
+    def accumulate(self, replay: Replay, advantage: Advantage, phases: Phases) -> GroupUpdate:
+        """Add the clipped gradient of one group's loss.  ``replay``: of this rank's members.  ValueError naming quantity and branch where a number is not finite."""
+        weight = self.unsafe.weight(advantage.safe)
+        share = weight / self.groups
+        metrics = {"group/safe": float(advantage.safe), "group/skipped": float(weight == 0.0)}
+        if weight == 0.0:
+            unknown = torch.full_like(advantage.values, float("nan"))
+            return GroupUpdate(unknown, unknown, metrics)
+        with phases("replay_old"):
+            moved = self.policy.updates > 0 and self.objective.kl_to == "initial"  # also where kl_beta is 0: the drift is to be seen
+            reference_G = self._energies_under(self.policy.reference, replay) if moved else None
+            old_G = None if self.policy.on_policy else self._energies_under(self.policy.behaviour, replay)
+        with phases("replay_grad"):
+            shares = self.row.together(lambda: list(replay.passes()) if replay.single_pass else [])
+            energy_G = self._of_all(lambda: _sum(shares, len(replay.rows)) if shares else replay.energies())
+            old_G = energy_G if old_G is None else old_G  # the same weights: the old scores are the detached new ones
+            tau = self.temperature.resolve(old_G)
+            logits = [None if e is None else -e / tau for e in (energy_G, old_G, energy_G if self.policy.updates == 0 else reference_G)]
+            loss = self.objective(*logits, advantage.values, share)
+            first = self.row.stretch(len(advantage.fused)).start
+            cotangent_G = (-loss.cotangent / tau)[first : first + len(replay.rows)]  # dL / dE of the members here
+            passes = (torch.dot(cotangent_G[branch].to(energy.device), energy) for branch, energy in shares or replay.passes())
+            norm = self._add_clipped(passes, share, self.row)
+        log_pi = torch.log_softmax(-old_G / tau, dim=0)
+        metrics |= {"energy/mean": float(energy_G.mean()), "energy/std": float(energy_G.std()), "policy/tau": tau, "policy/lag": self.policy.lag}
+        metrics |= {"policy/entropy": float(entropy(log_pi)), "policy/evenness": float(entropy(log_pi)) / math.log(len(log_pi)), "policy/top": float(log_pi.max().exp())}
+        metrics |= {"optim/grad_norm": norm, "optim/grad_clipped": float(norm > self.config.clip)}
+        return GroupUpdate(energy_G, log_pi.exp(), metrics | loss.metrics)
+
+    def hold(self, penalty: VelocityPenalty, velocities: Callable[[], list[torch.Tensor]], phases: Phases) -> dict[str, float]:
+        """Add the clipped gradient of the penalty on one group's held blocks, given their velocities under the weights in the module.  One rank of a row does.
+
+        Nothing where there are none, and before the first update, when both velocities are the same.
+        """
+        if self.policy.updates == 0:
+            return {}
+        with phases("hold"):
+            with self.policy.using(self.policy.reference):
+                reference = velocities()
+            if not reference:
+                return {}
+            distance = squared_residual(torch.cat(velocities()), torch.cat(reference)).mean()
+            norm = self._add_clipped([penalty.weight / self.groups * distance], 1.0 / self.groups, Ranks())
+        return {"hold/distance": float(distance.detach()), "hold/grad_norm": norm}
+
+    def step(self) -> dict[str, float]:
+        """One optimizer update.  FloatingPointError, before anything has changed, where a gradient is not finite."""
+        rate = self.config.lr * min(1.0, (self.policy.updates + 1) / self.config.warmup)
+        if all(p.grad is None for p in self.policy.parameters):  # every group of the step was skipped
+            return {"optim/lr": rate, "optim/grad_norm": 0.0, "optim/grad_clipped": 0.0}
+        if not (norm := self.policy.layout.total(_norm(self.policy.parameters))).isfinite():
+            faults = self.policy.layout.total(torch.stack([_fault(p) for p in self.policy.parameters]))
+            bad = [n for n, fault in zip(self.policy.names, faults) if fault]
+            raise FloatingPointError(
+                f"gradient norm is {float(norm)} at update {self.policy.updates}; not finite in {len(bad)} tensors, first {', '.join(bad[:3])}; nothing was updated. "
+                "Look at this step's rewards and energies, or start a new run with a lower optimizer.lr"
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.policy.updated()
+        return {"optim/lr": rate, "optim/drift": self.policy.drift()}
+
+    def _add_clipped(self, losses: Iterable[torch.Tensor], share: float, row: Ranks) -> float:
+        """Add the gradient of the losses' sum over the ranks of ``row`` to the step's, clipped by itself; its norm before that.
+
+        The losses are ``share`` of a whole group's.  A gradient that is not finite is left for `step` to name.
+        """
+        collecting = self.policy.layout.collecting
+        earlier = [p.grad for p in collecting]
+        for p in collecting:
+            p.grad = None
+        row.together(lambda: [loss.backward() for loss in losses])
+        row.add_gradients(collecting)
+        norm = _norm(collecting)
+        if norm.isfinite():
+            torch.nn.utils.clip_grads_with_norm_(collecting, self.config.clip * share, norm)
+        for p, before in zip(collecting, earlier):
+            if not row.first:  # the first carries it into the sum over all ranks
+                p.grad = before
+            elif before is not None:
+                p.grad = before if p.grad is None else p.grad.add_(before)
+        return float(norm) / share
+
+    def _energies_under(self, weights: list[torch.Tensor], replay: Replay) -> torch.Tensor:
+        with self.policy.using(weights):
+            return self._of_all(replay.energies)
+
+    def _of_all(self, energies: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """E_M of a group from every rank's own members: its branches in order, then the anchor where that is one."""
+        return torch.cat(self.row.gather(self.row.together(energies)))
+
+
+def _norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def _fault(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """1 where its gradient is not finite."""
+    return torch.zeros((), device=parameter.device) if parameter.grad is None else (~parameter.grad.isfinite()).any().float()
+
+
+def _sum(shares: list[tuple[torch.Tensor, torch.Tensor]], branches: int) -> torch.Tensor:
+    """E_G, detached, from the shares of all passes."""
+    energy = torch.zeros(branches, dtype=torch.float64)
+    for branch, share in shares:
+        energy.index_add_(0, branch, share.detach().cpu())
+    return energy
+
+
+def group_means(groups: list[Mapping[str, float]]) -> dict[str, float]:
+    """Mean over a step's groups of every metric, over the groups that have it."""
+    names = {name for metrics in groups for name in metrics}
+    return {name: sum(values) / len(values) for name in sorted(names) if (values := [m[name] for m in groups if name in m])}

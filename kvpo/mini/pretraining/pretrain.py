@@ -1,0 +1,201 @@
+"""``kvpo pretrain``: the miniature's start weights, from nothing, in four stages.
+
+    decoder           latents -> clips; the encoder is computed, not trained           (kvpo.mini.pretraining.autoencoder)
+    teacher_forcing   causal flow matching on true pasts, with the text encoder        (kvpo.mini.pretraining.teacher_forcing)
+    few_step          the four-step sampler on the model's own streams                 (kvpo.mini.pretraining.few_step)
+    long_stream       the same on longer ones; then the mean of both                   (kvpo.mini.pretraining.few_step)
+
+Everything random is named by (seed, stage, step).  Killed at any instant and started again, it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Callable, Iterator, Sequence
+
+import torch
+from diffusers import WanPipeline
+
+from kvpo.common.files import beside, write_atomic
+from kvpo.generators.causal_wan import CausalWan
+from kvpo.generators.pipeline import Geometry, Pipeline
+from kvpo.mini.pretraining.autoencoder import decoder_loss, fit_encoder, set_latent_scale
+from kvpo.mini.pretraining.card import measured, write_card
+from kvpo.mini.pretraining.few_step import LONG_TURNS, TURNS, Writer, few_step_loss
+from kvpo.mini.pretraining.flat import use_flat_attention
+from kvpo.mini.pretraining.library import Library, build_library, load_library, save_library
+from kvpo.mini.pretraining.linear_encoder import LinearEncoder, install
+from kvpo.mini.pretraining.networks import BLOCK, SINK, STEPS, TEXT_LEN, WINDOW, new_scheduler, new_text_encoder, new_tokenizer, new_transformer, new_vae
+from kvpo.mini.pretraining.openings import build_openings
+from kvpo.mini.pretraining.teacher_forcing import teacher_forcing_loss
+from kvpo.mini.pretraining.training import AGAIN, Stage
+from kvpo.mini.world import FPS, SIZE
+from kvpo.common.progress import Progress
+
+GEOMETRY = Geometry(block=BLOCK, sink=SINK, window=WINDOW, latent_height=SIZE // 8, latent_width=SIZE // 8, fps=FPS, text_length=TEXT_LEN, steps=STEPS, shift=5.0)
+
+
+@dataclass(frozen=True)
+class Settings:
+    code_clips: int = 400
+    """Clips to which the encoder's linear code is fitted."""
+    scale_clips: int = 64
+    """Clips from which the latents' mean and scale are measured."""
+    decoder_steps: int = 8000
+    decoder_batch: int = 4
+    decoder_lr: float = 2e-3
+    stories: int = 2400
+    """Stories that stages 2 to 4 cut their crops from."""
+    flow_steps: int = 7000
+    flow_batch: int = 8
+    flow_lr: float = 2e-3
+    few_steps: int = 1800
+    few_batch: int = 8
+    few_lr: float = 1e-3
+    long_steps: int = 1200
+    long_lr: float = 5e-4
+    long_share: float = 0.7
+    """Of the final weights; the rest is what stage 3 left.  Long streams teach steadiness and cost a little of the short ones' accuracy; the
+    mean of both weights keeps both (WiSE-FT, arXiv 2109.01903)."""
+    openings: int = 2048
+    """Prompts of which stages 2 to 4 keep the true openings."""
+    save_every: int = 100
+    """Steps between two states on disk: what a kill costs at most."""
+    measured: int = 32
+    """Held-out stories for the model card; 0 = no card."""
+    compile: bool = True
+    """Compile the transformer's blocks for stages 2 to 4."""
+
+
+@dataclass(frozen=True)
+class Networks:
+    vae: torch.nn.Module
+    transformer: torch.nn.Module
+    encoder: torch.nn.Module
+
+    @property
+    def generator(self) -> torch.nn.ModuleDict:
+        """What stages 2 to 4 train."""
+        return torch.nn.ModuleDict({"transformer": self.transformer, "text_encoder": self.encoder})
+
+    def to(self, device) -> Networks:
+        for module in (self.vae, self.transformer, self.encoder):
+            module.to(device)
+        return self
+
+
+def pretrain(out: Path, work: Path, seed: int = 0, settings: Settings = Settings(), device: str = "cpu") -> None:
+    """Train everything and write the pipeline folder ``out``; states, the encoded stories, the log and what stage 2 left go to ``work``.
+
+    ValueError, before anything is touched, where ``out`` holds something else than a pipeline folder."""
+    out, work, progress = Path(out), Path(work), Progress()
+    may_be_replaced(out, work)
+    out = out.resolve()  # a link stays one, and even "." has a name
+    claim(work, seed, settings)
+    nets = Networks(new_vae(seed), new_transformer(seed), new_text_encoder(seed)).to(device)
+    code = set_code(nets, seed, settings)
+    seconds = {"decoder": train_decoder(nets, code, work, seed, settings, device, progress)}
+    library = stories(nets, code, work, seed, settings, progress)
+    use_flat_attention(nets.transformer)
+    if settings.compile:
+        nets.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
+    openings = build_openings(nets.vae, code, seed, settings.openings)
+    loss = teacher_forcing_loss(nets.transformer, nets.encoder, library, openings, seed, settings.flow_batch, device)
+    seconds["teacher_forcing"] = train_generator("teacher_forcing", nets, loss, settings.flow_steps, settings.flow_lr, work, settings, progress)
+    export(nets, work / "teacher_forced", progress)  # not ``out``: nobody shall take these for the finished ones
+
+    def on_own_streams(name: str, turns: Sequence[str], steps: int, lr: float) -> None:
+        loss = few_step_loss(nets.transformer, nets.encoder, Writer(nets.vae, code), library, openings, turns, seed, name.replace("_", "-"), settings.few_batch, device)
+        seconds[name] = train_generator(name, nets, loss, steps, lr, work, settings, progress)
+
+    on_own_streams("few_step", TURNS, settings.few_steps, settings.few_lr)
+    with mixed(nets.generator, settings.long_share):
+        on_own_streams("long_stream", LONG_TURNS, settings.long_steps, settings.long_lr)
+    export(nets, out, progress)
+    if settings.measured:
+        numbers = measured(Pipeline.load(out, device), settings.measured)
+        write_card(out, numbers, settings.measured, settings, seed, seconds)
+        progress.say("held-out stories: " + ", ".join(f"{name} {value:.3f}" for name, value in numbers.items()))
+
+
+def may_be_replaced(out: Path, work: Path) -> None:
+    """ValueError unless ``out`` is missing, empty or a pipeline folder, and ``work`` lies elsewhere: what is at ``out`` goes when the new weights come."""
+    empty = not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir()))
+    if not empty and not (out / "streaming.json").is_file():
+        raise ValueError(f"{out} is there and is no pipeline folder (it has no streaming.json), so it is not replaced; give a new or an empty folder, or an older pipeline folder")
+    if out.resolve() in (work.resolve(), *work.resolve().parents):
+        raise ValueError(f"the work folder {work} lies in {out}, which is replaced as a whole by the finished weights; give another --work, or another folder for the weights")
+
+
+def claim(work: Path, seed: int, settings: Settings) -> None:
+    """Remember what this folder is being made with; ValueError if it was begun with something else."""
+    made_with, path = {"seed": seed, **asdict(settings)}, work / "settings.json"
+    if not path.exists():
+        write_atomic(path, json.dumps(made_with, indent=1) + "\n")
+    elif (before := json.loads(path.read_text())) != made_with:
+        changed = {k: (before.get(k), v) for k, v in made_with.items() if before.get(k) != v}
+        raise ValueError(f"{work} was begun with other settings: {changed} (then, now); use another work folder, or the settings it was begun with")
+
+
+def set_code(nets: Networks, seed: int, s: Settings) -> LinearEncoder:
+    """Compute the encoder and the scale of its latents: seconds, so it is done again after a restart."""
+    code = fit_encoder(seed, s.code_clips)
+    install(code, nets.vae)
+    set_latent_scale(nets.vae, code, seed, s.scale_clips)
+    return code
+
+
+def train_decoder(nets: Networks, code: LinearEncoder, work: Path, seed: int, s: Settings, device: str, progress: Progress) -> float:
+    loss = decoder_loss(nets.vae, code, seed, s.decoder_batch, device)
+    modules = {"decoder": nets.vae.decoder, "post_quant_conv": nets.vae.post_quant_conv}
+    stage = Stage("decoder", work, modules, loss, steps=s.decoder_steps, lr=s.decoder_lr, save_every=s.save_every)
+    stage.run(progress)
+    return stage.seconds
+
+
+def stories(nets: Networks, code: LinearEncoder, work: Path, seed: int, s: Settings, progress: Progress) -> Library:
+    path = work / "stories.pt"
+    if path.exists():
+        progress.say(f"stories: {path} is there already")
+    else:
+        with progress.bar("stories", s.stories) as bar:
+            save_library(build_library(nets.vae, code, seed, s.stories, bar.move_to), path)
+    return load_library(path)
+
+
+def train_generator(name: str, nets: Networks, loss: Callable, steps: int, lr: float, work: Path, s: Settings, progress: Progress) -> float:
+    stage = Stage(name, work, nets.generator, loss, steps=steps, lr=lr, ema=0.995, save_every=s.save_every)
+    stage.run(progress)
+    return stage.seconds
+
+
+@contextmanager
+def mixed(modules: torch.nn.Module, share: float) -> Iterator[None]:
+    """Leaves ``share`` of the weights that the body makes and ``1 - share`` of those it began with."""
+    before = [p.detach().clone() for p in modules.parameters()]
+    yield
+    with torch.no_grad():
+        torch._foreach_lerp_(list(modules.parameters()), before, 1.0 - share)
+
+
+def export(nets: Networks, out: Path, progress: Progress) -> None:
+    """The pipeline folder, there completely or not at all; a model card already in it stays."""
+    old = out.with_name(f".{out.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    transformer = type(nets.transformer).from_config(nets.transformer.config)
+    transformer.load_state_dict(nets.transformer.state_dict())
+    stock = WanPipeline(new_tokenizer(), nets.encoder, nets.vae, new_scheduler(), transformer)
+    with beside(out, AGAIN) as part:
+        Pipeline(CausalWan(transformer), nets.vae, GEOMETRY, stock, str(part)).save(part)
+        if (card := out / "README.md").exists():
+            shutil.copy(card, part / "README.md")
+        if out.exists():
+            os.replace(out, old)
+        os.replace(part, out)
+    shutil.rmtree(old, ignore_errors=True)
+    progress.say(f"weights: written to {out}")

@@ -1,0 +1,129 @@
+"""How much of each part a step of a recipe has: counted from its scripts, forks and settings, mean over all forks that can be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Sequence
+
+from kvpo.config import RunConfig
+from kvpo.generators.pipeline import Geometry
+from kvpo.method.prompts import even_starts, starts_at
+from kvpo.rewards.scorer import make_scorers
+from kvpo.method.rollout import own_frames
+from kvpo.method.score import group_clips, horizon
+from kvpo.types import Script, Window
+
+
+def branches_of(config: RunConfig) -> int:
+    """Of a group, on the card that has most of them."""
+    return -(-config.rollout.branches // config.branch_parallel)
+
+
+def rows_of(config: RunConfig) -> int:
+    """Branches and anchor, likewise."""
+    return branches_of(config) + 1
+
+
+def side_by_side(config: RunConfig) -> int:
+    return min(config.rollout.together or rows_of(config), rows_of(config))
+
+
+def decoded_together(config: RunConfig) -> int:
+    return min(config.score.together or rows_of(config), rows_of(config))
+
+
+def replay_rows(config: RunConfig, geometry: Geometry) -> int:
+    """Velocities of the largest pass: all branches start alike, so the first step of the first block is one for all."""
+    members = branches_of(config) + config.advantages.anchor
+    members = min(config.rollout.together or members, members)
+    found = members * config.exploring.window_blocks * len(geometry.sigmas) - (members - 1)
+    return min(found, config.rows_per_pass or found)
+
+
+def reward_memory(config: RunConfig) -> tuple[int, int]:
+    """Bytes of this run's cards that trained rewards take by their own account: those that stay, and the largest that comes and goes."""
+    here = [s for s in make_scorers(config.rewards_of("train")) if not (s.entry.devices or s.entry.url)]
+    stay, come = ({getattr(s.reward, "network", s.spec.name): int(s.spec.memory_gb * 2**30) for s in here if s.resident == resident} for resident in (True, False))
+    return sum(stay.values()), max(come.values(), default=0)
+
+
+def groups_of(config: RunConfig, world: int) -> int:
+    """Of a step, on the card that has most of them."""
+    return -(-config.groups * config.branch_parallel // world)
+
+
+def prefixes_of(config: RunConfig, world: int = 1) -> int:
+    """Generated side by side on a card."""
+    return min(config.rollout.prefixes, groups_of(config, world))
+
+
+def longest(forks: Sequence[float], draws: int) -> float:
+    """Expected largest of so many independent draws from ``forks``."""
+    ordered, m = sorted(forks), len(forks)
+    return sum(fork * (((i + 1) / m) ** draws - (i / m) ** draws) for i, fork in enumerate(ordered))
+
+
+def scripts_of(config: RunConfig) -> list[Script]:
+    """Scripts of the recipe's shape: of so many prompts, or of one to four where that is drawn."""
+    blocks, counts = config.data.blocks, [config.data.segments] if config.data.segments else [1, 2, 3, 4]
+    starts = [starts_at(config.data.switches, n) if config.data.switches else even_starts(n, blocks) for n in counts]
+    return [Script("plan", tuple(f"prompt {i}" for i in range(len(s))), s, blocks) for s in starts]
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """Of one group (of a card's share of it, with branch_parallel), mean over scripts and eligible forks."""
+
+    fork: float
+    prefix_calls: float
+    """A group's share of those that serve several."""
+    branch_calls: float
+    replay_calls: float
+    """Of each replay: of the current weights with gradient, of the reference, and of the behaviour policy where it lags."""
+    replays: int
+    single_pass: bool
+    """Its graph is kept, and no energies are computed beforehand."""
+    branch_rows: float
+    """Rows that go through the network for the branches, in blocks: rows times blocks."""
+    decoded_prefix: float
+    decoded_rows: float
+    """Latent frames."""
+    scored: float
+    """Pixel frames that rewards look at, all rows."""
+
+
+def amounts(config: RunConfig, geometry: Geometry, world: int = 1) -> Amounts:
+    g, S = geometry, len(geometry.sigmas)
+    chunks, P = -(-rows_of(config) // side_by_side(config)), config.exploring.window_blocks
+    members = branches_of(config) + config.advantages.anchor
+    parts = -(-members // min(config.rollout.together or members, members))
+    velocities = members * P * S
+    passes = max(parts, -(-velocities // config.rows_per_pass) if config.rows_per_pass else parts)
+    found = []
+    for script in scripts_of(config):
+        for fork in config.exploring.eligible_forks(script.blocks, g):
+            window = Window(fork, P)
+            stop, clips = horizon(script, window, g, config.score), group_clips(script, window, g, config.score)
+            scored = sum(c.stop - c.first for c in {*clips["local"], *clips["global"]})
+            found.append((fork, chunks * (S + 1) * (stop - fork), fork * g.block, rows_of(config) * (stop - fork) * g.block, rows_of(config) * scored, rows_of(config) * (stop - fork)))
+    together = prefixes_of(config, world)
+    prefix = (S + 1) * longest([fork for fork, *_ in found], together) / together
+    fork, branch, decoded_prefix, decoded_rows, scored, branch_rows = (sum(x) / len(found) for x in zip(*found))
+    replays = 1 + (config.objective.kl_beta > 0.0 and config.objective.kl_to == "initial") + (config.policy.sync_interval > 1)
+    return Amounts(fork, prefix, branch, parts * (P - 1) + passes, replays, passes == 1, branch_rows, decoded_prefix, decoded_rows, scored)
+
+
+def own_past(config: RunConfig, geometry: Geometry) -> tuple[int, int]:
+    """Cache frames of a branch of its own: in the rollout at most, over scripts and forks, and in a replay."""
+    g, P = geometry, config.exploring.window_blocks
+    rollout = max(own_frames(g, s, Window(f, P)) for s in scripts_of(config) for f in config.exploring.eligible_forks(s.blocks, g))
+    switched = any(s.segment(b) != s.segment(b - 1) for s in scripts_of(config) for f in config.exploring.eligible_forks(s.blocks, g) for b in range(f + 1, f + P))
+    return rollout, (P - 1) * g.block + (g.window if switched and g.window > 0 else 0)
+
+
+def with_changes(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
+    """Dotted settings -> a config."""
+    for key, value in changes.items():
+        section, _, name = key.rpartition(".")
+        config = replace(config, **{section: replace(getattr(config, section), **{name: value})}) if section else replace(config, **{name: value})
+    return config

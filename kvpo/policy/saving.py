@@ -1,0 +1,73 @@
+"""Checkpoints beside the training: all that goes into one is copied to main memory, and a thread writes the copy.
+
+The step after a checkpoint runs while it is written; the next checkpoint, and the end of a run, wait for it.  Ranks that
+write shards speak on a channel of their own, so what the thread says never stands between two messages of the step;
+where weights are whole the first rank writes alone, and says nothing.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from pathlib import Path
+from threading import Thread
+from typing import Any, Callable, Mapping
+
+import torch
+
+from kvpo.policy.checkpoint import Snapshot, save_checkpoint
+from kvpo.distributed.ranks import Ranks
+from kvpo.policy.policy import Policy
+
+
+class Saver:
+    """Of one run: of its checkpoints one at a time is being written.  A context: at its end all are written, or the error is raised."""
+
+    def __init__(self, folder: Path, keep: int, policy: Policy, patience: float):
+        self.folder, self.keep, self.policy, self.ranks = folder, keep, policy, policy.layout.ranks
+        self.writers = self.ranks.apart("checkpoint", patience) if policy.sharded else Ranks()
+        self._writing: Future[Path] | None = None
+
+    def begin(self, step: int, optimizer: torch.optim.Optimizer, config: Mapping[str, Any], best: int) -> None:
+        """Take a copy after ``step`` steps and return; all ranks enter.  OSError if the checkpoint before it could not be written."""
+        self.wait()
+        if self.policy.sharded or self.ranks.first:
+            snapshot = Snapshot.of(step, self.policy, optimizer, config)
+            self._writing = _beside(lambda: save_checkpoint(self.folder, snapshot, self.keep, best, self.writers))
+
+    def check(self) -> None:
+        """OSError if the write under way has already failed here."""
+        if self._writing is not None and self._writing.done():
+            self._join()
+
+    def wait(self) -> None:
+        """For the write under way; all ranks enter, and share its OSError."""
+        self.ranks.together(self._join)
+
+    def _join(self) -> None:
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if error is None:
+            self.wait()
+        elif self._writing is not None and not (self.policy.sharded and isinstance(error, ConnectionError)):
+            self._writing.exception()  # let it finish; the error here is what counts.  Shards are not waited for once a rank is lost: they wait for each other
+            self._writing = None
+
+
+def _beside(work: Callable[[], Path]) -> Future[Path]:
+    """Done in a thread that does not keep the program from ending."""
+    future: Future[Path] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # noqa: BLE001, it is raised where it is waited for
+            future.set_exception(error)
+
+    Thread(target=run, name="checkpoint", daemon=True).start()
+    return future

@@ -1,0 +1,69 @@
+"""A generator by its name: a pipeline folder, `mini`, or the weights of a run (`RUN`, `RUN:ema`, `RUN:online`, `RUN:start`, `RUN:best`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import yaml
+
+from kvpo.policy.checkpoint import at_step, checkpoints, read_tensors
+from kvpo.config import RunConfig, from_dict
+from kvpo.generators.pipeline import Pipeline
+from kvpo.evaluation.goodhart import history, judge
+from kvpo.mini import WEIGHTS
+from kvpo.policy.policy import Policy
+
+SETS = {"ema": "average", "online": "current", "start": "reference", "best": "average"}
+"""Weights of a run -> their name in a checkpoint."""
+
+
+def load_pipeline(name: str, device: torch.device | str = "cpu", vae_dtype: str = "float32", dtype: str = "float32") -> Pipeline:
+    """A pipeline folder, or `mini`."""
+    return Pipeline.load(folder_of(name), device, getattr(torch, dtype), getattr(torch, vae_dtype))
+
+
+def folder_of(name: str) -> Path:
+    """Where a pipeline named in a recipe lies."""
+    return Path(WEIGHTS if name == "mini" else name)
+
+
+def load_generator(spec: str, device: torch.device | str = "cpu", vae_dtype: str = "float32", dtype: str = "") -> tuple[Pipeline, str]:
+    """The generator and a label for it.  ``dtype``: default the run's own, float32 for a folder.  FileNotFoundError or ValueError that names what is missing."""
+    run, _, which = spec.partition(":")
+    if not is_run(Path(run)):
+        return load_pipeline(spec, device, vae_dtype, dtype or "float32"), spec
+    which = which or "ema"
+    if which not in SETS:
+        raise ValueError(f"{spec!r} names weights {which!r} of a run; choose one of {', '.join(SETS)}")
+    checkpoint = _checkpoint(Path(run), which)
+    config = run_config(Path(run))
+    pipeline = load_pipeline(config.pipeline, device, vae_dtype, dtype or config.dtype)
+    policy, tensors = Policy(pipeline.generator, config.policy, config.seed), read_tensors(checkpoint, f"{SETS[which]}.")
+    for name, p in zip(policy.names, policy.parameters):
+        p.data.copy_(tensors[f"{SETS[which]}.{name}"])
+    policy.layout.refresh()
+    pipeline.generator.requires_grad_(False)
+    return pipeline, f"{Path(run).name}:{which} {checkpoint.name}"
+
+
+def _checkpoint(run: Path, which: str) -> Path:
+    """The newest; for `best` that of the best held-out evaluation."""
+    found = checkpoints(run / "checkpoints")
+    if not found:
+        raise FileNotFoundError(f"{run} has no complete checkpoint; let the run go on until its first one")
+    if which != "best":
+        return found[-1]
+    best = judge(history(run / "evaluation", "ema")).best
+    if at_step(run / "checkpoints", best) not in found:
+        raise FileNotFoundError(f"{run} has no checkpoint of its best held-out evaluation (step {best}); " + ("the start weights are the best: RUN:start" if not best else "evaluate.every keeps one"))
+    return at_step(run / "checkpoints", best)
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / "config.resolved.yaml").is_file()
+
+
+def run_config(run: Path) -> RunConfig:
+    """The settings a run was made with."""
+    return from_dict(yaml.safe_load((run / "config.resolved.yaml").read_text()))
