@@ -36,36 +36,7 @@ def blocks(path: Path, language: str) -> list[str]:
     return re.findall(rf"^ *```{language}\n(.*?)^ *```", path.read_text(encoding="utf-8"), flags=re.S | re.M)
 
 
-# --- The README's tree ---
-
-
-def tree(text: str) -> dict[str, str]:
-    """Path -> its line's explanation.  Two spaces a level; a folder ends with a slash."""
-    found, parents = {}, []
-    for line in text.splitlines():
-        depth, (name, _, what) = (len(line) - len(line.lstrip())) // 2, line.strip().partition(" ")
-        parents = [*parents[:depth], name]
-        found["".join(parents)] = what.strip()
-    return found
-
-
-def listed() -> dict[str, str]:
-    (text,) = [b for b in blocks(ROOT / "README.md", "text") if b.startswith("kvpo/")]
-    return tree(text)
-
-
-def test_tree_lists_the_packages_files():
-    """Of folders that hold only data, such as weights, the folder."""
-    shown = {path for path in listed() if not path.endswith("/")}
-    data = {path for path in listed() if path.endswith(("weights/", "templates/", "envs/"))}
-    there = {str(p.relative_to(ROOT)) for p in files(ROOT / "kvpo") if p.name != "__init__.py"}
-    there = {p for p in there if not p.startswith(tuple(data))}
-    assert sorted(there - shown) == [], "not in the README's tree"
-    assert sorted(shown - there) == [], "in the README's tree, but not there"
-
-
-def test_every_file_of_the_tree_is_explained():
-    assert not [path for path, what in listed().items() if not what and path not in ("kvpo/", "kvpo/recipes/")]
+# --- Data ---
 
 
 def test_data_is_packaged():
@@ -123,7 +94,7 @@ def test_names_that_do_not_exist_are_seen():
 @pytest.mark.parametrize("path", DOCS, ids=lambda p: p.name)
 def test_cited_symbols_and_tests_exist(path):
     text = path.read_text(encoding="utf-8")
-    symbols = re.findall(r"`(kvpo(?:\.\w+)+)`", text)
+    symbols = re.findall(r"`((?:kvpo|tests)(?:\.\w+)+)`", text)
     assert not [s for s in symbols if not s.endswith(".py") and not exists(s)]
     assert not [t for t in re.findall(r"`(test_\w+\.py::\w+)`", text) if t not in known_tests()]
     assert not [f for f in re.findall(r"`((?:tests|kvpo|benchmarks|docs)/[\w./]+)`", text) if not (ROOT / f).exists()]
