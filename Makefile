@@ -35,5 +35,5 @@ test-slow: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -m "not gpu" -q -n 2 --dist loadfile
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

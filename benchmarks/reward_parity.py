@@ -1,4 +1,4 @@
-"""What the original Qwen2-VL reward models say, as numbers for tests/test_qwen_rewards.py: tiny random networks under transformers 4.45.2.
+"""What the original Qwen2-VL reward models say, as numbers for tests/rewards/test_qwen_rewards.py: tiny random networks under transformers 4.45.2.
 
 The original classes call the text model of Qwen2VLForConditionalGeneration on embeddings that have the vision tokens filled in,
 without positions, and put a head on its hidden states (HPSv3: hpsv3/model/qwen2vl_trainer.py; VideoReward: trainer.py of

@@ -23,13 +23,18 @@ from kvpo.rewards.registry import SHIPPED, find, make_reward
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
-IGNORED = {".git", ".venv", "runs", "build", "dist", "__pycache__", ".pytest_cache"}
+IGNORED = {".git", ".venv", "runs", "build", "dist", ".pytest_cache", ".ruff_cache"}
+"""At the top; kvpo/runs is code."""
 TEXT = {".py", ".md", ".toml", ".yaml", ".yml", ".json", ".txt", ".html", ".sh", ""}
 
 
 def files(folder: Path) -> list[Path]:
     """Files below, without what git ignores."""
-    return [p for p in sorted(folder.rglob("*")) if p.is_file() and not any(part in IGNORED or part.endswith(".egg-info") for part in p.relative_to(ROOT).parts)]
+    return [p for p in sorted(folder.rglob("*")) if p.is_file() and not _ignored(p.relative_to(ROOT).parts)]
+
+
+def _ignored(parts: tuple[str, ...]) -> bool:
+    return parts[0] in IGNORED or "__pycache__" in parts or any(part.endswith(".egg-info") for part in parts)
 
 
 def blocks(path: Path, language: str) -> list[str]:

@@ -14,7 +14,7 @@ from kvpo.evaluation.prompt_sets import SETS, write_set
 from kvpo.commands.prompts import Prompts
 from kvpo.method.prompts import read_scripts
 
-PUBLIC = Path(__file__).resolve().parents[2] / "shared" / "data" / "prompts"
+PUBLIC = Path(__file__).resolve().parents[3] / "shared" / "data" / "prompts"
 
 FILES = {
     "vbench": json.dumps([{"prompt_en": "a cat", "dimension": ["color"]}, {"prompt_en": "[a] dog, oil", "dimension": ["scene"]}, {"prompt_en": "a cat", "dimension": ["scene"]}]),

@@ -234,7 +234,7 @@ def test_no_orphan_of_a_killed_run(toy, tmp_path):
             kept = reward, globals().get("kept")
             reward.score(VideoBatch(torch.zeros(1, 1, 3, 8, 8, dtype=torch.uint8), 16.0, (todo,)))
     """
-    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], env={**os.environ, "PYTHONPATH": str(WORKER.parents[2])}) as parent:
+    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], env={**os.environ, "PYTHONPATH": str(WORKER.parents[3])}) as parent:
         while parent.poll() is None and not (files["hang"].exists() and len(files["hang"].read_text().split()) == 2):
             time.sleep(0.05)
         workers = [int(pid) for file in files.values() for pid in file.read_text().split()]
@@ -292,7 +292,7 @@ def test_what_is_too_short_is_not_sent(tmp_path):
 
 
 def test_the_documents_scorer(tmp_path):
-    text = (WORKER.parents[2] / "docs" / "isolated_rewards.md").read_text(encoding="utf-8")
+    text = (WORKER.parents[3] / "docs" / "isolated_rewards.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"```python\n(.*?)```", text, flags=re.S)
     (tmp_path / "scorer.py").write_text(example, encoding="utf-8")
     reward = Isolated(str(tmp_path / "scorer.py"))

@@ -29,7 +29,7 @@ from kvpo.policy.policy import Policy, PolicyConfig
 from kvpo.method.energies import Temperature
 from kvpo.method.update import OptimizerConfig, Updater
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CASES = ("full-float32", "full-bfloat16", "lora-float32", "lora-bfloat16")
 
 
@@ -98,8 +98,8 @@ def ones(tmp_path_factory):
 def twos(ones):
     """What two ranks came to, from one start of torchrun."""
     home, _ = ones
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "tests" / "sharded_ranks.py"), str(home)]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(Path(__file__).with_name("sharded_ranks.py")), str(home)]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'distributed'}", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads((home / "facts.json").read_text()), {case: load_file(home / f"{case}.safetensors") for case in CASES}
 

@@ -1,6 +1,6 @@
 """Run by torchrun for `test_sharding`: two ranks, sharded and whole, do unequal work; what they come to is left in files for the test to judge.
 
-    torchrun --nproc-per-node 2 tests/sharded_ranks.py FOLDER
+    torchrun --nproc-per-node 2 tests/policy/sharded_ranks.py FOLDER
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from kvpo.distributed.ranks import Lost, Ranks, restarted
 from kvpo.common.metrics import read_metrics
 from kvpo.distributed.signals import Stopped, giving_way, stoppable
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def launch(recipe: str, out: Path, *options: str, ranks: int = 2, restarts: int = 0) -> subprocess.Popen:
