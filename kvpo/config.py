@@ -15,12 +15,14 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from kvpo.method.advantages import Advantages, UnsafePolicy
+from kvpo.method.agreement import AgreementConfig
 from kvpo.policy.checkpoint import CheckpointConfig
 from kvpo.evaluation.evaluate import EvaluateConfig
 from kvpo.method.explorers import Explorer
 from kvpo.method.routing import KVRouting
 from kvpo.method.explorers import StartNoise
 from kvpo.method.loss import ClippedObjective
+from kvpo.common.metrics import MOST_INNER
 from kvpo.policy.policy import PolicyConfig
 from kvpo.rewards.registry import RewardEntry
 from kvpo.method.rollout import RolloutConfig
@@ -44,11 +46,10 @@ class DataConfig:
     blocks: int = 13
     """Length of a video, blocks (of 3 latent frames)."""
     segments: int | None = None
-    """Prompts of every script that is trained on: of a prompt file's scripts the first so many (None: all); of the miniature's stories exactly so many (None: drawn,
-    1 to 4, as in the stories of evaluations)."""
+    """Prompts of every script: of a prompt file's scripts the first so many (None: all); of the miniature's stories exactly so many (None: drawn, 1 to 4)."""
     switches: tuple[int, ...] = ()
     """Blocks at which the second, third, ... prompt of a prompt file's script takes over; empty: evenly spread (prompt files only)."""
-    memory: float = 0.25
+    memory: float = 0.0
     """Share of stories that only the past can resolve (`mini` only)."""
 
 
@@ -67,9 +68,12 @@ class RunConfig:
     seed: int = 0
     """Names all random streams of the run: scripts, forks, plans, noise, adapter."""
     steps: int = 60
-    """Optimizer updates."""
+    """Steps: groups are rolled out and scored, then ``inner_updates`` optimizer updates are made on them."""
     groups: int = 2
     """Groups (a script, a fork, its branches) of each step; the update takes the mean of their gradients."""
+    inner_updates: int = 1
+    """Optimizer updates on the groups of one step; the behaviour policy stays at the weights that rolled them out, so from the second on ratios leave 1 and the
+    clip acts.  Each costs a replay with gradient.  More than one keeps every group of a rank, its past's cache and trajectories, until the last."""
     branch_parallel: int = 1
     """Processes that share one group, each with some of its branches: for a group that does not fit one card, or for fewer groups than cards."""
     sampler: Literal["renoise", "ode"] = "renoise"
@@ -85,7 +89,9 @@ class RunConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     shuffle_advantages: bool = False
-    """The control experiment: advantages are shuffled among the branches of each group, so there is nothing to learn."""
+    """A control experiment: advantages are shuffled among the branches of each group, so there is nothing to learn."""
+    zero_advantages: bool = False
+    """Another one: advantages are 0, so only the penalty, the KL and the averaging of weights act."""
     patience: float = 1800.0
     """Seconds that processes wait for each other before they name who did not come and end; a group at full size takes minutes."""
     show_every: int = 20
@@ -113,6 +119,7 @@ class RunConfig:
     velocity_penalty: VelocityPenalty = VelocityPenalty()
     policy: PolicyConfig = PolicyConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    agreement: AgreementConfig = AgreementConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     sentinels: SentinelConfig = SentinelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -121,10 +128,14 @@ class RunConfig:
         for name, value, least in (("steps", self.steps, 1), ("groups", self.groups, 1), ("rows_per_pass", self.rows_per_pass, 0), ("show_every", self.show_every, 0)):
             if value < least:
                 raise ValueError(f"{name} = {value} must be {least} or more")
+        if not 1 <= self.inner_updates <= MOST_INNER:
+            raise ValueError(f"inner_updates = {self.inner_updates} must lie between 1 and {MOST_INNER}: what is rolled out says less with every update on it")
         if not 1 <= self.branch_parallel <= self.rollout.branches:
             raise ValueError(f"branch_parallel = {self.branch_parallel} must lie between 1 and rollout.branches = {self.rollout.branches}: every process of a group needs a branch")
         if not self.patience > 0.0:
             raise ValueError(f"patience = {self.patience} must be positive")
+        if self.shuffle_advantages and self.zero_advantages:
+            raise ValueError("shuffle_advantages and zero_advantages are two controls; a run can be one of them")
         if self.advantages.weights:
             raise ValueError("advantages.weights is set by the rewards' own weights; write them there")
         if self.exploring.deterministic_replay and self.energy.needs_differing_context:
@@ -132,6 +143,14 @@ class RunConfig:
                 f"explorer {self.explorer} and surrogate {self.surrogate} can not be paired: the unperturbed policy makes these branches itself, so their energy "
                 "and its gradient are identically 0 and nothing would be learnt; use explorer kv_routing (start_noise serves comparison, see `kvpo explore --by start_noise`)"
             )
+
+        if self.energy == VelocityEnergy("kernel", self.velocity_energy.last_sigma) and self.sampler != "renoise":
+            raise ValueError(f"velocity_energy.weights = kernel are the weights of the renoise sampler's Gaussian steps, which sampler = {self.sampler} does not take; use equal or a number a step")
+
+    @property
+    def keeps_groups(self) -> bool:
+        """All groups of a rank are in memory at once: their rewards are asked for together, or they are learnt from again."""
+        return self.inner_updates > 1 or self.advantages.std == "step"
 
     @property
     def exploring(self) -> Explorer:

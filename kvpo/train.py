@@ -1,4 +1,4 @@
-"""The main path: KVPO, stage by stage, in the paper's order.  Read `Alignment.group` first.
+"""The main path: KVPO, stage by stage, in the paper's order.  Read `Alignment.group` and `Alignment.learn` first.
 
     prompts -> rollout -> score -> advantages -> replay -> loss -> update        then checkpoint, evaluate, report
 """
@@ -9,11 +9,13 @@ import functools
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Iterator, Mapping, Sequence
+from typing import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
-from kvpo.method.advantages import Advantage
+from kvpo.method.advantages import Advantage, Unmeasurable, measurable
+from kvpo.method.agreement import Agreement
+from kvpo.method.batch_spread import Spread, spread_of, variances
 from kvpo.distributed.branches import all_rewards, all_rows
 from kvpo.method.advantages import conflicts
 from kvpo.config import RunConfig
@@ -23,6 +25,7 @@ from kvpo.common.environment import make_reproducible, pick_device, take_peak
 from kvpo.method.explorers import Explorer
 from kvpo.generators.embeddings import load_with_texts
 from kvpo.generators.pipeline import Pipeline
+from kvpo.method.kept_groups import Kept, Learnt, all_updates
 from kvpo.runs.loading import folder_of, load_pipeline
 from kvpo.common.metrics import MetricLog, NoLog, console_line
 from kvpo.runs.build import calibration_clips, evaluation_scripts, judges, script_source, trained
@@ -38,12 +41,17 @@ from kvpo.common.rng import stream
 from kvpo.method.rollout import Name, check_room, go_on, roll_out, starts
 from kvpo.method.score import horizon, pixel_diversity, score
 from kvpo.report.samples import show_group
-from kvpo.distributed.signals import Stopped, stoppable
+from kvpo.method.sketch import Sketch
+from kvpo.distributed.signals import Stopped, not_now, stoppable
 from kvpo.common.timing import Phases
 from kvpo.runs.monitor import Trials
 from kvpo.types import RewardTable, Rollout, Script
 from kvpo.method.update import Updater, group_means
 from kvpo.method.velocity_penalty import held_velocities
+
+
+MOST_SILENT = 8
+"""Groups in a row, over steps, that may have too few rewards to be compared."""
 
 
 class Alignment:
@@ -65,11 +73,16 @@ class Alignment:
         if config.gradient_checkpointing:
             self.pipeline.generator.transformer.enable_gradient_checkpointing()
         self.policy = Policy(self.pipeline.generator, config.policy, config.seed, self.ranks)
-        self.updater = Updater(self.policy, config.optimizer, config.objective, config.temperature, config.unsafe, config.groups, self.row)
+        self.agreement, sketch = Agreement(config.agreement), Sketch(len(self.policy.names), config.seed) if config.agreement.window else None
+        self.updater = Updater(self.policy, config.optimizer, config.objective, config.temperature, config.unsafe, config.groups, self.row, sketch)
         check_room(config.exploring, config.rollout, config.data.blocks, self.pipeline.geometry)
+        config.energy.step_weights(self.pipeline.geometry.sigmas)  # refused now where they do not fit the generator's steps
+        config.velocity_penalty.check(self.pipeline.geometry)
         self.sampler = SAMPLERS[config.sampler]
         self.phases = Phases(self.ranks.tell)
-        self.state = RunState(config, out, progress, self.ranks, self.pipeline, self.policy, self.updater.optimizer, self.source)
+        self.silent = 0
+        """Groups that could not be measured, the last ones on end."""
+        self.state = RunState(config, out, progress, self.ranks, self.pipeline, self.policy, self.updater.optimizer, self.source, self.agreement)
         self.trials = Trials(config, out, progress, self.ranks, self.phases, self.pipeline, self.policy, self.scripts, self.judges)
 
     def run(self, resume: bool, override: bool) -> Path:
@@ -113,38 +126,92 @@ class Alignment:
             self.state.save(self.trials.best(self.done))
 
     def step(self, step: int) -> dict[str, float]:
-        """All groups of a step, this rank's share of them here, then one update."""
+        """All groups of a step, this rank's share of them here, then the update on them, or several."""
         calls = self.pipeline.generator.calls
         with self.phases("total"):
-            with self.policy.for_groups():
-                own = self.ranks.together(lambda: self._own_groups(step))
-            groups = {index: found for part in self.ranks.gather(own if self.row.first else {}) for index, found in part.items()}
-            metrics = group_means([groups[index] for index in sorted(groups)])
-            with self.phases("optimizer"):
-                self.policy.layout.add_gradients()
-                metrics |= self.updater.step()
+            own, learnt = self._first_pass(step)
+            found = [self._update(own, last=self.config.inner_updates == 1) | self.agreement.take(self.ranks)]
+            if self.config.inner_updates > 1:
+                found += self._further_updates(step, learnt)
+            metrics = all_updates(found)
         return metrics | self.phases.take() | {"memory/peak_gib": take_peak(self.device) / 2**30, "calls/generator": self.pipeline.generator.calls - calls}
 
-    def _own_groups(self, step: int) -> dict[int, dict[str, float]]:
+    def _first_pass(self, step: int) -> tuple[dict[int, dict[str, float]], list[Learnt]]:
+        """Explore and learn from this rank's groups, one after another, or where the step's spread is asked for all of them before any is learnt from."""
+        with self.policy.for_groups():
+            if self.config.advantages.std == "group":
+                return self.ranks.together(lambda: self._learn_all(step, self._explored(step), None))
+            kept = self.ranks.together(lambda: list(self._explored(step)))
+            spread = spread_of(self.column.gather({k.index: k.variances for k in kept if k.variances is not None}))
+            return self.ranks.together(lambda: self._learn_all(step, kept, spread))
+
+    def _explored(self, step: int) -> Iterator[Kept]:
+        """This rank's groups of a step, as many prefixes at a time as are generated side by side."""
         self.state.saver.check()  # a disk that is full is no reason to train on until the next checkpoint
-        own, size, found = list(self.column.share(self.config.groups)), self.config.rollout.prefixes, {}
+        own, size = list(self.column.share(self.config.groups)), self.config.rollout.prefixes
         for part in (own[first : first + size] for first in range(0, len(own), size)):
             with self._saying(step, part):
                 begun = self.starts(step, part)
             for index in part:
                 with self._saying(step, [index]):
-                    found[index] = self.group(step, index, begun.pop(0))
+                    found = self.group(step, index, begun.pop(0))
+                yield found.slim() if self.config.keeps_groups else found
+                del found  # before the next one is explored
+
+    def _learn_all(self, step: int, groups: Iterable[Kept], spread: Spread | None) -> tuple[dict[int, dict[str, float]], list[Learnt]]:
+        """Metrics of every group, and what further updates need of them."""
+        metrics, learnt = {}, []
+        for group in groups:
+            with self._saying(step, [group.index]):
+                metrics[group.index], again = self.learn(step, group, spread)
+            learnt += [again] if again is not None and self.config.inner_updates > 1 else []
+            del group, again
+        return metrics, learnt
+
+    def _further_updates(self, step: int, learnt: list[Learnt]) -> list[dict[str, float]]:
+        """The second to the last update on a step's groups.  A signal waits until they are made: between them the weights are no step's."""
+        found, n = [], self.config.inner_updates
+        self.state.midway = True
+        with not_now():
+            for made in range(1, n):
+                with self.policy.for_groups():
+                    own = self.ranks.together(lambda: {k.index: self._learn_again(step, made, k) for k in learnt})  # noqa: B023, called before made moves on
+                found.append(self._update(own, last=made == n - 1))
+        self.state.midway = False
         return found
 
+    def _learn_again(self, step: int, made: int, learnt: Learnt) -> dict[str, float]:
+        with self._saying(step, [learnt.index], made):
+            update = self.updater.accumulate(learnt.replay, learnt.advantage, self.phases, learnt.update)
+            return update.metrics | self._hold(learnt.replay.rollout, learnt.replay.embeddings)
+
+    def _update(self, own: dict[int, dict[str, float]], last: bool) -> dict[str, float]:
+        """One update from the gradients of all ranks' groups; the mean of their metrics, and its own."""
+        groups = {index: found for part in self.ranks.gather(own if self.row.first else {}) for index, found in part.items()}
+        self._refuse_silence([groups[index].get("group/unmeasurable", 0.0) for index in sorted(groups)])
+        metrics = group_means([groups[index] for index in sorted(groups)])
+        with self.phases("optimizer"):
+            self.policy.layout.add_gradients()
+            metrics |= self.updater.step() if last else self.updater.step(last=False)
+        return metrics
+
+    def _refuse_silence(self, unmeasurable: Sequence[float]) -> None:
+        """ValueError, on all ranks, where group after group had no rewards: one is bad luck, but a reward that never measures teaches nothing."""
+        for lost in unmeasurable:
+            self.silent = self.silent + 1 if lost else 0
+        if self.silent >= MOST_SILENT:
+            raise ValueError(f"{self.silent} groups in a row could not be measured; the reward that gives nothing is named above, where they were skipped")
+
     @contextmanager
-    def _saying(self, step: int, groups: Sequence[int]) -> Iterator[None]:
-        """When it was, to those who wait for this rank, and of a reward, an energy or an advantage that can not be."""
+    def _saying(self, step: int, groups: Sequence[int], made: int = 0) -> Iterator[None]:
+        """When it was, to those who wait for this rank, and of a reward, an energy or an advantage that can not be.  ``made``: updates of the step so far."""
         when = f"step {step}, group {', '.join(map(str, groups))}"
         self.phases.where = f" of {when},"
         try:
             yield
         except ValueError as error:
-            raise ValueError(f"{when}: {error}. Nothing of this step was applied") from error
+            applied = f"{made} of the step's {self.config.inner_updates} updates were applied" if made else "Nothing of this step was applied"
+            raise ValueError(f"{when}: {error}. {applied}") from error
 
     def starts(self, step: int, groups: Sequence[int]) -> list[Start]:
         """The pasts of some groups of a step, up to their forks."""
@@ -158,24 +225,45 @@ class Alignment:
 
         return self.row.together(generated)
 
-    def group(self, step: int, index: int, start: Start) -> dict[str, float]:
-        """One script from its past on: explore, score, and add its gradient."""
+    def group(self, step: int, index: int, start: Start) -> Kept:
+        """One script from its past on: explore, and score."""
         config, name, script, embeddings = self.config, ("train", step, index), start.script, start.past.embeddings
         rollout, own, pixels = self.row.together(lambda: self.explore(script, embeddings, name, start=start))
         rewards = all_rewards(self.row, own)
-        advantage = self.advantages(rewards)
-        if config.shuffle_advantages:
-            advantage = _shuffled(advantage, stream(config.seed, *name, "shuffle"))
-        members = range(rollout.num_branches + (config.advantages.anchor and self.row.last))
-        replay = Replay(self.pipeline, rollout, embeddings, CONTEXTS[config.context], config.energy, members, config.rows_per_pass, config.rollout.together)
-        update = self.updater.accumulate(replay, advantage, self.phases)
-        velocities = lambda: [held_velocities(self.pipeline, rollout, embeddings, b) for b in rollout.held]  # noqa: E731
-        penalty = self.row.together(lambda: self.updater.hold(config.velocity_penalty, velocities, self.phases) if self.row.first else {})
-        if config.show_every and step % config.show_every == 0 and index == 0:
-            plans, shown = all_rows(self.row, rollout, pixels)
-            self.row.only_first(lambda: show_group(self.out, step, self.pipeline, replace(rollout, plans=plans), shown, rewards, advantage, update, config.exploring))
+        spread_of_own = variances(rewards) if config.advantages.std == "step" and measurable(rewards) else None
+        shown = config.show_every and step % config.show_every == 0 and index == 0
+        return Kept(index, rollout, embeddings, rewards, pixels if shown else None, spread_of_own, _group_metrics(rollout, pixels, self.row))
+
+    def learn(self, step: int, group: Kept, spread: Spread | None) -> tuple[dict[str, float], Learnt | None]:
+        """And add its gradient; its metrics, and what a further update on it needs.  A group that can not be measured is skipped, but for the penalty."""
+        config, rollout, rewards = self.config, group.rollout, group.rewards
+        try:
+            advantage = self.advantages(rewards, spread)
+        except Unmeasurable as reason:
+            self.progress.say(f"step {step}, group {group.index} is skipped: {reason}")
+            return {"group/unmeasurable": 1.0, "group/skipped": 1.0} | self._hold(rollout, group.embeddings) | group.metrics, None
         agreement = conflicts(rewards.components, self.advantages.by_component(advantage)[:, rewards.valid[:-1]])
-        return update.metrics | penalty | advantage.metrics | agreement | _reward_metrics(rewards) | _group_metrics(rollout, pixels, self.row)
+        if config.shuffle_advantages:
+            advantage = _shuffled(advantage, stream(config.seed, "train", step, group.index, "shuffle"))
+        if config.zero_advantages:
+            advantage = replace(advantage, values=torch.zeros_like(advantage.values))
+        members = range(rollout.num_branches + (config.advantages.anchor and self.row.last))
+        replay = Replay(self.pipeline, rollout, group.embeddings, CONTEXTS[config.context], config.energy, members, config.rows_per_pass, config.rollout.together)
+        update = self.updater.accumulate(replay, advantage, self.phases)
+        if self.row.first:
+            self.agreement.note(group.index, update.sketch)
+        penalty = self._hold(rollout, group.embeddings)
+        if group.pixels is not None:
+            plans, shown = all_rows(self.row, rollout, group.pixels)
+            self.row.only_first(lambda: show_group(self.out, step, self.pipeline, replace(rollout, plans=plans), shown, rewards, advantage, update, config.exploring))
+        found = {"group/unmeasurable": 0.0} | update.metrics | penalty | advantage.metrics | agreement | _reward_metrics(rewards) | group.metrics
+        return found | (spread.metrics(rewards.components) if spread else {}), Learnt(group.index, replay, advantage, update)
+
+    def _hold(self, rollout: Rollout, embeddings: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        """Add the gradient of the velocity penalty on a group's held blocks."""
+        penalty = self.config.velocity_penalty
+        velocities = lambda: [held_velocities(self.pipeline, rollout, embeddings, b, penalty.steps) for b in rollout.held]  # noqa: E731
+        return self.row.together(lambda: self.updater.hold(penalty, velocities, self.phases) if self.row.first else {})
 
     def explore(
         self, script: Script, embeddings: Mapping[str, torch.Tensor], name: Name, explorer: Explorer | None = None, fork: int | None = None, start: Start | None = None

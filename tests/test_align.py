@@ -566,14 +566,14 @@ def test_a_prompt_file(folder, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("reward", "message"),
-    [("Broken", "step 0, group 0: reward 'Warmth': clip 0 = nan"), ("Unmeasured", "step 0, group 0: 0 of 4 rows have rewards")],
+    [("Broken", "step 0, group 0: reward 'Warmth': clip 0 = nan"), ("Unmeasured", "8 groups in a row could not be measured")],
 )
 def test_rewards_that_are_no_numbers(folder, tmp_path, capsys, reward, message):
     (tmp_path / "prompts.txt").write_text("a red circle rises slowly\n")
     data = {"prompts": str(tmp_path / "prompts.txt"), "blocks": 6}
-    recipe = write_recipe(tmp_path / "r.yaml", settings(folder, rewards=[{"name": f"tiny:{reward}"}], data=data))
-    line = refused(recipe, tmp_path / "run", capsys)
-    assert message in line and "Nothing of this step was applied" in line
+    changes = {"rewards": [{"name": f"tiny:{reward}"}], "data": data, "groups": 8, "kv_routing": {"window_blocks": 1}, "score": {"clip_frames": 8, "min_frames": 4, "segments": 0}}
+    line = refused(write_recipe(tmp_path / "r.yaml", settings(folder, **changes)), tmp_path / "run", capsys)
+    assert message in line and ("Nothing of this step was applied" in line or reward == "Unmeasured")
     assert checkpoints(tmp_path / "run" / "checkpoints") == [] and records(tmp_path / "run") == []
 
 
@@ -642,6 +642,16 @@ def test_shuffling_only_reorders_advantages(folder, tmp_path):
     same = [k for k in plain if k.startswith(("reward/", "advantage/", "energy/", "group/", "diversity/"))]
     assert len(same) > 10 and all(plain[k] == shuffled[k] for k in same)
     assert plain["optim/grad_norm"] != shuffled["optim/grad_norm"]
+
+
+def test_advantages_of_zero_leave_only_what_has_no_reward_in_it(folder, tmp_path):
+    """The other control: at the first update the KL is 0 too, so nothing moves; both controls at once are refused."""
+    run = Alignment(from_dict(settings(folder, zero_advantages=True, groups=2)), tmp_path, Progress())
+    metrics = run.step(0)
+    assert metrics["optim/grad_norm"] < 1e-12 and metrics["optim/drift"] == 0.0
+    assert any(k.startswith("reward/") for k in metrics)
+    with pytest.raises(ValueError, match="two controls"):
+        from_dict(settings(folder, zero_advantages=True, shuffle_advantages=True))
 
 
 def test_the_anchor_may_be_a_member_of_the_group(folder, tmp_path):

@@ -136,3 +136,23 @@ def test_scaling_by_hand(folder, tmp_path):
     assert scaling.slowest([1.0, 3.0], 1) == pytest.approx(2.0, abs=0.1) and scaling.slowest([1.0, 3.0], 64) == 3.0
     assert 2.0 < scaling.slowest([1.0, 3.0], 8, groups=16) < 2.6
     assert scaling.messages(10**9, 1, 1.0) == 4e9 * 1.75 / 450e9 and scaling.messages(10**9, 2, 4e9) == pytest.approx(scaling.messages(10**9, 1, 1.0) + 1.0)
+
+
+def test_an_interval_over_seeds_and_scripts_knows_the_luck_of_a_training_seed():
+    """Two training seeds that differ surely, each by itself: scripts alone would say that the mean is surely above 0."""
+    claims = load("claims")
+    scripts = torch.linspace(-0.01, 0.01, 64, dtype=torch.float64)
+    mean, low, high = claims.over_seeds(torch.stack([scripts + 0.10, scripts - 0.04]), "two")
+    assert mean == pytest.approx(0.03) and low == pytest.approx(-0.04, abs=0.003) and high == pytest.approx(0.10, abs=0.003)
+    mean, low, high = claims.over_seeds(torch.stack([scripts + 0.03, scripts + 0.03]), "alike")
+    assert 0.02 < low < mean < high < 0.04
+
+
+def test_the_table_of_claims_has_every_seed_and_the_difference_of_the_controls():
+    claims = load("claims")
+    start = {claims.TOTAL: torch.tensor([0.5, 0.6, 0.4]).double(), "attributes": torch.tensor([0.9, float("nan"), 0.8]).double()}
+    moved = lambda by: {name: values + by for name, values in start.items()}  # noqa: E731
+    text = claims.tables(start, {"real": {0: moved(0.1), 1: moved(0.2)}, "zero": {0: moved(0.0), 1: moved(0.1)}})
+    assert "| mean of trained | 0.500 | +0.100 [+0.100, +0.100], 100% | +0.200 [+0.200, +0.200], 100% | +0.150 [+0.100, +0.200] |" in text
+    assert "| attributes | 0.850 | +0.100" in text, "scripts that can not be measured are left out"
+    assert "real minus zero, mean of trained, 2 seeds: +0.100 [+0.100, +0.100]" in text

@@ -11,7 +11,7 @@ from kvpo.common.environment import command, pick_device
 from kvpo.common.files import write_atomic
 from kvpo.common.progress import Progress
 from kvpo.config import load_config, recipe_path
-from kvpo.evaluation.evaluate import compare, evaluate, kinds_of, table, write_comparison
+from kvpo.evaluation.evaluate import compare, enough_scripts, evaluate, kinds_of, table, write_comparison
 from kvpo.generators.sampler import SAMPLERS
 from kvpo.rewards.scorer import load_rewards
 from kvpo.runs.build import evaluation_scripts, trained_families, unseen
@@ -62,6 +62,7 @@ def evaluate_command(args: Evaluate) -> None:
         rows = compare(*scored, kinds)
         progress.say(table(rows, "A", "B"))
         progress.say(f"A = {labels[0]}, B = {labels[1]}, {len(scripts)} scripts, {args.seeds} video{'s' * (args.seeds > 1)} of each, seed {args.seed}")
+        progress.say(enough_scripts(rows))
         write_comparison(args.out, rows, *labels, scripts, config.evaluate, command(), unseen(config))
     else:
         for name, kind, r_N in zip(scored[0].components, kinds, scored[0].r_KN):

@@ -21,10 +21,14 @@ T = TypeVar("T")
 
 PHASES = ("prefix", "branches", "decode", "reward", "replay_old", "replay_grad", "hold", "optimizer", "checkpoint", "evaluate", "sentinels", "total")
 
+MOST_INNER = 8
+"""Optimizer updates on the groups of one step, at most."""
+
 PLACEHOLDERS: Mapping[str, tuple[str, ...]] = {
     "signal": ("local", "global"),
     "weights": ("online", "ema", "start"),
     "phase": PHASES,
+    "update": tuple(str(i + 1) for i in range(MOST_INNER)),
     "component": (),
 }
 """Placeholder -> the names it stands for; () = any name of letters, digits, `_`, `.` and `-`."""
@@ -52,6 +56,7 @@ DECLARED: tuple[Metric, ...] = (
     Metric("advantage/tied", "share", "Groups whose branches all earned the same: nothing to rank, so only the KL acts.", "lower"),
     Metric("advantage/valid", "share", "Rows, anchor included, that have rewards.", "higher"),
     Metric("advantage/{signal}/{component}", "1", "Mean over the branches of (reward - anchor's) / std, unweighted."),
+    Metric("advantage/step_std/{signal}/{component}", "reward", "With std `step`: what advantages were divided by, the root mean square over the step's groups of their standard deviation."),
     Metric("conflict/{component}/rank", "1", "Rank correlation over the branches of two components' advantages, named A-B; below 0 they pull apart."),
     Metric("conflict/{component}/sign", "share", "Branches that one of two components puts above the anchor and the other below.", "lower"),
     Metric("conflict/{component}/flat", "share", "Groups in which the component has no spread, and so no say.", "lower"),
@@ -76,13 +81,25 @@ DECLARED: tuple[Metric, ...] = (
     Metric("loss/ratio_max", "1", "Largest pi_theta / pi_old."),
     Metric("loss/ratio_mean", "1", "Mean pi_theta / pi_old."),
     Metric("loss/approx_kl", "nats", "Mean of r - 1 - log r: drift from the behaviour policy."),
+    Metric("inner/{update}/clip_fraction", "share", "With several updates on one step's groups, of each: branches whose ratio lies outside the clip range. The names without `inner` are those of the last."),
+    Metric("inner/{update}/ratio_min", "1", "Likewise: smallest pi_theta / pi_old."),
+    Metric("inner/{update}/ratio_max", "1", "Likewise: largest pi_theta / pi_old."),
+    Metric("inner/{update}/ratio_mean", "1", "Likewise: mean pi_theta / pi_old."),
+    Metric("inner/{update}/approx_kl", "nats", "Likewise: drift from the behaviour policy, mean of r - 1 - log r."),
+    Metric("inner/{update}/step_norm", "1", "Likewise: norm of the step's gradient."),
     Metric("optim/lr", "1", "Learning rate of the update."),
     Metric("optim/grad_norm", "1", "Norm of a group's gradient before clipping."),
-    Metric("optim/grad_clipped", "share", "Groups whose gradient was clipped."),
+    Metric("optim/grad_clipped", "share", "Groups whose gradient was clipped; with clip_of `step` 1 where the step's was."),
+    Metric("optim/step_norm", "1", "Norm of the step's gradient, all groups and the penalty added, before a clip of the step; groups may have been clipped."),
     Metric("optim/drift", "1", "Distance of the current weights from the start: relative to their norm (full training), absolute (LoRA)."),
+    Metric("agreement/cosine", "1", "Mean cosine between the gradients of two groups, before the clip, over the latest groups (agreement.window); noise has 0.", "higher"),
+    Metric("agreement/error", "1", "Its standard error."),
+    Metric("agreement/groups", "groups", "How many groups it was measured over."),
+    Metric("agreement/needed", "groups", "1 / cosine: groups until their mean direction is more signal than noise; where the cosine is above its standard error.", "lower"),
     Metric("group/fork", "block", "Block at which the branches leave the shared prefix."),
     Metric("group/safe", "share", "Groups in which some branch beats the anchor.", "higher"),
     Metric("group/skipped", "share", "Groups that gave no update."),
+    Metric("group/unmeasurable", "share", "Groups whose anchor, or over a quarter of whose rows, had no rewards; they are skipped.", "lower"),
     Metric("diversity/pixel", "1", "Mean squared difference of two branches' clips, pixels in [0, 1]."),
     Metric("time/{phase}", "s", "Wall clock of the phase since the last record; `total` is a step up to its update, `checkpoint` and `evaluate` come on top.", "lower"),
     Metric("memory/peak_gib", "GiB", "Peak memory: of a GPU's tensors since the last step; on a CPU resident, of the process so far.", "lower"),

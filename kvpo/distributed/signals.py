@@ -35,8 +35,12 @@ def _note(number: int, frame) -> None:
     heed(signal.Signals(number).name)
 
 
+_finishing = False
+"""What is half done now must first be whole."""
+
+
 def _raise_if_asked(*_) -> None:
-    if _asked:
+    if _asked and not _finishing:
         raise Stopped(_asked[0])
 
 
@@ -71,6 +75,17 @@ def _handled_by(handler: Callable) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def not_now() -> Iterator[None]:
+    """Inside, a signal's mark waits: the weights are between two updates of one step, and could not be saved."""
+    global _finishing
+    _finishing = True
+    try:
+        yield
+    finally:
+        _finishing = False
 
 
 @contextmanager

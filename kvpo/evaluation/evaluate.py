@@ -16,6 +16,7 @@ import torch
 
 from kvpo.common.files import write_atomic
 from kvpo.common.rng import stream
+from kvpo.evaluation.power import sentence
 from kvpo.generators.generate import generate
 from kvpo.generators.pipeline import Pipeline
 from kvpo.generators.sampler import Sampler
@@ -25,6 +26,7 @@ from kvpo.rewards.scorer import Scorer
 from kvpo.types import Script, Window
 
 RESAMPLES = 4000
+TOTAL = "mean of trained"
 DIVERSITY = "diversity"
 """Of a script's videos over seeds: mean squared difference of two of them, pixels in [0, 1].  A guard: it falls where a policy collapses, but noise has most of it."""
 
@@ -146,7 +148,7 @@ def compare(a: Scored, b: Scored, kinds: Sequence[str], seed: int = 0) -> list[d
     """Rows of the table A against B: means, paired difference with its 95 % bootstrap interval over scripts, win rate (ties half)."""
     total = [k for k, kind in enumerate(kinds) if kind == "train"]
     rows = [_row(name, kind, a.r_KN[k], b.r_KN[k], seed) for k, (name, kind) in enumerate(zip(a.components, kinds, strict=True))]
-    return [_row("mean of trained", "train", a.r_KN[total].mean(dim=0), b.r_KN[total].mean(dim=0), seed), *rows]
+    return [_row(TOTAL, "train", a.r_KN[total].mean(dim=0), b.r_KN[total].mean(dim=0), seed), *rows]
 
 
 def _row(component: str, kind: str, a_N: torch.Tensor, b_N: torch.Tensor, seed: int) -> dict:
@@ -154,10 +156,10 @@ def _row(component: str, kind: str, a_N: torch.Tensor, b_N: torch.Tensor, seed: 
     a, b = a_N[both], b_N[both]
     n = int(both.sum())
     if n < 2:
-        return {"component": component, "kind": kind, **dict.fromkeys(("a", "b", "diff", "low", "high", "win")), "n": n}
+        return {"component": component, "kind": kind, **dict.fromkeys(("a", "b", "diff", "low", "high", "win", "sd")), "n": n}
     low, high = bootstrap_interval(a - b, stream(seed, "bootstrap", component))
     win = float(((a > b).double() + 0.5 * (a == b).double()).mean())
-    return {"component": component, "kind": kind, "a": float(a.mean()), "b": float(b.mean()), "diff": float((a - b).mean()), "low": low, "high": high, "win": win, "n": n}
+    return {"component": component, "kind": kind, "a": float(a.mean()), "b": float(b.mean()), "diff": float((a - b).mean()), "low": low, "high": high, "win": win, "sd": float((a - b).std()), "n": n}
 
 
 def bootstrap_interval(diff_N: torch.Tensor, generator: torch.Generator, level: float = 0.95) -> tuple[float, float]:
@@ -178,6 +180,12 @@ def table(rows: Sequence[dict], label_a: str, label_b: str) -> str:
         else:
             lines.append(f"{r['component']:<20} {r['kind']:<9} {r['a']:>9.4f} {r['b']:>9.4f} {r['diff']:>+8.4f}   [{r['low']:>+7.4f}, {r['high']:>+7.4f}] {r['win']:>6.1%} {r['n']:>5}")
     return "\n".join(lines)
+
+
+def enough_scripts(rows: Sequence[dict]) -> str:
+    """Whether there were enough scripts for the difference in the trained rewards' mean; "" where that was not measured."""
+    row = next((r for r in rows if r["component"] == TOTAL and r["diff"] is not None), None)
+    return sentence(TOTAL, row["n"], row["diff"], row["sd"]) if row else ""
 
 
 def write_comparison(path: Path, rows: Sequence[dict], label_a: str, label_b: str, scripts: Sequence[Script], config: EvaluateConfig, command: str, unseen: bool = True) -> Path:

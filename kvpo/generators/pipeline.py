@@ -156,7 +156,7 @@ class Pipeline:
         for module in filter(None, (transformer, vae, encoder)):
             module.requires_grad_(False).eval().to(device)
         if torch.device(device).type == "cpu":
-            _channels_last(vae)
+            use_channels_last(vae)
         return cls(CausalWan(transformer), vae, geometry, stock, str(folder))
 
     @property
@@ -202,7 +202,7 @@ class Pipeline:
         (Path(folder) / "streaming.json").write_text(json.dumps(asdict(self.geometry), indent=1) + "\n")
 
 
-def _channels_last(vae: AutoencoderKLWan) -> None:
+def use_channels_last(vae: AutoencoderKLWan) -> None:
     """Order the weights of the convolutions as CPUs like them: decoding then takes a little more than half the time."""
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     for p in vae.parameters():

@@ -26,10 +26,15 @@ from typing import Literal, Mapping, Sequence
 
 import torch
 
+from kvpo.method.batch_spread import Spread
 from kvpo.types import RewardTable
 
 MIN_VALID = 0.75
 """Share of rows that must be valid: a mean over fewer says more about the failures than about the branches."""
+
+
+class Unmeasurable(ValueError):
+    """Too few rows of a group have rewards, or its anchor has none: there is nothing to compare."""
 
 
 @dataclass(frozen=True)
@@ -65,17 +70,23 @@ class Advantages:
     clamp: float = 5.0
     """Bound of |A| after centring, 0 = none.  One component of weight 1 in a group of 8 stays below 1.5 * 2.7 = 4,
     so the default only acts on heavier or several agreeing components."""
+    std: Literal["group", "step"] = "group"
+    """What rewards are divided by, per component and signal: the group's own standard deviation, so that every group counts alike however little
+    its branches differ, or one for all groups of the step (`kvpo.method.batch_spread`), so that a group counts by its spread."""
     std_floor: float = 1e-5
-    """Reward units.  A component whose std is below this says nothing: it contributes 0, not amplified rounding."""
+    """Reward units.  A component whose std (of ``std``'s kind) is below this says nothing: it contributes 0, not amplified rounding."""
 
     def __post_init__(self):
         if self.clamp < 0.0 or self.std_floor <= 0.0:
             raise ValueError(f"clamp = {self.clamp} must be 0 (none) or positive, and std_floor = {self.std_floor} positive")
+        if self.std not in ("group", "step"):
+            raise ValueError(f"advantages.std = {self.std!r} is unknown; choose group or step")
 
-    def __call__(self, table: RewardTable) -> Advantage:
-        """ValueError if the anchor or over a quarter of the rows lack rewards, or a valid row holds a NaN."""
+    def __call__(self, table: RewardTable, spread: Spread | None = None) -> Advantage:
+        """``spread``: the step's, None: the group's own.  `Unmeasurable` if the anchor or over a quarter of the rows lack rewards, ValueError if a valid row holds a NaN."""
         valid = _checked(table)
-        local_KG, global_KG = (relative_to_anchor(r_KB, valid, self.std_floor) for r_KB in (table.local, table.global_))
+        stds = (None, None) if spread is None else (spread.local, spread.global_)
+        local_KG, global_KG = (relative_to_anchor(r_KB, valid, self.std_floor, std_K) for r_KB, std_K in zip((table.local, table.global_), stds))
         weights_K = self.component_weights(table.components)
         fused = self.local * weigh(local_KG, weights_K) + self.global_ * weigh(global_KG, weights_K)
         members = torch.cat((fused, fused.new_zeros(1))) if self.anchor else fused
@@ -133,14 +144,24 @@ def anchor_advantage(r_B: torch.Tensor, eps: float = 0.0) -> torch.Tensor:
     return (r_B[:-1] - r_B[-1]) / (r_B.std() + eps)
 
 
-def relative_to_anchor(r_KB: torch.Tensor, valid_B: torch.Tensor, std_floor: float) -> torch.Tensor:
-    """A_KG float64 of every component over the valid rows; 0 for invalid rows and components without spread."""
+def relative_to_anchor(r_KB: torch.Tensor, valid_B: torch.Tensor, std_floor: float, std_K: torch.Tensor | None = None) -> torch.Tensor:
+    """A_KG float64 of every component over the valid rows; 0 for invalid rows and components without spread.  ``std_K``: divide by these."""
     A_KG = torch.zeros(r_KB.shape[0], r_KB.shape[1] - 1, dtype=torch.float64)
-    for A_G, r_B in zip(A_KG, r_KB.double()):
+    for k, (A_G, r_B) in enumerate(zip(A_KG, r_KB.double())):
         r = r_B[valid_B]
-        if r.std() >= std_floor:
-            A_G[valid_B[:-1]] = anchor_advantage(r)
+        std = r.std() if std_K is None else std_K[k]
+        if std >= std_floor:
+            A_G[valid_B[:-1]] = anchor_advantage(r) if std_K is None else (r[:-1] - r[-1]) / std
     return A_KG
+
+
+def measurable(table: RewardTable) -> bool:
+    """Whether a group can be compared.  ValueError if a valid row holds a NaN."""
+    try:
+        _checked(table)
+    except Unmeasurable:
+        return False
+    return True
 
 
 def weigh(A_KG: torch.Tensor, w_K: torch.Tensor) -> torch.Tensor:
@@ -161,7 +182,7 @@ def _checked(table: RewardTable) -> torch.Tensor:
     count = int(table.valid.sum())
     if B < 3 or not table.valid[-1] or count < max(3, MIN_VALID * B):
         missing = (~table.valid).nonzero().flatten().tolist()
-        raise ValueError(
+        raise Unmeasurable(
             f"{count} of {B} rows have rewards (missing: {missing}; row {B - 1} is the anchor); the anchor, at least two branches and {MIN_VALID:.0%} of all rows "
             "are needed for a fair comparison; look at the reward's own error"
         )

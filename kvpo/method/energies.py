@@ -7,7 +7,7 @@ unperturbed context (method.md section 4).  Kinds of energy differ only in the s
 
 Energy of the denoised latents, the reference code's: late steps, of small sigma, count less (method.md section 4).
 
-Trajectory velocity energy (TVE), the paper's: every denoise step counts alike (method.md section 4).
+Trajectory velocity energy (TVE), the paper's: every denoise step counts alike, unless asked otherwise (method.md section 4).
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol, Sequence
 
 import torch
+
+from kvpo.method.step_weights import StepWeights, refuse_bad, step_weights
 
 
 class Surrogate(Protocol):
@@ -105,7 +107,18 @@ class DenoisedEnergy:
 class VelocityEnergy:
     """w_s = 1: the mean squared residual of the velocities, in units of velocity squared."""
 
+    weights: StepWeights = "equal"
+    """Of the denoise steps: `equal` (the paper's), `kernel` (the KL of the `renoise` sampler's own Gaussian steps), or a number a step.
+    Brought to mean 1.  A step of weight 0 is not replayed, which saves its time: `[0, 0, 1, 1]` halves the replay."""
+    last_sigma: float = 0.35
+    """`kernel` only: the noise level through which the last step's output is seen; it has no re-noise of its own, and its exact weight is infinite.
+    At 0.35 the last step of the released schedule weighs 5.4 times the one before it: measured on the miniature's shipped weights, 72 branches, is 5.3
+    (share of the change of the final latents, .472 to .072, per share of the energy, .31 to .25)."""
+
     needs_differing_context: ClassVar[bool] = True
 
+    def __post_init__(self):
+        refuse_bad(self.weights, self.last_sigma)
+
     def step_weights(self, sigmas: Sequence[float]) -> torch.Tensor:
-        return torch.ones(len(sigmas), dtype=torch.float64)
+        return step_weights(self.weights, sigmas, self.last_sigma)

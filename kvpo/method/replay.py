@@ -81,6 +81,8 @@ class Replay:
         self.rows_per_pass = rows_per_pass
         self.sigmas = pipeline.geometry.sigmas
         self.weights_S = surrogate.step_weights(self.sigmas)
+        self.steps = [s for s, w in enumerate(self.weights_S.tolist()) if w > 0.0]
+        """Those that are replayed: what has no weight is worth no pass."""
         start = rollout.trajectory.inputs[self.rows, 0, 0]
         self.shared_start = bool((start == start[:1]).all())
         size = together or len(self.rows)
@@ -159,7 +161,7 @@ class Replay:
         """The rows of a run, cut into passes: as many as allowed, and all of one pass with equally many past frames."""
         alike: dict[int, list[_Row]] = {}
         for p in positions:
-            alike.setdefault(len(self._past(p)), []).extend(_Row(g, p, s) for s in range(len(self.sigmas)) for g in chunk)
+            alike.setdefault(len(self._past(p)), []).extend(_Row(g, p, s) for s in self.steps for g in chunk)
         size = self.rows_per_pass or max(map(len, alike.values()))
         return [rows[i : i + size] for rows in alike.values() for i in range(0, len(rows), size)]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Callable, Iterable, Mapping
+from typing import Callable, Iterable, Literal, Mapping
 
 import torch
 
@@ -17,9 +17,10 @@ from kvpo.distributed.ranks import Ranks
 from kvpo.method.loss import ClippedObjective, entropy
 from kvpo.policy.policy import Policy
 from kvpo.method.replay import Replay
+from kvpo.method.sketch import Sketch
 from kvpo.method.energies import Temperature, squared_residual
-from kvpo.method.velocity_penalty import VelocityPenalty
 from kvpo.common.timing import Phases
+from kvpo.method.velocity_penalty import VelocityPenalty
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,16 @@ class OptimizerConfig:
     clip: float = 1.0
     """Largest gradient norm of one group.  Groups differ a hundredfold (`auto` temperature divides by the spread of their energies): clipped
     together, one group would speak for all."""
+    clip_of: Literal["group", "step"] = "group"
+    """What ``clip`` bounds: the gradient of each group, so that every group above it counts alike, or the step's sum, where a group weighs what
+    its gradient does, the velocity penalty's included.  A step's sum is the mean over its groups.  With `advantages.std: step` take `step`:
+    a clip of each group undoes what that does."""
 
     def __post_init__(self):
         if not (self.lr > 0.0 and self.eps > 0.0 and self.clip > 0.0 and self.warmup >= 1):
             raise ValueError(f"optimizer.lr = {self.lr}, eps = {self.eps} and clip = {self.clip} must be positive, warmup = {self.warmup} at least 1")
+        if self.clip_of not in ("group", "step"):
+            raise ValueError(f"optimizer.clip_of = {self.clip_of!r} is unknown; choose group or step")
 
 
 @dataclass(frozen=True)
@@ -53,48 +60,65 @@ class GroupUpdate:
     pi: torch.Tensor
     """pi_old_M, the behaviour policy's share of every member; likewise."""
     metrics: Mapping[str, float]
+    old: torch.Tensor | None = None
+    """E_M under the behaviour weights, and under the reference's: both stay for the further updates on the same group.  None where it was skipped;
+    the second also where the KL is to the behaviour policy."""
+    reference: torch.Tensor | None = None
+    sketch: torch.Tensor | None = None
+    """Of the group's gradient before its clip, of length 1; None where its branches are tied, or nobody asked."""
 
 
 class Updater:
     """Accumulates the gradients of a step's groups, then updates the policy."""
 
     def __init__(
-        self, policy: Policy, config: OptimizerConfig, objective: ClippedObjective, temperature: Temperature, unsafe: UnsafePolicy, groups: int, row: Ranks = Ranks()
+        self, policy: Policy, config: OptimizerConfig, objective: ClippedObjective, temperature: Temperature, unsafe: UnsafePolicy, groups: int, row: Ranks = Ranks(),
+        sketch: Sketch | None = None,
     ):  # fmt: skip
-        """``row``: the ranks that share a group with this one, each with members of its own."""
-        self.row = row
+        """``row``: the ranks that share a group with this one, each with members of its own.  ``sketch``: takes one of every group's gradient."""
+        self.row, self.sketch = row, sketch
         self.policy, self.config, self.objective = policy, config, objective
         self.temperature, self.unsafe, self.groups = temperature, unsafe, groups
         self.optimizer = torch.optim.AdamW(policy.parameters, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, weight_decay=config.weight_decay)
 
-    def accumulate(self, replay: Replay, advantage: Advantage, phases: Phases) -> GroupUpdate:
-        """Add the clipped gradient of one group's loss.  ``replay``: of this rank's members.  ValueError naming quantity and branch where a number is not finite."""
+    def accumulate(self, replay: Replay, advantage: Advantage, phases: Phases, before: GroupUpdate | None = None) -> GroupUpdate:
+        """Add the clipped gradient of one group's loss.  ``replay``: of this rank's members.  ``before``: of an earlier update on the same group.
+
+        ValueError naming quantity and branch where a number is not finite.
+        """
         weight = self.unsafe.weight(advantage.safe)
         share = weight / self.groups
         metrics = {"group/safe": float(advantage.safe), "group/skipped": float(weight == 0.0)}
         if weight == 0.0:
             unknown = torch.full_like(advantage.values, float("nan"))
             return GroupUpdate(unknown, unknown, metrics)
+        old_G, reference_G = (None, None) if before is None else (before.old, before.reference)
         with phases("replay_old"):
             moved = self.policy.updates > 0 and self.objective.kl_to == "initial"  # also where kl_beta is 0: the drift is to be seen
-            reference_G = self._energies_under(self.policy.reference, replay) if moved else None
-            old_G = None if self.policy.on_policy else self._energies_under(self.policy.behaviour, replay)
+            if before is None and moved:
+                reference_G = self._energies_under(self.policy.reference, replay)
+            if before is None and not self.policy.on_policy:
+                old_G = self._energies_under(self.policy.behaviour, replay)
         with phases("replay_grad"):
             shares = self.row.together(lambda: list(replay.passes()) if replay.single_pass else [])
             energy_G = self._of_all(lambda: _sum(shares, len(replay.rows)) if shares else replay.energies())
             old_G = energy_G if old_G is None else old_G  # the same weights: the old scores are the detached new ones
             tau = self.temperature.resolve(old_G)
-            logits = [None if e is None else -e / tau for e in (energy_G, old_G, energy_G if self.policy.updates == 0 else reference_G)]
+            reference_G = energy_G if self.policy.updates == 0 else reference_G
+            logits = [None if e is None else -e / tau for e in (energy_G, old_G, reference_G)]
             loss = self.objective(*logits, advantage.values, share)
             first = self.row.stretch(len(advantage.fused)).start
             cotangent_G = (-loss.cotangent / tau)[first : first + len(replay.rows)]  # dL / dE of the members here
             passes = (torch.dot(cotangent_G[branch].to(energy.device), energy) for branch, energy in shares or replay.passes())
-            norm = self._add_clipped(passes, share, self.row)
+            wanted = self.sketch if before is None and bool(advantage.values.any()) else None  # a tied group's gradient is the KL's, or rounding
+            norm, sketch = self._add_clipped(passes, share, self.row, wanted)
         log_pi = torch.log_softmax(-old_G / tau, dim=0)
         metrics |= {"energy/mean": float(energy_G.mean()), "energy/std": float(energy_G.std()), "policy/tau": tau, "policy/lag": self.policy.lag}
         metrics |= {"policy/entropy": float(entropy(log_pi)), "policy/evenness": float(entropy(log_pi)) / math.log(len(log_pi)), "policy/top": float(log_pi.max().exp())}
-        metrics |= {"optim/grad_norm": norm, "optim/grad_clipped": float(norm > self.config.clip)}
-        return GroupUpdate(energy_G, log_pi.exp(), metrics | loss.metrics)
+        metrics |= {"optim/grad_norm": norm}
+        if self.config.clip_of == "group":
+            metrics["optim/grad_clipped"] = float(norm > self.config.clip)
+        return GroupUpdate(energy_G, log_pi.exp(), metrics | loss.metrics, old_G, reference_G, sketch)
 
     def hold(self, penalty: VelocityPenalty, velocities: Callable[[], list[torch.Tensor]], phases: Phases) -> dict[str, float]:
         """Add the clipped gradient of the penalty on one group's held blocks, given their velocities under the weights in the module.  One rank of a row does.
@@ -109,11 +133,11 @@ class Updater:
             if not reference:
                 return {}
             distance = squared_residual(torch.cat(velocities()), torch.cat(reference)).mean()
-            norm = self._add_clipped([penalty.weight / self.groups * distance], 1.0 / self.groups, Ranks())
+            norm, _ = self._add_clipped([penalty.weight / self.groups * distance], 1.0 / self.groups, Ranks())
         return {"hold/distance": float(distance.detach()), "hold/grad_norm": norm}
 
-    def step(self) -> dict[str, float]:
-        """One optimizer update.  FloatingPointError, before anything has changed, where a gradient is not finite."""
+    def step(self, last: bool = True) -> dict[str, float]:
+        """One optimizer update, the ``last`` on this step's groups or not.  FloatingPointError, before anything has changed, where a gradient is not finite."""
         rate = self.config.lr * min(1.0, (self.policy.updates + 1) / self.config.warmup)
         if all(p.grad is None for p in self.policy.parameters):  # every group of the step was skipped
             return {"optim/lr": rate, "optim/grad_norm": 0.0, "optim/grad_clipped": 0.0}
@@ -126,13 +150,17 @@ class Updater:
             )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        metrics = {"optim/lr": rate, "optim/step_norm": float(norm)}
+        if self.config.clip_of == "step":
+            torch.nn.utils.clip_grads_with_norm_(self.policy.parameters, self.config.clip, norm)
+            metrics["optim/grad_clipped"] = float(norm > self.config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.policy.updated()
-        return {"optim/lr": rate, "optim/drift": self.policy.drift()}
+        self.policy.updated(last)
+        return metrics | {"optim/drift": self.policy.drift()}
 
-    def _add_clipped(self, losses: Iterable[torch.Tensor], share: float, row: Ranks) -> float:
-        """Add the gradient of the losses' sum over the ranks of ``row`` to the step's, clipped by itself; its norm before that.
+    def _add_clipped(self, losses: Iterable[torch.Tensor], share: float, row: Ranks, sketch: Sketch | None = None) -> tuple[float, torch.Tensor | None]:
+        """Add the gradient of the losses' sum over the ranks of ``row`` to the step's, clipped by itself where groups are; its norm and its sketch before that.
 
         The losses are ``share`` of a whole group's.  A gradient that is not finite is left for `step` to name.
         """
@@ -143,14 +171,15 @@ class Updater:
         row.together(lambda: [loss.backward() for loss in losses])
         row.add_gradients(collecting)
         norm = _norm(collecting)
-        if norm.isfinite():
+        taken = sketch([p.grad for p in collecting]) / float(norm) if sketch and norm.isfinite() and norm > 0.0 else None
+        if norm.isfinite() and self.config.clip_of == "group":
             torch.nn.utils.clip_grads_with_norm_(collecting, self.config.clip * share, norm)
         for p, before in zip(collecting, earlier):
             if not row.first:  # the first carries it into the sum over all ranks
                 p.grad = before
             elif before is not None:
                 p.grad = before if p.grad is None else p.grad.add_(before)
-        return float(norm) / share
+        return float(norm) / share, taken
 
     def _energies_under(self, weights: list[torch.Tensor], replay: Replay) -> torch.Tensor:
         with self.policy.using(weights):

@@ -12,7 +12,7 @@ For a Gaussian step this is the KL of the two policies up to its scale (Flow-GRP
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Mapping
+from typing import Mapping, Sequence
 
 import torch
 
@@ -28,12 +28,21 @@ class VelocityPenalty:
     """Per velocity squared; 0 = no penalty.  Beside groups' gradients of norm ``optimizer.clip`` each."""
     blocks: int = 1
     """Blocks drawn from every group's opening."""
+    steps: tuple[int, ...] = ()
+    """Denoise steps at which they are held, counted from 0; empty: all.  The others take no time."""
 
     def __post_init__(self):
         if not 0.0 <= self.weight < float("inf"):
             raise ValueError(f"velocity_penalty.weight = {self.weight} must be 0 (none) or positive")
         if self.blocks < 1:
             raise ValueError(f"velocity_penalty.blocks = {self.blocks} must be 1 or more; weight 0 turns the penalty off")
+        if len(set(self.steps)) != len(self.steps) or any(s < 0 for s in self.steps):
+            raise ValueError(f"velocity_penalty.steps = {list(self.steps)} must name each denoise step once, counted from 0; leave it empty for all")
+
+    def check(self, geometry: Geometry) -> None:
+        """ValueError, before anything is generated, where this generator has no such step."""
+        if self.steps and max(self.steps) >= (S := len(geometry.sigmas)):
+            raise ValueError(f"velocity_penalty.steps = {list(self.steps)}, but this generator's {S} denoise steps count from 0 to {S - 1}")
 
     def draw(self, script: Script, fork: int, opening: int, geometry: Geometry, cache_frames: int, generator: torch.Generator) -> list[int]:
         """Blocks to hold among the first ``opening`` ones of a rollout forked at ``fork``, ascending; all there are where they are fewer than asked."""
@@ -56,9 +65,9 @@ def replayable(script: Script, fork: int, geometry: Geometry, cache_frames: int)
     return sorted(found)
 
 
-def held_velocities(pipeline: Pipeline, rollout: Rollout, embeddings: Mapping[str, torch.Tensor], block: int) -> torch.Tensor:
-    """v_SFCHW of a held block under the weights in the module."""
+def held_velocities(pipeline: Pipeline, rollout: Rollout, embeddings: Mapping[str, torch.Tensor], block: int, steps: Sequence[int] = ()) -> torch.Tensor:
+    """v_SFCHW of a held block under the weights in the module; ``steps``: at these denoise steps only, ascending."""
     g = pipeline.geometry
-    frames, S = list(range(block * g.block, (block + 1) * g.block)), len(g.sigmas)
+    frames, steps = list(range(block * g.block, (block + 1) * g.block)), sorted(steps) or list(range(len(g.sigmas)))
     text, past = embeddings[rollout.script.text(block)][None], g.history.past(frames[0], g.block)
-    return pipeline.generator.velocity(rollout.held[block], torch.tensor(g.sigmas), text, frames, rollout.cache, past, [0] * S)
+    return pipeline.generator.velocity(rollout.held[block][steps], torch.tensor(g.sigmas)[steps], text, frames, rollout.cache, past, [0] * len(steps))

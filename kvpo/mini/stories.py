@@ -14,6 +14,7 @@ import torch
 
 from kvpo.common.rng import stream
 from kvpo.types import Script
+from kvpo.mini.habits import Habits, changes, draw_habits, stuttered
 from kvpo.mini.world import COLOURS, HEADING, PLACES, SHAPES, SIZES, SPEEDS, Scene, Truth, pixel_frames, play, render
 
 PLACE_PHRASES = {
@@ -111,15 +112,23 @@ class Story:
     y: float
     needs_memory: bool
     """Something in it can be known only from frames that the rolling window no longer holds."""
+    habits: Habits | None = None
+    """What its video does unasked; None: it does what its prompts ask."""
+
+    def shown(self) -> list[tuple[int, int]]:
+        """(segment, first block) of every scene that the video really shows, in order."""
+        return changes(self.habits.shown) if self.habits else list(enumerate(self.script.starts))
 
     def truth(self, block: int = 3) -> Truth:
-        """Pixel-exact truth; a segment's first pixel frame is the first of its first latent frame."""
-        starts = [0 if b == 0 else pixel_frames(b * block) for b in self.script.starts]
-        return play(list(self.scenes), starts, pixel_frames(self.script.blocks * block), self.x, self.y)
+        """Pixel-exact truth; a scene's first pixel frame is the first of its first latent frame.  ``scene`` counts the scenes that are `shown`."""
+        shown = self.shown()
+        starts = [0 if b == 0 else pixel_frames(b * block) for _, b in shown]
+        truth = play([self.scenes[s] for s, _ in shown], starts, pixel_frames(self.script.blocks * block), self.x, self.y)
+        return stuttered(truth, self.habits.sloppy, block) if self.habits else truth
 
-    def render(self, block: int = 3) -> torch.Tensor:
-        """RGB [T, 3, 64, 64] in [0, 1]."""
-        return render(list(self.scenes), self.truth(block))
+    def render(self, block: int = 3, first: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Pixel frames [first, stop) as RGB [T, 3, 64, 64] in [0, 1]."""
+        return render([self.scenes[s] for s, _ in self.shown()], self.truth(block), first, stop)
 
 
 def first_scene(generator: torch.Generator, pillar: bool) -> Scene:
@@ -150,8 +159,9 @@ def memory_scenes(generator: torch.Generator, segments: int) -> tuple[list[Scene
     return scenes, changes + ["motion", "motion"]
 
 
-def write_story(seed: int, *name: int | str, blocks: int = 10, segments: int | None = None, memory: bool | None = None) -> Story:
-    """A story from the stream (seed, *name).  ``segments`` 1 to 4 (default: drawn), ``memory``: hide and seek or not (default: 1 in 4)."""
+def write_story(seed: int, *name: int | str, blocks: int = 10, segments: int | None = None, memory: bool | None = None, habits: bool = False) -> Story:
+    """A story from the stream (seed, *name).  ``segments`` 1 to 4 (default: drawn), ``memory``: hide and seek or not (default: 1 in 4),
+    ``habits``: its video has them.  The script does not depend on them, and hide and seek has none: what is to be remembered must be there."""
     g = stream(seed, "story", *name)
     segments = int(torch.randint(1, 5, (), generator=g)) if segments is None else segments
     memory = chance(0.25, g) if memory is None else memory
@@ -172,7 +182,8 @@ def write_story(seed: int, *name: int | str, blocks: int = 10, segments: int | N
         texts.append(describe_change(scene, change, g) if brief else "now " + describe(scene, g))
     x, y = start_place(scenes[0], g)
     script = Script("/".join(str(p) for p in name) or "story", tuple(texts), tuple(starts), blocks)
-    return Story(script, tuple(scenes), x, y, memory)
+    drawn = draw_habits(starts, blocks, stream(seed, "habits", *name)) if habits and not memory else None
+    return Story(script, tuple(scenes), x, y, memory, drawn)
 
 
 def start_place(scene: Scene, generator: torch.Generator) -> tuple[float, float]:

@@ -64,11 +64,13 @@ class Scene:
 
 @dataclass(frozen=True)
 class Truth:
-    """Per pixel frame: object centre [T, 2] (x, y, unwrapped: it may leave [0, 64)), scene index [T], hidden share [T]."""
+    """Per pixel frame: object centre [T, 2] (x, y, unwrapped: it may leave [0, 64)), scene index [T], hidden share [T], opacity [T]."""
 
     centre: torch.Tensor
     scene: torch.Tensor
     hidden: torch.Tensor
+    opacity: torch.Tensor
+    """1 but in videos with habits (`kvpo.mini.habits`)."""
 
 
 def pixel_frames(latent_frames: int) -> int:
@@ -112,7 +114,7 @@ def play(scenes: list[Scene], starts: list[int], frames: int, x: float, y: float
     pillar = torch.tensor([s.pillar for s in scenes])[index]
     column = centre[:, 0] % SIZE
     covered = (torch.minimum(column + radius, torch.tensor(float(PILLAR[1]))) - torch.maximum(column - radius, torch.tensor(float(PILLAR[0])))).clamp(min=0) / (2 * radius)
-    return Truth(centre, index, torch.where(pillar, covered.clamp(max=1.0), torch.zeros_like(covered)))
+    return Truth(centre, index, torch.where(pillar, covered.clamp(max=1.0), torch.zeros_like(covered)), torch.ones(frames))
 
 
 def signed_distance(shape: str, dx: torch.Tensor, dy: torch.Tensor, radius: float) -> torch.Tensor:
@@ -155,6 +157,7 @@ def render(scenes: list[Scene], truth: Truth, first: int = 0, stop: int | None =
         if not len(at):
             continue
         alpha = coverage(scene.shape, truth.centre[first:stop][at], scene.radius)[:, None]
+        alpha = alpha * truth.opacity[first:stop][at].view(-1, 1, 1, 1)
         if scene.pillar:
             alpha = alpha.clone()
             alpha[..., PILLAR[0] : PILLAR[1]] = 0

@@ -36,8 +36,19 @@ def replay_rows(config: RunConfig, geometry: Geometry) -> int:
     """Velocities of the largest pass: all branches start alike, so the first step of the first block is one for all."""
     members = branches_of(config) + config.advantages.anchor
     members = min(config.rollout.together or members, members)
-    found = members * config.exploring.window_blocks * len(geometry.sigmas) - (members - 1)
+    found = members * config.exploring.window_blocks * replayed_steps(config, geometry)
+    found -= (members - 1) * starts_are_one(config, geometry)
     return min(found, config.rows_per_pass or found)
+
+
+def replayed_steps(config: RunConfig, geometry: Geometry) -> int:
+    """Denoise steps that have a weight in the energy: the others are not replayed."""
+    return int((config.energy.step_weights(geometry.sigmas) > 0.0).sum())
+
+
+def starts_are_one(config: RunConfig, geometry: Geometry) -> bool:
+    """The first step, at which all branches have one velocity, is replayed."""
+    return bool(config.energy.step_weights(geometry.sigmas)[0] > 0.0)
 
 
 def reward_memory(config: RunConfig) -> tuple[int, int]:
@@ -97,7 +108,7 @@ def amounts(config: RunConfig, geometry: Geometry, world: int = 1) -> Amounts:
     chunks, P = -(-rows_of(config) // side_by_side(config)), config.exploring.window_blocks
     members = branches_of(config) + config.advantages.anchor
     parts = -(-members // min(config.rollout.together or members, members))
-    velocities = members * P * S
+    velocities = members * P * replayed_steps(config, g)
     passes = max(parts, -(-velocities // config.rows_per_pass) if config.rows_per_pass else parts)
     found = []
     for script in scripts_of(config):

@@ -6,7 +6,10 @@ from typing import Any, Iterator, Mapping
 
 from kvpo.config import RunConfig
 from kvpo.distributed.ranks import Ranks
-from kvpo.planning.amounts import Amounts, amounts, branches_of, decoded_together, groups_of, own_past, prefixes_of, replay_rows, reward_memory, rows_of, side_by_side, with_changes
+from kvpo.planning.amounts import (
+    Amounts, amounts, branches_of, decoded_together, groups_of, own_past, prefixes_of, replay_rows, replayed_steps, reward_memory, rows_of, side_by_side,
+    starts_are_one, with_changes,
+)  # fmt: skip
 from kvpo.planning.costs import GIB, Costs, Sizes, costs, sizes_of
 
 CARDS: Mapping[str, tuple[float, float]] = {
@@ -48,7 +51,8 @@ def stages(config: RunConfig, sizes: Sizes, c: Costs, world: int = 1) -> dict[st
         always |= {"text encoder": c.text_encoder}
     if groups_of(config, world) > 1:
         always |= {"gradient so far": trained}
-    stored = {"shared past": pasts * config.rollout.cache_frames * c.frame, "trajectories": rows * P * latent * (2 * S + 1) + rows * (config.data.blocks - P) * latent}
+    kept = groups_of(config, world) if config.keeps_groups else 1  # the last of them with its latents up to the end
+    stored = {"shared past": max(pasts, kept) * config.rollout.cache_frames * c.frame, "trajectories": kept * rows * P * latent * (2 * S + 1) + rows * (config.data.blocks - P) * latent}
     bank = g.bank * c.frame
     decoders = decoded_together(config) + pasts - 1  # of prefixes decoded side by side one state is kept for each
     swapped = {} if config.dtype == "float32" or _sharded(config, world) else {"weights swapped in": 2 * c.trainable}
@@ -73,7 +77,7 @@ def _kept(config: RunConfig, c: Costs, world: int) -> dict[str, int]:
         return {"trained copies": c.sets, "optimizer": 8 * c.trainable}
     width = 4 if config.dtype == "float32" else 2
     copies = width * c.trainable if config.policy.train == "lora" else 0  # an adapter's weights in the module; a full set is the generator itself
-    at_hand = width * c.trainable * (1 + (config.policy.sync_interval > 1))
+    at_hand = width * c.trainable * (1 + (config.policy.sync_interval > 1 or config.inner_updates > 1))
     return {"trained copies": copies + 16 * c.trainable // world, "optimizer": 8 * c.trainable // world, "sets at hand": at_hand}
 
 
@@ -167,15 +171,17 @@ def work(config: RunConfig, sizes: Sizes, c: Costs, n: Amounts) -> dict[str, flo
     """Floating-point operations of one group, by phase."""
     S, P = len(sizes.geometry.sigmas), config.exploring.window_blocks
     members = branches_of(config) + config.advantages.anchor
-    contexts, velocities = members * (P - 1), members * P * S - (members - 1)
+    contexts = members * (P - 1)
+    velocities = members * P * replayed_steps(config, sizes.geometry) - (members - 1) * starts_are_one(config, sizes.geometry)
     row, grad = c.replay.flops / c.rows["replay"], c.gradient.flops / c.rows["gradient"]
-    unscored = n.replays - 1 + (not n.single_pass)
+    updates = config.inner_updates  # what the first has of the other weights' energies serves the further ones
+    unscored = n.replays - 1 + (not n.single_pass) * updates
     return {
         "prefix": (S + 1) * n.fork * c.prefix.flops,
         "branches and anchor": n.branch_rows * (S + 1) * c.branches.flops / c.rows["branches"],
         "decoding": n.decoded_prefix * c.decode_prefix.flops + n.decoded_rows * c.decode_rows.flops / c.rows["decode_rows"],
         "replays without gradient": unscored * (contexts + velocities) * row,
-        "replay with gradient": contexts * row + velocities * grad,
+        "replay with gradient": updates * (contexts * row + velocities * grad),
     }
 
 
@@ -183,10 +189,11 @@ def _work(config: RunConfig, world: int, card: str, sizes: Sizes, c: Costs, n: A
     found = work(config, sizes, c, n)
     groups, rate = groups_of(config, world), CARDS[card][0] * 1e12 * UTILISATION
     seconds = sum(found.values()) / rate
-    replays = n.replays + (not n.single_pass)
+    updates = config.inner_updates
+    beside = n.replays - 1 + (not n.single_pass) * updates
     title = "one group, mean over forks" if config.branch_parallel == 1 else "a card's share of one group"
     lines = [f"{title:<28}{'calls':>9}{'TFLOP':>12}{'s':>9}"]
-    calls = {"prefix": n.prefix_calls, "branches and anchor": n.branch_calls, "replays without gradient": (replays - 1) * n.replay_calls, "replay with gradient": n.replay_calls}
+    calls = {"prefix": n.prefix_calls, "branches and anchor": n.branch_calls, "replays without gradient": beside * n.replay_calls, "replay with gradient": updates * n.replay_calls}
     lines += [f"{name:<28}{f'{calls[name]:.0f}' if name in calls else '':>9}{work / 1e12:>12.3g}{work / rate:>9.3g}" for name, work in found.items()]
     lines += [
         f"{'together':<28}{sum(calls.values()):>9.0f}{sum(found.values()) / 1e12:>12.3g}{seconds:>9.3g}",

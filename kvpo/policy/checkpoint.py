@@ -69,10 +69,10 @@ class Snapshot:
     sharded: bool
 
     @classmethod
-    def of(cls, step: int, policy: Policy, optimizer: torch.optim.Optimizer, config: Mapping[str, Any]) -> Snapshot:
-        """After ``step`` steps."""
+    def of(cls, step: int, policy: Policy, optimizer: torch.optim.Optimizer, config: Mapping[str, Any], beside: Mapping[str, torch.Tensor] = {}) -> Snapshot:
+        """After ``step`` steps.  ``beside``: other tensors, whole and alike on all ranks."""
         state = {"step": step, "updates": policy.updates, "lag": policy.lag, "optimizer_steps": _optimizer_steps(optimizer), "config": config, "packages": packages()}
-        tensors = BlockingAsyncStager().stage(_tensors(policy, optimizer))
+        tensors = BlockingAsyncStager().stage(_tensors(policy, optimizer) | beside)
         elsewhere = {} if policy.sharded else {_stock_name(name): tensors[f"average.{name}"] for name in policy.names}
         return cls(state, tensors, elsewhere, policy.sharded)
 

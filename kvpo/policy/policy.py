@@ -33,7 +33,7 @@ class PolicyConfig:
     rank: int = 256
     """LoRA rank; alpha = rank, so the adapter acts at scale 1."""
     sync_interval: int = 1
-    """Optimizer updates between copies of the current weights into the behaviour policy."""
+    """Optimizer updates between copies of the current weights into the behaviour policy; a copy is made at the end of a step only."""
     ema: float = 0.999
     """Decay of the averaged weights; it warms up as (1 + n) / (10 + n) over n updates."""
     shard: bool = False
@@ -110,13 +110,13 @@ class Policy:
         return self.at_hand(*([] if self.on_policy else [self.behaviour]), *([self.reference] if self.updates else []))
 
     @torch.no_grad()
-    def updated(self) -> None:
-        """After an optimizer update: refresh the module, move the EMA, and sync the behaviour policy when it is time."""
+    def updated(self, last: bool = True) -> None:
+        """After an optimizer update: refresh the module, move the EMA, and sync the behaviour policy when it is time.  ``last``: of its step."""
         self.layout.refresh()
         self.updates, self.lag = self.updates + 1, self.lag + 1
         decay = min(self.config.ema, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1.0 - decay)
-        if self.lag >= self.config.sync_interval:
+        if last and self.lag >= self.config.sync_interval:
             torch._foreach_copy_(self.behaviour, [p.detach() for p in self.parameters])
             self.lag = 0
 

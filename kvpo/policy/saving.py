@@ -27,11 +27,11 @@ class Saver:
         self.writers = self.ranks.apart("checkpoint", patience) if policy.sharded else Ranks()
         self._writing: Future[Path] | None = None
 
-    def begin(self, step: int, optimizer: torch.optim.Optimizer, config: Mapping[str, Any], best: int) -> None:
-        """Take a copy after ``step`` steps and return; all ranks enter.  OSError if the checkpoint before it could not be written."""
+    def begin(self, step: int, optimizer: torch.optim.Optimizer, config: Mapping[str, Any], best: int, beside: Mapping[str, torch.Tensor] = {}) -> None:
+        """Take a copy after ``step`` steps and return; all ranks enter.  ``beside``: what else the run has to know when it goes on.  OSError if the checkpoint before it could not be written."""
         self.wait()
         if self.policy.sharded or self.ranks.first:
-            snapshot = Snapshot.of(step, self.policy, optimizer, config)
+            snapshot = Snapshot.of(step, self.policy, optimizer, config, beside)
             self._writing = _beside(lambda: save_checkpoint(self.folder, snapshot, self.keep, best, self.writers))
 
     def check(self) -> None:

@@ -6,6 +6,7 @@ import html
 import math
 from typing import Mapping, Sequence
 
+from kvpo.evaluation import power
 from kvpo.pages import html as page
 from kvpo.report.curves import Line, Points, figure, series
 from kvpo.report.read_run import Evaluation, Missing, Row
@@ -17,6 +18,8 @@ KINDS = {
     "guard": "Guards, which must not fall",
 }
 WORDS = {"better": "Better", "worse": "Worse", "unclear": "No clear difference", "unmeasured": "Not measured"}
+TOTAL = "mean of trained"
+"""The component that a run is judged by (`kvpo.evaluation.evaluate.compare`)."""
 FEW_PAIRS = 32
 """Fewer paired scripts than this make wide intervals and poor bootstrap estimates."""
 WEIGHTS = {"start": (8, "start"), "online": (1, "online"), "ema": (2, "EMA")}
@@ -32,11 +35,25 @@ def tables(evaluations: Sequence[Evaluation]) -> tuple[str, str]:
     )
 
 
+def sentence(evaluations: Sequence[Evaluation]) -> str:
+    """What training changed, in one sentence with its interval: of the averaged weights where they were evaluated.  ``evaluations``: newest first."""
+    found = [(e, row) for e in evaluations for row in e.rows if row.component == TOTAL and row.verdict != "unmeasured"]
+    if not found:
+        return ""
+    evaluation, row = next((pair for pair in found if "ema" in pair[0].label_a.lower()), found[0])
+    scripts = f"{evaluation.scripts} {'unseen ' if evaluation.unseen else ''}scripts"
+    moved = {"better": "rose", "worse": "fell"}.get(row.verdict, "changed, not clearly,")
+    return (
+        f"On {scripts} the mean of the trained rewards {moved} from {page.num(row.b)} to {page.num(row.a)}, "
+        f"by {page.num(row.diff, sign=True)} (95 % interval {page.num(row.low, sign=True)} to {page.num(row.high, sign=True)}), and {row.win:.0%} of the scripts are better."
+    )
+
+
 def _evaluation(evaluation: Evaluation) -> str:
     facts = f"{evaluation.scripts} scripts, {evaluation.videos} video{'s' * (evaluation.videos > 1)} of each, seed {evaluation.seed}" + (f", {evaluation.created}" if evaluation.created else "")
     command = f'<p class="note">Made by <code>{html.escape(evaluation.command)}</code></p>' if evaluation.command else ""
     title = f"{html.escape(evaluation.label_a)} against {html.escape(evaluation.label_b)}"
-    return f'<h3>{title} <span class="unit">{html.escape(facts)}</span></h3>{_words(evaluation)}{_table(evaluation)}{command}'
+    return f'<h3>{title} <span class="unit">{html.escape(facts)}</span></h3>{_words(evaluation)}{_table(evaluation)}{_power(evaluation)}{command}'
 
 
 def _words(evaluation: Evaluation) -> str:
@@ -72,6 +89,13 @@ def _table(evaluation: Evaluation) -> str:
         rows += [_row(row, reach) for row in part]
     head = ["component", "difference", "95 % interval", "", evaluation.label_a, evaluation.label_b, "wins", "pairs", ""]
     return page.table([html.escape(cell) for cell in head], rows)
+
+
+def _power(evaluation: Evaluation) -> str:
+    """Whether there were enough scripts for the trained rewards' mean, or for the first of them."""
+    row = next((row for row in evaluation.rows if row.kind == "train" and row.verdict != "unmeasured"), None)
+    text = power.sentence(row.component, row.n, row.diff, row.sd if math.isfinite(row.sd) else power.spread(row.low, row.high, row.n)) if row else ""
+    return f'<p class="note">{html.escape(text)}.</p>' if text else ""
 
 
 def _row(row: Row, reach: float) -> list[str]:

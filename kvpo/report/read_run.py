@@ -72,6 +72,8 @@ class Row:
     """Share of pairs in which A is better."""
     n: int
     better: str = "higher"
+    sd: float = math.nan
+    """Of the paired differences over the scripts."""
 
     @property
     def verdict(self) -> str:
@@ -161,7 +163,7 @@ def _evaluation(path: Path) -> Evaluation:
     try:
         numbers = ("a", "b", "diff", "low", "high", "win")
         rows = tuple(
-            Row(str(row["component"]), str(row["kind"]), *(number(row.get(name)) for name in numbers), int(row["n"]), str(row.get("better", "higher")))
+            Row(str(row["component"]), str(row["kind"]), *(number(row.get(name)) for name in numbers), int(row["n"]), str(row.get("better", "higher")), number(row.get("sd")))
             for row in data["rows"]
         )
         scripts = data["scripts"]

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Mapping, Sequence
 
-from kvpo.report import evaluation as report_evaluation, guards as report_guards, videos as report_videos
+from kvpo.report import agreement as report_agreement, evaluation as report_evaluation, guards as report_guards, videos as report_videos
 from kvpo.pages import html as page
 from kvpo.common.files import write_atomic
 from kvpo.common.metrics import PHASES, read_metrics
@@ -32,12 +32,13 @@ def write_report(run: Path) -> Path:
     records, problem = _records(run)
     evaluations, problems = read_evaluations(run)
     sections = [
+        _part("Before and after", lambda: report_videos.pairs(read_samples(run), report_evaluation.sentence(evaluations))),
         _part("Result", lambda: report_evaluation.tables(evaluations)),
-        _part("Before and after", lambda: report_videos.pairs(read_samples(run))),
         _part("Rewards", lambda: _rewards(_have(records))),
         _part("Evaluation during training", lambda: report_evaluation.curves(_have(records), evaluations)),
         _part("Agreement of the rewards", lambda: report_guards.conflicts(_have(records))),
         _part("Sentinels", lambda: report_guards.sentinels(_have(records))),
+        _part("Agreement of the gradients", lambda: report_agreement.gradients(_have(records), run)),
         _part("Policy and optimisation", lambda: _policy(_have(records), run)),
         _part("One group", lambda: report_videos.group(read_group(run))),
         _part("Cost", lambda: _cost(_have(records))),

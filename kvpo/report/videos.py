@@ -16,8 +16,8 @@ MAX_VIDEO_BYTES = 48 * 2**20
 """Videos beyond this are named, not embedded: a page of base64 much larger than this opens badly on a phone."""
 
 
-def pairs(samples: Sequence[Sample]) -> tuple[str, str]:
-    """The same script and seed from the start weights and from the last ones, side by side."""
+def pairs(samples: Sequence[Sample], sentence: str = "") -> tuple[str, str]:
+    """The same script and seed from the start weights and from the last ones, side by side.  ``sentence``: what was measured, in one."""
     both = _paired(samples)
     cards, left, room = [], [], MAX_VIDEO_BYTES
     for pair in both[:MAX_PAIRS]:
@@ -27,7 +27,7 @@ def pairs(samples: Sequence[Sample]) -> tuple[str, str]:
         else:
             cards.append(_card(*pair))
     notes = [f"{len(both) - MAX_PAIRS} more pairs are in the run's folder."] * (len(both) > MAX_PAIRS) + [f"Too large to embed: {', '.join(left)}."] * bool(left)
-    lead = "Left: the start weights. Right: the trained ones. Same script, same seed, same noise; nothing was picked by looking."
+    lead = (sentence + " " if sentence else "") + "Left: the start weights. Right: the trained ones. Same script, same seed, same noise; nothing was picked by looking."
     return lead, f'<div class="pairs">{"".join(cards)}</div>' + "".join(f'<p class="note">{html.escape(note)}</p>' for note in notes)
 
 

@@ -17,7 +17,7 @@ from kvpo.config import RunConfig
 from kvpo.generators.sampler import SAMPLERS
 from kvpo.distributed.ranks import Ranks
 from kvpo.common.environment import command
-from kvpo.evaluation.evaluate import Scored, compare, evaluate, kinds_of, table, write_comparison
+from kvpo.evaluation.evaluate import Scored, compare, enough_scripts, evaluate, kinds_of, table, write_comparison
 from kvpo.generators.pipeline import Pipeline
 from kvpo.common.metrics import MetricLog, NoLog
 from kvpo.runs.build import unseen
@@ -77,7 +77,7 @@ class Trials:
             if which == "start":
                 continue
             rows = compare(found, scored["start"], kinds)
-            self.progress.say(table(rows, which, "start"))
+            self.progress.say(f"{table(rows, which, 'start')}\n{enough_scripts(rows)}")
             write_comparison(self._comparison(which, done), rows, f"{which} step {done}", "start", self.scripts, self.config.evaluate, command(), unseen(self.config))
             for row in rows:
                 slug = row["component"].replace(" ", "_")

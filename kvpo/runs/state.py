@@ -18,7 +18,8 @@ from typing import Any, Iterable
 import torch
 import yaml
 
-from kvpo.policy.checkpoint import checkpoints, load_checkpoint, newest_whole, read_state
+from kvpo.method.agreement import Agreement
+from kvpo.policy.checkpoint import checkpoints, load_checkpoint, newest_whole, read_state, read_tensors
 from kvpo.config import RunConfig, differences, from_dict, to_dict
 from kvpo.distributed.ranks import Ranks, restarted
 from kvpo.common.environment import environment, packages
@@ -29,7 +30,7 @@ from kvpo.common.progress import Progress
 from kvpo.method.prompts import PromptSet, ScriptSource
 from kvpo.policy.saving import Saver
 
-MAY_CHANGE = ("steps: ", "show_every", "patience", "evaluate.", "sentinels.", "checkpoint.", "branch_parallel", "policy.shard")
+MAY_CHANGE = ("steps: ", "show_every", "patience", "evaluate.", "sentinels.", "agreement.", "checkpoint.", "branch_parallel", "policy.shard")
 """Settings that a resumed run may change, because training does not depend on them: how far it goes (``steps``) freely, the others by ``--override``."""
 
 
@@ -44,9 +45,10 @@ def restarted_here(out: Path) -> bool:
 class RunState:
     """How far a run is, in memory and in its folder.  A context: inside, and once begun, no other process writes there."""
 
-    def __init__(self, config: RunConfig, out: Path, progress: Progress, ranks: Ranks, pipeline: Pipeline, policy: Policy, optimizer: torch.optim.Optimizer, source: ScriptSource):
+    def __init__(self, config: RunConfig, out: Path, progress: Progress, ranks: Ranks, pipeline: Pipeline, policy: Policy, optimizer: torch.optim.Optimizer, source: ScriptSource, agreement: Agreement):
         self.config, self.out, self.progress, self.ranks = config, out, progress, ranks
         self.pipeline, self.policy, self.optimizer, self.source = pipeline, policy, optimizer, source
+        self.agreement = agreement
         self.saver = Saver(out / "checkpoints", config.checkpoint.keep, policy, config.patience)
         self._held = ExitStack()
         """The folder's lock."""
@@ -54,6 +56,8 @@ class RunState:
         """Its folder is made, or its checkpoint read."""
         self.done = self.saved = 0
         """Steps in all, and in the last checkpoint."""
+        self.midway = False
+        """The weights are between two updates of one step: what they are now belongs to no step, and is not saved."""
 
     def begin(self, resume: bool, override: bool) -> int:
         """Make the folder, or read its newest checkpoint; the steps that are done.  All ranks enter.
@@ -75,12 +79,15 @@ class RunState:
     def save(self, best: int) -> None:
         """Begin a checkpoint, unless the last one is of now; ``best``: step of one that stays."""
         if self.done > self.saved:
-            self.saver.begin(self.done, self.optimizer, self._identity, best)
+            self.saver.begin(self.done, self.optimizer, self._identity, best, self.agreement.state())
             self.saved = self.done
 
     def save_what_is_left(self, best: int) -> None:
-        """And wait until it is written."""
-        self.save(best)
+        """And wait until it is written.  Nothing where the weights are no step's: the run goes on from the checkpoint before."""
+        if self.midway:
+            self.progress.say(f"step {self.done} ended between its inner updates, and its weights are not saved: what is there is the checkpoint after step {self.saved}")
+        else:
+            self.save(best)
         self.saver.wait()
 
     def _resumed(self, override: bool) -> int:
@@ -103,6 +110,7 @@ class RunState:
         if state["step"] > self.config.steps:
             raise ValueError(f"{newest} is beyond steps = {self.config.steps}; set steps to {state['step']} or more, or start a new run by --out")
         step, others = load_checkpoint(newest, self.policy, self.optimizer), differences(state.get("packages", packages()), packages())
+        self.agreement.restore(read_tensors(newest, "agreement."))
         self.progress.say(f"resumed from {newest}" + (f", which was written with other versions, {'; '.join(others)}: numbers may round otherwise" if others else ""))
         return step
 

@@ -16,15 +16,13 @@ from kvpo.common.files import beside
 from kvpo.generators.causal_wan import CausalWan
 from kvpo.generators.history import SinkWindow
 from kvpo.mini.pretraining.autoencoder import clip, encode, fit_encoder, set_latent_scale
-from kvpo.mini.pretraining.few_step import Played, draw_stretch
 from kvpo.mini.pretraining.flat import flat_velocity, use_flat_attention
-from kvpo.mini.pretraining.layouts import SLOTS, draw_layout, draw_switch, frames_of, layout
+from kvpo.mini.pretraining.layouts import SLOTS, draw_layout, frames_of, layout
 from kvpo.mini.pretraining.library import Library, load_library, save_library
 from kvpo.mini.pretraining.linear_encoder import install
 from kvpo.mini.pretraining.networks import BLOCK, SINK, WINDOW, new_text_encoder, new_transformer, new_vae
 from kvpo.mini.pretraining.openings import build_openings, likeliest, noised_openings, opening_lesson
-from kvpo.mini.pretraining.pretrain import Networks, Settings, export, mixed, pretrain
-from kvpo.mini.pretraining.teacher_forcing import Crops
+from kvpo.mini.pretraining.pretrain import Networks, Settings, export, pretrain
 from kvpo.mini.pretraining.training import LOG, Stage, forget, optimizers
 from kvpo.mini.world import PILLAR
 from kvpo.generators.pipeline import Pipeline
@@ -164,18 +162,9 @@ def test_flat_forward_equals_cached_forward(switch):
 
 
 TINY = Settings(
-    code_clips=40, scale_clips=2, decoder_steps=2, decoder_batch=1, stories=90, flow_steps=2, flow_batch=1, few_steps=2, long_steps=2, few_batch=1, openings=2,
+    code_clips=40, scale_clips=2, decoder_steps=2, decoder_batch=1, stories=90, flow_steps=2, flow_batch=1, few_steps=2, few_batch=1, openings=2,
     save_every=1, measured=0, compile=False,
 )  # fmt: skip
-
-
-def test_the_last_stage_is_averaged_with_the_one_before_it():
-    layer = torch.nn.Linear(1, 1)
-    torch.nn.init.constant_(layer.weight, 2.0)
-    torch.nn.init.constant_(layer.bias, 1.0)
-    with mixed(layer, 0.75):
-        torch.nn.init.constant_(layer.weight, 4.0)
-    assert (layer.weight.item(), layer.bias.item()) == (3.5, 1.0)
 
 
 class Killed(Exception):
@@ -199,12 +188,12 @@ def test_pretraining_killed_in_every_stage_ends_bit_for_bit_the_same(tmp_path, m
     monkeypatch.setattr(Stage, "save", dying)
     (tmp_path / "work_b").mkdir()
     shutil.copy(tmp_path / "work_a" / "stories.pt", tmp_path / "work_b")  # encoding them again would only take time
-    for name in ("decoder", "teacher_forcing", "few_step", "long_stream"):
+    for name in ("decoder", "teacher_forcing", "few_step"):
         with pytest.raises(Killed, match=name):
             pretrain(tmp_path / "resumed", tmp_path / "work_b", settings=TINY)
         assert not (tmp_path / "resumed").exists(), "weights that are not finished"
     pretrain(tmp_path / "resumed", tmp_path / "work_b", settings=TINY)
-    assert "long_stream: goes on after step 1 of 2" in capsys.readouterr().out
+    assert "few_step: goes on after step 1 of 2" in capsys.readouterr().out
     assert weights(tmp_path / "resumed") == weights(tmp_path / "whole")
     geometry = Pipeline.load(tmp_path / "whole").geometry
     assert (geometry.block, geometry.sink, geometry.window, geometry.text_length) == (3, 3, 12, 24)
@@ -352,22 +341,3 @@ def test_openings_leave_a_pillar_free(openings):
     for scene, places in zip(openings.scenes, openings.places):
         assert not scene.pillar or all(x < PILLAR[0] or x > PILLAR[1] for x in places[:, 0].tolist())
         assert len(set(map(tuple, places.tolist()))) == (6 if scene.pillar else 9)
-
-
-def test_a_stretch_of_a_long_stream_holds_its_switch():
-    for i in range(200):
-        g = stream(0, "stretch", i)
-        whole = layout("long", draw_switch("long", g))
-        plan, sources = draw_stretch(whole, g)
-        assert sources[0] == 0 and sources[1] >= 1 and sources[-1] < whole.sources and len(sources) == plan.sources == 8
-        if whole.switch is not None:
-            assert sources[1 + plan.switch] == whole.switch if whole.switch >= 2 else plan.switch is None
-            assert whole.switch < 3 or plan.switch >= 2, "taught, not only read"
-
-
-def test_sources_of_what_was_played_are_counted_anew():
-    latents = torch.arange(12.0)[None, :, None, None, None]
-    crops = Crops(latents, latents + 100, torch.arange(4)[None, :, None], torch.arange(12)[None]).of([0, 2])
-    assert crops.latents.flatten().tolist() == [0, 1, 2, 6, 7, 8] and crops.frames.tolist() == [[0, 1, 2, 6, 7, 8]] and crops.ids.flatten().tolist() == [0, 2]
-    played = Played({2: torch.tensor(2.0)}, {i: torch.tensor(10.0 + i) for i in range(4)}).of([0, 2])
-    assert {k: float(v) for k, v in played.inputs.items()} == {1: 2.0} and [float(v) for v in played.clean.values()] == [10.0, 12.0]

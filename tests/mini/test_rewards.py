@@ -6,7 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kvpo.mini.world import SIZE, Scene, play, render
+from kvpo.mini.habits import Habits
+from kvpo.mini.stories import write_story
+from kvpo.mini.world import SIZE, Scene, pixel_frames, play, render
 from kvpo.rewards.base import RewardOutput, RewardSpec, VideoBatch, check_output, to_uint8
 from kvpo.rewards.calibration import DEGRADATIONS, calibrate, degrade
 from kvpo.mini.source import story_clips
@@ -310,3 +312,34 @@ def test_check_output_refuses(scores, valid, message):
     spec = RewardSpec("test", "none")
     with pytest.raises(ValueError, match=message):
         check_output(spec, VideoBatch(GOOD, 16.0, ("x", "y")), RewardOutput(scores, valid))
+
+
+# --- the habits of the miniature's videos ------------------------------------------------------------------------
+
+
+def second_segments(habits_of) -> tuple[VideoBatch, ...]:
+    """The second prompt segments of 16 true stories without a pillar, shown with the habits that ``habits_of(story)`` gives them."""
+    clips, i = [], 0
+    while len(clips) < 16:
+        story = write_story(7, "habits", i, blocks=6, segments=2, memory=False)
+        i += 1
+        if story.scenes[0].pillar:
+            continue
+        frames = to_uint8(replace(story, habits=habits_of(story)).render())[pixel_frames(3 * story.script.starts[1]) :]
+        clips.append(VideoBatch(frames[None], 16.0, story.script.texts[1:], (story.script.texts[:1],)))
+    return tuple(clips)
+
+
+def obeyed(story) -> tuple[int, ...]:
+    return tuple(story.script.segment(b) for b in range(6))
+
+
+def test_every_reward_prefers_clean_to_sloppy_and_alignment_obeyed_to_ignored():
+    """The habits that captions do not name are what alignment is to remove, so true clips of both kinds must rank clearly, clip by clip."""
+    clean = second_segments(lambda story: None)
+    sloppy = second_segments(lambda story: Habits((True,) * 6, obeyed(story)))
+    ignored = second_segments(lambda story: Habits((False,) * 6, (0,) * 6))
+    for name, bad, win, margin in (("VQ", sloppy, 1.0, 0.2), ("MQ", sloppy, 1.0, 0.5), ("TA", sloppy, 1.0, 0.2), ("MQ", ignored, 0.5, 0.15), ("TA", ignored, 1.0, 0.5)):
+        reward = next(r for r in REWARDS if r.spec.name == name)
+        gap = torch.cat([reward.score(a).scores - reward.score(b).scores for a, b in zip(clean, bad)])
+        assert (gap > 0).double().mean() >= win and gap.mean() > margin, (name, gap)

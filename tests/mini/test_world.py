@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
+from kvpo.mini.habits import BEGINS, GOES_ON, OBEYED, OPACITY, Habits, draw_habits
 from kvpo.mini.stories import MOTION_PHRASES, PLACE_PHRASES, _SIZE_WORDS, _SPEED_WORDS, describe, describe_change, understand, vocabulary, words, write_story
 from kvpo.mini.world import COLOURS, PILLAR, SHAPES, SIZE, Scene, pixel_frames, play, render
 from kvpo.common.rng import stream
@@ -100,3 +102,44 @@ def test_objects_cross_the_joined_edges_whole(shape):
     truth = play([scene], [0], 40, 20.0, 32.0)
     area = (render([scene], truth).amax(1) - render([scene], truth).amin(1) > 0.4).float().sum((1, 2))
     assert float(area.std() / area.mean()) < 0.05
+
+
+# --- habits ---------------------------------------------------------------------------------------------------
+
+
+def test_habits_by_hand():
+    """A sloppy block is faded and moves by latent frames; a scene that is shown late begins late."""
+    story = write_story(1, "hand", blocks=4, segments=2, memory=False)
+    lazy = replace(story, script=replace(story.script, starts=(0, 2)), habits=Habits((False, True, False, False), (0, 0, 0, 1)))
+    clean = replace(lazy, habits=Habits((False,) * 4, (0, 0, 0, 1)))
+    truth, true = lazy.truth(), clean.truth()
+    sloppy = slice(pixel_frames(3), pixel_frames(6))  # block 1: latent frames 3, 4, 5
+    assert truth.opacity[sloppy].unique().tolist() == [pytest.approx(OPACITY)] and truth.opacity[: sloppy.start].min() == truth.opacity[sloppy.stop :].min() == 1
+    held = truth.centre[sloppy].view(3, 4, 2)
+    assert torch.equal(held, held[:, :1].expand_as(held)) and torch.equal(held[:, 0], true.centre[sloppy][::4])
+    assert torch.equal(truth.centre[sloppy.stop :], true.centre[sloppy.stop :]), "what follows goes on where it would have been"
+    assert truth.scene.tolist() == [0] * pixel_frames(9) + [1] * (pixel_frames(12) - pixel_frames(9))
+    assert lazy.shown() == [(0, 0), (1, 3)] and story.shown() == [(0, 0), (1, story.script.starts[1])]
+
+
+def test_habits_are_as_frequent_as_they_say():
+    """A chain of blocks with the stated probabilities; switches obeyed at once, late and not at all with theirs."""
+    blocks, starts, after, obeyed = 40, (0, 10, 20, 30), {False: [], True: []}, []
+    for i in range(400):
+        habits = draw_habits(starts, blocks, stream(0, "frequencies", i))
+        assert not habits.sloppy[0] and habits.shown[0] == 0 and list(habits.shown) == sorted(habits.shown)
+        for before, now in zip(habits.sloppy, habits.sloppy[1:]):
+            after[before].append(now)
+        for segment, start in enumerate(starts[1:], start=1):
+            obeyed.append("at once" if habits.shown[start] == segment else "late" if habits.shown[start + 1] == segment else "ignored")
+            assert (habits.shown[start + 9] == segment) == (obeyed[-1] != "ignored"), "what is ignored stays so until the next switch"
+    assert sum(after[False]) / len(after[False]) == pytest.approx(BEGINS, abs=0.02) and sum(after[True]) / len(after[True]) == pytest.approx(GOES_ON, abs=0.02)
+    for kind, share in OBEYED:
+        assert obeyed.count(kind) / len(obeyed) == pytest.approx(share, abs=0.05)
+
+
+def test_habits_change_no_script_and_spare_hide_and_seek():
+    for i in range(40):
+        plain, lazy = (write_story(2, "spared", i, habits=h) for h in (False, True))
+        assert lazy.script == plain.script and lazy.scenes == plain.scenes and plain.habits is None
+        assert (lazy.habits is None) == lazy.needs_memory

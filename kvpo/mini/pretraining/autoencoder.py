@@ -8,7 +8,7 @@ from diffusers import AutoencoderKLWan
 from kvpo.generators.streaming import latent_scale
 from kvpo.mini.pretraining.linear_encoder import LinearEncoder, fit
 from kvpo.mini.stories import write_story
-from kvpo.mini.world import SIZE, pixel_frames, render
+from kvpo.mini.world import SIZE, pixel_frames
 from kvpo.common.rng import stream
 
 CLIP_LATENTS = 7
@@ -23,11 +23,11 @@ GRAIN = 0.1
 
 def clip(seed: int, *name: int | str, latents: int = CLIP_LATENTS, crop: bool = False) -> torch.Tensor:
     """A random stretch of a random story, RGB [T, 3, 64, 64] in [0, 1]; ``crop``: only the 32x32 around its object."""
-    story = write_story(seed, "vae", *name, blocks=8)
+    story = write_story(seed, "vae", *name, blocks=8, habits=True)
     truth, g = story.truth(), stream(seed, "vae-clip", *name)
     first = int(torch.randint(len(truth.scene) - pixel_frames(latents), (), generator=g))
     stop = first + pixel_frames(latents)
-    pixels = render(list(story.scenes), truth, first, stop)
+    pixels = story.render(first=first, stop=stop)
     if not crop:
         return pixels
     middle = truth.centre[(first + stop) // 2] % SIZE + torch.randint(-12, 13, (2,), generator=g)

@@ -1,47 +1,36 @@
-"""Stages 3 and 4 of pretraining: few-step training on the model's own rollouts.
+"""Stage 3 of pretraining: the sampler's few steps.
 
-Stage 2 has only seen true pasts and truly noised inputs.  In the stream both are the model's own work: its inputs
-are its own predictions with fresh noise on them, its past is what it committed.  So here the model plays with its
-own sampler and its own cache, and is taught at the inputs and in the context it really met.  In turn:
+Stage 2 has only seen truly noised inputs.  In the stream they are the model's own work: its own predictions with fresh
+noise on them.  So here the model plays with its own sampler and its own cache, and is taught at the inputs that it
+really met.  In turn:
 
 *   openings (``kvpo.mini.pretraining.openings``);
-*   continuations of true stories: one true answer at every noise level, so a few steps suffice;
-*   streams: six blocks of the model's own from the first on.  The true opening nearest to its own tells where its
-    object is, and so what the true continuation of its own video is;
-*   long streams (stage 4): fourteen such blocks, and lessons on a stretch of seven of them, the sink before it.
+*   continuations of true stories: one true answer at every noise level, so a few steps suffice.
+
+Nothing teaches the true continuation of the model's OWN stream.  Nobody has that for a real generator: distilled
+streaming generators drift and fade on their own past, which is what alignment is there to mend.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Sequence
 
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers import WanTransformer3DModel
 
 from kvpo.generators.sampler import Renoise, denoise_block
 from kvpo.generators.causal_wan import CausalWan
-from kvpo.mini.pretraining.autoencoder import encode
 from kvpo.mini.pretraining.flat import Lesson, lesson_error, slot_text
-from kvpo.mini.pretraining.layouts import Layout, Slot, draw_layout, draw_switch, layout, stretch
-from kvpo.mini.pretraining.library import OBJECT_WEIGHT, Library, object_cells
-from kvpo.mini.pretraining.linear_encoder import LinearEncoder
-from kvpo.mini.pretraining.networks import BLOCK, SINK, STEPS, encode_text, new_tokenizer, tokenize
-from kvpo.mini.pretraining.openings import LESSON_SLOTS, SIGMAS, Openings, likeliest, opening_lesson, sample_openings, sampled_openings
-from kvpo.mini.stories import chance, describe, describe_change, next_scene, pick
+from kvpo.mini.pretraining.layouts import Layout, Slot, draw_layout
+from kvpo.mini.pretraining.library import Library
+from kvpo.mini.pretraining.networks import BLOCK, SINK, STEPS, encode_text
+from kvpo.mini.pretraining.openings import LESSON_SLOTS, SIGMAS, Openings, opening_lesson, sampled_openings
 from kvpo.mini.pretraining.teacher_forcing import Crops, cut
-from kvpo.mini.world import pixel_frames, render
-from kvpo.mini.world import play as play_truth
 from kvpo.common.rng import stream
 
-TURNS = ("opening", "stream", "stream", "continuation")
-"""What the steps of stage 3 teach, one of these drawn for each."""
-LONG_TURNS = ("opening", "stream", "long", "long", "continuation")
-"""And those of stage 4: after six blocks of its own, the model only knew a past that was at least in part the story's."""
-ASTRAY = 0.25
-"""Relative error of the past at which a lesson's weight falls to 1 / e: out of a past that has lost the object nobody can tell the true
-continuation, and teaching it all the same teaches to draw the mean of all places (measured: 100 steps of that, and nothing was learnt)."""
+TURNS = ("opening", "continuation")
+"""What the steps teach, one of these drawn for each."""
 
 
 def cached_twin(transformer: WanTransformer3DModel) -> CausalWan:
@@ -58,11 +47,6 @@ class Played:
 
     inputs: dict[int, torch.Tensor]
     clean: dict[int, torch.Tensor]
-
-    def of(self, sources: Sequence[int]) -> Played:
-        """Those sources, counted anew."""
-        made = {i: self.inputs[source] for i, source in enumerate(sources) if source in self.inputs}
-        return Played(made, {i: self.clean[source] for i, source in enumerate(sources)})
 
 
 def stages(plan: Layout) -> list[list[Slot]]:
@@ -140,8 +124,8 @@ def draw_exercises(plan: Layout, generator: torch.Generator) -> Exercises:
     return Exercises(Layout(plan.kind, plan.switch, clean + tuple(slot for slot, _ in drawn)), tuple(level for _, level in drawn))
 
 
-def few_step_loss(transformer, encoder, write: Writer, library: Library, openings: Openings, turns: Sequence[str], seed: int, name: str, batch: int, device="cpu"):
-    """loss(step) of stages 3 and 4.  ``name`` names their random streams."""
+def few_step_loss(transformer, encoder, library: Library, openings: Openings, seed: int, batch: int, device="cpu"):
+    """loss(step) of stage 3."""
     student = cached_twin(transformer)
 
     def opening(g: torch.Generator) -> Lesson:
@@ -151,61 +135,22 @@ def few_step_loss(transformer, encoder, write: Writer, library: Library, opening
         plan = draw_layout(g)
         crops = cut(library, plan, batch, g).to(device)
         crops = replace(crops, frames=crops.frames[:1].expand_as(crops.frames))
-        return lesson_of(plan, crops, playing(plan, crops, g), g)
-
-    def streamed(g: torch.Generator) -> Lesson:
-        plan = layout("stream", draw_switch("stream", g))
-        crops, truth = opened(plan, g)
-        return lesson_of(plan, crops, playing(plan, crops, g), g, truth)
-
-    def long(g: torch.Generator) -> Lesson:
-        whole = layout("long", draw_switch("long", g))
-        crops, truth = opened(whole, g)
-        plan, sources = draw_stretch(whole, g)
-        return lesson_of(plan, crops.of(sources), playing(whole, crops, g).of(sources), g, replace(crops, latents=truth).of(sources).latents)
-
-    def opened(plan: Layout, g: torch.Generator) -> tuple[Crops, torch.Tensor]:
-        """A story that begins with the model's own block 0, and its true latents."""
-        drawn = torch.randint(len(openings.tokens), (batch,), generator=g)
-        with torch.no_grad():
-            text = encode_text(encoder, openings.tokens[drawn].to(device))
-        made = sample_openings(student, text, openings.latents[drawn, 0].shape, g)[1]
-        best = likeliest(made, openings.latents[drawn].float().to(device), 0.0).cpu()
-        crops = write.continue_from(openings, drawn, best, plan.switch, plan.sources, g).to(device)
-        truth = crops.latents.clone()
-        crops.latents[:, :BLOCK] = made
-        return crops, truth
-
-    def playing(plan: Layout, crops: Crops, g: torch.Generator) -> Played:
         with torch.no_grad():
             text = encode_text(encoder, crops.ids.flatten(0, 1)).unflatten(0, crops.ids.shape[:2])
-        return play(student, plan, crops, text, g)
+        return lesson_of(plan, crops, play(student, plan, crops, text, g), g)
 
-    def lesson_of(plan: Layout, crops: Crops, played: Played, g: torch.Generator, truth: torch.Tensor | None = None) -> Lesson:
+    def lesson_of(plan: Layout, crops: Crops, played: Played, g: torch.Generator) -> Lesson:
         drawn = draw_exercises(plan, g)
         x, sigma, target = exercise(drawn, crops, played)
-        at = drawn.plan.frames()
-        weight = crops.weight[:, at] * (trust(drawn.plan, crops, played, truth) if truth is not None else 1.0)
-        taught = target.shape[1]
-        return Lesson(drawn.plan, x, sigma, slot_text(encoder, drawn.plan, crops.ids), crops.frames[:, at], target, weight[:, -taught:])
+        at, taught = drawn.plan.frames(), target.shape[1]
+        return Lesson(drawn.plan, x, sigma, slot_text(encoder, drawn.plan, crops.ids), crops.frames[:, at], target, crops.weight[:, at][:, -taught:])
 
     def loss(step: int):
-        turn = turns[int(torch.randint(len(turns), (), generator=stream(seed, f"{name}-turn", step)))]
-        lesson = {"opening": opening, "stream": streamed, "long": long, "continuation": continuation}[turn](stream(seed, name, step))
+        turn = TURNS[int(torch.randint(len(TURNS), (), generator=stream(seed, "few-step-turn", step)))]
+        lesson = {"opening": opening, "continuation": continuation}[turn](stream(seed, "few-step", step))
         return lesson_error(transformer, lesson), {"turn": turn, "kind": lesson.plan.kind}
 
     return loss
-
-
-def draw_stretch(whole: Layout, generator: torch.Generator) -> tuple[Layout, list[int]]:
-    """Layout and sources of a later stretch of a long stream; where the stream switches, a stretch that is taught the switch."""
-    length = len(stretch("later"))
-    last = whole.sources - length
-    first = int(torch.randint(1, last + 1, (), generator=generator))
-    if whole.switch is not None:
-        first = min(max(first, whole.switch - length + 1, 1), max(whole.switch - 2, 1), last)
-    at = None if whole.switch is None or not 1 <= whole.switch - first < length else whole.switch - first
-    return layout("later", at), [0, *range(first, first + length)]
 
 
 def exercise(drawn: Exercises, crops: Crops, played: Played):
@@ -216,39 +161,3 @@ def exercise(drawn: Exercises, crops: Crops, played: Played):
     clean = [played.clean[slot.source] for slot in drawn.plan.slots if not slot.noisy]
     sigma = torch.tensor([0.0] * len(clean) + [SIGMAS[level] for level in drawn.levels]).expand(len(crops.latents), -1)
     return torch.cat(clean + x, 1), sigma.to(crops.latents.device), torch.cat(targets, 1)
-
-
-def trust(plan: Layout, crops: Crops, played: Played, truth: torch.Tensor) -> torch.Tensor:
-    """How much the lessons of every frame of the flat sequence count [B, N, 1, 1, 1]: exp(-e / ASTRAY), e = the worst error of the blocks before it."""
-    trusted, worst = {}, torch.zeros(len(truth), device=truth.device)
-    for source in range(plan.sources):
-        trusted[source] = (-worst / ASTRAY).exp()
-        at = slice(BLOCK * source, BLOCK * (source + 1))
-        weight = crops.weight[:, at]
-        error = (weight * (played.clean[source] - truth[:, at]).square()).sum((1, 2, 3, 4))
-        worst = torch.maximum(worst, error / (weight * truth[:, at].square()).sum((1, 2, 3, 4)))
-    return torch.stack([trusted[slot.source] for slot in plan.slots], 1).repeat_interleave(BLOCK, 1)[:, :, None, None, None]
-
-
-@dataclass(frozen=True)
-class Writer:
-    """Writes the true continuation of an opening: a second scene, and the latents of the whole story."""
-
-    vae: AutoencoderKLWan
-    code: LinearEncoder
-
-    def continue_from(self, openings: Openings, drawn: torch.Tensor, best: torch.Tensor, switch: int | None, blocks: int, generator: torch.Generator) -> Crops:
-        """Stories of ``blocks`` that open with prompts ``drawn`` [B], their objects at their places ``best`` [B], and change at block ``switch``."""
-        tokenizer, rows = new_tokenizer(), []
-        for prompt, place in zip(drawn.tolist(), best.tolist()):
-            first = openings.scenes[prompt]
-            change = pick(("motion", "motion", "colour", "shape"), generator)
-            second = next_scene(first, change, generator)
-            text = describe_change(second, change, generator) if chance(0.5, generator) else "now " + describe(second, generator)
-            scenes, starts = ([first], [0]) if switch is None else ([first, second], [0, pixel_frames(BLOCK * switch)])
-            pixels = render(scenes, play_truth(scenes, starts, pixel_frames(BLOCK * blocks), *openings.places[prompt, place].tolist()))
-            ids = torch.stack((openings.tokens[prompt], tokenize(tokenizer, [text])[0]))
-            spoken = torch.tensor([int(switch is not None and b >= switch) for b in range(blocks)])
-            weight = 1.0 + OBJECT_WEIGHT * object_cells(pixels)[:, None].float()
-            rows.append((encode(self.vae, self.code, pixels[None])[0], weight, ids[spoken], torch.arange(BLOCK * blocks)))
-        return Crops(*(torch.stack(column) for column in zip(*rows)))

@@ -20,8 +20,6 @@ PAST = WINDOW - BLOCK
 """Past frames a block reads at most: the sink and 6 more."""
 SLOTS = 15
 """Blocks of a flat sequence; one number for all layouts, so that one compiled graph serves them."""
-PLAYED = ("stream", "long")
-"""Kinds of which the model makes every block itself."""
 ROUTED_SOURCES = 2
 """Far blocks that a routed layout adds to its stretch."""
 
@@ -40,8 +38,7 @@ class Slot:
 @dataclass(frozen=True)
 class Layout:
     """A flat sequence.  ``kind``: opening (sources are blocks 0, 1, ... of a story), later (source 0 is the story's
-    block 0, its sink; the others a stretch further on), routed (as later, then far blocks between the two), or, to be
-    played only: stream and long (openings, every block noisy once).
+    block 0, its sink; the others a stretch further on), or routed (as later, then far blocks between the two).
     ``switch``: the position in the stretch at which the prompt changes, None = nowhere."""
 
     kind: str
@@ -69,7 +66,7 @@ class Layout:
 
 def stretch(kind: str) -> range:
     """Sources of the consecutive blocks, in time order."""
-    return {"opening": range(6), "stream": range(6), "long": range(14), "later": range(1, 8), "routed": range(1, 7)}[kind]
+    return {"opening": range(6), "later": range(1, 8), "routed": range(1, 7)}[kind]
 
 
 class _Builder:
@@ -130,8 +127,7 @@ class _Builder:
                 self.sink = frames_of(self.clean[0])
         # A story's block 0 is taught elsewhere (kvpo.mini.pretraining.openings); blocks 0 and 1 of a later stretch have no full past of their own.
         noisy = self.stretch[1:] if self.stretch[0] == 0 else self.stretch[2:]
-        count = len(noisy) if self.kind in PLAYED else SLOTS - len(self.slots)
-        for source in [*noisy, *noisy[::-1]][:count]:
+        for source in [*noisy, *noisy[::-1]][: SLOTS - len(self.slots)]:
             self.add(source, True, reads[source])
         return Layout(self.kind, self.switch, tuple(self.slots))
 
@@ -153,7 +149,7 @@ def draw_layout(generator: torch.Generator) -> Layout:
 
 
 def draw_switch(kind: str, generator: torch.Generator) -> int | None:
-    """Nowhere in half of the draws, else from position 2 on, where played from 1 on (stories switch at block 1 too rarely to be cut there)."""
-    length, first = len(stretch(kind)), 1 if kind in PLAYED else 2
-    at = int(torch.randint(first, 2 * length - first, (), generator=generator))
+    """Nowhere in half of the draws, else from position 2 on (stories switch at block 1 too rarely to be cut there)."""
+    length = len(stretch(kind))
+    at = int(torch.randint(2, 2 * length - 2, (), generator=generator))
     return at if at < length else None

@@ -1,8 +1,7 @@
-"""Stories with their latents, encoded once: what stages 2 to 4 of pretraining cut their batches from."""
+"""Stories with their latents, encoded once: what stages 2 and 3 of pretraining cut their batches from."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable
@@ -26,16 +25,16 @@ def write_library(seed: int, stories: int) -> list[Story]:
     out = []
     for i in range(stories):
         if i % 3:
-            out.append(write_story(seed, "library", i, blocks=10))
+            out.append(write_story(seed, "library", i, blocks=10, habits=True))
         else:
             segments = 1 + (i // 3) % 4
-            out.append(write_story(seed, "library", i, blocks=8 * max(segments, 2), segments=segments, memory=segments >= 3 and (i // 12) % 2 == 0))
+            out.append(write_story(seed, "library", i, blocks=8 * max(segments, 2), segments=segments, memory=segments >= 3 and (i // 12) % 2 == 0, habits=True))
     return out
 
 
 def object_cells(pixels: torch.Tensor) -> torch.Tensor:
     """Where a latent frame shows the saturated object: RGB [T, 3, 64, 64] -> bool [N, 8, 8]."""
-    saturated = (pixels.amax(1) - pixels.amin(1) > 0.3).float()[:, None]
+    saturated = (pixels.amax(1) - pixels.amin(1) > 0.2).float()[:, None]
     cells = functional.max_pool2d(saturated, 8)[:, 0]
     return torch.cat((cells[:1], cells[1:].unflatten(0, (-1, 4)).amax(1))) > 0
 

@@ -109,6 +109,10 @@ def install(code: LinearEncoder, vae: AutoencoderKLWan) -> None:
         block.time_conv.weight[:KEPT, :KEPT, 1:, 0, 0] = 0.5 * torch.eye(KEPT)[:, :, None]
         block.time_conv.weight[KEPT : KEPT + MOVING, :KEPT, 1, 0, 0] = -0.5 * level.time.T
         block.time_conv.weight[KEPT : KEPT + MOVING, :KEPT, 2, 0, 0] = 0.5 * level.time.T
+    for block in net.down_blocks[:-1]:  # where the stock encoder widens early, what is there passes as it is
+        if isinstance(getattr(block, "conv_shortcut", None), torch.nn.Conv3d):
+            n = block.conv_shortcut.weight.shape[1]
+            block.conv_shortcut.weight[:n, :, 0, 0, 0] = torch.eye(n)
     widen = net.down_blocks[-1].conv_shortcut
     both = torch.cat((code.last.T, -code.last.T))
     widen.weight[: 2 * LATENT, : KEPT + MOVING, 0, 0, 0] = both

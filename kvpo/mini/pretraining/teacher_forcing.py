@@ -1,14 +1,12 @@
 """Stage 2 of pretraining: causal flow matching with teacher forcing, every block in its deployment's context.
 
-Two kinds of lessons: crops of true stories, whose blocks after the first have one true answer (the world is
-deterministic once a block of it is known), and opening blocks (``kvpo.mini.pretraining.openings``).
+Two kinds of lessons: crops of true stories, and opening blocks (``kvpo.mini.pretraining.openings``).  The stories have habits
+(``kvpo.mini.habits``), so a block after the first has few true answers, which the generator learns all.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Sequence
-
 import torch
 
 from kvpo.generators.flow import add_noise, velocity_of, warped_sigmas
@@ -37,11 +35,6 @@ class Crops:
     """Tokens of every source's prompt [B, K, L]."""
     frames: torch.Tensor
     """Absolute frame ids [B, N]."""
-
-    def of(self, sources: Sequence[int]) -> Crops:
-        """Those sources of the crops."""
-        at = [BLOCK * source + f for source in sources for f in range(BLOCK)]
-        return Crops(self.latents[:, at], self.weight[:, at], self.ids[:, list(sources)], self.frames[:, at])
 
     def to(self, device) -> Crops:
         return Crops(*(x.to(device) for x in (self.latents, self.weight, self.ids, self.frames)))

@@ -1,0 +1,46 @@
+"""How many scripts an evaluation needs: from the spread of its paired differences (`kvpo.evaluation.evaluate`).
+
+    n = ((1.960 + 0.842) sd / difference)^2
+
+scripts are enough for a 95 % interval that leaves out 0 in 80 % of evaluations, where the true difference is that large.
+It speaks of scripts only: another training of the same recipe moves every script's difference together, and no number of
+scripts shows that.
+"""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+
+LEVEL, POWER = 0.95, 0.8
+SMALL = 0.01
+"""A difference that should not be missed, reward units."""
+FACTOR = NormalDist().inv_cdf(0.5 + LEVEL / 2) + NormalDist().inv_cdf(POWER)
+
+
+def scripts_needed(sd: float, difference: float) -> int:
+    """At least 2; 0 where no number is enough, or none can be told."""
+    if not (math.isfinite(sd) and math.isfinite(difference)) or difference == 0.0:
+        return 0
+    return max(2, math.ceil((FACTOR * sd / abs(difference)) ** 2))
+
+
+def spread(low: float, high: float, n: int) -> float:
+    """Standard deviation of the differences, from their 95 % interval: of evaluations that did not note it."""
+    return (high - low) / 2.0 / NormalDist().inv_cdf(0.5 + LEVEL / 2) * math.sqrt(n)
+
+
+def sentence(component: str, n: int, difference: float, sd: float) -> str:
+    """Whether ``n`` scripts were enough for the difference that was found, and for a small one; "" where that can not be told."""
+    observed, small = scripts_needed(sd, difference), scripts_needed(sd, SMALL)
+    if not small:
+        return ""
+    begin = f"{component}, {n} scripts: differences vary by {sd:.3f} from script to script, so a 95 % interval leaves out 0 four times in five"
+    parts = [f"for a difference of {SMALL:g} {_enough(n, small)}"]
+    if observed and abs(difference) != SMALL:
+        parts.insert(0, f"for one as large as the {difference:+.4f} found {_enough(n, observed)}")
+    return f"{begin} {', and '.join(parts)}"
+
+
+def _enough(n: int, needed: int) -> str:
+    return f"with {needed} scripts" + (f": these {n} are too few" if n < needed else "")

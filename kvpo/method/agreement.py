@@ -1,0 +1,124 @@
+"""How much of a group's gradient is signal: the mean cosine rho between gradients of different groups, while training.
+
+Gradients of pure noise are orthogonal.  If every group's is a common direction plus noise of its own, the mean of N has a
+cosine of about sqrt(N rho / (1 + N rho)) with the common direction: N = 1 / rho groups are needed until it is more signal
+than noise.  Gradients are those before the clip, brought to length 1, and kept as sketches (`kvpo.method.sketch`) over the last
+groups, several steps' where a step has few: weights hardly move between them.  Tied groups are left out.  The KL's pull back to
+the start, which all groups share, is part of them, and counts as agreement where it is large.  They are in every checkpoint, so a resumed
+run measures what the uninterrupted one does.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Mapping, Sequence
+
+import torch
+
+from kvpo.distributed.ranks import Ranks
+from kvpo.method.sketch import SIZE
+
+LEAST = 4
+"""Groups from which on something is said."""
+NAME = "agreement.sketches"
+"""Of the tensor in a checkpoint."""
+
+
+@dataclass(frozen=True)
+class AgreementConfig:
+    """What is measured of the groups' gradients; training does not depend on it."""
+
+    window: int = 128
+    """Groups over which the mean cosine runs, the latest ones, 0 = it is not measured.  128 tell a cosine of 0.01 from 0; each keeps 16 kB."""
+
+    def __post_init__(self):
+        if self.window != 0 and self.window < LEAST:
+            raise ValueError(f"agreement.window = {self.window} must be {LEAST} or more groups, or 0: of fewer there is no error to be told")
+
+
+class Agreement:
+    """Sketches of the latest groups' gradients, alike on all ranks."""
+
+    def __init__(self, config: AgreementConfig):
+        self.config = config
+        self._latest = torch.zeros(0, SIZE)
+        self._noted: dict[int, torch.Tensor] = {}
+        """This rank's of the step at work."""
+
+    def note(self, group: int, sketch: torch.Tensor | None) -> None:
+        """A group of this step; None where it has nothing to say."""
+        if sketch is not None and self.config.window:
+            self._noted[group] = sketch.float()
+
+    def take(self, ranks: Ranks) -> dict[str, float]:
+        """The step is done: all ranks' groups join the window, in their order.  Metrics, once there are enough; all ranks enter."""
+        if not self.config.window:
+            return {}
+        noted, self._noted = self._noted, {}
+        found = {group: sketch for part in ranks.gather(noted) for group, sketch in part.items()}
+        self._latest = torch.cat([self._latest, *(found[group][None] for group in sorted(found))])[-self.config.window :]
+        return metrics_of(self._latest)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """For a checkpoint."""
+        return {NAME: self._latest} if len(self._latest) else {}
+
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """From a checkpoint; those of before it was measured have none."""
+        if NAME in tensors and self.config.window:
+            self._latest = tensors[NAME][-self.config.window :].clone()
+
+
+def metrics_of(x_ND: torch.Tensor) -> dict[str, float]:
+    """Of gradients of length 1, or their sketches."""
+    N = len(x_ND)
+    if N < LEAST:
+        return {}
+    cosine, error = mean_cosine(x_ND)
+    needed = {"agreement/needed": needed_groups(cosine)} if cosine > error else {}
+    return {"agreement/cosine": cosine, "agreement/error": error, "agreement/groups": N} | needed
+
+
+def mean_cosine(x_ND: torch.Tensor) -> tuple[float, float]:
+    """Mean over pairs of different rows of their product, and its standard error.
+
+    The jackknife over rows has what rows have in common, but counts chance agreement of single pairs twice; taken off once, it is
+    right where rows are pure noise as well, and where they are not it is the smaller part.
+    """
+    x = x_ND.double()
+    N, products = len(x), x @ x.T
+    products.fill_diagonal_(0.0)
+    by_row, pairs = products.sum(dim=1), products[*torch.triu_indices(N, N, 1)]
+    mean = by_row.sum() / (N * (N - 1))
+    without = (by_row.sum() - 2.0 * by_row) / ((N - 1) * (N - 2))
+    jackknife = (N - 1) / N * (without - without.mean()).square().sum()
+    chance = pairs.var() / len(pairs)
+    return float(mean), math.sqrt(float(torch.maximum(jackknife - chance, chance)))
+
+
+def needed_groups(cosine: float) -> float:
+    """N at which N rho = 1; infinite where there is no agreement."""
+    return 1.0 / cosine if cosine > 0.0 else math.inf
+
+
+def signal(groups: int, cosine: float) -> float:
+    """Share of the squared length of a mean of so many groups' gradients that is common to all: N rho / (1 + N rho)."""
+    return max(groups * cosine, 0.0) / (1.0 + max(groups * cosine, 0.0))
+
+
+def sentence(cosine: float, error: float, groups: int, step: int) -> str:
+    """What it means.  ``groups``: it was measured over.  ``step``: groups of one step."""
+    begin = f"Over the last {groups} groups, gradients of two groups have a mean cosine of {cosine:.3f} (standard error {error:.3f})"
+    most = cosine + 2.0 * error
+    if cosine < 2.0 * error:
+        least = f"at least {needed_groups(most):.0f} groups are" if most > 0.0 else "more groups than can be said are"
+        return f"{begin}, which can not be told from none: {least} needed until their mean direction is more signal than noise; a step has {step}"
+    low, high = needed_groups(most), needed_groups(cosine - 2.0 * error)
+    about = f"about {needed_groups(cosine):.0f} groups ({low:.0f} to {high:.0f})" if math.isfinite(high) and high < 1e5 else f"about {needed_groups(cosine):.0f} groups (at least {low:.0f})"
+    return f"{begin}: {about} until their mean direction is more signal than noise; a step has {step}, and {signal(step, cosine):.0%} of its squared length is signal"
+
+
+def latest(records: Sequence[Mapping[str, float]]) -> Mapping[str, float] | None:
+    """The last record that has it."""
+    return next((r for r in reversed(records) if "agreement/cosine" in r), None)
