@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvpo.commands.options import Positional, Settings
-from kvpo.doctor import examine
+from kvpo.doctor.doctor import examine
 
 
 @dataclass(frozen=True)

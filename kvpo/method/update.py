@@ -1,7 +1,8 @@
 """Stage 7: energies and objective to gradients, a finite check, and the optimizer's step (method.md section 5).
 
 The loss is a function of G numbers, so its cotangents are too: replay with gradient goes pass by pass, each
-multiplied by its branches' numbers and freed.  The gradient is exact, whatever the size of a pass.
+multiplied by its branches' numbers and freed.  The gradient is the same whatever the size of a pass;
+it is that of the energies with pages held still (method.md section 5), which at P = 1 is all of it.
 """
 
 from __future__ import annotations

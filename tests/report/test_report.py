@@ -46,6 +46,7 @@ def write_metrics(run: Path, steps: int = STEPS) -> None:
             values = {"loss/policy": 0.01 * n[0], "loss/kl": 0.002 * step, "loss/entropy": math.log(BRANCHES) - 0.05, "loss/clip_fraction": 0.25, "loss/approx_kl": 0.001}
             values |= {"loss/ratio_min": 0.9, "loss/ratio_mean": 1.0, "loss/ratio_max": 1.1, "policy/tau": 0.004 + 0.001 * n[1] ** 2, "policy/evenness": 0.9}
             values |= {"optim/grad_norm": 2.0 + abs(n[2]), "optim/lr": 1e-4, "optim/grad_clipped": 0.0, "group/safe": float(n[3] > -1), "energy/std": 0.004}
+            values |= {"agreement/cosine": 0.01 + 0.001 * n[0], "agreement/error": 0.003, "agreement/groups": min(2 * step + 4, 128)}
             for signal in ("local", "global"):
                 for k, name in enumerate(("VQ", "MQ", "TA")):
                     mean = 0.6 + 0.004 * step + 0.05 * n[4 + k]

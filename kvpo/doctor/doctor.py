@@ -7,7 +7,7 @@ import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Iterator
+from typing import Iterator, Mapping
 
 import torch
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
@@ -18,14 +18,22 @@ from kvpo.policy.checkpoint import Snapshot, load_checkpoint, save_checkpoint
 from kvpo.config import RunConfig
 from kvpo.generators.sampler import Stream
 from kvpo.method.explorers import Explorer
+from kvpo.method.routing import KVRouting
 from kvpo.generators.cache import FrameCache, gather
 from kvpo.generators.causal_wan import CausalWan
+from kvpo.doctor.page_gradient import LeftOut, known, left_out, on_a_tiny_generator
+from kvpo.method.rollout import Start
 from kvpo.common.progress import Progress
 from kvpo.method.replay import CONTEXTS, Replay
 from kvpo.common.rng import normal
 from kvpo.method.rollout import go_on, starts
+from kvpo.doctor.step_effects import step_effects
 from kvpo.common.timing import Phases
 from kvpo.types import BranchPlan, Rollout, Script
+
+
+SMALL = 10_000_000
+"""Trained weights up to which the whole window's graph is built on the user's own generator."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +143,9 @@ def findings(config: RunConfig) -> Iterator[Finding]:
     yield _at_most("replay one velocity at a time against all at once, relative", _relative(replay(rollout, size=1).energies(), energy), 1e-4)
     yield Finding("energies of the branches: spread / mean", float(energy.std() / energy.mean()), "> 0: not all equal", float(energy.std()) > 0.0)
     yield from _gradients(run, replay, rollout)
+    if isinstance(config.exploring, KVRouting):
+        yield from _steps(run, start, rollout, embeddings)
+        yield from _pages(run, rollout, embeddings)
     yield _resumed(run, replay, rollout)
 
 
@@ -206,6 +217,31 @@ def _gradients(run: Alignment, replay, rollout: Rollout) -> Iterator[Finding]:
     apart = _take_gradients(run)
     norm = sum(float(g.square().sum()) for g in together) ** 0.5
     yield _at_most("gradient a few velocities at a time against all at once", sum(float((a - b).square().sum()) for a, b in zip(together, apart)) ** 0.5 / norm, 1e-4)
+
+
+def _steps(run: Alignment, start: Start, rollout: Rollout, embeddings: Mapping[str, torch.Tensor]) -> Iterator[Finding]:
+    """A line a denoise step: no rule, but what there is to know before `velocity_energy.weights` is chosen."""
+    effects = step_effects(run.pipeline, start, rollout, embeddings, known(run.config), run.config.energy, run.config.rollout.together)
+    for s, e in enumerate(effects):
+        name = f"denoise step {s}, sigma {e.sigma:.3f}, weight {e.weight:.3g}: share of the energy"
+        yield Finding(name, e.says, f"routed alone it moves the window by {e.does:.3f} of all", math.isfinite(e.says) and math.isfinite(e.does))
+
+
+def _pages(run: Alignment, rollout: Rollout, embeddings: Mapping[str, torch.Tensor]) -> Iterator[Finding]:
+    """The gradient through the whole window, on a tiny generator in float64, and what training has of it; also on this generator where it is small."""
+    tiny, P = on_a_tiny_generator(run.config, run.pipeline), run.config.exploring.window_blocks
+    yield _at_most("tiny: gradient through all pages against finite differences", tiny.difference, 1e-5)
+    yield _left_out("tiny", tiny, P)
+    if run.policy.num_trainable <= SMALL and not run.config.gradient_checkpointing:
+        found = left_out(run.pipeline, rollout, embeddings, known(run.config), run.config.energy, run.policy.layout.computing, run.config.seed)
+        yield _left_out("this generator", found, P)
+
+
+def _left_out(whose: str, found: LeftOut, P: int) -> Finding:
+    """At P = 1 a rule, beyond it a number to know."""
+    exact = f"relative error {found.relative:.2g}"
+    rule = f"1 at P = 1; {exact}" if P == 1 else f"at P = {P}, 1 = pages leave nothing out; {exact}"
+    return Finding(f"{whose}: cosine of training's gradient with the exact one", found.cosine, rule, found.cosine > 0.9999 if P == 1 else math.isfinite(found.cosine))
 
 
 def _resumed(run: Alignment, replay, rollout: Rollout) -> Finding:

@@ -1,0 +1,84 @@
+"""What each denoise step says of the branches, and what it does to them.
+
+says    its share of the energy, with the recipe's step weights
+does    how far the window's latents move from the anchor's when only this step reads the routed past and all else, the clean
+        pass included, the deployed one; as a share of what they move when all of it is routed (squared, mean over branches)
+
+A step that says much and does little takes gradient from where the video is decided (`velocity_energy.weights`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Collection, Mapping, Sequence
+
+import torch
+
+from kvpo.generators.sampler import denoise_block
+from kvpo.generators.history import Routed
+from kvpo.generators.pipeline import Pipeline
+from kvpo.method.rollout import Start
+from kvpo.method.replay import Context, Replay
+from kvpo.method.rollout import PlannedNoise, branch_out
+from kvpo.method.energies import Surrogate
+from kvpo.method.energies import VelocityEnergy
+from kvpo.types import BranchPlan, Rollout
+
+
+@dataclass(frozen=True)
+class StepEffect:
+    sigma: float
+    weight: float
+    """In the energy."""
+    says: float
+    does: float
+
+
+def step_effects(
+    pipeline: Pipeline, start: Start, rollout: Rollout, embeddings: Mapping[str, torch.Tensor], context: Context, energy: Surrogate, together: int = 0
+) -> list[StepEffect]:  # fmt: skip
+    """Of every denoise step, on one group; ``together``: most rows at a time, 0 = all."""
+    sigmas = pipeline.geometry.sigmas
+    weights = energy.step_weights(sigmas)
+    alone = [VelocityEnergy(tuple(float(s == t) for t in range(len(sigmas)))) for s in range(len(sigmas))]
+    by_step = torch.stack([Replay(pipeline, rollout, embeddings, context, e, together=together).energies().mean() for e in alone])
+    says = weights * by_step / (weights * by_step).sum()
+    does = _moved(pipeline, start, rollout.plans[:-1], together)
+    return [StepEffect(*map(float, found)) for found in zip(sigmas, weights, says, does)]
+
+
+def _moved(pipeline: Pipeline, start: Start, plans: Sequence[BranchPlan], together: int) -> list[float]:
+    steps, found = range(len(pipeline.geometry.sigmas)), []
+    size = max(1, together - 1) if together else len(plans)
+    for part in (tuple(plans[i : i + size]) for i in range(0, len(plans), size)):
+        ways = [([s], False) for s in steps] + [(steps, True)]
+        found.append([_apart(window_latents(pipeline, start, part, *way)) for way in ways])
+    *alone, whole = (sum(column) for column in zip(*found))
+    return [moved / whole for moved in alone]
+
+
+def _apart(x0_BNCHW: torch.Tensor) -> float:
+    """Sum over branches of their squared distance from the anchor, the last row."""
+    return float((x0_BNCHW[:-1] - x0_BNCHW[-1:]).double().square().sum())
+
+
+@torch.no_grad()
+def window_latents(pipeline: Pipeline, start: Start, plans: Sequence[BranchPlan], routed: Collection[int], clean: bool) -> torch.Tensor:
+    """x0_BNCHW of the window, branches and then the anchor; only the denoise steps ``routed`` read by plan, and the clean pass if ``clean``."""
+    g, window, rows = pipeline.geometry, start.window, (*plans, BranchPlan())
+    noise = PlannedNoise(start.noise, rows, window)
+    stream = branch_out(pipeline, start.past, rows, noise, window)
+    by_plan = Routed(g.history, rows, window, g.block)
+    for block in range(window.fork, window.stop):
+        stream.switch()
+        frames, text = list(range(block * g.block, (block + 1) * g.block)), stream.text(block)
+        past = {True: by_plan.past(frames[0], g.block), False: g.history.past(frames[0], g.block)}
+
+        def velocity(x: torch.Tensor, sigma: float) -> torch.Tensor:
+            return pipeline.generator.velocity(x, sigma, text, frames, stream.cache, past[g.sigmas.index(sigma) in routed])  # noqa: B023, called within the round
+
+        begin, again = (lambda x: x.to(pipeline.device).expand(len(rows), *x.shape[-4:])), lambda i: noise.renoise(block, i)  # noqa: B023
+        x0 = denoise_block(velocity, stream.sampler, g.sigmas, begin(noise.start(block)), lambda i: begin(again(i)))  # noqa: B023
+        pipeline.generator.commit(x0, text, frames, stream.cache, past[clean])
+        stream.blocks.append(x0)
+    return torch.cat(stream.blocks[window.fork :], dim=1)
