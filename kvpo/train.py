@@ -209,9 +209,10 @@ class Alignment:
         self.phases.where = f" of {when},"
         try:
             yield
-        except ValueError as error:
+        except (ValueError, FloatingPointError) as error:
+            kind = FloatingPointError if isinstance(error, FloatingPointError) else ValueError
             applied = f"{made} of the step's {self.config.inner_updates} updates were applied" if made else "Nothing of this step was applied"
-            raise ValueError(f"{when}: {error}. {applied}") from error
+            raise kind(f"{when}: {error}. {applied}") from error
 
     def starts(self, step: int, groups: Sequence[int]) -> list[Start]:
         """The pasts of some groups of a step, up to their forks."""

@@ -16,8 +16,8 @@ class Export:
 
     run: Positional[str]
     """RUN or RUN:ema (the averaged weights), RUN:online (the last ones), RUN:start."""
-    format: Literal["pipeline", "diffusers-lora", "peft", "original-lora", "original-merged"]
-    """A whole model (pipeline, original-merged) or the adapter alone, which only a run with policy.train lora has."""
+    format: Literal["pipeline", "diffusers-lora", "peft", "original-lora", "original-merged", "comfyui-lora", "comfyui-merged"]
+    """A whole model (pipeline, original-merged, comfyui-merged) or the adapter alone, which only a run with policy.train lora has."""
     out: Path | None = None
     """Folder to write; default: RUN/export/WEIGHTS-FORMAT."""
     dtype: Literal["run", "bfloat16", "float32"] = "run"

@@ -11,7 +11,7 @@ import tyro
 from kvpo.commands.options import Positional
 from kvpo.common.environment import pick_device
 from kvpo.common.progress import Progress
-from kvpo.convert.wan_names import add_lora
+from kvpo.convert.lora import add_lora
 from kvpo.generators.generate import write_video
 from kvpo.generators.pipeline import Geometry
 from kvpo.generators.sampler import SAMPLERS
@@ -40,9 +40,10 @@ class Generate:
     """A video of every story for each."""
     sampler: Literal["renoise", "ode"] = "renoise"
     lora: tuple[Path, ...] = ()
-    """LoRA files on top, merged in this order: released ones, or what `kvpo export` writes."""
+    """LoRAs on top, merged in this order: files of diffusers, ComfyUI, kohya, PEFT's folders, released ones, or what `kvpo export` writes.
+    Each acts at its own alpha / rank, which its header, adapter_config.json or alpha tensors say; where nothing says it, at 1."""
     lora_scale: float = 1.0
-    """alpha / rank of them."""
+    """Strength that multiplies their own alpha / rank, as the weight of an adapter does in diffusers and ComfyUI; 1 = as they were trained."""
     dtype: Literal["", "float32", "bfloat16"] = ""
     """Precision; default: a run's own, bfloat16 on a GPU, float32 on a CPU."""
     out: Path = Path("runs/generate")
@@ -54,9 +55,10 @@ class Generate:
         device = pick_device(self.device)
         dtype = self.dtype or ("bfloat16" if device.type == "cuda" and not is_run(Path(self.generator.partition(":")[0])) else "")
         pipeline, label = load_generator(self.generator, device, dtype or "float32", dtype)
+        progress = Progress()
         for path in self.lora:
-            add_lora(pipeline, path, self.lora_scale)
-        scripts, progress = self.scripts(pipeline.geometry), Progress()
+            progress.say(f"{path}: {add_lora(pipeline, path, self.lora_scale)}")
+        scripts = self.scripts(pipeline.geometry)
         with progress.bar(f"generate with {label}", sum(s.blocks for s in scripts) * len(self.seeds)) as bar:
             for i, script in enumerate(scripts):
                 for seed in self.seeds:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from kvpo.commands.options import Positional
 from kvpo.common.progress import Progress
-from kvpo.convert.import_released import FORMATS, import_checkpoint
+from kvpo.convert.import_released import FORMATS, Format, import_checkpoint
 from kvpo.generators.pipeline import Geometry
 
 
@@ -17,17 +20,25 @@ class Import:
     """Turn a released checkpoint into a pipeline folder that every other command reads."""
 
     paths: Positional[tuple[Path, ...]]
-    """The checkpoint's files, one with the generator and any number of LoRA files, which are merged in this order; then the folder to write."""
-    format: Literal["self-forcing", "causal-forcing", "longlive", "memflow", "kvpo"]
-    """Whose checkpoint: decides how the generator streams, and which of the weights in the file are taken.  kvpo: the paper's own on LongLive; its MemFlow ones are memflow."""
+    """The checkpoint's files, one with the generator and any number of LoRAs, which are merged in this order; then the folder to write.
+    A generator may be a .pt or .safetensors file, an index of shards or its folder, a transformer's or pipeline's folder; a LoRA any form that `kvpo generate --lora` reads."""
+    format: Literal["self-forcing", "causal-forcing", "causal-forcing-framewise", "causal-forcing-2step", "causal-forcing-1step", "longlive", "memflow", "kvpo"]
+    """Whose checkpoint: decides how the generator streams, and which of the weights in the file are taken.  causal-forcing is its chunk-wise model, unless the
+    file's name says framewise, 2step or 1step.  kvpo: the paper's own on LongLive; its MemFlow ones are memflow.  What is assumed is printed."""
     base: str
     """Wan2.1 itself, for text encoder, VAE and sizes: a folder in diffusers or original layout, or a hub id."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the transformer's large matrices in the folder."""
-    which: str = ""
+    which: Annotated[str, tyro.conf.arg(aliases=["--weights"])] = ""
     """Key of the generator in its file (generator, generator_ema, ...); default: what the format's own inference takes."""
     lora_scale: float = 1.0
-    """alpha / rank of the LoRA files, which do not say it; the released ones have 1."""
+    """Strength that multiplies the LoRAs' own alpha / rank, which their header, adapter_config.json or alpha tensors say; where nothing says it, that is 1."""
+    block: int | None = None
+    """Latent frames generated together: 3 of a chunk-wise model, 1 of a frame-wise one; default: the format's."""
+    steps: int | None = None
+    """Denoise steps of a block; default: the format's.  All blocks have as many, unless --first-steps says otherwise."""
+    first_steps: int | None = None
+    """Denoise steps of a video's first block, 0 = as all; default: the format's, 0 where --steps is given."""
     sink: int | None = None
     """Oldest latent frames that are always read; default: the format's."""
     window: int | None = None
@@ -42,10 +53,21 @@ class Import:
             raise ValueError(f"give the checkpoint's files and then the folder to write, not {[str(p) for p in self.paths]}")
         *files, out = self.paths
         say = Progress().say
-        import_checkpoint(files, out, self.format, self.geometry, self.base, self.dtype, self.which, self.lora_scale, say)
+        import_checkpoint(files, out, self.kind, self.geometry, self.base, self.dtype, self.which, self.lora_scale, say)
         say(f"written to {out.resolve()}; try: kvpo generate {out} --prompt ...")
 
     @property
+    def kind(self) -> Format:
+        """The format, or the member of its family that a file's name means."""
+        for path in self.paths[:-1]:
+            name = "/".join(path.absolute().parts[-2:]).lower()
+            for other in reversed(FORMATS.values()):
+                if other.named and other.name.startswith(self.format) and re.search(other.named, name):
+                    return other
+        return FORMATS[self.format]
+
+    @property
     def geometry(self) -> Geometry:
-        changes = {name: value for name in ("sink", "window", "latent_height", "latent_width") if (value := getattr(self, name)) is not None}
-        return replace(FORMATS[self.format].geometry, **changes)
+        names = ("block", "steps", "first_steps", "sink", "window", "latent_height", "latent_width")
+        changes = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return replace(self.kind.geometry, **({"first_steps": 0} if "steps" in changes else {}) | changes)

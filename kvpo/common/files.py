@@ -32,6 +32,33 @@ def write_atomic(path: Path, data: bytes | str) -> Path:
     return path
 
 
+def open_to_readers(path: Path) -> None:
+    """Give a file, or all of a folder, the access that new files get here: 0666 and 0777 without the umask.
+
+    Some libraries write files that only their writer may read (safetensors 0.8: 0600), and a
+    colleague who may not read them is told that they are broken.  Files with a second name
+    elsewhere are left alone: their access is not ours to change.
+    """
+    mode = _mode_of_new_files(path if path.is_dir() else path.parent)
+    for found in (path, *(path.rglob("*") if path.is_dir() else ())):
+        if found.is_symlink():
+            continue
+        facts = found.stat()
+        wanted = mode | (mode & 0o444) >> 2 if found.is_dir() else mode  # who may read a folder may look into it
+        if (found.is_dir() or facts.st_nlink == 1) and facts.st_mode & 0o777 != wanted:
+            found.chmod(wanted)
+
+
+def _mode_of_new_files(folder: Path) -> int:
+    """Asked of a file that is made for it: the umask itself can not be read without changing it for all threads."""
+    probe = folder / f".mode.{uuid.uuid4().hex[:12]}"
+    try:
+        probe.touch()
+        return probe.stat().st_mode & 0o777
+    finally:
+        probe.unlink(missing_ok=True)
+
+
 @contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
     """Inside, no other process is; ValueError where one is already.  A process that is killed leaves nothing behind."""
@@ -61,6 +88,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     with beside(path, "nothing of it is left. Free disk space, or choose another disk") as part:
         part.mkdir()
         yield part
+        open_to_readers(part)
         os.replace(part, path)
 
 

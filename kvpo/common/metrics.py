@@ -162,7 +162,7 @@ class MetricLog:
             truncate_after(self.path, resume_after)
         elif self.path.exists() and self.path.stat().st_size:
             raise ValueError(f"{self.path} already holds a run; resume that run, or choose another folder")
-        self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         self._board = _board(self.path.parent / "tensorboard", resume_after) if tensorboard else None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

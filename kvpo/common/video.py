@@ -19,6 +19,7 @@ import torch
 from av.video.reformatter import Colorspace
 from PIL import Image, ImageDraw, ImageFont
 
+from kvpo.common.access import check_readable
 from kvpo.common.files import write_atomic
 
 FPS = 16.0
@@ -119,7 +120,8 @@ class _Encoder:
 
 
 def read_mp4(path: Path) -> tuple[torch.Tensor, float]:
-    """(uint8 [T, 3, H, W], frames a second); sides as stored, that is enlarged.  ValueError if it is no readable video."""
+    """(uint8 [T, 3, H, W], frames a second); sides as stored, that is enlarged.  PermissionError; ValueError if it is no readable video."""
+    check_readable(path)
     try:
         with av.open(str(path)) as container:
             fps = float(container.streams.video[0].average_rate or 0.0)

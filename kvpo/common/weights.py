@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from kvpo.common.access import check_readable
 from kvpo.common.files import first_line
 
 State = dict[str, torch.Tensor]
@@ -22,8 +23,9 @@ State = dict[str, torch.Tensor]
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Tensors of a .pt or .safetensors file, memory-mapped where the format allows.
 
-    FileNotFoundError; ValueError for a broken file, and for one that holds more than plain data: unpickling it could run any code.
+    FileNotFoundError; PermissionError; ValueError for a broken file, and for one that holds more than plain data: unpickling it could run any code.
     """
+    check_readable(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     try:

@@ -20,9 +20,12 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from huggingface_hub import snapshot_download
+from safetensors import safe_open
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
+from kvpo.common.access import check_readable
 from kvpo.common.files import first_line
+from kvpo.common.finite import check_finite
 from kvpo.common.weights import State, account, read_checkpoint
 
 ORIGINAL_T5, ORIGINAL_VAE, ORIGINAL_TOKENIZER = "models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth", "google/umt5-xxl"
@@ -64,6 +67,7 @@ class DiffusersBase:
     folder: Path
 
     def transformer_config(self) -> dict[str, Any]:
+        check_readable(self.folder / "transformer" / "config.json")
         config = json.loads((self.folder / "transformer" / "config.json").read_text())
         if config.get("_class_name") != "WanTransformer3DModel" or config.get("image_dim"):
             raise ValueError(f"{self.folder} holds a {config.get('_class_name')}{' for images' if config.get('image_dim') else ''}; the base must be a Wan2.1 text-to-video model")
@@ -71,7 +75,8 @@ class DiffusersBase:
 
     def write_parts(self, folder: Path) -> None:
         for part in PARTS:  # as they are: their dtype is chosen when they are loaded
-            link_tree(self.folder / part, folder / part)
+            _check_part(self.folder / part)
+            copy_tree(self.folder / part, folder / part)
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,15 @@ class OriginalBase:
         _vae(self.folder / ORIGINAL_VAE).save_pretrained(folder / "vae")
         _text_encoder(self.folder / ORIGINAL_T5).save_pretrained(folder / "text_encoder")
         AutoTokenizer.from_pretrained(self.folder / ORIGINAL_TOKENIZER, local_files_only=True).save_pretrained(folder / "tokenizer")
+
+
+def _check_part(folder: Path) -> None:
+    """PermissionError for files that may not be read, FloatingPointError for weights that are not finite."""
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        check_readable(path)
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                check_finite(((name, file.get_tensor(name)) for name in file.keys()), str(path), "fetch the base once more")
 
 
 def _vae(path: Path) -> AutoencoderKLWan:
@@ -143,6 +157,7 @@ def _filled(build, state: State, path: Path):
     with torch.device("meta"):
         model = build()
     account(state, {n: t.shape for n, t in model.state_dict().items()}, str(path), type(model).__name__)
+    check_finite(state.items(), str(path), "fetch the base once more")
     model.load_state_dict(state, assign=True)
     return model
 
@@ -165,15 +180,26 @@ def save_transformer(config: dict[str, Any], state: State, folder: Path) -> None
     transformer.save_pretrained(folder / "transformer", max_shard_size="4GB")
 
 
-def link_tree(source: Path, target: Path) -> None:
-    """Copy a folder, by second names of the same files where the disk allows: a text encoder is 11 GB, and nothing here changes it."""
-    shutil.copytree(source, target, copy_function=_link)
+LARGE = 64 << 20
+"""Bytes from which on a file of weights is linked instead of copied: a text encoder is 11 GB, and nothing here changes it."""
 
 
-def _link(source: str, target: str) -> str:
+def copy_tree(source: Path, target: Path) -> None:
+    """Copy a folder of a pipeline; large weights by a second name of the same file, where the disk allows.
+
+    Whatever is small enough to be edited by hand is a file of its own: of a linked config.json an
+    edit would reach into the installed package, or into a hub's cache.
+    """
+    shutil.copytree(source, target, copy_function=copy_file)
+
+
+def copy_file(source: str | Path, target: str | Path) -> str:
+    """A file, with the access that new files have here, not the source's."""
     source = os.path.realpath(source)  # the hub's cache is made of symbolic links
-    try:
-        os.link(source, target)
-        return target
-    except OSError:
-        return shutil.copy2(source, target)
+    if os.path.getsize(source) >= LARGE and source.endswith((".safetensors", ".bin", ".pth", ".pt")):
+        try:
+            os.link(source, target)
+            return str(target)
+        except OSError:  # another disk, or one without links
+            pass
+    return str(shutil.copyfile(source, target))

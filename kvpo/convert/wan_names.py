@@ -16,16 +16,14 @@ import torch
 from diffusers import WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
-from kvpo.common.weights import State, read_checkpoint
-from kvpo.generators.pipeline import Pipeline
-
-Adapter = dict[str, tuple[torch.Tensor, torch.Tensor]]
-"""Module -> (A [r, in], B [out, r]): the module's weight W acts as W + scale * B A."""
+from kvpo.common.weights import State
 
 GENERATORS = ("generator", "generator_ema", "model")
-ADAPTERS = ("generator_lora",)
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
-PREFIXES = ("base_model.model.", "model.", "transformer.")
+PREFIXES = ("module.", "base_model.model.", "model.", "diffusion_model.", "transformer.")
+"""Taken off as often as they stand at the front: DDP's, PEFT's, the trainers' own, ComfyUI's, diffusers'."""
+DIFFUSERS_PARTS = (".attn1.", ".attn2.", "condition_embedder.", "scale_shift_table", "proj_out.", ".ffn.net.")
+"""Parts of names that only diffusers gives."""
 RENAMED = (
     ("time_embedding.0", "condition_embedder.time_embedder.linear_1"),
     ("time_embedding.2", "condition_embedder.time_embedder.linear_2"),
@@ -48,10 +46,6 @@ RENAMED = (
 """Original part, part in diffusers.  Only for the way back; the way in is diffusers' own."""
 
 
-def is_adapter(content: Mapping[str, Any]) -> bool:
-    return any(isinstance(content.get(key), Mapping) for key in ADAPTERS) or any(".lora_A." in name for name in content)
-
-
 def generator_state(content: Mapping[str, Any], path: Path, prefer: tuple[str, ...] = GENERATORS) -> tuple[State, str]:
     """The generator's tensors with diffusers' names, and where in the file they lay ("" = at its top).  ``prefer``: keys in order."""
     nested = [key for key in prefer if isinstance(content.get(key), Mapping)]
@@ -63,8 +57,14 @@ def generator_state(content: Mapping[str, Any], path: Path, prefer: tuple[str, .
 
 
 def original_to_diffusers(state: Mapping[str, torch.Tensor]) -> State:
-    """State dict of a `WanTransformer3DModel`, or of its LoRA, from one with original names and training wrappers' prefixes."""
-    return convert_wan_transformer_to_diffusers({_bare(name): tensor for name, tensor in state.items()})
+    """State dict of a `WanTransformer3DModel`, or of its LoRA, from one with original names and training wrappers' prefixes.
+
+    Names that are diffusers' own already stay: the converter would swap their second and third norms.
+    """
+    bare = {bare_name(name): tensor for name, tensor in state.items()}
+    if any(part in name for name in bare for part in DIFFUSERS_PARTS):
+        return bare
+    return convert_wan_transformer_to_diffusers(bare)
 
 
 def diffusers_to_original(state: Mapping[str, torch.Tensor]) -> State:
@@ -72,10 +72,11 @@ def diffusers_to_original(state: Mapping[str, torch.Tensor]) -> State:
     return {_original(name): tensor for name, tensor in state.items()}
 
 
-def _bare(name: str) -> str:
+def bare_name(name: str) -> str:
+    """A tensor's or module's name without what wrappers and trainers have put before it."""
     for part in WRAPPERS:
         name = name.replace(part, "")
-    for prefix in PREFIXES:
+    while prefix := next((p for p in PREFIXES if name.startswith(p)), ""):
         name = name.removeprefix(prefix)
     return name
 
@@ -87,43 +88,6 @@ def _original(name: str) -> str:
     return name
 
 
-def adapter_of(content: Mapping[str, Any], path: Path) -> Adapter:
-    """The LoRA of a file, modules named as in diffusers.  ValueError for halves without their other, and for ranks that differ."""
-    state = next((content[key] for key in ADAPTERS if isinstance(content.get(key), Mapping)), content)
-    state = original_to_diffusers({name.replace(".default.", "."): tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)})
-    halves: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in state.items():
-        module, _, half = name.rpartition(".lora_")
-        if not module or half not in ("A.weight", "B.weight"):
-            raise ValueError(f"{path} holds {name}, which is no half of a LoRA; only plain LoRA adapters can be read")
-        halves.setdefault(module, {})[half[0]] = tensor
-    for module, pair in halves.items():
-        if len(pair) < 2 or pair["A"].shape[0] != pair["B"].shape[1]:
-            raise ValueError(f"{path}: the LoRA of {module} has {({half: list(t.shape) for half, t in pair.items()})}; A [r, in] and B [out, r] must share their rank r")
-    if len(ranks := {len(pair["A"]) for pair in halves.values()}) != 1:
-        raise ValueError(f"{path} holds LoRA modules of ranks {sorted(ranks)}; one rank is expected, because the scale alpha / rank is not in the file")
-    return {module: (pair["A"], pair["B"]) for module, pair in halves.items()}
-
-
-def merge(state: State, adapter: Adapter, scale: float, source: str) -> None:
-    """Add the adapter to the weights it belongs to; those become float32, so that nothing of it is rounded away yet.  ValueError where it is of another base."""
-    wrong = [m for m, (A, B) in adapter.items() if f"{m}.weight" not in state or state[f"{m}.weight"].shape != (len(B), A.shape[1])]
-    if wrong:
-        raise ValueError(f"{source} is the LoRA of another base: {len(wrong)} of its {len(adapter)} modules do not fit, first {wrong[0]}; give the base it was trained on")
-    for module, (A, B) in adapter.items():
-        state[f"{module}.weight"] = state[f"{module}.weight"].float() + scale * (B.float() @ A.float())
-
-
 def keeps_float32(name: str) -> bool:
     """Tensors that diffusers holds in float32 whatever the model's dtype: time embedding, modulation, norms."""
     return any(part in name.split(".") for part in WanTransformer3DModel._keep_in_fp32_modules)
-
-
-@torch.no_grad()
-def add_lora(pipeline: Pipeline, path: Path, scale: float) -> None:
-    """Merge a LoRA file into the generator's weights.  ValueError where it is of another base."""
-    parameters = dict(pipeline.generator.transformer.named_parameters())
-    adapter, state = adapter_of(read_checkpoint(path), path), dict(parameters)
-    merge(state, adapter, scale, str(path))
-    for module in adapter:
-        parameters[f"{module}.weight"].copy_(state[f"{module}.weight"])

@@ -18,7 +18,9 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, UMT5EncoderModel
 from transformers.utils.logging import disable_progress_bar
 
-from kvpo.common.files import first_line
+from kvpo.common.access import check_readable
+from kvpo.common.files import first_line, open_to_readers
+from kvpo.common.finite import check_finite
 from kvpo.generators.cache import FrameCache
 from kvpo.generators.causal_wan import CausalWan
 from kvpo.generators.flow import warped_sigmas
@@ -55,9 +57,11 @@ class Geometry:
     """Blocks between frames recorded to the bank."""
     bank_keep: int = 0
     """Of sink and bank, latent frames that each head reads, chosen by its queries (SMA); 0: all."""
+    first_steps: int = 0
+    """Denoise steps of a video's first block, which has no past to lean on; 0: as all others."""
 
     def __post_init__(self):
-        least = {"block": 1, "sink": 0, "window": -1, "latent_height": 1, "latent_width": 1, "fps": 1, "text_length": 1, "steps": 1, "bank": 0, "bank_every": 1, "bank_keep": 0}
+        least = {"block": 1, "sink": 0, "window": -1, "latent_height": 1, "latent_width": 1, "fps": 1, "text_length": 1, "steps": 1, "bank": 0, "bank_every": 1, "bank_keep": 0, "first_steps": 0}
         for name, low in least.items():
             if type(value := getattr(self, name)) is not int or value < low:
                 raise ValueError(f"{name} = {value!r} must be a whole number, {low} or more")
@@ -77,7 +81,12 @@ class Geometry:
 
     @property
     def sigmas(self) -> tuple[float, ...]:
+        """Of every block that may be explored: all but a video's first."""
         return warped_sigmas(self.steps, self.shift)
+
+    def sigmas_of(self, block: int) -> tuple[float, ...]:
+        """Of a block by its number."""
+        return warped_sigmas(self.first_steps, self.shift) if block == 0 and self.first_steps else self.sigmas
 
     @property
     def history(self) -> Deployed:
@@ -99,6 +108,7 @@ class Geometry:
 
     @classmethod
     def read(cls, path: Path) -> Geometry:
+        check_readable(path)
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: a pipeline folder needs it to know its block, sink and window; `kvpo pretrain` writes one, `kvpo.generators.pipeline.Geometry` says what belongs in it")
         try:
@@ -137,13 +147,17 @@ class Pipeline:
     ) -> Pipeline:
         """``vae_dtype``: default ``dtype``.  Without ``text_encoder`` only texts that are put into ``known`` can be asked for.
 
-        FileNotFoundError or ValueError, one line that names the file, for anything missing, broken, foreign or pickled."""
+        FileNotFoundError or ValueError, one line that names the file, for anything missing, broken, foreign or pickled; PermissionError for what may not be
+        read, FloatingPointError for weights that are not finite."""
         disable_progress_bar()  # transformers' own, one per component: stderr belongs to errors and to our bars
         folder = Path(folder)
+        check_readable(folder)
+        check_readable(folder / "model_index.json")
         if not (folder / "model_index.json").is_file():
             raise FileNotFoundError(f"{folder} is no pipeline folder: model_index.json is missing; give a folder in diffusers layout")
         geometry = Geometry.read(folder / "streaming.json")
         for part in ("transformer", "vae", "text_encoder", "tokenizer", "scheduler"):
+            _check_folder(folder / part)
             if not (folder / part).is_dir():
                 raise FileNotFoundError(f"{folder} is no whole pipeline folder: {part}/ is missing; copy it again, or give a folder in diffusers layout")
         transformer = _load(WanTransformer3DModel, folder / "transformer", dtype)
@@ -153,8 +167,10 @@ class Pipeline:
         scheduler = _load_weightless(FlowMatchEulerDiscreteScheduler, folder / "scheduler")
         geometry.check_grid(transformer.config.patch_size, str(folder / "streaming.json"))
         stock = WanPipeline(tokenizer, encoder, vae, scheduler, transformer)
-        for module in filter(None, (transformer, vae, encoder)):
-            module.requires_grad_(False).eval().to(device)
+        for part, module in (("transformer", transformer), ("vae", vae), ("text_encoder", encoder)):
+            if module is not None:
+                module.requires_grad_(False).eval().to(device)
+                check_finite(module.named_parameters(), str(folder / part), "its training went wrong, or a file was damaged")
         if torch.device(device).type == "cpu":
             use_channels_last(vae)
         return cls(CausalWan(transformer), vae, geometry, stock, str(folder))
@@ -200,6 +216,7 @@ class Pipeline:
         """Write the pipeline folder; the caller makes it atomic by moving it into place."""
         self.stock.save_pretrained(folder, safe_serialization=True)
         (Path(folder) / "streaming.json").write_text(json.dumps(asdict(self.geometry), indent=1) + "\n")
+        open_to_readers(Path(folder))
 
 
 def use_channels_last(vae: AutoencoderKLWan) -> None:
@@ -208,6 +225,13 @@ def use_channels_last(vae: AutoencoderKLWan) -> None:
     for p in vae.parameters():
         if p.dim() in formats:
             p.data = p.data.contiguous(memory_format=formats[p.dim()])
+
+
+def _check_folder(folder: Path) -> None:
+    """PermissionError where a folder, or a file in it, may not be read: before any reader calls it missing or broken."""
+    check_readable(folder)
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        check_readable(path)
 
 
 def _load(kind, folder: Path, dtype: torch.dtype):

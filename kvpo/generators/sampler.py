@@ -148,7 +148,7 @@ class Stream:
         def velocity(x: torch.Tensor, sigma: float) -> torch.Tensor:
             return self.model.velocity(x, sigma, text, frames, self.cache, past)
 
-        x0 = denoise_block(velocity, self.sampler, self.geometry.sigmas, self._rows(self.noise.start(block)), lambda i: self._rows(self.noise.renoise(block, i)), observe)
+        x0 = denoise_block(velocity, self.sampler, self.geometry.sigmas_of(block), self._rows(self.noise.start(block)), lambda i: self._rows(self.noise.renoise(block, i)), observe)
         self.model.commit(x0, text, frames, self.cache, past)
         self.blocks.append(x0)
         return x0

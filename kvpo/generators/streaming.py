@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Callable
+from typing import Callable, Iterable
 
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+
+from kvpo.common.finite import is_finite
 
 
 def latent_scale(vae: AutoencoderKLWan, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -24,25 +26,30 @@ class StreamingDecoder:
     def __init__(self, vae: AutoencoderKLWan):
         self.vae = vae
         self._cache: list = [None] * vae._cached_conv_counts["decoder"]
-        self._started = False
+        self._frames = 0
+        """Latent frames decoded so far."""
 
     def fork(self, rows: int) -> StreamingDecoder:
         """A decoder of ``rows`` streams that all continue from this one's state, which stays as it is."""
         other = StreamingDecoder(self.vae)
         # The convolutions replace their entries and never write into them, so sharing the memory is safe.
         other._cache = self._each(lambda x: x.expand(rows, *x.shape[1:]))
-        other._started = self._started
+        other._frames = self._frames
         return other
 
     def part(self, first: int, count: int) -> StreamingDecoder:
         """``count`` of the streams, which go on by themselves."""
         other = StreamingDecoder(self.vae)
-        other._cache, other._started = self._each(lambda x: x[first : first + count]), self._started
+        other._cache, other._frames = self._each(lambda x: x[first : first + count]), self._frames
         return other
 
     @torch.no_grad()
     def __call__(self, latents_BNCHW: torch.Tensor) -> torch.Tensor:
-        """Model latents [B, N, C, h, w] -> uint8 pixels [B, T, 3, H, W] RGB."""
+        """Model latents [B, N, C, h, w] -> uint8 pixels [B, T, 3, H, W] RGB.
+
+        FloatingPointError that names the frame where latents or pixels are not finite: as bytes these would be black.
+        """
+        self._check(latents_BNCHW.transpose(0, 1), "latents", "the generator has made them: look at its weights, or lower the learning rate they were trained at")
         mean, scale = latent_scale(self.vae, latents_BNCHW)
         if alone := len(latents_BNCHW) == 1 and latents_BNCHW.device.type == "cpu":
             # For a single float32 row torch leaves oneDNN for a convolution that takes twice the time of two rows here.
@@ -51,12 +58,22 @@ class StreamingDecoder:
         z = self.vae.post_quant_conv((latents_BNCHW * scale + mean).transpose(1, 2).to(self.vae.dtype))
         frames = []
         for i in range(z.shape[2]):
-            frames.append(self._pixels(self.vae.decoder(z[:, :, i : i + 1], feat_cache=self._cache, feat_idx=[0], first_chunk=not self._started)))
-            self._started = True
+            decoded = self.vae.decoder(z[:, :, i : i + 1], feat_cache=self._cache, feat_idx=[0], first_chunk=not self._frames)
+            self._check(decoded[None], "pixels", f"the VAE has made them of finite latents: decode in float32, not in {self.vae.dtype}, or look at its weights")
+            frames.append(self._pixels(decoded))
+            self._frames += 1
         pixels = torch.cat(frames, dim=1)
         if alone:
             pixels, self._cache = pixels[:1], self._each(lambda x: x[:1])
         return pixels
+
+    def _check(self, frames: Iterable[torch.Tensor], what: str, way_out: str) -> None:
+        """``frames``: one [B, ...] each, from the next to be decoded on."""
+        for frame, x in enumerate(frames, self._frames):
+            if not is_finite(x):
+                rows = [row for row, one in enumerate(x) if not is_finite(one)]
+                where = f"latent frame {frame}" + (f" of video {', '.join(map(str, rows))} of {len(x)}" if len(x) > 1 else "")
+                raise FloatingPointError(f"the {what} of {where} are NaN or infinite; {way_out}")
 
     def _pixels(self, decoded: torch.Tensor) -> torch.Tensor:
         """uint8 [B, T, 3, H, W], a quarter of the decoder's float32, frame by frame: a long video in float would not fit."""

@@ -15,6 +15,7 @@ import torch
 
 from kvpo.method.advantages import Advantage, UnsafePolicy
 from kvpo.distributed.ranks import Ranks
+from kvpo.common.finite import finite
 from kvpo.method.loss import ClippedObjective, entropy
 from kvpo.policy.policy import Policy
 from kvpo.method.replay import Replay
@@ -138,7 +139,11 @@ class Updater:
         return {"hold/distance": float(distance.detach()), "hold/grad_norm": norm}
 
     def step(self, last: bool = True) -> dict[str, float]:
-        """One optimizer update, the ``last`` on this step's groups or not.  FloatingPointError, before anything has changed, where a gradient is not finite."""
+        """One optimizer update, the ``last`` on this step's groups or not.
+
+        FloatingPointError, before anything has changed, where a gradient is not finite; and where
+        the update itself has made numbers that are not, after which `Policy.broken` forbids to save.
+        """
         rate = self.config.lr * min(1.0, (self.policy.updates + 1) / self.config.warmup)
         if all(p.grad is None for p in self.policy.parameters):  # every group of the step was skipped
             return {"optim/lr": rate, "optim/grad_norm": 0.0, "optim/grad_clipped": 0.0}
@@ -156,9 +161,22 @@ class Updater:
             torch.nn.utils.clip_grads_with_norm_(self.policy.parameters, self.config.clip, norm)
             metrics["optim/grad_clipped"] = float(norm > self.config.clip)
         self.optimizer.step()
+        self._refuse_broken()
         self.optimizer.zero_grad(set_to_none=True)
         self.policy.updated(last)
         return metrics | {"optim/drift": self.policy.drift()}
+
+    def _refuse_broken(self) -> None:
+        """FloatingPointError where the update has left a weight or a moment that is not finite; all ranks enter."""
+        policy, state = self.policy, self.optimizer.state
+        found = [[p.detach(), *(x for x in state[p].values() if x.dim())] for p in policy.parameters]
+        faults = policy.layout.total(torch.stack([(~torch.stack([finite(x) for x in xs]).all()).float() for xs in found]))
+        if bad := [name for name, fault in zip(policy.names, faults) if fault]:
+            policy.broken = True
+            raise FloatingPointError(
+                f"update {policy.updates} left numbers that are NaN or infinite in the weights or moments of {len(bad)} tensors, first {', '.join(bad[:3])}; it is "
+                "not saved. The checkpoints before it are whole: go on from the newest by --resume, or start a new run with a lower optimizer.lr or a larger optimizer.eps"
+            )
 
     def _add_clipped(self, losses: Iterable[torch.Tensor], share: float, row: Ranks, sketch: Sketch | None = None) -> tuple[float, torch.Tensor | None]:
         """Add the gradient of the losses' sum over the ranks of ``row`` to the step's, clipped by itself where groups are; its norm and its sketch before that.

@@ -68,6 +68,7 @@ def replayable(script: Script, fork: int, geometry: Geometry, cache_frames: int)
 def held_velocities(pipeline: Pipeline, rollout: Rollout, embeddings: Mapping[str, torch.Tensor], block: int, steps: Sequence[int] = ()) -> torch.Tensor:
     """v_SFCHW of a held block under the weights in the module; ``steps``: at these denoise steps only, ascending."""
     g = pipeline.geometry
-    frames, steps = list(range(block * g.block, (block + 1) * g.block)), sorted(steps) or list(range(len(g.sigmas)))
+    frames, sigmas = list(range(block * g.block, (block + 1) * g.block)), g.sigmas_of(block)
+    steps = sorted(steps) or list(range(len(sigmas)))
     text, past = embeddings[rollout.script.text(block)][None], g.history.past(frames[0], g.block)
-    return pipeline.generator.velocity(rollout.held[block][steps], torch.tensor(g.sigmas)[steps], text, frames, rollout.cache, past, [0] * len(steps))
+    return pipeline.generator.velocity(rollout.held[block][steps], torch.tensor(sigmas)[steps], text, frames, rollout.cache, past, [0] * len(steps))

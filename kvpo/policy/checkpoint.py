@@ -28,8 +28,10 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
+from kvpo.common.access import check_readable
 from kvpo.distributed.ranks import Lost, Ranks
 from kvpo.common.environment import packages
+from kvpo.common.files import open_to_readers
 from kvpo.policy.policy import Policy
 
 SETS = ("current", "behaviour", "average", "reference")
@@ -110,7 +112,8 @@ def at_step(folder: Path, step: int) -> Path:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
+    """Complete checkpoints, oldest first.  PermissionError where they may not be looked for: a run would begin anew beside them."""
+    check_readable(folder)
     return sorted(p for p in folder.glob("step-*") if (p / "state.json").is_file())
 
 
@@ -120,8 +123,10 @@ def _up_to(target: Path) -> list[Path]:
 
 
 def newest_whole(found: Sequence[Path], say: Callable[[str], None]) -> Path:
-    """The newest one that can be read; those after it are named to ``say``.  ValueError where there is none."""
+    """The newest one that is whole; those after it are named to ``say``.  ValueError where there is none, PermissionError where one may not be read."""
     for checkpoint in reversed(found):
+        for name in ("", "state.json", *(p.name for p in checkpoint.glob("*.safetensors"))):
+            check_readable(checkpoint / name)  # one that may not be read is not broken: no older one is taken in its place
         try:
             _shapes(checkpoint)
             _refuse_changed(checkpoint)
@@ -133,6 +138,7 @@ def newest_whole(found: Sequence[Path], say: Callable[[str], None]) -> Path:
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / "state.json"
+    check_readable(path)
     try:
         state = json.loads(path.read_text())
         missing = [key for key in ("step", "updates", "lag", "optimizer_steps", "config") if key not in state]
@@ -181,6 +187,7 @@ def _put_back(checkpoint: Path, policy: Policy, optimizer: torch.optim.Optimizer
 def _shapes(checkpoint: Path) -> dict[str, Any]:
     """Name -> metadata of all that is in it, after a look at the header of every file."""
     for name in read_state(checkpoint).get("files", [WHOLE]):
+        check_readable(checkpoint / name)
         try:
             with safe_open(checkpoint / name, framework="pt"):
                 pass
@@ -218,6 +225,7 @@ def _read(checkpoint: Path, into: dict[str, torch.Tensor]) -> None:
 def _write_file(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     try:
         save_file({name: w.contiguous() for name, w in tensors.items()}, path)
+        open_to_readers(path)
     except SafetensorError as error:
         raise OSError(str(error)) from None
 
@@ -232,6 +240,7 @@ def _write_shards(tensors: Mapping[str, torch.Tensor], part: Path, ranks: Ranks)
 
 def _finish(part: Path, target: Path, state: Mapping[str, Any]) -> None:
     """The manifest, and then the name that makes it count."""
+    open_to_readers(part)
     files = sorted(path.name for path in part.iterdir())
     (part / "state.json").write_text(json.dumps({**state, "files": files, "digests": {name: _digest(part / name) for name in files}}))
     _flush(part)

@@ -66,6 +66,8 @@ class Policy:
         self._at_hand: dict[int, Sequence[torch.Tensor]] = {}
         self.updates = self.lag = 0
         """Optimizer updates in all, and since the last sync."""
+        self.broken = False
+        """An update has made the weights, or the optimizer's moments, not finite: they may not be saved."""
 
     @property
     def num_trainable(self) -> int:

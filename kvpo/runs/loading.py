@@ -9,6 +9,7 @@ import yaml
 
 from kvpo.policy.checkpoint import at_step, checkpoints, read_tensors
 from kvpo.config import RunConfig, from_dict
+from kvpo.common.finite import check_finite
 from kvpo.generators.pipeline import Pipeline
 from kvpo.evaluation.goodhart import history, judge
 from kvpo.mini import WEIGHTS
@@ -40,6 +41,7 @@ def load_generator(spec: str, device: torch.device | str = "cpu", vae_dtype: str
     config = run_config(Path(run))
     pipeline = load_pipeline(config.pipeline, device, vae_dtype, dtype or config.dtype)
     policy, tensors = Policy(pipeline.generator, config.policy, config.seed), read_tensors(checkpoint, f"{SETS[which]}.")
+    check_finite(tensors.items(), str(checkpoint), "go back to a checkpoint before it, or export RUN:start")
     for name, p in zip(policy.names, policy.parameters):
         p.data.copy_(tensors[f"{SETS[which]}.{name}"])
     policy.layout.refresh()

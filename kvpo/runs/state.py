@@ -77,8 +77,8 @@ class RunState:
         return self._held.__exit__(*error)
 
     def save(self, best: int) -> None:
-        """Begin a checkpoint, unless the last one is of now; ``best``: step of one that stays."""
-        if self.done > self.saved:
+        """Begin a checkpoint, unless the last one is of now, or the weights are broken; ``best``: step of one that stays."""
+        if self.done > self.saved and not self.policy.broken:
             self.saver.begin(self.done, self.optimizer, self._identity, best, self.agreement.state())
             self.saved = self.done
 

@@ -9,14 +9,18 @@ import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 from peft import PeftModel
 from released import new_wan, original_folder, released_state
+from safetensors.torch import load_file
 from test_align import align, settings, write_recipe
 from tiny import CHANNELS, TEXT_DIM, draw, new_transformer
 
 from kvpo.commands import main as cli
 from kvpo.convert.export_formats import WRITERS
+from kvpo.convert.lora import add_lora
+from kvpo.convert.wan_base import copy_tree
 from kvpo.generators.causal_wan import CausalWan
 from kvpo.common.weights import account, read_checkpoint
-from kvpo.convert.wan_names import adapter_of, generator_state, merge
+from kvpo.convert.wan_names import diffusers_to_original, generator_state, original_to_diffusers
+from kvpo.convert.lora import adapter_of, merge
 from kvpo.generators.pipeline import Pipeline
 from kvpo.runs.loading import load_generator
 
@@ -76,7 +80,32 @@ def load_original_merged(folder: Path, base: Path):
     return transformer
 
 
-LOADERS = {"pipeline": load_pipeline, "diffusers-lora": load_diffusers_lora, "peft": load_peft, "original-lora": load_original_lora, "original-merged": load_original_merged}
+def load_comfyui_lora(folder: Path, base: Path):
+    """As ComfyUI patches a model: every weight of `diffusion_model` by alpha / rank times up times down, each key used up."""
+    transformer, patches = WanTransformer3DModel.from_pretrained(base / "transformer"), load_file(folder / "lora.safetensors")
+    weights = {f"diffusion_model.{n}": t for n, t in diffusers_to_original(transformer.state_dict()).items()}
+    for name in list(weights):
+        module = name.removesuffix(".weight")
+        if (down := patches.pop(f"{module}.lora_down.weight", None)) is not None:
+            up, alpha = patches.pop(f"{module}.lora_up.weight"), patches.pop(f"{module}.alpha")
+            assert alpha.shape == () and alpha.dtype == torch.float32
+            weights[name] = weights[name] + alpha.item() / down.shape[0] * (up.float() @ down.float())
+    assert not patches, f"lora keys not loaded: {sorted(patches)[:3]}"
+    transformer.load_state_dict(original_to_diffusers({n.removeprefix("diffusion_model."): t for n, t in weights.items()}))
+    return transformer
+
+
+def load_comfyui_merged(folder: Path, base: Path):
+    transformer, state = WanTransformer3DModel.from_pretrained(base / "transformer"), load_file(folder / "model.safetensors")
+    assert all(name.startswith("model.diffusion_model.") for name in state) and "model.diffusion_model.blocks.0.self_attn.q.weight" in state
+    transformer.load_state_dict(original_to_diffusers({n.removeprefix("model.diffusion_model."): t for n, t in state.items()}))
+    return transformer
+
+
+LOADERS = {
+    "pipeline": load_pipeline, "diffusers-lora": load_diffusers_lora, "peft": load_peft, "original-lora": load_original_lora, "original-merged": load_original_merged,
+    "comfyui-lora": load_comfyui_lora, "comfyui-merged": load_comfyui_merged,
+}  # fmt: skip
 
 
 def test_every_format_has_its_loader():
@@ -90,10 +119,12 @@ def test_the_stock_loader_finds_the_run_s_model(capsys, runs, folder, tmp_path, 
     expected = velocity(load_generator(f"{runs['lora']}:{which}")[0].generator.transformer)
     torch.testing.assert_close(velocity(LOADERS[format](tmp_path / "out", folder)), expected, rtol=0, atol=2e-5)
     assert (expected - velocity(WanTransformer3DModel.from_pretrained(folder / "transformer"))).abs().max() > 1e-2, "the run has moved its weights far above the tolerance"
-    assert str(folder) in (tmp_path / "out" / "README.md").read_text()
+    assert f"`{folder.name}`" in (tmp_path / "out" / "README.md").read_text()
+    texts = [p.read_text() for p in (tmp_path / "out").rglob("*") if p.suffix in (".md", ".json")]
+    assert not any(str(tmp_path.parent) in text or str(folder.parent) in text for text in texts), "no path of this machine"
 
 
-@pytest.mark.parametrize("format", ["pipeline", "original-merged"])
+@pytest.mark.parametrize("format", ["pipeline", "original-merged", "comfyui-merged"])
 def test_all_weights(capsys, runs, folder, tmp_path, format):
     assert run(capsys, runs["full"], "--format", format, "--out", tmp_path / "out") == (0, "")
     expected = load_generator(f"{runs['full']}:ema")[0].generator.transformer.state_dict()
@@ -112,6 +143,55 @@ def test_the_exported_folder_is_a_generator(capsys, runs, tmp_path):
     run(capsys, runs["lora"], "--format", "pipeline", "--out", tmp_path / "out")
     assert cli.main(["generate", str(tmp_path / "out"), "--prompt", "a red circle rises slowly", "--blocks", "2", "--out", str(tmp_path / "video")]) == 0
     assert (tmp_path / "video" / "000.mp4").stat().st_size > 0
+
+
+@pytest.mark.parametrize("name", ["lora.safetensors", "pytorch_lora_weights.safetensors", "adapter"])
+def test_an_exported_adapter_is_read_here(capsys, runs, folder, tmp_path, name):
+    """By the reader of LoRAs that `generate` and `import` have, at the scale that it was trained at."""
+    format = {"lora.safetensors": "comfyui-lora", "pytorch_lora_weights.safetensors": "diffusers-lora", "adapter": "peft"}[name]
+    run(capsys, runs["lora"], "--format", format, "--out", tmp_path / "adapter")
+    pipeline = Pipeline.load(folder)
+    add_lora(pipeline, tmp_path / "adapter" / ("" if name == "adapter" else name), 1.0)
+    expected = velocity(load_generator(str(runs["lora"]))[0].generator.transformer)
+    torch.testing.assert_close(velocity(pipeline.generator.transformer), expected, rtol=0, atol=2e-5)
+
+
+def test_an_export_is_no_link_into_what_is_installed(capsys, runs, folder, tmp_path):
+    """Every file was a second name of the source's: an edit of an export's config.json changed the installed weights' own."""
+    run(capsys, runs["lora"], "--format", "pipeline", "--out", tmp_path / "out")
+    before = {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    for path in (tmp_path / "out").rglob("*"):
+        if path.is_file():
+            assert path.stat().st_nlink == 1, path
+            with path.open("ab") as file:
+                file.write(b" ")
+    assert before == {p: p.read_bytes() for p in before}
+
+
+def test_only_large_weights_are_linked(tmp_path, monkeypatch):
+    """Eleven gigabytes of a text encoder have a second name; what is small, or is no weights, is copied, out of a hub's cache of links too."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
+    blobs.mkdir(), snapshot.mkdir()
+    for name, size in (("model.safetensors", 200), ("small.safetensors", 50), ("tokenizer.json", 500)):
+        (blobs / name).write_bytes(b"x" * size)
+        (blobs / name).chmod(0o400)
+        (snapshot / name).symlink_to(blobs / name)
+    monkeypatch.setattr("kvpo.convert.wan_base.LARGE", 100)
+    copy_tree(snapshot, tmp_path / "out")
+    same = {p.name: p.samefile(blobs / p.name) for p in (tmp_path / "out").iterdir()}
+    assert same == {"model.safetensors": True, "small.safetensors": False, "tokenizer.json": False}
+    assert not any(p.is_symlink() for p in (tmp_path / "out").iterdir())
+    assert (tmp_path / "out" / "tokenizer.json").stat().st_mode & 0o200, "and can be edited, although the cache's is read-only"
+
+
+def test_the_card_s_code_runs(capsys, runs, tmp_path, monkeypatch):
+    """What an exported pipeline's README says: stock diffusers runs it bidirectionally, and this code runs it as a stream."""
+    run(capsys, runs["lora"], "--format", "pipeline", "--out", tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "Stock diffusers (`WanPipeline`) runs\nthem bidirectionally" in text and "kvpo generate out --prompt" in text
+    monkeypatch.chdir(tmp_path)
+    exec(text.split("```python\n")[1].split("```")[0].replace("blocks=13", "blocks=2"), {})
+    assert (tmp_path / "video.mp4").stat().st_size > 0
 
 
 def test_import_run_export_import(capsys, tmp_path):
@@ -138,7 +218,7 @@ def test_import_run_export_import(capsys, tmp_path):
 # --- What is refused ---
 
 
-@pytest.mark.parametrize("format", ["diffusers-lora", "peft", "original-lora"])
+@pytest.mark.parametrize("format", ["diffusers-lora", "peft", "original-lora", "comfyui-lora"])
 def test_no_adapter_in_a_run_of_all_weights(capsys, runs, tmp_path, format):
     code, err = run(capsys, runs["full"], "--format", format, "--out", tmp_path / "out")
     assert code == 1 and "trained all weights; export it as pipeline or original-merged" in err and not (tmp_path / "out").exists()

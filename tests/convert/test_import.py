@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from kvpo.commands import main as cli
 from kvpo.convert.wan_base import open_base
 from kvpo.generators.causal_wan import CausalWan
-from kvpo.convert.wan_names import adapter_of, merge
+from kvpo.convert.lora import adapter_of, merge
 from kvpo.generators.pipeline import Geometry, Pipeline
 from kvpo.convert.import_released import FORMATS
 
@@ -133,11 +133,14 @@ def test_the_vae_is_found_by_its_names(original):
     assert len(names) == len(AutoencoderKLWan(base_dim=4).state_dict())
 
 
-def test_a_linked_part_is_no_copy(capsys, tmp_path, diffusers_base):
+def test_a_linked_part_is_no_copy(capsys, tmp_path, diffusers_base, monkeypatch):
+    """Of large weights; the config beside them is a file of its own."""
+    monkeypatch.setattr("kvpo.convert.wan_base.LARGE", 1)
     (file,) = write_files(tmp_path, "causal-forcing")
     run(capsys, file, tmp_path / "out", "--format", "causal-forcing", "--base", diffusers_base)
     weights = Path("text_encoder/model.safetensors")
     assert (tmp_path / "out" / weights).samefile(diffusers_base / weights)
+    assert not (tmp_path / "out" / "text_encoder" / "config.json").samefile(diffusers_base / "text_encoder" / "config.json")
 
 
 # --- Golden ---

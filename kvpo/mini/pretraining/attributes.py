@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from kvpo.common.files import open_to_readers
 from kvpo.mini.stories import write_story
 from kvpo.mini.world import COLOURS, PILLAR, PLACES, SHAPES, SIZE, SIZES, backdrop, coverage
 from kvpo.mini.rewards.attributes import HEADS, WEIGHTS, AttributeNet
@@ -154,6 +155,7 @@ def save(network: AttributeNet, path: Path, about: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     save_file({k: v.contiguous() for k, v in network.state_dict().items()}, str(temporary), metadata={"card": json.dumps(about)})
+    open_to_readers(temporary)
     os.replace(temporary, path)
 
 

@@ -9,6 +9,7 @@ from typing import Any, Sequence
 
 import torch
 
+from kvpo.common.access import check_readable
 from kvpo.common.files import first_line
 
 HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
@@ -22,6 +23,7 @@ def find(reward: str, name: str, wanted: Sequence[str]) -> Path:
     ValueError that names ``reward``, what is missing and the way out.
     """
     path = Path(name).expanduser()
+    check_readable(path)
     if path.exists():
         return path
     if not re.fullmatch(HUB_ID, name):
@@ -41,6 +43,7 @@ def find(reward: str, name: str, wanted: Sequence[str]) -> Path:
 def file_in(reward: str, found: Path, name: str) -> Path:
     """``found`` itself if it is a file, else the file ``name`` in it.  ValueError if it is not there."""
     path = found if found.is_file() else found / name
+    check_readable(path)
     if not path.is_file():
         raise ValueError(f"reward {reward!r}: {path} is not there; give the file, or a folder that holds {name}")
     return path
@@ -73,12 +76,15 @@ def load_stock(reward: str, kind: type, folder: Path) -> torch.nn.Module:
 def weight_files(reward: str, folder: Path) -> list[Path]:
     """Its safetensors.  ValueError if there are none."""
     if files := sorted(folder.glob("model*.safetensors")):
+        for file in files:
+            check_readable(file)
         return files
     raise ValueError(f"reward {reward!r}: {folder} holds no model*.safetensors; pickled weights are not read, convert them")
 
 
 def read_json(reward: str, path: Path) -> dict[str, Any]:
-    """ValueError if it is missing or broken."""
+    """PermissionError; ValueError if it is missing or broken."""
+    check_readable(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -1,0 +1,42 @@
+"""Numbers that are not finite: found before they become a black video or a checkpoint."""
+
+from __future__ import annotations
+
+from typing import Iterable
+
+import torch
+
+
+def finite(tensor: torch.Tensor) -> torch.Tensor:
+    """Whether no number in it is NaN or infinite, as a bool tensor where ``tensor`` lies; one pass
+    that allocates nothing, also over gigabytes.
+    """
+    if not tensor.numel() or not tensor.dtype.is_floating_point:
+        return torch.ones((), dtype=torch.bool, device=tensor.device)
+    if tensor.dtype.itemsize == 1:  # torch has no minimum of float8
+        tensor = tensor.float()
+    low, high = tensor.detach().aminmax()
+    return low.isfinite() & high.isfinite()
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    return bool(finite(tensor))
+
+
+def not_finite(named: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
+    """Every tensor that holds such numbers, with how many."""
+    return [
+        f"{name} ({int((~t.isfinite()).sum())} of {t.numel()} numbers)"
+        for name, t in named
+        if not is_finite(t)
+    ]
+
+
+def check_finite(named: Iterable[tuple[str, torch.Tensor]], source: str, way_out: str) -> None:
+    """FloatingPointError that names ``source`` and its tensors where one is not finite."""
+    if faults := not_finite(named):
+        listed = ", ".join(faults[:3]) + (" ..." if len(faults) > 3 else "")
+        raise FloatingPointError(
+            f"{source} holds numbers that are NaN or infinite, in {len(faults)} tensors: {listed}; "
+            f"{way_out}"
+        )
