@@ -84,7 +84,7 @@ SETS = {
 
 def read(path: Path, start: float, count: int, width: int) -> tuple[np.ndarray, float]:
     """uint8 [T, C, H, W] and its rate, the whole fraction of the file's nearest to 16 frames a second."""
-    with av.open(str(path)) as container:
+    with path.open("rb") as file, av.open(file) as container:
         rate = float(container.streams.video[0].average_rate)
         every, first = max(1, round(rate / 16)), round(start * rate)
         frames = []

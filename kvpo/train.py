@@ -25,6 +25,7 @@ from kvpo.common.environment import make_reproducible, pick_device, take_peak
 from kvpo.method.explorers import Explorer
 from kvpo.generators.embeddings import load_with_texts
 from kvpo.generators.pipeline import Pipeline
+from kvpo.generators.readable import check_prompts
 from kvpo.method.kept_groups import Kept, Learnt, all_updates
 from kvpo.runs.loading import folder_of, load_pipeline
 from kvpo.common.metrics import MetricLog, NoLog, console_line
@@ -65,11 +66,15 @@ class Alignment:
         self.column, self.row = self.ranks.split(config.branch_parallel, config.patience)
         """The ranks with other groups, and those that share this one's."""
         self.column.share(config.groups)
-        self.judges, self.advantages = judges(config, self.device)
+        with progress.timed("loading the rewards"):
+            self.judges, self.advantages = judges(config, self.device)
         self.rewards = trained(self.judges)
         refuse_frozen(self.rewards, calibration_clips(config), self.advantages.weights)
         self.source, self.scripts = script_source(config), evaluation_scripts(config)  # read now: a malformed file must not show itself after the training
-        self.pipeline = self._load_pipeline()
+        written = (*self.source.scripts, *self.scripts) if isinstance(self.source, PromptSet) else self.scripts
+        check_prompts(folder_of(config.pipeline), written, progress.warn)
+        with progress.timed("loading the generator"):
+            self.pipeline = self._load_pipeline()
         if config.gradient_checkpointing:
             self.pipeline.generator.transformer.enable_gradient_checkpointing()
         self.policy = Policy(self.pipeline.generator, config.policy, config.seed, self.ranks)
@@ -79,7 +84,7 @@ class Alignment:
         config.energy.step_weights(self.pipeline.geometry.sigmas)  # refused now where they do not fit the generator's steps
         config.velocity_penalty.check(self.pipeline.geometry)
         self.sampler = SAMPLERS[config.sampler]
-        self.phases = Phases(self.ranks.tell)
+        self.phases = Phases(self._tell, progress.ended)
         self.silent = 0
         """Groups that could not be measured, the last ones on end."""
         self.state = RunState(config, out, progress, self.ranks, self.pipeline, self.policy, self.updater.optimizer, self.source, self.agreement)
@@ -99,6 +104,11 @@ class Alignment:
             self.ranks.only_first(lambda: write_report(self.out))
         return self.out / "report.html"
 
+    def _tell(self, doing: str) -> None:
+        """What begins now, to those who wait for this rank and to who watches."""
+        self.ranks.tell(doing)
+        self.progress.phase(doing.rstrip(","))
+
     @property
     def done(self) -> int:
         """Steps in all."""
@@ -112,7 +122,7 @@ class Alignment:
             metrics = self.step(self.done)
             log.write(self.done, metrics)
             self.state.done += 1
-            bar.advance(console_line(self.done, metrics))
+            bar.advance(console_line(self.done, metrics, self.config.steps), log=True)
             if self.done % self.config.checkpoint.every == 0 or self.trials.due(self.done):
                 self._save()
             if self.trials.due(self.done):
@@ -292,7 +302,7 @@ class Alignment:
             return load_pipeline(config.pipeline, self.device, config.vae_dtype, config.dtype)
         texts = sorted({text for script in (*self.source.scripts, *self.scripts) for text in script.texts})
         with self.progress.bar("embed prompts", len(texts)) as bar:
-            return load_with_texts(folder_of(config.pipeline), texts, self.device, getattr(torch, config.dtype), getattr(torch, config.vae_dtype), bar.move_to)
+            return load_with_texts(folder_of(config.pipeline), texts, self.device, getattr(torch, config.dtype), getattr(torch, config.vae_dtype), bar.move_to, self.progress.warn)
 
     def embed(self, script: Script) -> dict[str, torch.Tensor]:
         """Prompt -> [L, D]."""

@@ -31,6 +31,8 @@ class Script:
     """First block of every segment; ``starts[0] == 0``, strictly increasing."""
     blocks: int
     """Length of the video in blocks."""
+    source: str = field(default="", repr=False, compare=False)
+    """Where a person can find it, such as file and line; it says nothing of what the script is."""
 
     def __post_init__(self):
         if not self.texts or len(self.texts) != len(self.starts):
@@ -48,6 +50,10 @@ class Script:
         if not 0 <= block < self.blocks:
             raise ValueError(f"script {self.id!r} has no block {block}; its {self.blocks} blocks count from 0")
         return max(i for i, start in enumerate(self.starts) if start <= block)
+
+    def place(self, segment: int) -> str:
+        """Where a person finds one of its prompts."""
+        return (self.source or f"script {self.id!r}") + (f", prompt {segment + 1}" if len(self.texts) > 1 else "")
 
     def text(self, block: int) -> str:
         return self.texts[self.segment(block)]

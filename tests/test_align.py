@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from tiny import Warmth, story
+from tiny import BLUE, RED, Warmth, story
 
 from kvpo.commands import main as cli
 from kvpo.train import Alignment
@@ -116,6 +116,24 @@ def test_resume_is_the_uninterrupted_run(straight, tmp_path):
     assert records(tmp_path / "run", evaluations=False) == records(out, evaluations=False)
     assert records(tmp_path / "run")[-1] == records(out)[-1], "and the last evaluation"
     assert yaml.safe_load((tmp_path / "run" / "config.resolved.yaml").read_text())["steps"] == 4, "the folder says what was asked last"
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["run", "run before digests of files"])
+def test_a_run_whose_prompt_file_moved_resumes(folder, tmp_path, capsys, old):
+    """The same file in another folder was another run: `data.prompts: a/p.txt -> b/p.txt`."""
+    for name, text in (("a", f"{RED}\n{BLUE}\n"), ("b", f"{RED}\n{BLUE}\n"), ("c", f"{RED}\n{RED}\n")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "p.txt").write_text(text)
+    recipe = write_recipe(tmp_path / "r.yaml", settings(folder, steps=2, data={"prompts": str(tmp_path / "a" / "p.txt"), "blocks": 6}))
+    assert align(recipe, tmp_path / "run", "--steps", "1") == 0
+    if old:
+        facts = tmp_path / "run" / "environment.json"
+        facts.write_text(json.dumps({k: v for k, v in json.loads(facts.read_text()).items() if k != "prompt_files"}))
+    (tmp_path / "a" / "p.txt").unlink()
+    assert align(recipe, tmp_path / "run", "--resume", "--data.prompts", str(tmp_path / "c" / "p.txt")) == 1
+    assert "was run with other settings, data.prompts" in capsys.readouterr().err
+    assert align(recipe, tmp_path / "run", "--resume", "--data.prompts", str(tmp_path / "b" / "p.txt")) == 0
+    assert [p.name for p in checkpoints(tmp_path / "run" / "checkpoints")][-1] == "step-000002"
 
 
 def test_a_run_that_is_older_than_a_setting_resumes(straight, tmp_path):

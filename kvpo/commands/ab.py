@@ -9,16 +9,17 @@ from typing import Sequence
 
 from kvpo.commands.options import Positional
 from kvpo.common.environment import command, pick_device
-from kvpo.common.files import must_be_new
+from kvpo.common.files import must_be_new, try_folder
 from kvpo.common.progress import Progress
 from kvpo.config import RunConfig, load_config, recipe_path
 from kvpo.evaluation.ab_pairs import Pair, check_alike, claim, draw_pairs
 from kvpo.generators.generate import write_missing
 from kvpo.generators.pipeline import Geometry
+from kvpo.generators.readable import check_prompts
 from kvpo.generators.sampler import SAMPLERS
 from kvpo.pages.ab import QUESTIONS, write_page
 from kvpo.runs.build import evaluation_scripts
-from kvpo.runs.loading import load_generator
+from kvpo.runs.loading import load_generator, pipeline_folder
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,9 @@ class Ab:
         config = replace(config, evaluate=replace(config.evaluate, scripts=self.scripts, prompts=self.prompts or config.evaluate.prompts))
         config = replace(config, data=replace(config.data, blocks=self.blocks or config.data.blocks))
         pairs, progress = draw_pairs(evaluation_scripts(config), self.seeds, config.evaluate.seed), Progress()
+        try_folder(self.out)
+        for name in (self.a, self.b):
+            check_prompts(pipeline_folder(name), [pair.script for pair in pairs], progress.warn)
         geometry = self.write_videos("a", pairs, config, progress)
         self.write_videos("b", pairs, config, progress, geometry)
         study = hashlib.blake2b((self.out / "key.json").read_bytes(), digest_size=8).hexdigest()
@@ -62,5 +66,5 @@ class Ab:
         check_alike(other or pipeline.geometry, pipeline.geometry)
         claim(self.out / "key.json", {name: label, "sampler": config.sampler, "pairs": [pair.record for pair in pairs]})
         paths = [self.out / "page" / f"{number:03d}-{pair.side(name)}.mp4" for number, pair in enumerate(pairs)]
-        write_missing(pipeline, SAMPLERS[config.sampler], [(pair.script, pair.seed, path) for pair, path in zip(pairs, paths)], label, progress)
+        write_missing(pipeline, SAMPLERS[config.sampler], [(pair.script, pair.seed, path) for pair, path in zip(pairs, paths)], label, progress, blind=True)
         return pipeline.geometry

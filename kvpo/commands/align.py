@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvpo.commands.options import Positional, Settings
+from kvpo.commands.options import Positional
+from kvpo.commands.settings import Settings
+from kvpo.common.environment import pick_device
+from kvpo.common.files import try_folder
 from kvpo.common.progress import Progress
+from kvpo.common.wording import count_of
 from kvpo.distributed.ranks import leave
 from kvpo.distributed.signals import Stopped, ending_at_once
 from kvpo.runs.state import restarted_here
@@ -28,9 +32,13 @@ class Align:
     """With --resume, take settings that differ from the run's: patience, branch_parallel, policy.shard, and those of what is shown, evaluated and kept.  steps needs no asking."""
 
     def __call__(self) -> None:
+        if self.override and not self.resume:
+            raise ValueError("--override lets a resumed run take other settings, and without --resume a new run begins; give both, or leave it out")
         progress, run = Progress(self.out / "logs"), None
         with ending_at_once():
             try:
+                try_folder(self.out)
+                progress.log(self.plan())
                 run = Alignment(self.settings, self.out, progress)
                 again = run.ranks.gather(restarted_here(self.out))  # torchrun counts on every node by itself
                 report = run.run(self.resume or any(again), self.override)
@@ -42,3 +50,10 @@ class Align:
                     progress.say(f"stopped by {stop}; nothing was begun")
             finally:
                 leave()
+
+    def plan(self) -> str:
+        """What will be done, in one line."""
+        s = self.settings
+        work = f"{count_of(s.steps, 'step')} of {count_of(s.groups, 'group')} with {s.rollout.branches} branches, videos of {count_of(s.data.blocks, 'block')}"
+        looks = f"evaluated every {count_of(s.evaluate.every, 'step')}" if s.evaluate.every else "evaluated at the end"
+        return f"kvpo align {self.recipe} in {self.out} on {pick_device(s.device)}: {work}, {looks}, saved every {count_of(s.checkpoint.every, 'step')}"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvpo.commands.options import Positional, Settings
+from kvpo.commands.options import Positional
+from kvpo.commands.settings import Settings
 from kvpo.doctor.doctor import examine
 
 

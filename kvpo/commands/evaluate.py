@@ -7,15 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kvpo.commands.options import Positional
-from kvpo.common.environment import command, pick_device
-from kvpo.common.files import write_atomic
+from kvpo.common.environment import command, git_commit, pick_device
+from kvpo.common.files import say_replaced, try_file, unused, write_atomic
 from kvpo.common.progress import Progress
 from kvpo.config import load_config, recipe_path
 from kvpo.evaluation.evaluate import compare, enough_scripts, evaluate, kinds_of, table, write_comparison
+from kvpo.generators.readable import check_prompts
 from kvpo.generators.sampler import SAMPLERS
 from kvpo.rewards.scorer import load_rewards
 from kvpo.runs.build import evaluation_scripts, trained_families, unseen
-from kvpo.runs.loading import load_generator
+from kvpo.runs.loading import load_generator, pipeline_folder
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,11 @@ def evaluate_command(args: Evaluate) -> None:
     if args.blocks:
         config = replace(config, data=replace(config.data, blocks=args.blocks))
     device, scripts, progress = pick_device(args.device), evaluation_scripts(config), Progress()
+    out = unused(args.out) if args.out == Evaluate.out else args.out
+    try_file(out)
+    for spec in filter(None, (args.generator, args.against)):
+        check_prompts(pipeline_folder(spec), scripts, progress.warn)
+    say_replaced([out], progress.say)
     rewards = load_rewards(config.rewards, device)
     kinds = kinds_of(rewards, args.seeds, trained_families(args.generator) | trained_families(args.against))
     scored, labels = [], []
@@ -63,11 +69,11 @@ def evaluate_command(args: Evaluate) -> None:
         progress.say(table(rows, "A", "B"))
         progress.say(f"A = {labels[0]}, B = {labels[1]}, {len(scripts)} scripts, {args.seeds} video{'s' * (args.seeds > 1)} of each, seed {args.seed}")
         progress.say(enough_scripts(rows))
-        write_comparison(args.out, rows, *labels, scripts, config.evaluate, command(), unseen(config))
+        write_comparison(out, rows, *labels, scripts, config.evaluate, command(), unseen(config))
     else:
         for name, kind, r_N in zip(scored[0].components, kinds, scored[0].r_KN):
             progress.say(f"{name:<20} {kind:<9} mean {r_N.nanmean():.4f}  scripts {int(r_N.isfinite().sum())}")
         means = {name: float(r_N.nanmean()) if r_N.isfinite().any() else None for name, r_N in zip(scored[0].components, scored[0].r_KN)}
-        record = {"label": labels[0], "means": means, "scripts": len(scripts), "videos": args.seeds, "seed": args.seed, "command": command()}
-        write_atomic(args.out, json.dumps(record, indent=1, allow_nan=False) + "\n")
-    progress.say(f"written to {args.out}")
+        record = {"label": labels[0], "means": means, "scripts": len(scripts), "videos": args.seeds, "seed": args.seed, "command": command(), "commit": git_commit()}
+        write_atomic(out, json.dumps(record, indent=1, allow_nan=False) + "\n")
+    progress.say(f"written to {out}")

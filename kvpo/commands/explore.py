@@ -8,10 +8,14 @@ from typing import Literal
 
 import torch
 
-from kvpo.commands.options import Positional, Settings
+from kvpo.commands.options import Positional
+from kvpo.commands.settings import Settings
 from kvpo.common.environment import pick_device
+from kvpo.common.files import say_replaced, try_folder, unused
 from kvpo.common.progress import Progress
+from kvpo.common.provenance import about_video, write_beside
 from kvpo.common.timing import Phases
+from kvpo.generators.readable import check_prompts
 from kvpo.generators.sampler import SAMPLERS
 from kvpo.method.replay import CONTEXTS, Replay
 from kvpo.method.rollout import roll_out
@@ -19,7 +23,7 @@ from kvpo.method.score import pixel_diversity, score
 from kvpo.method.update import GroupUpdate
 from kvpo.report.samples import show_group
 from kvpo.runs.build import evaluation_scripts, judges
-from kvpo.runs.loading import load_generator
+from kvpo.runs.loading import load_generator, pipeline_folder
 
 
 @dataclass(frozen=True)
@@ -44,24 +48,30 @@ class Explore:
 
 def explore_command(args: Explore) -> None:
     config, device, progress, phases = args.settings, pick_device(args.settings.device), Progress(), Phases()
-    pipeline, label = load_generator(args.generator or config.pipeline, device, config.vae_dtype, config.dtype)
-    scripts = evaluation_scripts(config)
+    scripts, generator = evaluation_scripts(config), args.generator or config.pipeline
     if not 0 <= args.script < len(scripts):
         raise ValueError(f"--script {args.script} does not exist: the recipe has evaluation scripts 0 to {len(scripts) - 1}")
-    script = scripts[args.script]
-    embeddings = dict(zip(script.texts, pipeline.encode_text(script.texts)))
+    if args.fork < -1:
+        raise ValueError(f"--fork {args.fork} is no block; give its number, or -1 for a drawn one")
+    script, out = scripts[args.script], unused(args.out) if args.out == Explore.out else args.out
+    try_folder(out)
+    check_prompts(pipeline_folder(generator), [script], progress.warn)
+    say_replaced([out / "groups" / "step-000000"], progress.say)
     rewards, advantages = judges(replace(config, rewards=tuple(config.rewards_of("train"))), device)
+    pipeline, label = load_generator(generator, device, config.vae_dtype, config.dtype)
+    embeddings = dict(zip(script.texts, pipeline.encode_text(script.texts)))
     fork, explorer = None if args.fork < 0 else args.fork, config.exploring if args.by == "recipe" else getattr(config, args.by)
     rollout = roll_out(pipeline, SAMPLERS[config.sampler], explorer, config.rollout, script, embeddings, config.seed, ("explore", args.script), phases, fork)
     scores, pixels = score(pipeline, rollout, rewards, config.score, phases)
     advantage = advantages(scores)
     energy = Replay(pipeline, rollout, embeddings, CONTEXTS[config.context], config.energy, range(len(advantage.values))).energies()
     pi = torch.softmax(-energy / config.temperature.resolve(energy), dim=0) if not explorer.deterministic_replay else torch.full_like(energy, 1 / len(energy))
-    folder = show_group(args.out, 0, pipeline, rollout, pixels, scores, advantage, GroupUpdate(energy, pi, {}), explorer)
+    folder = show_group(out, 0, pipeline, rollout, pixels, scores, advantage, GroupUpdate(energy, pi, {}), explorer)
+    write_beside(folder / "explore.json", about_video(script, config.seed, label, explorer=type(explorer).__name__, fork=rollout.window.fork))
     progress.say(f"{label}, {type(explorer).__name__}, fork at block {rollout.window.fork} of {script.blocks}: " + " | ".join(script.texts))
     progress.say(_branch_table(scores, advantage, energy, rollout))
     progress.say(f"pixel diversity of the branches: {pixel_diversity(pixels[:-1]):.5f}")
-    progress.say(f"written to {Path(folder).resolve()}: grid.mp4, routing.png, group.json")
+    progress.say(f"written to {Path(folder).resolve()}: grid.mp4, routing.png, group.json, explore.json")
 
 
 def _branch_table(scores, advantage, energy, rollout) -> str:

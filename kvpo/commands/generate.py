@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Sequence
 
 import tyro
 
 from kvpo.commands.options import Positional
 from kvpo.common.environment import pick_device
+from kvpo.common.files import say_replaced, try_folder, unused
 from kvpo.common.progress import Progress
+from kvpo.common.provenance import about_video, write_beside
+from kvpo.common.wording import count_of
 from kvpo.convert.lora import add_lora
 from kvpo.generators.generate import write_video
-from kvpo.generators.pipeline import Geometry
+from kvpo.generators.pipeline import Geometry, check_folder
+from kvpo.generators.readable import check_prompts
 from kvpo.generators.sampler import SAMPLERS
-from kvpo.method.prompts import even_starts, read_scripts, starts_at
-from kvpo.runs.loading import is_run, load_generator
+from kvpo.method.prompts import even_starts, read_scripts, readable, starts_at
+from kvpo.runs.loading import is_run, load_generator, named, pipeline_folder
 from kvpo.types import Script
 
 
@@ -50,29 +55,67 @@ class Generate:
     device: str = "auto"
 
     def __call__(self) -> None:
-        if bool(self.prompt) == bool(self.prompts):
-            raise ValueError('give either --prompt "..." ["..." ...], the prompts of one story, or --prompts FILE')
-        device = pick_device(self.device)
-        dtype = self.dtype or ("bfloat16" if device.type == "cuda" and not is_run(Path(self.generator.partition(":")[0])) else "")
+        self.check_options()
+        progress, device, folder = Progress(), pick_device(self.device), pipeline_folder(self.generator)
+        scripts = self.scripts(check_folder(folder))
+        check_prompts(folder, scripts, progress.warn)
+        videos = self.videos(scripts, progress)
+        dtype = self.dtype or ("bfloat16" if device.type == "cuda" and not is_run(named(self.generator)[0]) else "")
         pipeline, label = load_generator(self.generator, device, dtype or "float32", dtype)
         progress = Progress()
         for path in self.lora:
             progress.say(f"{path}: {add_lora(pipeline, path, self.lora_scale)}")
-        scripts = self.scripts(pipeline.geometry)
+        made_with = {"sampler": self.sampler, "dtype": dtype or "the generator's own", "lora": list(map(str, self.lora)), "lora_scale": self.lora_scale}
         with progress.bar(f"generate with {label}", sum(s.blocks for s in scripts) * len(self.seeds)) as bar:
-            for i, script in enumerate(scripts):
-                for seed in self.seeds:
-                    path = self.out / (f"{i:03d}.mp4" if len(self.seeds) == 1 else f"{i:03d}-seed{seed}.mp4")
-                    rate = write_video(pipeline, SAMPLERS[self.sampler], script, seed, path, bar)
-                    progress.say(f"{path}  {rate:.1f} frames/s  {' | '.join(script.texts)}")
+            for script, seed, path in videos:
+                about = about_video(script, seed, label, **made_with)
+                rate = write_video(pipeline, SAMPLERS[self.sampler], script, seed, path, bar, about)
+                write_beside(path, about)
+                progress.say(f"{path}  {rate:.1f} frames/s  {' | '.join(script.texts)}")
+
+    def check_options(self) -> None:
+        """ValueError for options that say nothing, contradict each other, or would be passed over."""
+        if bool(self.prompt) == bool(self.prompts):
+            raise ValueError('give either --prompt "..." ["..." ...], the prompts of one story, or --prompts FILE')
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"--seeds {' '.join(map(str, self.seeds))}: give at least one seed and each once, equal ones would make equal videos")
+        if self.seconds != 0.0 and not 0.0 < self.seconds < math.inf:
+            raise ValueError(f"--seconds {self.seconds:g} is no length of a video; give more than 0, or leave it out")
+        if self.seconds and self.blocks != Generate.blocks:
+            raise ValueError(f"--seconds {self.seconds:g} and --blocks {self.blocks} both say how long the video is; give one of them")
+        if self.blocks < 1:
+            raise ValueError(f"--blocks {self.blocks}: a video has at least one block")
+        if self.lora_scale != Generate.lora_scale and not self.lora:
+            raise ValueError(f"--lora-scale {self.lora_scale:g} scales the files of --lora, and there is none; give one, or leave the scale out")
+        if self.prompt and len(self.at) > len(self.prompt) - 1:
+            raise ValueError(
+                f"--at has {count_of(len(self.at), 'time')} for {count_of(len(self.prompt), 'prompt')}: the second, third, ... prompt takes over at each, "
+                f"so {len(self.prompt) - 1} can be used; add prompts or drop times"
+            )
 
     def scripts(self, geometry: Geometry) -> list[Script]:
-        """The stories at their length.  ValueError where prompts do not fit into it."""
+        """The stories at their length.  ValueError where prompts do not fit into it, or a time of --at would change none of them."""
         blocks = block_at(self.seconds, geometry, up=True) if self.seconds else self.blocks
         switches = [block_at(second, geometry) for second in self.at]
         if self.prompts:
-            return list(read_scripts(self.prompts, blocks, switches=switches or None))
-        return [Script("story", self.prompt, starts_at(switches, len(self.prompt)) if switches else even_starts(len(self.prompt), blocks), blocks)]
+            scripts = list(read_scripts(self.prompts, blocks, switches=switches or None))
+            if unused := [second for second, block in zip(self.at, switches) if not any(block in script.starts for script in scripts)]:
+                raise ValueError(f"--at {unused[0]:g} would be passed over: no story of {self.prompts} has so many prompts without starts of its own; drop it")
+            return scripts
+        try:
+            texts = tuple(map(readable, self.prompt))
+        except ValueError as error:
+            raise ValueError(f"--prompt: {error}") from None
+        return [Script("story", texts, starts_at(switches, len(texts)) if switches else even_starts(len(texts), blocks), blocks, "--prompt")]
+
+    def videos(self, scripts: Sequence[Script], progress: Progress) -> list[tuple[Script, int, Path]]:
+        """(story, seed, file) of all that will be made; says where, and which files it replaces.  OSError where nothing can be written."""
+        out = unused(self.out) if self.out == Generate.out else self.out
+        try_folder(out)
+        many = len(self.seeds) > 1
+        videos = [(script, seed, out / (f"{i:03d}-seed{seed}.mp4" if many else f"{i:03d}.mp4")) for i, script in enumerate(scripts) for seed in self.seeds]
+        say_replaced([path for _, _, path in videos], progress.say)
+        return videos
 
 
 def block_at(second: float, geometry: Geometry, up: bool = False) -> int:

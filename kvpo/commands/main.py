@@ -7,9 +7,11 @@ import importlib
 import itertools
 import os
 import sys
+import tempfile
 from typing import Callable, Mapping, NoReturn
 
-from kvpo.common.files import first_line
+from kvpo.common.files import first_line, in_words
+from kvpo.common.unfailing import silence, tolerate_encodings
 from kvpo.distributed.process_end import end_by
 
 COMMANDS: Mapping[str, str] = {
@@ -32,7 +34,7 @@ COMMANDS: Mapping[str, str] = {
 }
 USER_ERRORS = (ValueError, OSError, FloatingPointError)
 
-
+SHARED_MEMORY = "/dev/shm"
 RUNS = ("align", "explore", "doctor")
 OUT_OF_MEMORY = {
     True: "`kvpo plan` with the same recipe and options says what takes it and which settings lower it; what was saved is whole, go on with --resume",
@@ -52,13 +54,25 @@ def program() -> NoReturn:
 
 def main(argv: list[str] | None = None) -> int:
     """The exit code: 0 done, 1 an error said in one line, 2 wrong usage, 130 interrupted, 141 nobody reads the output any more (`| head`)."""
+    tolerate_encodings()
+    _find_temporary_folder()
     try:
         code = _run(sys.argv[1:] if argv is None else argv)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return code
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter fails once more, flushing at its end
+        silence(sys.stdout)
         return 141
+
+
+def _find_temporary_folder() -> None:
+    """In a container whose root is read-only there is none where Python looks; shared memory is nearly always writable, and libraries need little."""
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        if os.access(SHARED_MEMORY, os.W_OK):
+            os.environ["TMPDIR"] = tempfile.tempdir = SHARED_MEMORY
 
 
 def _run(argv: list[str]) -> int:
@@ -72,7 +86,7 @@ def _run(argv: list[str]) -> int:
     except BrokenPipeError:
         raise
     except USER_ERRORS as error:
-        print(f"kvpo {name}: {error}", file=sys.stderr)
+        print(f"kvpo {name}: {in_words(error)}", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
@@ -95,13 +109,13 @@ def find(name: str) -> type:
 
 def _parse(name: str, args: list[str]) -> Callable[[], None]:
     """The command with its options; the recipe named first is where the settings' defaults come from."""
-    import tyro
-
-    from kvpo.config import load_config, recipe_path
+    import tyro  # a part of a second, which --help and a mistyped command need not wait for
 
     command = find(name)  # seconds of imports, which --help and a mistyped command need not wait for
     if "settings" not in command.__dataclass_fields__:
         return tyro.cli(command, args=_together(args) if name == "import" else args, prog=f"kvpo {name}")
+    from kvpo.config import load_config, recipe_path
+
     recipe = args[0] if args and not args[0].startswith("-") else "mini"
     rest = args[1:] if args and not args[0].startswith("-") else args
     default = command(recipe, load_config(recipe_path(recipe)))
@@ -124,7 +138,7 @@ def _together(args: list[str]) -> list[str]:
 
 def _unknown(name: str) -> str:
     near = difflib.get_close_matches(name, COMMANDS, n=1)
-    return f"kvpo: there is no command {name!r}" + (f"; did you mean {near[0]}?" if near else "") + f" Commands are {', '.join(COMMANDS)}; kvpo --help says more"
+    return f"kvpo: there is no command {name!r}" + (f"; did you mean {near[0]}? Commands" if near else "; commands") + f" are {', '.join(COMMANDS)}; kvpo --help says more"
 
 
 def _usage() -> str:

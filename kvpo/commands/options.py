@@ -1,12 +1,7 @@
-"""What the commands' options have in common."""
+"""What the commands' options have in common.  Imports nothing heavy: every command's help waits for it."""
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import tyro
 
-from kvpo.config import RunConfig
-
 Positional = tyro.conf.Positional
-Settings = Annotated[RunConfig, tyro.conf.arg(name="")]

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from kvpo.commands.options import Positional, Settings
+from kvpo.commands.options import Positional
+from kvpo.commands.settings import Settings
 from kvpo.common.files import write_atomic
 from kvpo.planning.plan import planned
 

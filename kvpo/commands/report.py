@@ -1,4 +1,4 @@
-"""`kvpo report`: a run's report.html, written anew."""
+"""`kvpo report`: nothing heavy is imported for it before it has something to do, so its help and its refusals come at once."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvpo.commands.options import Positional
-from kvpo.common.files import write_atomic
-from kvpo.report.report import write_report
-from kvpo.report.samples import before_after
 
 
 @dataclass(frozen=True)
@@ -22,6 +19,10 @@ class Report:
     def __call__(self) -> None:
         if not (self.run / "config.resolved.yaml").exists():
             raise FileNotFoundError(f"{self.run} is no run folder: it has no config.resolved.yaml")
+        from kvpo.common.files import write_atomic
+        from kvpo.report.report import write_report
+        from kvpo.report.samples import before_after
+
         print(f"report: {write_report(self.run).resolve()}")
         if self.strips is not None:
             print(f"strips: {write_atomic(self.strips, before_after(self.run)).resolve()}")

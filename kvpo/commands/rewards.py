@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Mapping, Sequence
@@ -12,7 +13,7 @@ import yaml
 
 from kvpo.commands.options import Positional
 from kvpo.common.environment import command, pick_device
-from kvpo.common.files import write_atomic
+from kvpo.common.files import try_file, write_atomic
 from kvpo.common.progress import Progress
 from kvpo.common.video import read_mp4
 from kvpo.config import RunConfig, load_config, recipe_path
@@ -56,7 +57,9 @@ class Score:
         (scorer,) = load_rewards([RewardEntry(self.reward, params=dict(map(_param, self.params)))], device)
         if scorer.spec.needs_prompt and not self.prompt:
             raise ValueError(f"reward {self.reward!r} judges how a video fits its prompt: give --prompt")
-        video, fps = read_mp4(self.file)
+        if not 0.0 <= self.seconds < math.inf:
+            raise ValueError(f"--seconds {self.seconds:g} is no length of a clip; give more than 0, or 0 for the whole video")
+        video, fps = read_mp4(self.file, original=True)
         length = round(self.seconds * fps) or len(video)
         for first in range(0, len(video) - min(length, len(video)) + 1, length):
             output = scorer.score(VideoBatch(video[None, first : first + length], fps, (self.prompt,)))
@@ -78,7 +81,10 @@ class Calibrate:
     device: str = "auto"
 
     def __call__(self) -> None:
+        if self.clips and self.count != Calibrate.count:
+            raise ValueError(f"--count {self.count} is of the miniature's clips, and --clips gives others; leave one out")
         config = load_config(recipe_path(self.recipe))
+        try_file(self.out)
         scorers = trained(load_rewards(config.rewards, pick_device(self.device)))
         batches = _clips(self, config)
         weights, table, progress = {s.spec.name: s.entry.weight for s in scorers}, {}, Progress()

@@ -9,15 +9,16 @@ from typing import Literal, Sequence
 
 from kvpo.commands.options import Positional
 from kvpo.common.environment import command, pick_device
-from kvpo.common.files import write_atomic
+from kvpo.common.files import try_folder, write_atomic
 from kvpo.common.progress import Progress
 from kvpo.config import RunConfig, load_config, recipe_path
 from kvpo.evaluation.prompt_sets import SETS
 from kvpo.evaluation.vbench import DIMENSIONS, INDEXES, measure, named_scripts, table, totals, video_name
 from kvpo.generators.generate import write_missing
+from kvpo.generators.readable import check_prompts
 from kvpo.generators.sampler import SAMPLERS
 from kvpo.rewards.isolated.environments import python_of
-from kvpo.runs.loading import load_generator
+from kvpo.runs.loading import load_generator, pipeline_folder
 from kvpo.types import Script
 
 
@@ -52,6 +53,8 @@ class Vbench:
         scripts = named_scripts(self.prompts, self.extended, self.blocks or config.data.blocks)
         if self.mode == "vbench_standard" and len(scripts) != SETS["vbench"].scripts:
             raise ValueError(f"{self.prompts} has {len(scripts)} prompts, but VBench's own mode looks for its {SETS['vbench'].scripts} and passes over what is missing; write them by `kvpo prompts vbench`")
+        try_folder(self.out)
+        check_prompts(pipeline_folder(self.generator), scripts, progress.warn)
         label = self.write_videos(scripts, config, progress)
         if not python:
             progress.say(f"{len(scripts) * len(self.seeds)} videos in {self.out / 'videos'}; measure them with the same command and --environment vbench")
@@ -66,6 +69,8 @@ class Vbench:
         there = [name for name, d in DIMENSIONS.items() if d.custom or self.mode == "vbench_standard"]
         if wrong := [name for name in self.dimensions if name not in there]:
             raise ValueError(f"--dimensions {' '.join(wrong)}: not in mode {self.mode}, which has {', '.join(there)}")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"--seeds {' '.join(map(str, self.seeds))}: give at least one seed and each once, equal ones would make equal videos")
         if self.mode == "vbench_standard" and len(self.seeds) != INDEXES:
             raise ValueError(f"{len(self.seeds)} seeds, but VBench's own mode looks for {INDEXES} videos of every prompt and passes over what is missing; give {INDEXES} --seeds")
         return list(self.dimensions) or there

@@ -23,7 +23,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": command(),
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
         "torchrun": os.environ.get("TORCHELASTIC_RUN_ID"),
         "python": platform.python_version(),
         "packages": packages(),
@@ -81,7 +81,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git_commit() -> str | None:
+@functools.cache
+def git_commit() -> str | None:
     """The commit of the source tree the package runs from; None for an installed one."""
     folder = Path(__file__).parent
     try:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import itertools
 import os
 import shutil
+import tempfile
 import uuid
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator
+from typing import Callable, Iterator, Sequence
 
 from safetensors import SafetensorError
 
@@ -72,6 +75,37 @@ def only_writer(folder: Path) -> Iterator[None]:
         yield
 
 
+def try_folder(folder: Path, way_out: str = "give another place by --out, or make this one writable") -> None:
+    """OSError with the way out where nothing can be written into a folder, which need not be there yet; nothing is left of the trial."""
+    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(parent))
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        reason = f"{there} is no folder" if not there.is_dir() else f"{there}: {error.strerror or first_line(error)}"
+        raise OSError(f"nothing can be written into {folder} ({reason}); {way_out}") from None
+
+
+def try_file(path: Path) -> None:
+    """The same for a file; ValueError where a folder has its name."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give a file by --out, such as {path / 'result.json'}")
+    try_folder(path.parent)
+
+
+def unused(path: Path) -> Path:
+    """``path``, or where that is taken the first of path-2, path-3, ... that is not."""
+    names = (path.with_name(f"{path.stem}-{number}{path.suffix}") if number > 1 else path for number in itertools.count(1))
+    return next(name for name in names if not os.path.lexists(name))
+
+
+def say_replaced(paths: Sequence[Path], say: Callable[[str], None]) -> None:
+    """One line that names what is there already and will be written anew; nothing where all is new."""
+    if there := [path for path in paths if path.exists()]:
+        others = f" and {len(there) - 1} more" if len(there) > 1 else ""
+        say(f"replaces {there[0]}{others}, which {'were' if others else 'was'} there already; give another --out to keep {'them' if others else 'it'}")
+
+
 def must_be_new(path: Path) -> None:
     """ValueError if something is there."""
     if path.exists():
@@ -119,6 +153,26 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def in_words(error: BaseException) -> str:
+    """A system's error about a file as file and reason, where it would be a number and no rule;
+    any other error as it is."""
+    if (
+        not isinstance(error, OSError)
+        or not isinstance(error.filename, (str, bytes))
+        or not str(error).startswith("[Errno")
+    ):
+        return str(error) or type(error).__name__
+    reasons = {
+        errno.ENOENT: "there is no such file or folder; correct the path",
+        errno.EACCES: "Permission denied: this user may not read or write it; give another path or change its rights",
+        errno.EISDIR: "it is a folder, where a file is needed; name the file",
+        errno.ENOTDIR: "a part of the path is a file, where a folder is needed; correct the path",
+        errno.ENOSPC: "the disk is full; free some of it, or choose another one",
+        errno.EROFS: "the disk can not be written to; choose another one",
+    }
+    return f"{os.fsdecode(error.filename)}: {reasons.get(error.errno, error.strerror)}"
 
 
 def first_line(error: BaseException) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Iterable
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def finite(tensor: torch.Tensor) -> torch.Tensor:
@@ -20,7 +21,8 @@ def finite(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    return bool(finite(tensor))
+    """Whether all its numbers are; a tensor without memory, as `kvpo plan` counts with, has none."""
+    return isinstance(tensor, FakeTensor) or bool(finite(tensor))
 
 
 def not_finite(named: Iterable[tuple[str, torch.Tensor]]) -> list[str]:

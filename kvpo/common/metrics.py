@@ -23,6 +23,8 @@ PHASES = ("prefix", "branches", "decode", "reward", "replay_old", "replay_grad",
 
 MOST_INNER = 8
 """Optimizer updates on the groups of one step, at most."""
+NAME = "[A-Za-z][A-Za-z0-9_.-]*"
+"""What a component may be called."""
 
 PLACEHOLDERS: Mapping[str, tuple[str, ...]] = {
     "signal": ("local", "global"),
@@ -127,7 +129,7 @@ CONSOLE = (
 def _regex(pattern: str) -> re.Pattern[str]:
     parts = re.split(r"\{(\w+)\}", pattern)
     for i in range(1, len(parts), 2):
-        parts[i] = f"(?P<{parts[i]}>{'|'.join(PLACEHOLDERS[parts[i]]) or '[A-Za-z][A-Za-z0-9_.-]*'})"
+        parts[i] = f"(?P<{parts[i]}>{'|'.join(PLACEHOLDERS[parts[i]]) or NAME})"
     return re.compile("".join(parts))
 
 

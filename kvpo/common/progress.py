@@ -14,6 +14,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 from rich.text import Text
 
+from kvpo.common.unfailing import Unfailing
+
+
+LONG = 30.0
+"""Seconds from which on a piece of work is worth a line of a log."""
+
 
 class Bar:
     """One piece of work under way."""
@@ -21,10 +27,12 @@ class Bar:
     def __init__(self, owner: Progress, task):
         self._owner, self._task = owner, task
 
-    def advance(self, line: str = "") -> None:
-        """One unit done; ``line`` is shown below the bars until the next."""
+    def advance(self, line: str = "", log: bool = False) -> None:
+        """One unit done; ``line`` is shown below the bars until the next, and with ``log`` stays in output that goes into a file."""
         self._owner.bars.update(self._task, advance=1)
         self._owner.show(line)
+        if log:
+            self._owner.log(line)
 
     def move_to(self, done: int) -> None:
         self._owner.bars.update(self._task, completed=done)
@@ -40,9 +48,12 @@ class Progress:
         rank = os.environ.get("RANK", "0")
         quiet = rank != "0"
         self._log = logs / f"rank-{rank}.log" if quiet and logs is not None else None
-        self._out, self._console = Console(highlight=False, soft_wrap=True, quiet=quiet), Console(stderr=True, highlight=False, quiet=quiet)
-        self.bars = Bars(TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), console=self._console)
+        self._out = Console(file=Unfailing("stdout"), highlight=False, soft_wrap=True, quiet=quiet)
+        self._console = Console(file=Unfailing("stderr"), highlight=False, quiet=quiet)
+        self.bars = Bars(TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), console=self._console)
         self._live: Live | None = None
+        self._line = self._phase = ""
+        """Shown below the bars."""
 
     @contextmanager
     def bar(self, name: str, total: int, done: int = 0) -> Iterator[Bar]:
@@ -64,13 +75,47 @@ class Progress:
 
     def show(self, line: str) -> None:
         self.note(line)
-        if self._live is not None and line:
-            self._live.update(Group(self.bars, Text(line)))
+        if line:
+            self._line = line
+            self._update()
+
+    def phase(self, text: str) -> None:
+        """What is being done now, on a terminal below the bars."""
+        self._phase = text
+        self._update()
+
+    def _update(self) -> None:
+        if self._live is not None:
+            lines = [Text(line) for line in (self._line, self._phase) if line]
+            self._live.update(Group(self.bars, *lines))
+
+    def log(self, text: str) -> None:
+        """A line with the time where the output goes into a file or a pipe, and bars would leave no trace; nothing on a terminal."""
+        if not self._out.is_terminal:
+            self._out.print(f"{time.strftime('%H:%M:%S')} {text}", markup=False)
+
+    def ended(self, what: str, seconds: float) -> None:
+        """`log` for a piece of work that took long."""
+        if seconds > LONG:
+            self.log(f"{what} took {seconds:.0f} s")
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """The body is a piece of work that may take long."""
+        self.phase(what)
+        started = time.perf_counter()
+        yield
+        self.ended(what, time.perf_counter() - started)
 
     def say(self, text: str) -> None:
         """On a terminal above the bars, which would otherwise be written over."""
         self.note(text)
         (self._live.console if self._live is not None and self._out.is_terminal else self._out).print(text, markup=False)
+
+    def warn(self, text: str) -> None:
+        """On stderr, where it is seen though the output goes into a file."""
+        self.note(text)
+        self._console.print(text, markup=False, soft_wrap=True)
 
     def note(self, text: str) -> None:
         """Only into the rank's own log, if it has one."""

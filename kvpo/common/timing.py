@@ -9,12 +9,17 @@ from typing import Callable, Iterator
 import torch
 
 
+TOTAL = "total"
+"""The phase that holds all others of a step."""
+
+
 class Phases:
     """Adds up seconds per phase until `take` is called."""
 
-    def __init__(self, tell: Callable[[str], None] = lambda doing: None):
-        """``tell`` is told every phase that begins, and where."""
+    def __init__(self, tell: Callable[[str], None] = lambda doing: None, ended: Callable[[str, float], None] = lambda done, seconds: None):
+        """``tell`` is told every phase that begins, and where; ``ended`` what it took, but for `TOTAL`, which is made of others."""
         self.seconds: dict[str, float] = {}
+        self.ended = ended
         self.tell, self.now, self.where = tell, "start", ""
 
     @contextmanager
@@ -24,7 +29,10 @@ class Phases:
         yield
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+        took = time.perf_counter() - started
+        self.seconds[name] = self.seconds.get(name, 0.0) + took
+        if name != TOTAL:
+            self.ended(f"phase {name}{self.where}".rstrip(","), took)
 
     def take(self) -> dict[str, float]:
         """{time/phase: seconds} since the last call."""

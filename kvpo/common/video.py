@@ -5,21 +5,23 @@ from __future__ import annotations
 import base64
 import functools
 import html
+import importlib.util
 import io
+import json
 import os
 import textwrap
 from fractions import Fraction
 from pathlib import Path
-from typing import Sequence
+from typing import Any, Mapping, Sequence
 
 import av
-import matplotlib
 import numpy as np
 import torch
 from av.video.reformatter import Colorspace
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from kvpo.common.access import check_readable
+from kvpo.common.files import first_line
 from kvpo.common.files import write_atomic
 
 FPS = 16.0
@@ -28,6 +30,10 @@ MIN_SIDE = 256
 """Pixels: smaller videos are enlarged by a whole factor until their shorter side reaches this."""
 INK, PAPER, LINE = (28, 32, 36), (255, 255, 255), (208, 212, 217)
 BT709 = 1
+ENLARGED = "enlarged"
+"""In what a file says of itself: the factor of `enlarge`."""
+UNEVEN = 0.6
+"""Share of a frame's time by which a frame may be off an even grid, or last longer than the others: containers round times."""
 
 
 def check_video(video: torch.Tensor, name: str = "video") -> torch.Tensor:
@@ -49,29 +55,30 @@ def watchable(video: torch.Tensor, min_side: int = MIN_SIDE) -> int:
     return factor + 1 if odd else factor
 
 
-def encode_mp4(video: torch.Tensor, fps: float = FPS, factor: int | None = None, crf: int = 16) -> bytes:
+def encode_mp4(video: torch.Tensor, fps: float = FPS, factor: int | None = None, crf: int = 16, about: Mapping[str, Any] | None = None) -> bytes:
     """h264 in yuv420p, which every browser plays.  ``factor``: enlarge by this, None = `watchable`; ``crf``: lower = better.
+    ``about``: what the file says of itself (`read_about`), beside the factor by which it is enlarged.
 
     Colours lose a level or two; at factor 1 chroma is halved in resolution as well.  ValueError for odd sides.
     """
     file = io.BytesIO()
-    encoder = _Encoder(file, check_video(video), fps, factor, crf)
+    encoder = _Encoder(file, check_video(video), fps, factor, crf, about)
     encoder.write(video)
     encoder.close()
     return file.getvalue()
 
 
-def write_mp4(path: Path, video: torch.Tensor, fps: float = FPS, factor: int | None = None, crf: int = 16) -> Path:
+def write_mp4(path: Path, video: torch.Tensor, fps: float = FPS, factor: int | None = None, crf: int = 16, about: Mapping[str, Any] | None = None) -> Path:
     """`encode_mp4` into a file, atomically; makes missing folders."""
-    return write_atomic(path, encode_mp4(video, fps, factor, crf))
+    return write_atomic(path, encode_mp4(video, fps, factor, crf, about))
 
 
 class Mp4Writer:
     """A video file that grows while its frames are made, `encode_mp4` in pieces.  In its place when it is whole, or not at all."""
 
-    def __init__(self, path: Path, fps: float = FPS, factor: int | None = None, crf: int = 16):
+    def __init__(self, path: Path, fps: float = FPS, factor: int | None = None, crf: int = 16, about: Mapping[str, Any] | None = None):
         self.path, self.part = Path(path), Path(path).with_name(f".{Path(path).name}.{os.getpid()}.part")
-        self.settings, self.encoder = (fps, factor, crf), None
+        self.settings, self.encoder, self.file = (fps, factor, crf, about), None, None
 
     def __enter__(self) -> Mp4Writer:
         return self
@@ -80,28 +87,34 @@ class Mp4Writer:
         """More frames, uint8 [T, 3, H, W]."""
         if self.encoder is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.encoder = _Encoder(str(self.part), check_video(video), *self.settings)
+            self.file = self.part.open("wb")
+            self.encoder = _Encoder(self.file, check_video(video), *self.settings)
         self.encoder.write(video)
 
     def __exit__(self, kind, *_) -> None:
         try:
             if self.encoder is not None:
                 self.encoder.close()
+                self.file.close()
                 if kind is None:
                     os.replace(self.part, self.path)
         finally:
+            if self.file is not None:
+                self.file.close()
             self.part.unlink(missing_ok=True)
 
 
 class _Encoder:
-    """h264 for frames of the first one's size."""
+    """h264 for frames of the first one's size, into a file object: libav takes a colon in a path for a protocol."""
 
-    def __init__(self, file, video: torch.Tensor, fps: float, factor: int | None, crf: int):
+    def __init__(self, file, video: torch.Tensor, fps: float, factor: int | None, crf: int, about: Mapping[str, Any] | None):
         self.factor = watchable(video) if factor is None else factor
         height, width = (side * self.factor for side in video.shape[-2:])
         if height % 2 or width % 2:
             raise ValueError(f"{width} x {height} pixels cannot be written as yuv420p, which needs even sides; enlarge by 2, or leave the factor to the program")
         self.container = av.open(file, "w", format="mp4")
+        if about or self.factor > 1:
+            self.container.metadata["comment"] = json.dumps({ENLARGED: self.factor, **(about or {})})
         self.stream = self.container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": str(crf), "preset": "medium"})
         # One thread: the bytes are then the same on every machine, and 64x64 needs no more.
         self.stream.width, self.stream.height, self.stream.pix_fmt, self.stream.thread_count = width, height, "yuv420p", 1
@@ -119,18 +132,69 @@ class _Encoder:
         self.container.close()
 
 
-def read_mp4(path: Path) -> tuple[torch.Tensor, float]:
-    """(uint8 [T, 3, H, W], frames a second); sides as stored, that is enlarged.  PermissionError; ValueError if it is no readable video."""
+def read_mp4(path: Path, original: bool = False) -> tuple[torch.Tensor, float]:
+    """(uint8 [T, 3, H, W], frames a second); sides as stored, that is enlarged, or with ``original`` as they were made.
+
+    PermissionError; ValueError if it is no readable video, or its frames do not lie evenly in time.
+    """
     check_readable(path)
     try:
-        with av.open(str(path)) as container:
+        # A file object: libav would take a colon in the path for a protocol, and %d for a number.
+        with Path(path).open("rb") as file, av.open(file) as container:
             fps = float(container.streams.video[0].average_rate or 0.0)
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    except (av.error.FFmpegError, IndexError) as error:
-        raise ValueError(f"{path} is not a readable video ({error}); write it again") from error
-    if not frames:
+            factor = _about(container.metadata).get(ENLARGED, 1)
+            decoded = [(frame.time, frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
+    except (OSError, av.error.FFmpegError, IndexError) as error:
+        raise ValueError(f"{path} is not a readable video ({_reason(error)}); write it again") from error
+    if not decoded:
         raise ValueError(f"{path} holds no frame; write it again")
-    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).contiguous(), fps
+    fps = _even_rate(path, [time for time, _ in decoded], fps)
+    video = torch.from_numpy(np.stack([frame for _, frame in decoded])).permute(0, 3, 1, 2).contiguous()
+    return (shrink(video, factor) if original else video), fps
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """What a video file says of itself: prompts, seed, generator, ... as its writer gave them; nothing for others' files."""
+    with Path(path).open("rb") as file, av.open(file) as container:
+        return _about(container.metadata)
+
+
+def shrink(video: torch.Tensor, factor: int) -> torch.Tensor:
+    """The opposite of `enlarge`: the mean of every square of ``factor`` x ``factor`` pixels."""
+    if type(factor) is not int or factor < 2 or any(side % factor for side in video.shape[-2:]):
+        return video
+    return torch.cat([torch.nn.functional.avg_pool2d(frame[None].float(), factor).round().to(torch.uint8) for frame in video])
+
+
+def _about(metadata: Mapping[str, str]) -> dict[str, Any]:
+    try:
+        found = json.loads(metadata.get("comment", ""))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _reason(error: Exception) -> str:
+    """Libav's words without its number."""
+    return getattr(error, "strerror", None) or first_line(error)
+
+
+def _even_rate(path: Path, times: Sequence[float | None], rate: float) -> float:
+    """Frames a second, by the times at which the frames are shown; ``rate``: what the file says, kept where it agrees.
+
+    ValueError where frames are shown for different times: whoever counts frames, as every reward does, sees another motion.
+    """
+    if len(times) < 2 or None in times:
+        return rate or FPS
+    lasts, steps = (times[-1] - times[0]) / (len(times) - 1), [b - a for a, b in zip(times, times[1:])]
+    usual = sorted(steps)[len(steps) // 2]
+    late = max(abs(time - times[0] - k * lasts) for k, time in enumerate(times))
+    if lasts <= 0.0 or late > UNEVEN * lasts or max(abs(step - usual) for step in steps) > UNEVEN * usual:
+        raise ValueError(
+            f"{path} has a variable frame rate: a frame is shown for {1000 * min(steps):.0f} to {1000 * max(steps):.0f} ms, but rewards count frames; "
+            f"make it even first, e.g. ffmpeg -i IN -fps_mode cfr -r {max(1, round(1 / max(lasts, 1e-3)))} OUT"
+        )
+    return rate if rate and abs(rate * lasts - 1) < 0.01 else 1 / lasts
 
 
 def html_video(mp4: Path | bytes, label: str) -> str:
@@ -148,7 +212,9 @@ def html_image(png: Path | bytes, label: str) -> str:
 @functools.cache
 def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     """DejaVu Sans as matplotlib ships it: there on every machine, with Greek letters and arrows."""
-    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans{'-Bold' if bold else ''}.ttf", size)
+    # Found without importing it: that takes long, and fails where a user has no folder to write to.
+    data = Path(importlib.util.find_spec("matplotlib").origin).parent / "mpl-data" / "fonts" / "ttf"
+    return ImageFont.truetype(str(data / f"DejaVuSans{'-Bold' if bold else ''}.ttf"), size)
 
 
 def _captioned(text: str, width: int, lines: int, size: int) -> Image.Image:
@@ -192,7 +258,7 @@ def grid(clips: Sequence[torch.Tensor], captions: Sequence[str], columns: int | 
     for i, (clip, footer) in enumerate(zip(clips, footers)):
         y, x = gap + i // columns * (cell[0] + gap), gap + i % columns * (width + gap)
         if accents[i]:
-            colour = torch.tensor([round(255 * c) for c in matplotlib.colors.to_rgb(accents[i])], dtype=torch.uint8)
+            colour = torch.tensor(ImageColor.getrgb(accents[i])[:3], dtype=torch.uint8)
             canvas[:, y - 4 : y + height + 4, x - 4 : x + width + 4] = colour
         canvas[:, y : y + height, x : x + width] = clip[torch.arange(steps).clamp(max=len(clip) - 1)].permute(0, 2, 3, 1)
         canvas[:, y + height + 4 : y + cell[0], x : x + width] = torch.from_numpy(np.array(footer))

@@ -27,13 +27,13 @@ from kvpo.convert.wan_base import arguments, copy_file, copy_tree, save_transfor
 from kvpo.convert.wan_names import diffusers_to_original, keeps_float32
 from kvpo.convert.lora import LowRank, merge
 from kvpo.generators.pipeline import Pipeline
-from kvpo.runs.loading import is_run, load_generator, run_config
+from kvpo.runs.loading import is_run, load_generator, named, run_config
 
 
 def export(weights: str, format: str, out: Path | None, dtype: str) -> Path:
     """Write the folder, completely or not at all; arguments as in `kvpo.commands.export.Export`, whose ``run`` is ``weights``.  ValueError for what the run can not give."""
-    run, _, which = weights.partition(":")
-    if not is_run(Path(run)):
+    run, which = named(weights)
+    if not is_run(run):
         raise ValueError(f"{run} is no run folder: it has no config.resolved.yaml")
     config, adapter = run_config(Path(run)), format in ADAPTER_FORMATS
     if adapter and config.policy.train != "lora":

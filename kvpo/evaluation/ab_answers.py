@@ -14,6 +14,8 @@ import math
 from pathlib import Path
 from typing import Mapping, Sequence
 
+from kvpo.common.json_values import JsonFault, json_values
+from kvpo.common.text_files import line_at, read_text
 from kvpo.pages.ab import QUESTIONS
 
 Z = 1.959964
@@ -25,7 +27,14 @@ def read_key(path: Path) -> dict:
     key = _json(path)
     if not {"study", "a", "b", "pairs"} <= set(key):
         raise ValueError(f"{path} is no key of an A/B page: it lacks study, a, b or pairs; give the key.json that `kvpo ab` wrote")
+    pairs = key["pairs"] if isinstance(key["pairs"], list) else [None]
+    if not pairs or not all(map(_is_pair, pairs)):
+        raise ValueError(f"{path}: its pairs must be a list of objects with a script and the side `left`, a or b, and are not; give the key.json that `kvpo ab` wrote")
     return key
+
+
+def _is_pair(pair: object) -> bool:
+    return isinstance(pair, dict) and isinstance(pair.get("script"), str) and pair.get("left") in ("a", "b")
 
 
 def read_answers(paths: Sequence[Path], key: Mapping) -> dict[str, list[dict]]:
@@ -35,25 +44,39 @@ def read_answers(paths: Sequence[Path], key: Mapping) -> dict[str, list[dict]]:
         content = _json(path)
         if content.get("study") != key["study"]:
             raise ValueError(f"{path} answers study {content.get('study')!r}, the key is of {key['study']!r}; give the key.json that was made with that page")
-        rater = content.get("rater", "")
+        rater, answers = content.get("rater", ""), content.get("answers")
+        if not isinstance(rater, str):
+            raise ValueError(f"{path}: the rater is {json.dumps(rater)}; it must be a name, a text")
+        if not isinstance(answers, list):
+            raise ValueError(f'{path} has no list "answers"; give the file that the page saved')
         if rater in given:
             raise ValueError(f"{path}: a file by rater {rater!r} is given already; leave one out, or give its rater a name of their own")
-        for answer in content["answers"]:
-            _check_answer(answer, len(key["pairs"]), path)
-        given[rater] = content["answers"]
+        for number, answer in enumerate(answers):
+            _check_answer(answer, number, len(key["pairs"]), path)
+        pairs = [answer["pair"] for answer in answers]
+        if twice := [pair for pair in pairs if pairs.count(pair) > 1]:
+            raise ValueError(f"{path} answers pair {twice[0]} twice, and each answer counts as a vote; leave one out")
+        given[rater] = answers
     return given
 
 
 def _json(path: Path) -> dict:
+    text = read_text(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); give what the page or `kvpo ab` saved") from None
-    return content if isinstance(content, dict) else {}
+        ((_, listed, content),) = json_values(text)
+    except JsonFault as fault:
+        raise ValueError(f"{path}, line {line_at(text, fault.at)} is not JSON ({fault}); give what the page or `kvpo ab` saved") from None
+    except ValueError:
+        raise ValueError(f"{path} must hold one JSON object; give what the page or `kvpo ab` saved") from None
+    if listed or not isinstance(content, dict):
+        raise ValueError(f"{path} holds {json.dumps(content)[:60]}, which is not one object; give what the page or `kvpo ab` saved")
+    return content
 
 
-def _check_answer(answer: Mapping, pairs: int, path: Path) -> None:
-    if answer.get("pair") not in range(pairs):
+def _check_answer(answer: object, number: int, pairs: int, path: Path) -> None:
+    if not isinstance(answer, dict) or type(answer.get("pair")) is not int:
+        raise ValueError(f'{path}: answer {number + 1} is {json.dumps(answer)[:80]}; it must be an object whose "pair" is a whole number')
+    if answer["pair"] not in range(pairs):
         raise ValueError(f"{path} answers pair {answer.get('pair')!r}, but the study has pairs 0 to {pairs - 1}")
     wrong = {k: v for k, v in answer.items() if k != "pair" and (k not in QUESTIONS or v not in ("left", "same", "right"))}
     if wrong:

@@ -14,6 +14,7 @@ from typing import Callable, Collection, Sequence
 
 import torch
 
+from kvpo.common.environment import git_commit
 from kvpo.common.files import write_atomic
 from kvpo.common.rng import stream
 from kvpo.evaluation.power import sentence
@@ -191,5 +192,5 @@ def enough_scripts(rows: Sequence[dict]) -> str:
 def write_comparison(path: Path, rows: Sequence[dict], label_a: str, label_b: str, scripts: Sequence[Script], config: EvaluateConfig, command: str, unseen: bool = True) -> Path:
     """The record that `kvpo.report.report` reads.  ``unseen``: the scripts are not those that were trained on."""
     created = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    record = {"label_a": label_a, "label_b": label_b, "scripts": [s.id for s in scripts], "unseen": unseen, "seed": config.seed, "videos": config.seeds, "rows": list(rows), "created": created, "command": command}
+    record = {"label_a": label_a, "label_b": label_b, "scripts": [s.id for s in scripts], "unseen": unseen, "seed": config.seed, "videos": config.seeds, "rows": list(rows), "created": created, "command": command, "commit": git_commit()}
     return write_atomic(path, json.dumps(record, indent=1) + "\n")

@@ -11,37 +11,78 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from kvpo.common.files import write_atomic
+from kvpo.common.files import first_line
+from kvpo.common.files import try_folder, write_atomic
 from kvpo.generators.pipeline import Pipeline
 
 SAMPLES, SAMPLE_BYTES = 64, 1 << 16
 """Of a weights file, read to tell it from others: all of 11 GB would take longer than a prompt."""
 
 
+WAY_OUT = "KVPO_CACHE names another folder for them"
+
+
 def cache_folder() -> Path:
-    """$KVPO_CACHE, or ~/.cache/kvpo."""
-    return Path(os.environ.get("KVPO_CACHE") or Path.home() / ".cache" / "kvpo")
+    """$KVPO_CACHE, or ~/.cache/kvpo.  OSError where the user has no home, as in a container under a number that no list of users has."""
+    if given := os.environ.get("KVPO_CACHE"):
+        return Path(given)
+    try:
+        return Path.home() / ".cache" / "kvpo"
+    except RuntimeError as error:
+        raise OSError(f"there is no home folder ({first_line(error)})") from None
+
+
+def text_cache(warn: Callable[[str], None]) -> Path | None:
+    """The folder of stored embeddings; None, and one line to ``warn``, where there is none for this user."""
+    try:
+        return cache_folder() / "text"
+    except OSError as error:
+        warn(f"embeddings are not kept on disk: {error}; {WAY_OUT}")
+        return None
+
+
+def can_keep(folder: Path | None, warn: Callable[[str], None]) -> bool:
+    """Whether something can be written there, asked before the text encoder works for it; one line to ``warn`` where not."""
+    if folder is None:
+        return False
+    try:
+        try_folder(folder, WAY_OUT)
+    except OSError as error:
+        warn(f"embeddings are not kept on disk: {error}")
+        return False
+    return True
 
 
 def load_with_texts(
-    folder: str | Path, texts: Sequence[str], device: torch.device | str, dtype: torch.dtype, vae_dtype: torch.dtype, progress: Callable[[int], None] = lambda done: None
-) -> Pipeline:
+    folder: str | Path, texts: Sequence[str], device: torch.device | str, dtype: torch.dtype, vae_dtype: torch.dtype, progress: Callable[[int], None] = lambda done: None,
+    warn: Callable[[str], None] = lambda line: None,
+) -> Pipeline:  # fmt: skip
     """The pipeline with all ``texts`` embedded and without its text encoder, which is not even read where the embeddings are on disk.
 
-    ValueError for a prompt that would be cut.  ``progress`` is told how many are done.
+    ValueError for a prompt that would be cut.  ``progress`` is told how many are done, ``warn`` why nothing is kept where it can not be.
     """
-    path = cache_folder() / "text" / f"{_digest(Path(folder), texts, dtype)}.safetensors"
-    stored = _read(path)
+    name, cache = f"{_digest(Path(folder), texts, dtype)}.safetensors", text_cache(warn)
+    stored = _read(cache / name) if cache else None
+    keep = stored is None and can_keep(cache, warn)
     pipeline = Pipeline.load(folder, device, dtype, vae_dtype, text_encoder=stored is None)
     if stored is None:
         for i, text in enumerate(texts):
             pipeline.encode_text([text])
             progress(i + 1)
         stored = {str(i): pipeline.known[text].contiguous() for i, text in enumerate(texts)}
-        write_atomic(path, save(stored))
+        if keep:
+            _keep(cache / name, save(stored), warn)
         pipeline.forget_text_encoder()
     pipeline.known = {text: stored[str(i)] for i, text in enumerate(texts)}
     return pipeline
+
+
+def _keep(path: Path, content: bytes, warn: Callable[[str], None]) -> None:
+    """Write what was computed; a disk that is full costs the next run some time, and this one nothing."""
+    try:
+        write_atomic(path, content)
+    except OSError as error:
+        warn(f"embeddings are not kept on disk: {path} could not be written ({first_line(error)})")
 
 
 def _read(path: Path) -> dict[str, torch.Tensor] | None:

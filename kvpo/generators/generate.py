@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Iterator, Sequence
+from typing import Any, Iterator, Mapping, Sequence
 
 import torch
 
 from kvpo.common.progress import Progress
+from kvpo.common.provenance import about_video
 from kvpo.common.video import Mp4Writer
 from kvpo.generators.pipeline import Pipeline
 from kvpo.generators.rope import check_positions
@@ -39,10 +40,10 @@ def streamed(pipeline: Pipeline, sampler: Sampler, scripts: Sequence[Script], se
         videos.forget()
 
 
-def write_video(pipeline: Pipeline, sampler, script: Script, seed: int, path: Path, bar) -> float:
-    """Frames a second.  The file is there when it is whole, or not at all."""
+def write_video(pipeline: Pipeline, sampler, script: Script, seed: int, path: Path, bar, about: Mapping[str, Any] | None = None) -> float:
+    """Frames a second.  The file is there when it is whole, or not at all; ``about``: what it says of itself."""
     frames, started = 0, time.perf_counter()
-    with Mp4Writer(path, pipeline.geometry.fps) as writer:
+    with Mp4Writer(path, pipeline.geometry.fps, about=about) as writer:
         for pixels in streamed(pipeline, sampler, [script], seed, [("generate", script.id)]):
             writer.write(pixels[0])
             frames += len(pixels[0])
@@ -50,9 +51,11 @@ def write_video(pipeline: Pipeline, sampler, script: Script, seed: int, path: Pa
     return frames / (time.perf_counter() - started)
 
 
-def write_missing(pipeline: Pipeline, sampler, videos: Sequence[tuple[Script, int, Path]], label: str, progress: Progress) -> None:
-    """(script, seed, file) each; files that are there already stay, so that a second call goes on where the first stopped."""
+def write_missing(
+    pipeline: Pipeline, sampler, videos: Sequence[tuple[Script, int, Path]], label: str, progress: Progress, blind: bool = False
+) -> None:
+    """(script, seed, file) each; files that are there already stay, so that a second call goes on where the first stopped.  ``blind``: they do not say whose they are."""
     todo = [video for video in videos if not video[2].exists()]
     with progress.bar(f"videos of {label}", sum(script.blocks for script, _, _ in todo)) as bar:
         for script, seed, path in todo:
-            write_video(pipeline, sampler, script, seed, path, bar)
+            write_video(pipeline, sampler, script, seed, path, bar, None if blind else about_video(script, seed, label))

@@ -151,19 +151,11 @@ class Pipeline:
         read, FloatingPointError for weights that are not finite."""
         disable_progress_bar()  # transformers' own, one per component: stderr belongs to errors and to our bars
         folder = Path(folder)
-        check_readable(folder)
-        check_readable(folder / "model_index.json")
-        if not (folder / "model_index.json").is_file():
-            raise FileNotFoundError(f"{folder} is no pipeline folder: model_index.json is missing; give a folder in diffusers layout")
-        geometry = Geometry.read(folder / "streaming.json")
-        for part in ("transformer", "vae", "text_encoder", "tokenizer", "scheduler"):
-            _check_folder(folder / part)
-            if not (folder / part).is_dir():
-                raise FileNotFoundError(f"{folder} is no whole pipeline folder: {part}/ is missing; copy it again, or give a folder in diffusers layout")
+        geometry = check_folder(folder)
         transformer = _load(WanTransformer3DModel, folder / "transformer", dtype)
         vae = _load(AutoencoderKLWan, folder / "vae", vae_dtype or dtype)
         encoder = _load(UMT5EncoderModel, folder / "text_encoder", dtype) if text_encoder else None
-        tokenizer = _load_weightless(AutoTokenizer, folder / "tokenizer")
+        tokenizer = load_tokenizer(folder)
         scheduler = _load_weightless(FlowMatchEulerDiscreteScheduler, folder / "scheduler")
         geometry.check_grid(transformer.config.patch_size, str(folder / "streaming.json"))
         stock = WanPipeline(tokenizer, encoder, vae, scheduler, transformer)
@@ -217,6 +209,25 @@ class Pipeline:
         self.stock.save_pretrained(folder, safe_serialization=True)
         (Path(folder) / "streaming.json").write_text(json.dumps(asdict(self.geometry), indent=1) + "\n")
         open_to_readers(Path(folder))
+
+
+def check_folder(folder: Path) -> Geometry:
+    """How the generator of a pipeline folder streams, read without any weights.  PermissionError, FileNotFoundError or ValueError where the folder is none, or not whole."""
+    check_readable(folder)
+    check_readable(folder / "model_index.json")
+    if not (folder / "model_index.json").is_file():
+        raise FileNotFoundError(f"{folder} is no pipeline folder: model_index.json is missing; give a folder in diffusers layout")
+    geometry = Geometry.read(folder / "streaming.json")
+    for part in ("transformer", "vae", "text_encoder", "tokenizer", "scheduler"):
+        _check_folder(folder / part)
+        if not (folder / part).is_dir():
+            raise FileNotFoundError(f"{folder} is no whole pipeline folder: {part}/ is missing; copy it again, or give a folder in diffusers layout")
+    return geometry
+
+
+def load_tokenizer(folder: Path):
+    """The tokenizer of a pipeline folder.  ValueError where its files are broken."""
+    return _load_weightless(AutoTokenizer, folder / "tokenizer")
 
 
 def use_channels_last(vae: AutoencoderKLWan) -> None:

@@ -4,28 +4,37 @@ A prompt file is one of
 
     lines      one prompt a line, one script each
     brackets   ``3,[a cat sleeps],[the cat wakes],[it leaves]``: the number of prompts, then the prompts in order
-    JSONL      ``{"prompts": ["a cat sleeps", "the cat wakes"], "starts": [0, 13], "id": "cat"}``, the last two optional
+    JSONL      ``{"prompts": ["a cat sleeps", "the cat wakes"], "starts": [0, 13], "id": "cat"}``, the last two optional,
+               or ``{"prompt": "a cat sleeps"}``
+    JSON       one list of such objects, or objects over several lines
 
-told apart by the suffix ``.jsonl`` and by the first line.  Blank lines are skipped; anything else that does not fit is
-refused with its line, never dropped: a script that is silently missing, or cut in the wrong place, cannot be seen in a loss.
+told apart by the first line, whatever the file is called; docs/prompts.md says all of it.  Blank lines are skipped; anything
+else that does not fit is refused with its line, never dropped: a script that is silently missing, or cut in the wrong place,
+cannot be seen in a loss.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from bisect import bisect
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator, Protocol, Sequence
+from typing import Any, Iterator, Protocol, Sequence
 
 import torch
 
+from kvpo.common.json_values import JsonFault, json_values
 from kvpo.common.rng import stream
+from kvpo.common.text_files import HARD_ENDS, SOFT_ENDS, fault_of_text, lines_of, read_text, shows_nothing
 from kvpo.types import Script
+from kvpo.common.wording import count_of
 
 _BRACKETED = re.compile(r"\s*(\d+\s*,\s*(\[|$)|\[)")
 """How a line of the bracketed format begins, its forgotten count included."""
-_KEYS = ("prompts", "starts", "id")
+_JSON = re.compile(r"""\s*(\{\s*["'}]|\[\s*(["'{\[]|$))""")
+"""How JSON begins, single quotes and an opening bracket alone on its line included: a prompt in braces is none."""
+_KEYS = ("prompts", "prompt", "starts", "id")
 
 
 class ScriptSource(Protocol):
@@ -62,7 +71,7 @@ class PromptSet:
 def even_starts(segments: int, blocks: int) -> tuple[int, ...]:
     """First block of every segment; segments as even as possible, lengths differing by at most one block."""
     if not 1 <= segments <= blocks:
-        raise ValueError(f"{segments} segments in a video of {blocks} blocks: every segment needs at least one block; lengthen the video or drop segments")
+        raise ValueError(f"{segments} segments in a video of {count_of(blocks, 'block')}: every segment needs at least one block; lengthen the video or drop segments")
     return tuple(i * blocks // segments for i in range(segments))
 
 
@@ -92,7 +101,7 @@ def read_scripts(
         try:
             if starts is None:
                 starts = even_starts(len(texts), blocks) if switches is None else starts_at(switches, len(texts))
-            script = Script(id or f"{path.name}:{where.line}", texts, starts[:max_segments], blocks)
+            script = Script(id or where.id, texts, starts[:max_segments], blocks, f"{path}, line {where.line}")
         except ValueError as error:
             raise where.error(str(error)) from None
         if script.id in scripts:
@@ -111,6 +120,12 @@ class _Where:
     path: Path
     line: int
     text: str
+    name: str = ""
+    """Its script's id where it gives none itself; "" = file and line."""
+
+    @property
+    def id(self) -> str:
+        return self.name or f"{self.path.name}:{self.line}"
 
     def error(self, message: str, at: int | None = None) -> ValueError:
         """``at``: offset of the fault in the line, from 0."""
@@ -124,24 +139,35 @@ Texts = tuple[str, ...]
 
 def _records(path: Path) -> Iterator[tuple[_Where, str | None, Texts, tuple[int, ...] | None]]:
     """(place, id, prompts, starts) of every line that is not blank."""
-    lines = [_Where(path, i, line) for i, line in enumerate(_decoded(path).split("\n"), start=1) if line.strip()]
-    if path.suffix.lower() == ".jsonl":
-        yield from ((where, *_jsonl(where)) for where in lines)
+    text = read_text(path)
+    if path.suffix.lower() in (".jsonl", ".ndjson", ".json") or _JSON.match(text):
+        yield from ((where, *_json_script(where, row)) for where, row in _json_rows(path, text))
         return
+    lines = [_Where(path, i, line) for i, line in lines_of(path, text) if line.strip()]
     bracketed = bool(lines and _BRACKETED.match(lines[0].text))
     for where in lines:
         if not bracketed and _BRACKETED.match(where.text):
             raise where.error("this looks like the format N,[a],[b], but the file begins with plain lines; keep one format a file")
-        yield where, None, _bracketed(where) if bracketed else (where.text.strip(),), None
+        if not bracketed and _JSON.match(where.text):
+            raise where.error("this looks like JSON, but the file begins with plain lines; keep one format a file")
+        yield where, None, _bracketed(where) if bracketed else (_prompt(where, where.text),), None
 
 
-def _decoded(path: Path) -> str:
-    raw = path.read_bytes()
+def _json_rows(path: Path, text: str) -> Iterator[tuple[_Where, Any]]:
+    """(place, value) of every value in JSON."""
+    ends = HARD_ENDS if HARD_ENDS.search(text) else SOFT_ENDS
+    begins, lines = [0, *(end.end() for end in ends.finditer(text))], ends.split(text)
+
+    def place(at: int, name: str = "") -> tuple[_Where, int]:
+        number = bisect(begins, at)
+        return _Where(path, number, lines[number - 1], name and f"{path.name}{name}"), at - begins[number - 1]
+
     try:
-        return raw.decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}, line {line}: byte 0x{raw[error.start]:02x} is not UTF-8; save the file as UTF-8 text") from None
+        for at, name, value in json_values(text):
+            yield place(at, name)[0], value
+    except JsonFault as fault:
+        where, column = place(min(fault.at, len(text.rstrip())))
+        raise where.error(str(fault), column) from None
 
 
 def _bracketed(where: _Where) -> Texts:
@@ -186,17 +212,14 @@ def _check_separators(where: _Where, begin: int, spans: Sequence[tuple[int, int]
             raise where.error(f"{found!r} stands outside the brackets, where there should be {'one comma' if wanted else 'nothing'}", at)
 
 
-def _jsonl(where: _Where) -> tuple[str | None, Texts, tuple[int, ...] | None]:
-    """(id, prompts, starts) of one JSON line."""
-    try:
-        row = json.loads(where.text)
-    except json.JSONDecodeError as error:
-        raise where.error(f"not JSON ({error.msg})", error.colno - 1) from None
-    if not isinstance(row, dict) or "prompts" not in row:
-        raise where.error('a line must be an object with the key "prompts"')
+def _json_script(where: _Where, row: Any) -> tuple[str | None, Texts, tuple[int, ...] | None]:
+    """(id, prompts, starts) of one JSON value."""
+    if not isinstance(row, dict) or ("prompts" in row) == ("prompt" in row):
+        raise where.error('a script must be an object with the key "prompts", a list of texts, or "prompt", one text')
     if unknown := sorted(set(row) - set(_KEYS)):
         raise where.error(f"unknown keys {unknown}; known are {', '.join(_KEYS)}")
-    prompts, starts = _prompts(where, row["prompts"]), _starts(where, row.get("starts"))
+    prompts = _prompts(where, row["prompts"]) if "prompts" in row else (_prompt(where, row["prompt"]),)
+    starts = _starts(where, row.get("starts"))
     if starts is not None and len(starts) != len(prompts):
         raise where.error(f"{len(prompts)} prompts but {len(starts)} starts; give one start per prompt, or leave starts out")
     return _id(where, row.get("id")), prompts, starts
@@ -209,8 +232,19 @@ def _prompts(where: _Where, value: object) -> Texts:
 
 
 def _prompt(where: _Where, text: object, at: int | None = None) -> str:
-    if not isinstance(text, str) or not text.strip():
-        raise where.error(f"a prompt must be text that is not blank, not {json.dumps(text)}", at)
+    """``at``: where in the line the text begins, if it is the line's own text."""
+    try:
+        return readable(text)
+    except ValueError as error:
+        raise where.error(str(error), at) from None
+
+
+def readable(text: object) -> str:
+    """A prompt without the blanks around it.  ValueError for what is no text, shows nothing, or can not be read as it was meant."""
+    if not isinstance(text, str) or shows_nothing(text):
+        raise ValueError(f"a prompt must be text that is not blank, not {json.dumps(text)}")
+    if fault := fault_of_text(text):
+        raise ValueError(f"the prompt {json.dumps(text if len(text) <= 60 else text[:57] + '...')} has {fault[1]}")
     return text.strip()
 
 
@@ -225,6 +259,8 @@ def _starts(where: _Where, value: object) -> tuple[int, ...] | None:
 def _id(where: _Where, value: object) -> str | None:
     if value is None:
         return None
+    if isinstance(value, str):
+        value = value.strip()
     if type(value) not in (str, int) or not str(value).strip() or not str(value).isprintable():
         raise where.error(f'"id" must be a number or a printable text, not {json.dumps(value)}')
     return str(value)

@@ -11,12 +11,14 @@ import json
 import os
 from pathlib import Path
 from string import Template
-from typing import Sequence
+from typing import TYPE_CHECKING, Sequence
 
 from kvpo.common.files import write_atomic
-from kvpo.generators.pipeline import Geometry
 from kvpo.pages.html import HEAD, STYLE
-from kvpo.types import Script
+
+if TYPE_CHECKING:  # the network's libraries, for which nobody who counts answers should wait
+    from kvpo.generators.pipeline import Geometry
+    from kvpo.types import Script
 
 EMBED = 48 * 2**20
 """Bytes of video up to which the page is a single file; beyond, the videos lie beside it."""

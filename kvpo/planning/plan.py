@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Iterator, Mapping
 
+from kvpo.common.wording import count_of, in_time
 from kvpo.config import RunConfig
 from kvpo.distributed.ranks import Ranks
 from kvpo.planning.amounts import (
@@ -136,7 +137,7 @@ def _head(recipe: str, config: RunConfig, sizes: Sizes, c: Costs) -> list[str]:
     checkpoint = 6 * 4 * c.trainable  # four sets of weights and two moments
     return [
         f"{recipe}: {sizes.source}",
-        f"  streams {config.data.blocks} blocks of {g.block} latent frames, {g.latent_height} x {g.latent_width}, window {g.window}, sink {g.sink}{bank}",
+        f"  streams {count_of(config.data.blocks, 'block')} of {g.block} latent frames, {g.latent_height} x {g.latent_width}, window {g.window}, sink {g.sink}{bank}",
         f"  generator {c.weights / GIB:.2f} GiB, text encoder {c.text_encoder / GIB:.2f} GiB (gone before the first step where prompts come from a file), VAE {c.vae / GIB:.2f} GiB",
         f"  {c.trainable / 1e6:.1f} M trained numbers; a checkpoint is {checkpoint / GIB:.2f} GiB on disk, {config.checkpoint.keep} are kept",
         "",
@@ -198,8 +199,8 @@ def _work(config: RunConfig, world: int, card: str, sizes: Sizes, c: Costs, n: A
     lines += [
         f"{'together':<28}{sum(calls.values()):>9.0f}{sum(found.values()) / 1e12:>12.3g}{seconds:>9.3g}",
         f"decoded: {n.decoded_prefix:.0f} latent frames of the prefix, {n.decoded_rows:.0f} of branches and anchor; scored: {n.scored:.0f} pixel frames",
-        f"a step: {config.groups} groups on {world} x {card}: about {groups * seconds / 60:.3g} min without rewards ({UTILISATION:.0%} of {CARDS[card][0]} TFLOP/s); "
-        f"{config.steps} steps: {config.steps * groups * seconds / 3600:.3g} h",
+        f"a step: {count_of(config.groups, 'group')} on {world} x {card}: about {in_time(groups * seconds)} without rewards ({UTILISATION:.0%} of {CARDS[card][0]} TFLOP/s); "
+        f"{count_of(config.steps, 'step')}: {in_time(config.steps * groups * seconds)}",
     ]
     return lines
 
@@ -219,4 +220,4 @@ def _geometry(nodes: int, gpus: int, shares: list[range]) -> list[str]:
     name = lambda share: " ".join(map(str, share))  # noqa: E731
     rows = [(n, shares[n * gpus : (n + 1) * gpus]) for n in range(nodes)]
     waits = f"; {idle} of {len(shares)} ranks wait while the others make their last: set groups to a multiple of {len(shares)}" if idle else ""
-    return ["", f"{nodes} nodes of {gpus} cards, up to {most} groups a rank{waits}", *(f"  node {n}: ranks {n * gpus} to {(n + 1) * gpus - 1}, groups {' | '.join(map(name, own))}" for n, own in rows)]
+    return ["", f"{count_of(nodes, 'node')} of {count_of(gpus, 'card')}, up to {count_of(most, 'group')} a rank{waits}", *(f"  node {n}: ranks {n * gpus} to {(n + 1) * gpus - 1}, groups {' | '.join(map(name, own))}" for n, own in rows)]

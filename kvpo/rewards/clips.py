@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 from kvpo.common.video import FPS, read_mp4
 from kvpo.rewards.base import VideoBatch
+from kvpo.rewards.clip_list import clip_rows
 
 FRAMES = 36
 """Of a clip: three blocks, as in training."""
@@ -20,15 +20,14 @@ def folder_clips(folder: Path, seconds: float = FRAMES / FPS) -> list[VideoBatch
     path = Path(folder) / "clips.csv"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: list the clips in it, a line `file,prompt` each after the head line `file,prompt`")
-    with path.open(newline="", encoding="utf-8") as file:
-        lines = list(csv.DictReader(file))
-    if not lines or {"file", "prompt"} - set(lines[0]):
-        raise ValueError(f"{path} must have the columns file and prompt and at least one line; it has {sorted(lines[0]) if lines else 'no line'}")
-    return [_middle(path.parent / line["file"], line["prompt"], seconds) for line in lines]
+    rows = clip_rows(path)
+    if absent := next((row for row in rows if not (path.parent / row.file).is_file()), None):
+        raise FileNotFoundError(f"{path}, line {absent.line}: there is no file {path.parent / absent.file}; correct the name, or take the line out")
+    return [_middle(path.parent / row.file, row.prompt, seconds) for row in rows]
 
 
 def _middle(path: Path, prompt: str, seconds: float) -> VideoBatch:
-    video, fps = read_mp4(path)
+    video, fps = read_mp4(path, original=True)
     frames = min(len(video), round(seconds * fps))
     first = (len(video) - frames) // 2
     return VideoBatch(video[None, first : first + frames], fps, (prompt,))

@@ -108,7 +108,7 @@ def find(name: str) -> Any:
     if not attribute:
         known = [*SHIPPED, *_offered()]
         near = difflib.get_close_matches(name, known, n=1)
-        raise ValueError(f"reward {name!r} is unknown" + (f"; did you mean {near[0]}?" if near else "") + f" Known are {', '.join(known)}; your own is written package.module:Class")
+        raise ValueError(f"reward {name!r} is unknown" + (f"; did you mean {near[0]}? Known" if near else "; known") + f" are {', '.join(known)}; your own is written package.module:Class")
     if path == name and (here := os.getcwd()) not in sys.path:
         sys.path.append(here)  # as `python -m kvpo` has it: a reward in a file of the working folder need not be installed
     try:

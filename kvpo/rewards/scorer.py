@@ -6,12 +6,14 @@ kept by the clip's content, so equal clips of a group, or of two evaluations, ar
 
 from __future__ import annotations
 
+import re
 import time
 import traceback
 from typing import Mapping, Sequence
 
 import torch
 
+from kvpo.common.metrics import NAME
 from kvpo.rewards.base import Reward, RewardOutput, RewardSpec, VideoBatch, check_output
 from kvpo.rewards.measured import sampled
 from kvpo.rewards.isolated.reward import Isolated
@@ -104,6 +106,8 @@ def make_scorers(entries: Sequence[RewardEntry]) -> list[Scorer]:
     """The rewards of a recipe, not loaded.  ValueError for one that can not be, or where two share a name."""
     scorers = [Scorer(_made(entry), entry) for entry in entries]
     names = [s.spec.name for s in scorers]
+    if odd := [name for s in scorers for name in s.spec.columns if not re.fullmatch(NAME, name)]:
+        raise ValueError(f"reward {odd[0]!r} can not be logged under that name: it must begin with a letter and go on with letters, digits, '_', '.' or '-'; correct the spec's name or report")
     if len(set(names)) < len(names):
         raise ValueError(f"rewards share a name: {names}; every one must have its own")
     return scorers

@@ -10,7 +10,7 @@ import torch
 
 from kvpo.method.advantages import Advantages
 from kvpo.config import RunConfig
-from kvpo.runs.loading import is_run, run_config
+from kvpo.runs.loading import is_run, named, run_config
 from kvpo.mini.source import StorySource
 from kvpo.method.prompts import PromptSet, ScriptSource, read_scripts
 from kvpo.rewards.base import VideoBatch
@@ -42,7 +42,7 @@ def calibration_clips(config: RunConfig, count: int = 16) -> list[VideoBatch]:
 
 def trained_families(generator: str) -> set[str]:
     """Families of the rewards that made these weights; none for a pipeline folder, whose past is not known here."""
-    run = Path(generator.partition(":")[0])
+    run, _ = named(generator)
     return {s.spec.family for s in make_scorers(run_config(run).rewards_of("train"))} if generator and is_run(run) else set()
 
 

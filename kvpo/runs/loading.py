@@ -31,10 +31,10 @@ def folder_of(name: str) -> Path:
 
 def load_generator(spec: str, device: torch.device | str = "cpu", vae_dtype: str = "float32", dtype: str = "") -> tuple[Pipeline, str]:
     """The generator and a label for it.  ``dtype``: default the run's own, float32 for a folder.  FileNotFoundError or ValueError that names what is missing."""
-    run, _, which = spec.partition(":")
-    if not is_run(Path(run)):
+    folder, which = named(spec)
+    if not is_run(folder):
         return load_pipeline(spec, device, vae_dtype, dtype or "float32"), spec
-    which = which or "ema"
+    run, which = str(folder), which or "ema"
     if which not in SETS:
         raise ValueError(f"{spec!r} names weights {which!r} of a run; choose one of {', '.join(SETS)}")
     checkpoint = _checkpoint(Path(run), which)
@@ -47,6 +47,24 @@ def load_generator(spec: str, device: torch.device | str = "cpu", vae_dtype: str
     policy.layout.refresh()
     pipeline.generator.requires_grad_(False)
     return pipeline, f"{Path(run).name}:{which} {checkpoint.name}"
+
+
+def named(spec: str) -> tuple[Path, str]:
+    """(folder, weights asked of it, "" for none) of a generator's name.
+
+    A file or folder of the whole name wins.  Else what follows the last colon names weights of a run; every other colon is
+    the path's, as in runs/2026-01-01T12:30.
+    """
+    run, colon, which = spec.rpartition(":")
+    if Path(spec).exists() or not colon or not (which in SETS or is_run(Path(run))):
+        return Path(spec), ""
+    return Path(run), which
+
+
+def pipeline_folder(spec: str) -> Path:
+    """The pipeline folder behind a generator's name: for a run, the one that it started from."""
+    folder, _ = named(spec)
+    return folder_of(run_config(folder).pipeline if is_run(folder) else spec)
 
 
 def _checkpoint(run: Path, which: str) -> Path:

@@ -52,6 +52,8 @@ class RunState:
         self.saver = Saver(out / "checkpoints", config.checkpoint.keep, policy, config.patience)
         self._held = ExitStack()
         """The folder's lock."""
+        self.moved: tuple[str, ...] = ()
+        """Settings that name a file which lies elsewhere now and is the same."""
         self.begun = False
         """Its folder is made, or its checkpoint read."""
         self.done = self.saved = 0
@@ -94,6 +96,7 @@ class RunState:
         if not self.ranks.gather((self.out / "config.resolved.yaml").exists())[0]:
             raise FileNotFoundError(f"{self.out} holds no run to resume; start one without --resume")
         self.ranks.only_first(self._lock)
+        self.moved = self.ranks.gather(self._moved() if self.ranks.first else ())[0]
         self._override(self._changed(yaml.safe_load((self.out / "config.resolved.yaml").read_text()), to_dict(self.config)), override)
         step = self._load()
         self.ranks.only_first(lambda: self._write_start(step))
@@ -114,6 +117,21 @@ class RunState:
         self.progress.say(f"resumed from {newest}" + (f", which was written with other versions, {'; '.join(others)}: numbers may round otherwise" if others else ""))
         return step
 
+    def _moved(self) -> tuple[str, ...]:
+        """Prompt files that have another name than when the run was begun, or last gone on with, and the same content."""
+        path = self.out / "environment.json"
+        begun = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        stored = [facts.get("prompt_files") for facts in (begun, *begun.get("resumed", []))]
+        stored = next((files for files in reversed(stored) if files), None)
+        return tuple(name for name, digest in _prompt_files(self.config).items() if digest == stored.get(name)) if stored else self._moved_of_old_run()
+
+    def _moved_of_old_run(self) -> tuple[str, ...]:
+        """Likewise for a run that is older than the digests of files: its checkpoints have one of the scripts."""
+        if not isinstance(self.source, PromptSet) or not (found := checkpoints(self.out / "checkpoints")):
+            return ()
+        digest = read_state(found[-1])["config"].get("prompts")
+        return ("data.prompts",) if digest == _digest_of_text(repr(self.source.scripts)) else ()
+
     def _write_beginning(self) -> None:
         if (self.out / "config.resolved.yaml").exists():
             raise ValueError(f"{self.out} already holds a run; go on with it by --resume, or choose another folder by --out")
@@ -124,6 +142,7 @@ class RunState:
     def _write_start(self, step: int) -> None:
         """The settings, and by what the run goes on from this step: its code and versions may not be those it was begun with."""
         path, facts = self.out / "environment.json", environment(self.pipeline.generator.device)
+        facts["prompt_files"] = _prompt_files(self.config)
         if step and path.exists():
             begun = json.loads(path.read_text())
             facts = begun | {"resumed": [*begun.get("resumed", []), {"step": step, **facts}]}
@@ -145,6 +164,7 @@ class RunState:
         settings, others = ({k: v for k, v in stored.items() if (k in self.config.__dataclass_fields__) == wanted} for wanted in (True, False))
         old = to_dict(from_dict(settings)) | others  # a setting that is newer than the run has its default: what the run did
         changed = differences(old, {name: value for name, value in new.items() if name in old})
+        changed = [d for d in changed if not d.startswith(tuple(f"{setting}: " for setting in self.moved))]
         if fixed := [d for d in changed if not d.startswith(MAY_CHANGE)]:
             raise ValueError(f"{self.out} was run with other settings, {'; '.join(fixed)}; resume with its own, or start a new run by --out")
         return changed
@@ -157,6 +177,12 @@ class RunState:
         frozen = (p.detach() for p in self.pipeline.generator.parameters() if not p.requires_grad)
         weights = {"start_weights": _digest(chain(trained, frozen)), "decoder": _digest(p.detach() for p in self.pipeline.vae.parameters())}
         return to_dict(self.config) | prompts | weights | {"first_script": _digest_of_text(repr(self.source.script(0, 0)))}
+
+
+def _prompt_files(config: RunConfig) -> dict[str, str]:
+    """Setting -> digest of the file that it names."""
+    named = {"data.prompts": config.data.prompts, "evaluate.prompts": config.evaluate.prompts}
+    return {name: hashlib.blake2b(Path(path).read_bytes(), digest_size=8).hexdigest() for name, path in named.items() if Path(path).is_file()}
 
 
 def _digest(weights: Iterable[torch.Tensor]) -> str:

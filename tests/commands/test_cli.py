@@ -128,7 +128,7 @@ def test_an_illegal_value(capsys, tmp_path, folder, argv, message):
         (("report", "nowhere"), "kvpo report: nowhere is no run folder"),
         (("generate", "nowhere", "--prompt", RED), "kvpo generate: nowhere is no pipeline folder"),
         (("generate", "nowhere"), "kvpo generate: give either --prompt"),
-        (("generate", "mini", "--prompt", RED, BLUE, "--blocks", "1"), "kvpo generate: 2 segments in a video of 1 blocks"),
+        (("generate", "mini", "--prompt", RED, BLUE, "--blocks", "1"), "kvpo generate: 2 segments in a video of 1 block: "),
         (("evaluate", "nowhere:ema", "--scripts", "2"), "kvpo evaluate: nowhere:ema is no pipeline folder"),
     ],
 )
@@ -140,6 +140,15 @@ def test_errors_are_one_line(capsys, argv, message):
 def test_a_recipe_that_is_wrong(capsys, tmp_path):
     path = write_recipe(tmp_path / "bad.yaml", {"optimizer": {"lrr": 1}})
     assert run(capsys, "align", path)[::2] == (1, f"kvpo align: {path}: unknown key optimizer.lrr; did you mean optimizer.lr?\n")
+
+
+def test_a_run_says_in_one_line_what_it_will_do(capsys, tmp_path, folder):
+    """The output of a run that goes into a file began with its end."""
+    recipe = write_recipe(tmp_path / "r.yaml", settings(folder, steps=1))
+    assert align(recipe, tmp_path / "run") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0][9:] == f"kvpo align {recipe} in {tmp_path / 'run'} on cpu: 1 step of 1 group with 3 branches, videos of 6 blocks, evaluated at the end, saved every 1 step"
+    assert lines[1][9:].startswith("step 1/1  Warmth ") and lines[-1].startswith("report: ")
 
 
 def test_interrupted(capsys, monkeypatch):
@@ -161,7 +170,7 @@ def test_generate(capsys, tmp_path, folder):
 def test_generate_from_a_file(capsys, tmp_path, folder):
     (tmp_path / "p.txt").write_text(f"{RED}\n{BLUE}\n")
     code, *_ = run(capsys, "generate", str(folder), "--prompts", str(tmp_path / "p.txt"), "--blocks", "2", "--out", str(tmp_path / "videos"), "--sampler", "ode")
-    assert code == 0 and sorted(p.name for p in (tmp_path / "videos").iterdir()) == ["000.mp4", "001.mp4"]
+    assert code == 0 and sorted(p.name for p in (tmp_path / "videos").iterdir()) == ["000.json", "000.mp4", "001.json", "001.mp4"]
 
 
 @pytest.fixture(scope="module")

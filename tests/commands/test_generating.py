@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from kvpo.generators.generate import generate, streamed
 from kvpo.commands.generate import Generate, block_at
 from kvpo.runs.loading import load_pipeline
 from kvpo.planning.peak import Ledger
-from kvpo.common.video import Mp4Writer, encode_mp4, read_mp4
+from kvpo.common.video import Mp4Writer, encode_mp4, read_about, read_mp4
 
 
 def run(capsys, *argv) -> tuple[int, str, str]:
@@ -96,8 +97,8 @@ def test_an_interrupted_file_is_not_there(pipeline, tmp_path):
 
 def test_seeds_and_seconds(capsys, folder, tmp_path):
     code, out, _ = run(capsys, folder, "--prompt", RED, BLUE, "--seconds", "1.5", "--at", "0.5", "--seeds", "0", "7", "--out", tmp_path)
-    assert code == 0 and sorted(p.name for p in tmp_path.iterdir()) == ["000-seed0.mp4", "000-seed7.mp4"] and "frames/s" in out
-    videos = [read_mp4(p)[0] for p in sorted(tmp_path.iterdir())]
+    assert code == 0 and sorted(p.name for p in tmp_path.glob("*.mp4")) == ["000-seed0.mp4", "000-seed7.mp4"] and "frames/s" in out
+    videos = [read_mp4(p)[0] for p in sorted(tmp_path.glob("*.mp4"))]
     assert len(videos[0]) == 29 >= 1.5 * 16 and not torch.equal(*videos)
 
 
@@ -108,8 +109,8 @@ def test_a_lora_on_top(capsys, tmp_path):
     torch.save({"generator_lora": released_lora(pipeline.generator.transformer)}, lora)
     for name, extra in (("plain", ()), ("lora", ("--lora", lora)), ("none", ("--lora", lora, "--lora-scale", "0"))):
         assert run(capsys, folder, "--prompt", RED, "--blocks", "3", "--out", tmp_path / name, *extra)[0] == 0
-    plain, adapted, none = ((tmp_path / name / "000.mp4").read_bytes() for name in ("plain", "lora", "none"))
-    assert plain == none != adapted
+    plain, adapted, none = (read_mp4(tmp_path / name / "000.mp4")[0] for name in ("plain", "lora", "none"))
+    assert torch.equal(plain, none) and not torch.equal(plain, adapted)
 
 
 def test_half_precision(capsys, folder, tmp_path):
@@ -139,7 +140,7 @@ def test_out_of_memory_is_one_line(capsys, folder, tmp_path, monkeypatch, error)
     monkeypatch.setattr("kvpo.generators.generate.streamed", full)
     code, _, err = run(capsys, folder, "--prompt", RED, "--out", tmp_path / "v")
     assert code == 1 and err.startswith("kvpo generate: out of memory (") and "--dtype bfloat16" in err and not list(tmp_path.glob("v/*"))
-    monkeypatch.setattr("kvpo.commands.main.examine", full)
+    monkeypatch.setattr("kvpo.commands.doctor.examine", full)
     capsys.readouterr()
     assert cli.main(["doctor", "mini"]) == 1
     assert "`kvpo plan` with the same recipe" in capsys.readouterr().err
@@ -163,3 +164,30 @@ def test_the_window_s_own_prompts(pipeline):
     finally:
         del pipeline.encode_text
     assert asked == [sorted([RED, BLUE])] and embed(pipeline, story(3, 1)).keys() == {RED, BLUE}
+
+
+# --- Nothing is overwritten silently ---
+
+
+def test_a_video_carries_what_made_it(capsys, folder, tmp_path):
+    """Of a folder of videos nobody could tell which prompts, seed and weights had made them."""
+    assert run(capsys, folder, "--prompt", RED, BLUE, "--blocks", "2", "--seed", "7", "--out", tmp_path / "v")[0] == 0
+    about, beside = read_about(tmp_path / "v" / "000.mp4"), json.loads((tmp_path / "v" / "000.json").read_text())
+    assert about == {"enlarged": about["enlarged"]} | beside
+    assert (beside["prompts"], beside["starts"], beside["seed"], beside["generator"], beside["sampler"]) == ([RED, BLUE], [0, 1], 7, str(folder), "renoise")
+    assert {"commit", "command", "lora", "dtype", "kvpo"} <= set(beside)
+
+
+def test_what_is_replaced_is_said(capsys, folder, tmp_path):
+    argv = (folder, "--prompt", RED, "--blocks", "1", "--out", tmp_path / "v")
+    assert "replaces" not in run(capsys, *argv)[1]
+    said = " ".join(run(capsys, *argv)[1].split())
+    assert f"replaces {tmp_path / 'v' / '000.mp4'}, which was there already; give another --out to keep it" in said
+
+
+def test_without_a_folder_every_call_has_a_new_one(capsys, folder, tmp_path, monkeypatch):
+    """A second `kvpo generate` wrote over the videos of the first."""
+    monkeypatch.chdir(tmp_path)
+    for _ in range(3):
+        assert run(capsys, folder, "--prompt", RED, "--blocks", "1")[0] == 0
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["generate", "generate-2", "generate-3"]

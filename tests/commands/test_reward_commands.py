@@ -49,6 +49,14 @@ def test_one_reward_on_a_video(capsys, folder):
     assert [line.split()[0] for line in out.splitlines()] == ["0.00", "1.00"]
 
 
+def test_the_miniature_s_rewards_judge_the_miniature_s_videos(capsys, tmp_path):
+    """A video is enlarged when it is written, and the rewards refused 256 x 256 pixels."""
+    batch = story_clips(1)[0]
+    write_mp4(tmp_path / "v.mp4", batch.frames[0])
+    code, out, err = run(capsys, "score", str(tmp_path / "v.mp4"), "--reward", "world_ta", "--prompt", batch.prompts[0])
+    assert code == 0 and float(out.split("TA")[1].split()[0]) > 0.5, out + err
+
+
 def test_parameters_are_given_as_yaml(capsys, folder):
     code, _, err = run(capsys, "score", str(folder / "0.mp4"), "--reward", "classic", "--params", "enough_motion=-1")
     assert code == 1 and "enough_motion = -1 must be above 0" in err
@@ -80,7 +88,7 @@ def test_clips_of_ones_own(capsys, folder, tmp_path):
     assert [b.prompts for b in miscaptioned(batches, 0)] == [batches[1].prompts, batches[0].prompts]
 
 
-@pytest.mark.parametrize(("text", "reason"), [(None, "clips.csv is missing: list the clips"), ("a,b\n1,2\n", "must have the columns file and prompt"), ("file,prompt\n", "it has no line"), ("file,prompt\nno.mp4,x\n", "is not a readable video")])
+@pytest.mark.parametrize(("text", "reason"), [(None, "clips.csv is missing: list the clips"), ("a,b\n1,2\n", "must have each of the columns file and prompt once"), ("file,prompt\n", "lists no clip"), ("file,prompt\nno.mp4,x\n", "line 2: there is no file")])
 def test_a_folder_that_is_wrong(tmp_path, text, reason):
     if text is not None:
         (tmp_path / "clips.csv").write_text(text)

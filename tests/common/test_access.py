@@ -37,6 +37,12 @@ ADVICE = (
 )
 
 
+def anyone_may_write(folder: Path) -> None:
+    """An output folder that is tried before anything is read must not be what is refused."""
+    folder.mkdir()
+    folder.chmod(0o777)
+
+
 @contextmanager
 def another_user() -> Iterator[None]:
     """Inside, files that are closed can not be read; root could."""
@@ -201,6 +207,7 @@ def test_a_pipeline(capsys, folder, shelf, closed):
     """It was "not a whole safetensors file; copy it again", or "is missing"."""
     shutil.copytree(folder, shelf / "p")
     (shelf / "p" / closed).chmod(0)
+    anyone_may_write(shelf / "v")
     assert closed in refused(capsys, "generate", shelf / "p", "--prompt", RED, "--out", shelf / "v")
 
 
@@ -212,6 +219,7 @@ def test_a_lora_and_a_generator(capsys, folder, shelf, suffix):
     path, lora = shelf / f"lora{suffix}", released_lora(new_pipeline().generator.transformer)
     save_file(lora, path) if suffix == ".safetensors" else torch.save(lora, path)
     path.chmod(0)
+    anyone_may_write(shelf / "v")
     refused(capsys, "generate", shelf / "p", "--prompt", RED, "--lora", path, "--out", shelf / "v")
     base, *_ = original_folder(shelf / "base")
     refused(capsys, "import", path, shelf / "out", "--format", "longlive", "--base", base)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import base64
 import io
 import re
+from fractions import Fraction
+from pathlib import Path
 from types import SimpleNamespace
 
+import av
 import pytest
 import torch
 from PIL import Image
@@ -16,7 +19,7 @@ from kvpo.common.files import write_atomic
 from kvpo.common.rng import stream
 from kvpo.report.routing_map import ROLES, roles, routing_map
 from kvpo.types import BranchPlan, Window
-from kvpo.common.video import encode_mp4, enlarge, grid, html_image, html_video, read_mp4, strips, watchable, write_mp4
+from kvpo.common.video import Mp4Writer, encode_mp4, enlarge, grid, html_image, html_video, read_about, read_mp4, strips, watchable, write_mp4
 
 GEOMETRY, WINDOW = SimpleNamespace(block=3, sink=3, window=12), Window(7, 3)
 
@@ -160,3 +163,62 @@ def test_routing_map_is_a_picture_with_the_roles_colours():
     image = Image.open(io.BytesIO(routing_map(plans, WINDOW, GEOMETRY, nearest=1, starts=(0, 5)))).convert("RGB")
     colours = {colour for count, colour in image.getcolors(maxcolors=100_000) if count > 200}
     assert all(tuple(bytes.fromhex(colour[1:])) in colours for colour in ROLES.values())
+
+
+# --- Files as people have them ---
+
+
+@pytest.mark.parametrize("name", ["12:30.mp4", "2026-01-01T12:30/v.mp4", "file:v.mp4", "pipe:1.mp4", "v%03d.mp4", "concat:a|b.mp4", "s\udcff.mp4"])
+def test_odd_characters_in_a_path_are_the_path_s(tmp_path, monkeypatch, name):
+    """libav takes what stands before a colon for a protocol, and %d for a number: such videos could not be written, or read."""
+    monkeypatch.chdir(tmp_path)
+    video = patches(3)
+    write_mp4(Path(name), video)
+    assert len(read_mp4(Path(name))[0]) == 3
+    with Mp4Writer(Path(name)) as writer:
+        writer.write(video)
+        writer.write(video)
+    assert len(read_mp4(Path(name))[0]) == 6 and read_about(Path(name)) == {"enlarged": 4}
+
+
+def test_a_video_says_what_it_is(tmp_path):
+    about = {"prompts": ["a cat; at night = 1", "\u732b\n\"quoted\""], "seed": 7, "generator": "mini"}
+    path = write_mp4(tmp_path / "a.mp4", patches(2), about=about)
+    assert read_about(path) == {"enlarged": 4} | about
+    assert read_about(write_mp4(tmp_path / "b.mp4", patches(2), factor=1)) == {}
+
+
+def test_the_factor_of_enlarging_is_undone(tmp_path):
+    """The miniature's rewards refused the miniature's own videos, which are enlarged when they are written."""
+    video = patches(3)
+    back, _ = read_mp4(write_mp4(tmp_path / "a.mp4", video), original=True)
+    assert back.shape == video.shape and (back.float() - video.float()).abs().mean() < 3
+
+
+def even_and_uneven(folder: Path, *times: int) -> Path:
+    """A video whose frames are shown from these times on, in 1/1000 s."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="matroska") as container:
+        stream = container.add_stream("libx264", rate=1000)
+        stream.width = stream.height = 64
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for time, image in zip(times, patches(len(times))[:, :, :64, :64].permute(0, 2, 3, 1).contiguous().numpy()):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    (folder / "v.mkv").write_bytes(file.getvalue())
+    return folder / "v.mkv"
+
+
+def test_times_that_a_container_rounds_are_even(tmp_path):
+    """30 frames a second in milliseconds: 33 and 34 ms."""
+    video, fps = read_mp4(even_and_uneven(tmp_path, *(round(1000 * k / 30) for k in range(30))))
+    assert len(video) == 30 and fps == pytest.approx(30, rel=0.02)
+
+
+@pytest.mark.parametrize("times", [(0, 62, 125, 375, 437, 500), tuple(range(0, 900, 62)) + tuple(range(900, 2000, 124)), tuple(round(20 * k**1.3) for k in range(30))])
+def test_a_variable_frame_rate_is_refused(tmp_path, times):
+    """One pan got 0.89 with even frames and 0.25 with uneven ones: rewards count frames, not seconds."""
+    with pytest.raises(ValueError, match="v.mkv has a variable frame rate: a frame is shown for .* ms, but rewards count frames; make it even first"):
+        read_mp4(even_and_uneven(tmp_path, *times))

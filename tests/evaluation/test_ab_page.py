@@ -352,6 +352,50 @@ def test_answers_that_do_not_fit_are_refused(tmp_path, change, message):
     assert not (tmp_path / "result.json").exists()
 
 
+@pytest.mark.parametrize(("text", "message"), [
+    ('{"study": "s", "rater": "ann", "answers": ["left", "right"]}', """answer 1 is "left"; it must be an object whose "pair" is a whole number"""),
+    ('{"study": "s", "rater": "ann", "answers": [{"pair": true, "VQ": "left"}]}', "answer 1 is .*true"),
+    ('{"study": "s", "rater": "ann", "answers": [{"pair": 0}, {"pair": 1.0, "VQ": "left"}]}', "answer 2 is .*1.0"),
+    ('{"study": "s", "rater": "ann", "answers": [{"pair": "0", "VQ": "left"}]}', "answer 1 is"),
+    ('{"study": "s", "rater": "ann", "answers": [{"VQ": "left"}]}', "answer 1 is"),
+    ('{"study": "s", "rater": "ann", "answers": [{"pair": 0, "VQ": ["left"]}]}', "is no answer"),
+    ('{"study": "s", "rater": "ann", "answers": [{"pair": 0}, {"pair": 0}]}', "answers pair 0 twice"),
+    ('{"study": "s", "rater": "ann", "answers": {"0": "left"}}', 'has no list "answers"'),
+    ('{"study": "s", "rater": "ann"}', 'has no list "answers"'),
+    ('{"study": "s", "rater": ["ann"], "answers": []}', "it must be a name"),
+    ('[{"pair": 0, "VQ": "left"}]', "is not one object"),
+    ('"left"', "is not one object"),
+    ("", "must hold one JSON object"),
+    ('{"study": "s",\n "answers": [}', "line 2 is not JSON"),
+    ('{"study": "s", "study": "s"}', "the key 'study' stands there twice"),
+])  # fmt: skip
+def test_answers_that_were_edited_by_hand_are_one_line(tmp_path, text, message):
+    """A list, a pair that is a text or a number with a point, an answer without its braces: each was a traceback."""
+    (path,) = write_study(tmp_path, ("ann", []))
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        Unblind((path,), tmp_path / "key.json")()
+    assert "answers0.json" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_answers_and_keys_with_a_byte_order_mark_are_read(tmp_path, encoding):
+    """Editors of Windows write one; it was said to be no JSON."""
+    (path,) = write_study(tmp_path, ("ann", [{"pair": 0, "VQ": "left"}]))
+    for file in (path, tmp_path / "key.json"):
+        file.write_bytes(file.read_text().encode(encoding))
+    Unblind((path,), tmp_path / "key.json")()
+    assert json.loads((tmp_path / "result.json").read_text())["raters"] == ["ann"]
+
+
+@pytest.mark.parametrize("pairs", [{}, [], ["x"], [{"script": "x", "left": "left"}], [{"script": ["x"], "left": "a"}]])
+def test_a_key_that_was_edited_by_hand_is_one_line(tmp_path, pairs):
+    (path,) = write_study(tmp_path, ("ann", []))
+    (tmp_path / "key.json").write_text(json.dumps(KEY | {"pairs": pairs}))
+    with pytest.raises(ValueError, match="key.json: its pairs must be a list of objects"):
+        Unblind((path,), tmp_path / "key.json")()
+
+
 def test_files_that_are_something_else_are_refused(tmp_path):
     first, second = write_study(tmp_path, ("ann", []), ("ann", []))
     with pytest.raises(ValueError, match="a file by rater 'ann' is given already"):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from kvpo.mini.source import StorySource
+from kvpo.mini.stories import vocabulary
 from kvpo.method.prompts import PromptSet, ScriptSource, even_starts, outer_brackets, read_scripts, starts_at
 from kvpo.types import Script
 
@@ -55,10 +58,6 @@ def test_jsonl(read):
 
 def test_files_from_windows_read_the_same(read):
     assert texts(read(b"\xef\xbb\xbf2,[a],[b]\r\n1,[c]\r\n")) == [("a", "b"), ("c",)]
-
-
-def test_unicode_line_separators_do_not_cut_a_prompt(read):
-    assert texts(read("a\u2028b\x0bc\n\u732b")) == [("a\u2028b\x0bc",), ("\u732b",)]
 
 
 def test_only_the_first_prompts_may_be_kept(read):
@@ -114,9 +113,10 @@ def test_switches_apply_to_scripts_without_their_own(read):
         (".txt", "1,[a] tail", "line 1, column 7: 'tail' stands outside the brackets, where there should be nothing"),
         (".txt", "2,[a],[ ]", "line 1, column 7: a prompt must be text that is not blank"),
         (".jsonl", '{"prompts": ["a"]}\n{"prompts": ["a"', "line 2, column 17: not JSON"),
-        (".jsonl", '["a"]', 'line 1: a line must be an object with the key "prompts"'),
-        (".jsonl", '{"prompt": ["a"]}', 'the key "prompts"'),
-        (".jsonl", '{"prompts": ["a"], "strats": [0]}', r"unknown keys \['strats'\]; known are prompts, starts, id"),
+        (".jsonl", '["a"]', 'line 1: a script must be an object with the key "prompts"'),
+        (".jsonl", '{"prompt": ["a"]}', 'a prompt must be text that is not blank, not \\["a"\\]'),
+        (".jsonl", '{"prompt": "a", "prompts": ["a"]}', 'the key "prompts", a list of texts, or "prompt"'),
+        (".jsonl", '{"prompts": ["a"], "strats": [0]}', r"unknown keys \['strats'\]; known are prompts, prompt, starts, id"),
         (".jsonl", '{"prompts": "a"}', '"prompts" must be a list of at least one text, not "a"'),
         (".jsonl", '{"prompts": []}', "at least one text"),
         (".jsonl", '{"prompts": ["a", 1]}', "a prompt must be text that is not blank, not 1"),
@@ -270,3 +270,18 @@ def test_a_story_of_a_negative_step_is_refused():
 def test_both_sources_fit_the_same_place():
     for source in (prompt_set(), StorySource(0)):
         assert isinstance(source.script(step=2, index=1), Script)
+
+
+# --- The format's page ---
+
+
+def test_the_page_lists_the_miniature_s_words():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "prompts.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```text\n(.*?)```", page, flags=re.S)
+    assert block.split() == vocabulary()
+
+
+def test_the_page_s_examples_are_read(read):
+    page = (Path(__file__).resolve().parents[2] / "docs" / "prompts.md").read_text(encoding="utf-8")
+    examples = [re.search(r"`(.+?)`", line)[1] for line in page.splitlines() if line.startswith(("| lines", "| brackets", "| JSONL"))]
+    assert [len(texts) for example in examples for texts in map(lambda s: s.texts, read(example))] == [1, 2, 2, 1]

@@ -24,8 +24,13 @@ COMPLETE = "complete.json"
 
 def default_folder() -> Path:
     """Where environments live: KVPO_ENVS, else the user's cache; a run does not own them."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("KVPO_ENVS") or cache / "kvpo" / "envs")
+    if given := os.environ.get("KVPO_ENVS"):
+        return Path(given)
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:
+        raise ValueError(f"there is no home folder for environments ({error}); name a folder by KVPO_ENVS or --folder") from None
+    return cache / "kvpo" / "envs"
 
 
 def python_of(environment: str) -> str:

@@ -22,7 +22,10 @@ def find(reward: str, name: str, wanted: Sequence[str]) -> Path:
 
     ValueError that names ``reward``, what is missing and the way out.
     """
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError:  # a user without a home
+        path = Path(name)
     check_readable(path)
     if path.exists():
         return path

@@ -1,0 +1,73 @@
+"""Whether a generator can read the prompts it is given: asked of its tokenizer alone, before any
+weights are loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Callable, Iterable
+
+from kvpo.generators.pipeline import check_folder, load_tokenizer
+from kvpo.types import Script
+
+NAMED = 12
+"""Unknown words that a warning lists."""
+
+
+def check_prompts(
+    folder: str | Path, scripts: Iterable[Script], warn: Callable[[str], None]
+) -> None:
+    """ValueError, with the prompt's place, where one is longer than the generator reads or has no
+    word that it knows.
+
+    ``warn`` is told once which other words it does not know: they are all the same to it, and
+    stand for nothing.
+    """
+    geometry, tokenizer = check_folder(Path(folder)), load_tokenizer(Path(folder))
+    vocabulary = Path(folder) / "tokenizer"
+    places = {
+        text: script.place(i)
+        for script in scripts
+        for i, text in reversed(tuple(enumerate(script.texts)))
+    }
+    strangers: dict[str, str] = {}
+    for text, place in places.items():
+        if (count := len(tokenizer(text).input_ids)) > geometry.text_length:
+            raise ValueError(
+                f"{place}: the prompt has {count} tokens, but this generator reads "
+                f"{geometry.text_length} and would ignore the rest; shorten {text[:60]!r}..."
+            )
+        known, unknown = words_of(tokenizer, text)
+        if unknown and not known:
+            raise ValueError(
+                f"{place}: the generator knows no word of the prompt {text[:60]!r}, so it would "
+                f"show nothing of it; its vocabulary is in {vocabulary}, "
+                "and docs/prompts.md lists the miniature's"
+            )
+        strangers |= {word: strangers.get(word, place) for word in unknown}
+    if strangers:
+        shown = ", ".join(f"{word!r}" for word in list(strangers)[:NAMED]) + (
+            f" and {len(strangers) - NAMED} more" if len(strangers) > NAMED else ""
+        )
+        warn(
+            f"warning: the generator does not know {shown} (first in "
+            f"{next(iter(strangers.values()))}), and reads them as nothing; "
+            f"its vocabulary is in {vocabulary}, docs/prompts.md lists the miniature's"
+        )
+
+
+def words_of(tokenizer, text: str) -> tuple[list[str], list[str]]:
+    """Words of a text that the tokenizer knows, and those it does not; punctuation is no word.
+
+    Nothing is unknown to a tokenizer without a token for it, or that can not say where its tokens
+    lie.
+    """
+    unknown_id = tokenizer.unk_token_id
+    if unknown_id is None or not tokenizer.is_fast:
+        return [text], []
+    encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
+    known, unknown = [], []
+    for token, (first, stop) in zip(encoded.input_ids, encoded.offset_mapping):
+        word = text[first:stop].strip()
+        if any(letter.isalnum() for letter in word):
+            (unknown if token == unknown_id else known).append(word)
+    return known, unknown

@@ -1,0 +1,87 @@
+"""clips.csv, the list of a folder's videos: ``file,prompt``, a line each, refused with its line
+where it does not fit."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Iterator, NamedTuple
+
+from kvpo.common.text_files import fault_of_text, lines_of, read_text, shows_nothing
+
+COLUMNS = ("file", "prompt")
+
+
+class ClipRow(NamedTuple):
+    """One line of the list."""
+
+    line: int
+    file: str
+    prompt: str
+
+
+def clip_rows(path: Path) -> list[ClipRow]:
+    """Every line of a clips.csv, in order.  ValueError that names file and line for anything that
+    is not one file and its prompt."""
+    cells = _cells(path)
+    _, head = next(cells, (0, []))
+    head = [name.strip().lower() for name in head]
+    if missing := [name for name in COLUMNS if head.count(name) != 1]:
+        hint = (
+            "; cells are separated by commas"
+            if len(head) == 1 and any(c in head[0] for c in ";\t|")
+            else ""
+        )
+        raise ValueError(
+            f"{path}, line 1: the head line must have each of the columns file and prompt once, "
+            f"as in `file,prompt`, but it is {head} ({missing[0]}){hint}"
+        )
+    rows = [_row(path, line, head, row) for line, row in cells]
+    if not rows:
+        raise ValueError(
+            f"{path} lists no clip; give it at least one line `file,prompt` after the head line"
+        )
+    return rows
+
+
+def _cells(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """(line at which it begins, cells) of every row that is not blank; a cell in quotes may go
+    over several lines."""
+    lines = [f"{line}\n" for _, line in lines_of(path, read_text(path))]
+    reader, begin = csv.reader(lines, strict=True, skipinitialspace=True), 1
+    while True:
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            raise ValueError(
+                f"{path}, line {begin}: the quotes do not fit ({error}); a cell with commas "
+                f"stands in quotes, and quotes in it are doubled"
+            ) from None
+        if row is None:
+            return
+        if any(cell.strip() for cell in row):
+            yield begin, row
+        begin = reader.line_num + 1
+
+
+def _row(path: Path, line: int, head: list[str], cells: list[str]) -> ClipRow:
+    where = f"{path}, line {line}"
+    if len(cells) > len(head):
+        raise ValueError(
+            f"{where}: {len(cells)} cells under {len(head)} columns, {cells}; put a prompt that "
+            f'has commas in quotes, as in a.mp4,"a cat, at night"'
+        )
+    if len(cells) < len(head):
+        raise ValueError(
+            f"{where}: {len(cells)} cells under {len(head)} columns, {cells}; give every line "
+            f"its file and its prompt"
+        )
+    found = dict(zip(head, cells))
+    for name in COLUMNS:
+        if shows_nothing(found[name]):
+            raise ValueError(
+                f"{where}: it has no {name}, {cells}; give every line its file and its prompt"
+            )
+        if fault := fault_of_text(found[name]):
+            raise ValueError(f"{where}: the {name} has {fault[1]}")
+    return ClipRow(line, found["file"].strip(), found["prompt"].strip())
