@@ -1,6 +1,8 @@
 # Two cores, Python 3.11 or later, git: nothing else is needed.
 #
 #   make align       align the miniature, in runs/align (or the next free folder); ends with the path of report.html
+#   make check       lint, in seconds
+#   make types       what the type checker says; it still finds faults, so nothing depends on it
 #   make test        the CPU suite
 #   make test-slow   the CPU suite with the tests that take minutes
 #   make clean       remove .venv and what builds leave behind; runs/ stays
@@ -10,7 +12,7 @@ VENV := .venv
 INSTALLED := $(VENV)/.installed
 TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: align test test-slow clean
+.PHONY: align check types test test-slow clean
 
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is too old: Python 3.11 or later is needed; name one by make PYTHON=..." >&2; exit 1; }
@@ -28,6 +30,12 @@ align: $(INSTALLED)
 	done; \
 	$(VENV)/bin/kvpo align mini --out "$$out"
 
+check: $(INSTALLED)
+	$(VENV)/bin/python -m ruff check .
+
+types: $(INSTALLED)
+	$(VENV)/bin/python -m mypy
+
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -m "not slow and not gpu" -q -n 2 --dist loadfile
 
@@ -35,5 +43,5 @@ test-slow: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -m "not gpu" -q -n 2 --dist loadfile
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

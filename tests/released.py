@@ -65,7 +65,7 @@ def gated_text_encoder() -> UMT5EncoderModel:
 
 
 def _original_vae(name: str) -> str:
-    for side, blocks in (("encoder", "downsamples"), ("decoder", "upsamples")):
+    for side in ("encoder", "decoder"):
         for new, old in (("mid_block.resnets.0", "middle.0"), ("mid_block.attentions.0", "middle.1"), ("mid_block.resnets.1", "middle.2"), ("norm_out", "head.0"), ("conv_out", "head.2"), ("conv_in", "conv1"), ("down_blocks", "downsamples")):  # fmt: skip
             name = name.replace(f"{side}.{new}", f"{side}.{old}")
     if "up_blocks" in name:

@@ -23,7 +23,7 @@ from kvpo.rewards.registry import SHIPPED, find, make_reward
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
-IGNORED = {".git", ".venv", "runs", "build", "dist", ".pytest_cache", ".ruff_cache"}
+IGNORED = {".git", ".venv", "runs", "build", "dist", ".pytest_cache", ".ruff_cache", ".mypy_cache"}
 """At the top; kvpo/runs is code."""
 TEXT = {".py", ".md", ".toml", ".yaml", ".yml", ".json", ".txt", ".html", ".sh", ""}
 

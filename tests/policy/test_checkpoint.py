@@ -181,7 +181,7 @@ def test_a_broken_checkpoint_is_named(tmp_path, run, damage):
 
 
 def test_another_policy_is_refused(tmp_path, run):
-    path = save(tmp_path, run, 1)
+    save(tmp_path, run, 1)
     narrow = save(tmp_path / "narrow", trained(updates=0, train="lora", rank=2), 1)
     with pytest.raises(ValueError, match="belongs to another policy"):
         load(narrow, trained(updates=0, train="lora", rank=3))

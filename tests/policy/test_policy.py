@@ -114,7 +114,7 @@ def test_master_weights_are_float32(train):
     assert {computing[n].dtype for n in policy.names} == {torch.bfloat16} and policy.model.dtype == torch.bfloat16
     optimizer = torch.optim.AdamW(policy.parameters, lr=1e-5, weight_decay=0.0)
     for _ in range(3):
-        for half in range(2):  # two passes: their gradients add up in float32
+        for _ in range(2):  # two passes: their gradients add up in float32
             velocity(policy).square().mean().backward()
         assert all(p.grad is None for p in computing.values())
         assert any(p.grad.any() for p in policy.parameters)

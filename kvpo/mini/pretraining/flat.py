@@ -87,7 +87,7 @@ def flat_velocity(transformer: WanTransformer3DModel, plan: Layout, x: torch.Ten
 
     x [B, N, C, H, W] with N = 3 slots;  sigma [B, slots], 0 = clean;  text [B, slots, L, D];  frames [B, N] absolute ids.
     """
-    m, (b, n, _, height, width) = transformer, x.shape
+    m, (b, _, _, height, width) = transformer, x.shape
     grid = height // m.config.patch_size[1], width // m.config.patch_size[2]
     hidden = m.patch_embedding(x.flatten(0, 1).unsqueeze(2)).flatten(2).transpose(1, 2).float()
     time = (TIME_SCALE * sigma).repeat_interleave(BLOCK, 1).flatten()

@@ -19,7 +19,7 @@ import math
 import weakref
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Callable, Literal, Mapping, Sequence
+from typing import Any, Callable, Hashable, Literal, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
