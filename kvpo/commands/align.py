@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvpo.api.functions import OUT
 from kvpo.commands.options import Positional, Settings
 from kvpo.common.progress import Progress
 from kvpo.distributed.ranks import leave
@@ -20,7 +21,7 @@ class Align:
     recipe: Positional[str]
     """A shipped recipe (mini) or a YAML file."""
     settings: Settings
-    out: Path = Path("runs/align")
+    out: Path = OUT
     """Folder of the run; it must not hold another one."""
     resume: bool = False
     """Go on with the run in --out from its newest checkpoint."""

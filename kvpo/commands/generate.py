@@ -11,9 +11,10 @@ import tyro
 from kvpo.commands.options import Positional
 from kvpo.common.environment import pick_device
 from kvpo.common.progress import Progress
+from kvpo.config import DataConfig, RunConfig
 from kvpo.convert.lora import add_lora
 from kvpo.generators.generate import write_video
-from kvpo.generators.pipeline import Geometry
+from kvpo.generators.pipeline import Geometry, block_at
 from kvpo.generators.sampler import SAMPLERS
 from kvpo.method.prompts import even_starts, read_scripts, starts_at
 from kvpo.runs.loading import is_run, load_generator
@@ -34,11 +35,11 @@ class Generate:
     """Seconds at which the second, third, ... prompt takes over; default: evenly spread."""
     seconds: float = 0.0
     """Length; 0 = by --blocks."""
-    blocks: int = 13
+    blocks: int = DataConfig.blocks
     """Length, blocks."""
     seeds: Annotated[tuple[int, ...], tyro.conf.arg(aliases=["--seed"])] = (0,)
     """A video of every story for each."""
-    sampler: Literal["renoise", "ode"] = "renoise"
+    sampler: Literal["renoise", "ode"] = RunConfig.sampler
     lora: tuple[Path, ...] = ()
     """LoRAs on top, merged in this order: files of diffusers, ComfyUI, kohya, PEFT's folders, released ones, or what `kvpo export` writes.
     Each acts at its own alpha / rank, which its header, adapter_config.json or alpha tensors say; where nothing says it, at 1."""
@@ -73,11 +74,3 @@ class Generate:
         if self.prompts:
             return list(read_scripts(self.prompts, blocks, switches=switches or None))
         return [Script("story", self.prompt, starts_at(switches, len(self.prompt)) if switches else even_starts(len(self.prompt), blocks), blocks)]
-
-
-def block_at(second: float, geometry: Geometry, up: bool = False) -> int:
-    """The block whose first pixel frame is nearest to a time of the video; ``up``: how many blocks reach it."""
-    if not second > 0.0:
-        raise ValueError(f"{second} s is no time of a video that a block could begin or end at; give more than 0")
-    blocks = (second * geometry.fps + 3) / (4 * geometry.block)  # the first latent frame gives one pixel frame, every later one four
-    return int(-(-blocks // 1)) if up else max(1, round(blocks))
