@@ -23,7 +23,14 @@ import torch
 
 @dataclass(frozen=True)
 class Script:
-    """A story: its prompts in order, and the block from which each of them holds."""
+    """A story: its prompts in order, and the block from which each of them holds.
+
+    ValueError where prompts and starts do not belong together, or do not fit into the video.
+
+    >>> script = kvpo.Script("story", ("a red circle rises", "it turns blue"), (0, 4), blocks=9)
+    >>> script.text(3), script.span(1)
+    ('a red circle rises', (4, 9))
+    """
 
     id: str
     texts: tuple[str, ...]

@@ -11,9 +11,9 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[1] / "kvpo"
 ROOMS = [
     "types", "common", "distributed", "generators", "rewards", "policy", "pages", "mini", "method", "evaluation", "report",
-    "config", "runs", "train", "convert", "doctor", "planning", "commands", "__main__",
+    "config", "runs", "train", "convert", "doctor", "planning", "api", "commands", "__main__", "__init__",
 ]  # fmt: skip
-"""Folders, and files beside them, in the order of the README's tree."""
+"""Folders, and files beside them, in the order of the README's tree; last what names the public names of all of them."""
 
 
 def imported(tree: ast.AST) -> set[str]:
@@ -29,7 +29,7 @@ def upward(root: Path) -> list[str]:
     found = []
     for path in sorted(root.rglob("*.py")):
         room = path.relative_to(root).parts[0].removesuffix(".py")
-        rooms = ROOMS[: ROOMS.index(room) + 1] if room != "__init__" else []
+        rooms = ROOMS[: ROOMS.index(room) + 1]
         found += [f"{path.relative_to(root)} imports {name}" for name in sorted(imported(ast.parse(path.read_text(encoding="utf-8")))) if name not in rooms]
     return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvpo.api.functions import OUT
 from kvpo.commands.options import Positional
 from kvpo.commands.settings import Settings
 from kvpo.common.environment import pick_device
@@ -24,7 +25,7 @@ class Align:
     recipe: Positional[str]
     """A shipped recipe (mini) or a YAML file."""
     settings: Settings
-    out: Path = Path("runs/align")
+    out: Path = OUT
     """Folder of the run; it must not hold another one."""
     resume: bool = False
     """Go on with the run in --out from its newest checkpoint."""

@@ -6,12 +6,13 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from kvpo.api.functions import SCRIPTS
 from kvpo.commands.options import Positional
 from kvpo.common.environment import command, git_commit, pick_device
 from kvpo.common.files import say_replaced, try_file, unused, write_atomic
 from kvpo.common.progress import Progress
 from kvpo.config import load_config, recipe_path
-from kvpo.evaluation.evaluate import compare, enough_scripts, evaluate, kinds_of, table, write_comparison
+from kvpo.evaluation.evaluate import EvaluateConfig, compare, enough_scripts, evaluate, kinds_of, table, write_comparison
 from kvpo.generators.readable import check_prompts
 from kvpo.generators.sampler import SAMPLERS
 from kvpo.rewards.scorer import load_rewards
@@ -31,10 +32,10 @@ class Evaluate:
     """Where rewards, evaluators, sampler and scripts are taken from."""
     prompts: str = ""
     """Prompt file to measure on; default: what the recipe evaluates on."""
-    scripts: int = 128
-    seeds: int = 1
+    scripts: int = SCRIPTS
+    seeds: int = EvaluateConfig.seeds
     """Videos of every script, each with noise of its own; from 2 on their diversity is measured too."""
-    seed: int = 1000
+    seed: int = EvaluateConfig.seed
     """Names the scripts' and the noise's streams."""
     blocks: int = 0
     """Length of the videos, blocks; 0 = the recipe's."""

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from kvpo.api.records import branch_table
 from kvpo.commands.options import Positional
 from kvpo.commands.settings import Settings
 from kvpo.common.environment import pick_device
@@ -69,17 +70,6 @@ def explore_command(args: Explore) -> None:
     folder = show_group(out, 0, pipeline, rollout, pixels, scores, advantage, GroupUpdate(energy, pi, {}), explorer)
     write_beside(folder / "explore.json", about_video(script, config.seed, label, explorer=type(explorer).__name__, fork=rollout.window.fork))
     progress.say(f"{label}, {type(explorer).__name__}, fork at block {rollout.window.fork} of {script.blocks}: " + " | ".join(script.texts))
-    progress.say(_branch_table(scores, advantage, energy, rollout))
+    progress.say(branch_table(rollout, scores, advantage.values, energy))
     progress.say(f"pixel diversity of the branches: {pixel_diversity(pixels[:-1]):.5f}")
     progress.say(f"written to {Path(folder).resolve()}: grid.mp4, routing.png, group.json, explore.json")
-
-
-def _branch_table(scores, advantage, energy, rollout) -> str:
-    lines = ["row       " + "".join(f"{name:>12}" for name in scores.components) + f"{'A':>9}{'energy':>11}  reads"]
-    for row, plan in enumerate(rollout.plans):
-        anchor = row == rollout.num_branches
-        numbers = "".join(f"{float(r):>12.3f}" for r in scores.local[:, row])
-        judged = f"{float(advantage.values[row]):>+9.2f}{float(energy[row]):>11.2e}" if row < len(energy) else f"{'':>20}"
-        reads = " ".join(map(str, plan.frames)) or ("rolling window" if anchor else "rolling window, other noise")
-        lines.append(f"{'anchor' if anchor else f'branch {row}':<10}{numbers}{judged}  {reads}")
-    return "\n".join(lines)

@@ -15,9 +15,10 @@ from kvpo.common.files import say_replaced, try_folder, unused
 from kvpo.common.progress import Progress
 from kvpo.common.provenance import about_video, write_beside
 from kvpo.common.wording import count_of
+from kvpo.config import DataConfig, RunConfig
 from kvpo.convert.lora import add_lora
 from kvpo.generators.generate import write_video
-from kvpo.generators.pipeline import Geometry, check_folder
+from kvpo.generators.pipeline import Geometry, block_at, check_folder
 from kvpo.generators.readable import check_prompts
 from kvpo.generators.sampler import SAMPLERS
 from kvpo.method.prompts import even_starts, read_scripts, readable, starts_at
@@ -39,11 +40,11 @@ class Generate:
     """Seconds at which the second, third, ... prompt takes over; default: evenly spread."""
     seconds: float = 0.0
     """Length; 0 = by --blocks."""
-    blocks: int = 13
+    blocks: int = DataConfig.blocks
     """Length, blocks."""
     seeds: Annotated[tuple[int, ...], tyro.conf.arg(aliases=["--seed"])] = (0,)
     """A video of every story for each."""
-    sampler: Literal["renoise", "ode"] = "renoise"
+    sampler: Literal["renoise", "ode"] = RunConfig.sampler
     lora: tuple[Path, ...] = ()
     """LoRAs on top, merged in this order: files of diffusers, ComfyUI, kohya, PEFT's folders, released ones, or what `kvpo export` writes.
     Each acts at its own alpha / rank, which its header, adapter_config.json or alpha tensors say; where nothing says it, at 1."""
@@ -116,11 +117,3 @@ class Generate:
         videos = [(script, seed, out / (f"{i:03d}-seed{seed}.mp4" if many else f"{i:03d}.mp4")) for i, script in enumerate(scripts) for seed in self.seeds]
         say_replaced([path for _, _, path in videos], progress.say)
         return videos
-
-
-def block_at(second: float, geometry: Geometry, up: bool = False) -> int:
-    """The block whose first pixel frame is nearest to a time of the video; ``up``: how many blocks reach it."""
-    if not second > 0.0:
-        raise ValueError(f"{second} s is no time of a video that a block could begin or end at; give more than 0")
-    blocks = (second * geometry.fps + 3) / (4 * geometry.block)  # the first latent frame gives one pixel frame, every later one four
-    return int(-(-blocks // 1)) if up else max(1, round(blocks))

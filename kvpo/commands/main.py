@@ -10,6 +10,7 @@ import sys
 import tempfile
 from typing import Callable, Mapping, NoReturn
 
+import kvpo
 from kvpo.common.files import first_line, in_words
 from kvpo.common.unfailing import silence, tolerate_encodings
 from kvpo.distributed.process_end import end_by
@@ -31,6 +32,7 @@ COMMANDS: Mapping[str, str] = {
     "import": "turn a released checkpoint into a pipeline folder",
     "export": "write a run's weights in another format",
     "pretrain": "make the miniature's start weights, from nothing",
+    "env": "versions, device and cache folders, for bug reports",
 }
 USER_ERRORS = (ValueError, OSError, FloatingPointError)
 
@@ -76,6 +78,9 @@ def _find_temporary_folder() -> None:
 
 
 def _run(argv: list[str]) -> int:
+    if argv[:1] == ["--version"]:
+        print(f"kvpo {kvpo.__version__}")
+        return 0
     if not argv or argv[0] in ("-h", "--help") or argv[0] not in COMMANDS:
         asked = bool(argv) and argv[0] in ("-h", "--help")
         print(_usage() if asked or not argv else _unknown(argv[0]), file=sys.stdout if asked else sys.stderr)
@@ -143,4 +148,4 @@ def _unknown(name: str) -> str:
 
 def _usage() -> str:
     lines = [f"  {name:<10} {summary}" for name, summary in COMMANDS.items()]
-    return "\n".join(["usage: kvpo COMMAND [OPTIONS]", "", "Align a streaming video generator to human preferences.", "", *lines, "", "kvpo COMMAND --help lists a command's options."])
+    return "\n".join(["usage: kvpo COMMAND [OPTIONS]", "", "Align a streaming video generator to human preferences.", "", *lines, "", "kvpo COMMAND --help lists a command's options; kvpo --version says which version this is."])

@@ -34,7 +34,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def packages() -> dict[str, str | None]:
     """Versions of those that decide what a run's numbers are."""
-    return {name: _version(name) for name in PACKAGES}
+    return {name: version_of(name) for name in PACKAGES}
 
 
 def command() -> str:
@@ -74,7 +74,8 @@ def make_reproducible(device: torch.device) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """The installed version of a package; None where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

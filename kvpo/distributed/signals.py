@@ -39,6 +39,11 @@ _finishing = False
 """What is half done now must first be whole."""
 
 
+def in_main_thread() -> bool:
+    """Whether signals are this thread's affair: Python lets no other one install handlers, and runs them nowhere else."""
+    return threading.current_thread() is threading.main_thread()
+
+
 def _raise_if_asked(*_) -> None:
     if _asked and not _finishing:
         raise Stopped(_asked[0])
@@ -52,14 +57,18 @@ def _stop(number: int, frame) -> None:
 
 @contextmanager
 def ending_at_once() -> Iterator[None]:
-    """Inside, the first signal raises `Stopped` wherever the program is; further ones change nothing."""
+    """Inside, the first signal raises `Stopped` wherever the program is; further ones change nothing.  Nothing but the body in another thread than the main one."""
     with _handled_by(_stop):
         yield
 
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Inside, signals leave a mark.  Further ones change nothing here either: ctrl-C reaches a rank twice, from the terminal and from torchrun."""
+    """Inside, signals leave a mark.  Further ones change nothing here either: ctrl-C reaches a rank twice, from the terminal and from torchrun.
+    A run in another thread (of a notebook, of a server) leaves signals to its program."""
+    if not in_main_thread():
+        yield
+        return
     try:
         with _handled_by(_note):
             yield
@@ -69,6 +78,9 @@ def stoppable() -> Iterator[None]:
 
 @contextmanager
 def _handled_by(handler: Callable) -> Iterator[None]:
+    if not in_main_thread():
+        yield
+        return
     before = {number: signal.signal(number, handler) for number in SIGNALS}
     try:
         yield
@@ -80,6 +92,9 @@ def _handled_by(handler: Callable) -> Iterator[None]:
 @contextmanager
 def not_now() -> Iterator[None]:
     """Inside, a signal's mark waits: the weights are between two updates of one step, and could not be saved."""
+    if not in_main_thread():
+        yield
+        return
     global _finishing
     _finishing = True
     try:
@@ -91,7 +106,7 @@ def not_now() -> Iterator[None]:
 @contextmanager
 def giving_way() -> Iterator[None]:
     """Inside, any module's call raises `Stopped` once a signal has come.  Only in the main thread, whose affair signals are: the one that writes is let finish."""
-    if threading.current_thread() is not threading.main_thread():
+    if not in_main_thread():
         yield
         return
     hook = register_module_forward_pre_hook(_raise_if_asked)

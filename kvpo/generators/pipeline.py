@@ -8,6 +8,7 @@ All but `streaming.json` are what `WanPipeline` saves and loads.  Nothing here k
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Sequence
@@ -140,6 +141,8 @@ class Pipeline:
     folder: str
     known: dict[str, torch.Tensor] = field(default_factory=dict)
     """Prompt -> its embedding up to its end, [n, D] in main memory: every text is encoded once."""
+    spec: str = ""
+    """What it was asked for by, such as RUN:ema, where that is known (`kvpo.api.functions.load`)."""
 
     @classmethod
     def load(
@@ -293,3 +296,11 @@ def _not_json(folder: Path) -> str:
 def pixel_span(blocks: tuple[int, int], geometry: Geometry) -> tuple[int, int]:
     """Pixel frames [first, stop) of blocks [first, stop)."""
     return tuple(geometry.pixel_frames(b * geometry.block) for b in blocks)
+
+
+def block_at(second: float, geometry: Geometry, up: bool = False) -> int:
+    """The block whose first pixel frame is nearest to a time of the video; ``up``: how many blocks reach it."""
+    if not 0.0 < second < math.inf:
+        raise ValueError(f"{second} s is no time of a video that a block could begin or end at; give more than 0")
+    blocks = (second * geometry.fps + 3) / (4 * geometry.block)  # the first latent frame gives one pixel frame, every later one four
+    return int(-(-blocks // 1)) if up else max(1, round(blocks))

@@ -22,7 +22,15 @@ UNBOUNDED = (float("-inf"), float("inf"))
 
 @dataclass(frozen=True, eq=False)
 class VideoBatch:
-    """Clips to be scored together: equal length, equal size.  Compared by identity, so that measurements can be shared."""
+    """Clips to be scored together: equal length, equal size.  Compared by identity, so that measurements can be shared.
+
+    ValueError for frames of another layout or type, and for lists of another length than the clips.
+
+    >>> frames = torch.zeros(2, 16, 3, 64, 64, dtype=torch.uint8)
+    >>> batch = kvpo.VideoBatch(frames, fps=16.0, prompts=("a red circle rises", "it turns blue"))
+    >>> len(batch), batch.length
+    (2, 16)
+    """
 
     frames: torch.Tensor
     """RGB uint8 [B, T, C=3, H, W]; no other layout, no other type."""
@@ -104,7 +112,11 @@ class RewardOutput:
 
 @dataclass(frozen=True)
 class RewardSpec:
-    """What one must know of a reward without running it."""
+    """What one must know of a reward without running it.
+
+    >>> kvpo.RewardSpec("redness", family="colour", looks_at="how red a clip is").bounds
+    (0.0, 1.0)
+    """
 
     name: str
     family: str
@@ -142,7 +154,21 @@ class RewardSpec:
 
 
 class Reward(Protocol):
-    """A reward model.  ``score`` may be called only between ``load`` and ``offload``."""
+    """A reward model.  ``score`` may be called only between ``load`` and ``offload``.
+
+    `kvpo.rewards.measured` has what most of them share.  Where there is nothing to load, a function
+    of a `VideoBatch` that returns one number a clip is enough.
+
+    >>> from kvpo.rewards.measured import Measured
+    >>> class Redness(Measured):
+    ...     spec = kvpo.RewardSpec("redness", family="colour", needs_prompt=False)
+    ...
+    ...     def measure(self, batch):
+    ...         return batch.frames[:, :, 0].float().mean(dim=(1, 2, 3)) / 255.0, {}
+    >>> white = torch.full((1, 8, 3, 4, 4), 255, dtype=torch.uint8)
+    >>> Redness().score(kvpo.VideoBatch(white, fps=16.0, prompts=("day",))).scores
+    tensor([1.])
+    """
 
     spec: RewardSpec
 

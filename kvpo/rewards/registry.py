@@ -48,6 +48,11 @@ SHIPPED: Mapping[str, str] = {
 }
 """Name -> module:class."""
 
+GIVEN = "python:"
+"""How names begin that only this process knows: those of rewards that were given as objects."""
+_given: dict[str, Any] = {}
+"""Such a name -> the object that was given last under it."""
+
 
 @dataclass(frozen=True)
 class RewardEntry:
@@ -101,8 +106,49 @@ class Function(Measured):
         return torch.as_tensor(self.function(batch)), {}
 
 
+def give(reward: Any) -> str:
+    """A name by which a recipe can list a function, a class or a `Reward` object.
+
+    It is ``module:name`` where another process can import it by that, and so resume and evaluate
+    what was trained on it.  Else it is one that only this process knows, such as ``python:redness``
+    for a function of a notebook, or ``python:NAME:FAMILY`` for an object with a ``spec``; a later
+    object under the same name takes its place.  ValueError for what can be no reward.
+    """
+    if not callable(reward) and not _is_reward(reward):
+        raise ValueError(f"reward {reward!r} is a {type(reward).__name__}; give a name, a function of a VideoBatch, or an object with {', '.join(INTERFACE)}")
+    module, name = getattr(reward, "__module__", None), getattr(reward, "__qualname__", "")
+    if name and module != "__main__" and getattr(sys.modules.get(module), name, None) is reward:
+        return f"{module}:{name}"
+    if inspect.isclass(reward):
+        raise ValueError(f"reward {name} is a class that can not be imported by its name; give an object of it, {reward.__name__}(...), or write it into a file")
+    plain = getattr(reward, "__name__", type(reward).__name__).strip("<>")  # <lambda>
+    name = f"{GIVEN}{reward.spec.name}:{reward.spec.family}" if _is_reward(reward) else f"{GIVEN}{plain}"
+    _given[name] = reward
+    return name
+
+
+def given_family(name: str) -> str:
+    """Family of a reward that was given as an object, also in another process; "" for one with a name of its own."""
+    if not name.startswith(GIVEN):
+        return ""
+    _, _, *family = name.split(":", 2)
+    return family[0] if family else f"function {name}"
+
+
+INTERFACE = ("spec", "load", "score", "offload")
+"""What a `Reward` has."""
+
+
+def _is_reward(found: Any) -> bool:
+    return not inspect.isclass(found) and all(hasattr(found, attribute) for attribute in INTERFACE)
+
+
 def find(name: str) -> Any:
-    """The class or function of that name.  ValueError with the known names for an unknown one."""
+    """The class, function or object of that name.  ValueError with the known names for an unknown one."""
+    if name.startswith(GIVEN):
+        if name not in _given:
+            raise ValueError(f"reward {name!r} was given as a Python object to another process, and only that one has it; give it again, or write it into a file and name it module:name")
+        return _given[name]
     path = SHIPPED.get(name) or _offered().get(name) or name
     module, _, attribute = path.partition(":")
     if not attribute:
@@ -123,13 +169,17 @@ def find(name: str) -> Any:
 def make_reward(name: str, params: Mapping[str, Any] = {}) -> Reward:
     """The reward, not yet loaded.  ValueError for a name, parameter or class that can not be one."""
     found = find(name)
+    if _is_reward(found):
+        if params:
+            raise ValueError(f"reward {name!r} is an object, which is made already: params = {dict(params)} come too late; give them to its class")
+        return found
     if not callable(found):
-        raise ValueError(f"reward {name!r} is a {type(found).__name__}; it must be a class or a function")
+        raise ValueError(f"reward {name!r} is a {type(found).__name__}; it must be a class, a function, or an object with {', '.join(INTERFACE)}")
     if not inspect.isclass(found):
         return Function(found, name, params)
     _refuse_unknown_params(name, found, params)
     reward = found(**params)
-    missing = [attribute for attribute in ("spec", "load", "score", "offload") if not hasattr(reward, attribute)]
+    missing = [attribute for attribute in INTERFACE if not hasattr(reward, attribute)]
     if missing:
         raise ValueError(f"reward {name!r} has no {', '.join(missing)}; derive it from kvpo.rewards.measured.Measured, or write a plain function of a VideoBatch")
     return reward

@@ -15,6 +15,7 @@ from kvpo.mini.source import StorySource
 from kvpo.method.prompts import PromptSet, ScriptSource, read_scripts
 from kvpo.rewards.base import VideoBatch
 from kvpo.rewards.clips import folder_clips
+from kvpo.rewards.registry import given_family
 from kvpo.mini.source import story_clips
 from kvpo.rewards.scorer import Scorer, load_rewards, make_scorers
 from kvpo.types import Script
@@ -43,7 +44,11 @@ def calibration_clips(config: RunConfig, count: int = 16) -> list[VideoBatch]:
 def trained_families(generator: str) -> set[str]:
     """Families of the rewards that made these weights; none for a pipeline folder, whose past is not known here."""
     run, _ = named(generator)
-    return {s.spec.family for s in make_scorers(run_config(run).rewards_of("train"))} if generator and is_run(run) else set()
+    if not generator or not is_run(run):
+        return set()
+    entries = run_config(run).rewards_of("train")
+    # An object that was given to the process of the run is not there to be asked: its name says it.
+    return {given_family(e.name) or make_scorers([e])[0].spec.family for e in entries}
 
 
 def script_source(config: RunConfig) -> ScriptSource:

@@ -35,9 +35,11 @@ SHARDED = {"policy": {"train": "full", "sync_interval": 2, "shard": True}}
 """Over all ranks, those of a row included."""
 HELD = {"advantages": {"anchor": True}, "velocity_penalty": {"weight": 1.0, "blocks": 2}, "context": "anchor"}
 SKIP = {"groups": 4, "unsafe": {"kind": "skip"}, "rollout": {"branches": 2, "cache_frames": 12, "together": 1}}
+TWICE = {"inner_updates": 2, "advantages": {"std": "step"}, "velocity_energy": {"weights": (0.0, 1.0, 1.0, 3.0)}, "optimizer": {"lr": 1e-3, "warmup": 1, "eps": 1e-3, "clip_of": "step"}}
+"""Two updates a step, one standard deviation for its groups, one clip of their sum, a step that is not replayed."""
 
 CASES = {
-    2: {"anchor and held blocks": ALONE | LORA | HELD, "holes": ALONE | FULL | {"show_every": 2}, "skipped": ALONE | LORA | SKIP, "in batches": ALONE | FULL | TOGETHER, "sharded": ALONE | SHARDED},
+    2: {"anchor and held blocks": ALONE | LORA | HELD, "holes": ALONE | FULL | {"show_every": 2}, "skipped": ALONE | LORA | SKIP, "in batches": ALONE | FULL | TOGETHER, "sharded": ALONE | SHARDED, "twice": ALONE | LORA | TWICE},
     4: {"anchor and held blocks": ALONE | FULL | HELD, "holes": ALONE | LORA | {"show_every": 2}, "skipped": ALONE | FULL | SKIP, "sharded": ALONE | SHARDED | HELD},
 }
 """Processes, in rows of two -> what is compared after two updates, the second of them off policy."""

@@ -1,0 +1,362 @@
+"""The package as a library: what the commands do, as functions that return what they found.
+
+    align       train a generator on rewards          kvpo align
+    load        a generator by its name
+    generate    a video of a story                    kvpo generate
+    evaluate    measure a generator, or compare two   kvpo evaluate
+    explore     the branches of one story             kvpo explore
+
+Defaults, random streams and errors are the commands'.  Nothing here needs the main thread.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, Sequence
+
+import torch
+import torch.distributed as dist
+
+from kvpo.api.records import Evaluation, Exploration, Mean, Run, Video
+from kvpo.api.settings import settle
+from kvpo.common.environment import pick_device
+from kvpo.common.progress import Progress
+from kvpo.common.rng import stream
+from kvpo.common.timing import Phases
+from kvpo.config import DataConfig, RunConfig
+from kvpo.distributed.ranks import leave
+from kvpo.distributed.signals import Stopped, in_main_thread
+from kvpo.evaluation.evaluate import (
+    TOTAL,
+    EvaluateConfig,
+    Scored,
+    bootstrap_interval,
+    compare,
+    kinds_of,
+)
+from kvpo.evaluation.evaluate import evaluate as evaluate_scripts
+from kvpo.generators.generate import streamed
+from kvpo.generators.pipeline import Geometry, Pipeline, block_at
+from kvpo.generators.sampler import SAMPLERS
+from kvpo.method.prompts import even_starts, starts_at
+from kvpo.method.replay import CONTEXTS, Replay
+from kvpo.method.rollout import roll_out
+from kvpo.method.score import pixel_diversity, score
+from kvpo.report.read_run import Row, read_evaluations
+from kvpo.rewards.scorer import load_rewards
+from kvpo.runs.build import evaluation_scripts, judges, trained_families
+from kvpo.runs.loading import is_run, load_generator
+from kvpo.runs.state import restarted_here
+from kvpo.train import Alignment
+from kvpo.types import Script
+
+OUT = Path("runs/align")
+"""Folder of a run that is given none."""
+SCRIPTS = 128
+"""Scripts of an evaluation that is asked for; a run's own are fewer, and set by its recipe."""
+
+_preparing = threading.Lock()
+"""Held until a run has its rewards: till then one that was given as an object is known by its name
+only, and another thread may give another object of that name."""
+
+
+def align(
+    recipe: str | Path | RunConfig,
+    out: str | Path | None = None,
+    *,
+    resume: bool = False,
+    override: bool = False,
+    **settings: Any,
+) -> Run:
+    """Align a generator to rewards, as `kvpo align`: train, checkpoint, evaluate, write a report.
+
+    ``recipe``: a shipped one by its name, a YAML file, or a `RunConfig`.  ``out``: the run's
+    folder, runs/align by default.  ``settings``: any of the recipe's, by section
+    (``optimizer={"lr": 1e-4}``) or dotted (``**{"optimizer.lr": 1e-4}``).  ``rewards`` is a list
+    of names, `RewardEntry`s, mappings (``{"name": ..., "weight": 0.5}``), and in place of any name
+    a Python object: a `Reward`, or a function of a `VideoBatch` that returns one number a clip.
+
+    ``resume`` goes on from the newest checkpoint in ``out``; with ``override`` settings that
+    training does not depend on may be others than the run's.
+
+    In the main thread ctrl-C or SIGTERM ends the step at work, saves, and then reaches the program
+    as it would have without a run (KeyboardInterrupt for ctrl-C).  In another thread signals are
+    left alone.
+
+    Raises:
+        ValueError: an unknown setting (with the nearest known one), an illegal value, a folder
+            that holds another run, a reward that fails.
+        FileNotFoundError: a recipe, a generator or a run to resume that is not there.
+        FloatingPointError: a loss or gradient that is not finite; the steps before are saved.
+
+    >>> run = kvpo.align("mini", out="runs/a", steps=30)                          # doctest: +SKIP
+    >>> run.evaluation["mean of trained"].diff                                    # doctest: +SKIP
+    0.0021
+    """
+    folder = Path(OUT if out is None else out)
+    progress, joined = Progress(folder / "logs"), dist.is_initialized()
+    try:
+        with _preparing:
+            run = Alignment(settle(recipe, settings), folder, progress)
+        stopped = _train(run, resume, override)
+    finally:
+        if not joined:  # a program's own process group stays
+            leave()
+    if stopped and in_main_thread():
+        signal.raise_signal(signal.Signals[stopped])  # the program's own handlers are back
+    return Run(folder, folder / "report.html", run.done, _last_evaluation(folder, run.done))
+
+
+def _train(run: Alignment, resume: bool, override: bool) -> str:
+    """Run to the end; the name of the signal that stopped it before, or ""."""
+    again = run.ranks.gather(restarted_here(run.out))  # torchrun starts anew what has crashed
+    try:
+        run.run(resume or any(again), override)
+    except Stopped as stop:
+        say = f"stopped by {stop}; {run.done} steps are done and saved. Go on with resume=True"
+        run.progress.say(say)
+        return str(stop)
+    return ""
+
+
+def _last_evaluation(run: Path, done: int) -> Evaluation | None:
+    """The comparison of the averaged weights with the start weights after ``done`` steps."""
+    for found in read_evaluations(run)[0]:
+        if found.path.stem == f"ema-step-{done:06d}":
+            labels, facts = (found.label_a, found.label_b), (found.videos, found.seed)
+            return Evaluation(*labels, found.rows, found.scripts, *facts)
+    return None
+
+
+def load(generator: str | Path, *, device: str = "auto", dtype: str = "") -> Pipeline:
+    """A generator by its name, as `kvpo generate` loads it.
+
+    ``generator``: a pipeline folder in diffusers layout, "mini", or the weights of a run: "RUN",
+    "RUN:ema", "RUN:online", "RUN:start", "RUN:best".  ``dtype``: "float32" or "bfloat16"; by
+    default a run's own, else bfloat16 on a GPU and float32 on a CPU.
+
+    Raises:
+        FileNotFoundError, ValueError: what is missing or broken, in one line that names the file.
+
+    >>> kvpo.load("mini").geometry.fps
+    16
+    """
+    chosen, spec = pick_device(device), str(generator)
+    if dtype not in ("", "float32", "bfloat16"):
+        raise ValueError(f"dtype = {dtype!r} is unknown; use float32, bfloat16, or leave it out")
+    if not dtype and chosen.type == "cuda" and not is_run(Path(spec.partition(":")[0])):
+        dtype = "bfloat16"
+    pipeline, _ = load_generator(spec, chosen, dtype or "float32", dtype)
+    pipeline.spec = spec
+    return pipeline
+
+
+def generate(
+    generator: str | Path | Pipeline,
+    prompts: str | Sequence[str] | Script,
+    seconds: float | None = None,
+    *,
+    at: Sequence[float] | None = None,
+    seed: int = RunConfig.seed,
+    sampler: str | None = None,
+    device: str = "auto",
+) -> Video:
+    """The video of one story, pixel for pixel that of `kvpo generate` with the same seed.
+
+    ``prompts``: the story's prompts in order; one alone may be a string; a `Script` also says where
+    they change.  ``seconds``: the least length (videos are whole blocks), else the command's.
+    ``at``: the seconds at which the second, third, ... prompt takes over; by default evenly spread.
+    ``sampler``: "renoise" or "ode".  ``device`` is where a generator that is named is loaded.
+
+    Returns frames, uint8 RGB [T, 3, H, W], with their rate; ``save(path)`` writes an MP4.
+
+    Raises:
+        ValueError: prompts that do not fit into the video or its text encoder, an unknown sampler.
+        FileNotFoundError: a generator that is not there.
+
+    >>> video = kvpo.generate("mini", "a small red circle moves right slowly", seconds=1)
+    >>> video.frames.shape, video.frames.dtype, video.fps
+    (torch.Size([21, 3, 64, 64]), torch.uint8, 16)
+    """
+    chosen = RunConfig.sampler if sampler is None else sampler
+    if chosen not in SAMPLERS:
+        raise ValueError(f"sampler = {chosen!r} is unknown; choose one of {', '.join(SAMPLERS)}")
+    pipeline = generator if isinstance(generator, Pipeline) else load(generator, device=device)
+    script = _story(prompts, seconds, () if at is None else tuple(at), pipeline.geometry)
+    name = ("generate", script.id)
+    frames = torch.cat(list(streamed(pipeline, SAMPLERS[chosen], [script], seed, [name])), dim=1)[0]
+    return Video(frames, pipeline.geometry.fps, script, seed)
+
+
+def _story(
+    prompts: str | Sequence[str] | Script,
+    seconds: float | None,
+    at: tuple[float, ...],
+    geometry: Geometry,
+) -> Script:
+    """The prompts as a script of the length asked for."""
+    if isinstance(prompts, Script):
+        if seconds is not None or at:
+            raise ValueError("a Script has its length and its switches; leave out seconds and at")
+        return prompts
+    texts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
+    if not texts:
+        raise ValueError("prompts are empty; give at least one prompt")
+    if len(at) >= len(texts):
+        most = len(texts) - 1
+        raise ValueError(f"at = {at} is too long: {len(texts)} prompts take at most {most} times")
+    blocks = DataConfig.blocks if seconds is None else block_at(seconds, geometry, up=True)
+    switches = [block_at(second, geometry) for second in at]
+    starts = starts_at(switches, len(texts)) if switches else even_starts(len(texts), blocks)
+    return Script("story", texts, starts, blocks)
+
+
+def evaluate(
+    generator: str | Path | Pipeline,
+    against: str | Path | Pipeline | None = None,
+    *,
+    recipe: str | Path | RunConfig = "mini",
+    prompts: str | Path = "",
+    scripts: int = SCRIPTS,
+    seeds: int = EvaluateConfig.seeds,
+    seed: int = EvaluateConfig.seed,
+    blocks: int | None = None,
+    device: str = "auto",
+) -> Evaluation:
+    """Measure a generator on fixed scripts and noise, as `kvpo evaluate`; prints as a table.
+
+    ``against``: another generator on the same scripts and noise; rows then hold paired
+    differences.  ``recipe``: where rewards, evaluators, sampler and scripts are taken from.
+    ``prompts``: a prompt file to measure on, else what the recipe evaluates on.  ``seeds``: videos
+    of every script, each with noise of its own.  ``seed`` names the scripts' and the noise's
+    streams.  ``blocks``: length of the videos, else the recipe's.
+
+    Returns a row a component, each with a 95 % bootstrap interval over scripts.  Only rows of kind
+    "heldout" are second opinions: the weights of a `Pipeline` that `load` did not make have a past
+    that is not known here.
+
+    Raises:
+        ValueError: fewer than 2 scripts, a reward that can not be made, an illegal setting.
+        FileNotFoundError: a generator, a recipe or a prompt file that is not there.
+
+    >>> found = kvpo.evaluate("mini", scripts=2, blocks=2)
+    >>> 0 < found["world_vq"].low <= found["world_vq"].mean <= found["world_vq"].high < 1
+    True
+    """
+    changes = {"scripts": scripts, "seeds": seeds, "seed": seed, "videos": 0}
+    changes |= {"prompts": str(prompts)} if prompts else {}
+    length = {} if blocks is None else {"data.blocks": blocks}
+    config, where = settle(recipe, {"evaluate": changes, **length}), pick_device(device)
+    stories = evaluation_scripts(config)
+    rewards = load_rewards(config.rewards, where)
+    measured = [generator] if against is None else [generator, against]
+    families = {f for one in measured for f in trained_families(_spec(one))}
+    kinds, scored, labels = kinds_of(rewards, seeds, families), [], []
+    progress, chosen = Progress(), SAMPLERS[config.sampler]
+    for one in measured:
+        pipeline, label = _loaded(one, where, config)
+        with progress.bar(f"evaluate {label}", len(stories)) as bar:
+            asked = (stories, rewards, config.score, config.evaluate, bar.move_to)
+            scored.append(evaluate_scripts(pipeline, chosen, *asked))
+        labels.append(label)
+    facts = (len(stories), seeds, seed)
+    if against is None:
+        return Evaluation(labels[0], "", _means(scored[0], kinds), *facts)
+    rows = [
+        {k: math.nan if v is None else v for k, v in r.items()} for r in compare(*scored, kinds)
+    ]
+    return Evaluation(*labels, tuple(Row(**row) for row in rows), *facts)
+
+
+def _means(scored: Scored, kinds: Sequence[str]) -> tuple[Mean, ...]:
+    """A row a component of one generator, the mean of the trained rewards first."""
+    total = scored.r_KN[[k for k, kind in enumerate(kinds) if kind == "train"]].mean(dim=0)
+    named = [(TOTAL, "train", total), *zip(scored.components, kinds, scored.r_KN, strict=True)]
+    return tuple(_mean(*row) for row in named)
+
+
+def _mean(component: str, kind: str, r_N: torch.Tensor) -> Mean:
+    r_N = r_N[r_N.isfinite()]
+    low = high = math.nan
+    if len(r_N) > 1:
+        low, high = bootstrap_interval(r_N, stream(0, "bootstrap", component))
+    return Mean(component, kind, float(r_N.mean()) if len(r_N) else math.nan, low, high, len(r_N))
+
+
+def explore(
+    recipe: str | Path | RunConfig,
+    generator: str | Path | Pipeline | None = None,
+    *,
+    script: int | Script = 0,
+    by: Literal["recipe", "kv_routing", "start_noise"] = "recipe",
+    fork: int | None = None,
+    **settings: Any,
+) -> Exploration:
+    """The branches of one story and what the rewards say of them, as `kvpo explore`.
+
+    ``generator``: whose weights, else the recipe's pipeline.  ``script``: a story, or the number
+    of one among the recipe's evaluation scripts.  ``by``: which explorer; start_noise is for
+    comparison.  ``fork``: the block at which branches part, else drawn.  ``settings``: as in
+    `align`.
+
+    Returns pixels from the fork on (uint8 RGB [B, T, 3, H, W], G branches and then the anchor),
+    their rewards, advantages and energies, and the past frames that each branch reads; prints as a
+    table.
+
+    Raises:
+        ValueError: an unknown setting, a fork or script that does not exist, too few rewards.
+        FileNotFoundError: a generator or a recipe that is not there.
+
+    >>> found = kvpo.explore("mini", fork=4, data={"blocks": 6}, rollout={"branches": 2})
+    >>> found.pixels.shape, [len(plan.frames) for plan in found.plans]
+    (torch.Size([3, 72, 3, 64, 64]), [9, 9, 0])
+    """
+    if by not in ("recipe", "kv_routing", "start_noise"):
+        raise ValueError(f"by = {by!r} is no explorer; use recipe, kv_routing or start_noise")
+    with _preparing:
+        config = settle(recipe, settings)
+        device, phases = pick_device(config.device), Phases()
+        trained_only = replace(config, rewards=tuple(config.rewards_of("train")))
+        rewards, rule = judges(trained_only, device)
+    story, name = _chosen(script, config)
+    pipeline, label = _loaded(config.pipeline if generator is None else generator, device, config)
+    texts = dict(zip(story.texts, pipeline.encode_text(story.texts)))
+    explorer = config.exploring if by == "recipe" else getattr(config, by)
+    sampler, context = SAMPLERS[config.sampler], CONTEXTS[config.context]
+    streams = (config.seed, ("explore", name), phases, fork)
+    rollout = roll_out(pipeline, sampler, explorer, config.rollout, story, texts, *streams)
+    table, pixels = score(pipeline, rollout, rewards, config.score, phases)
+    advantages = rule(table).values
+    members = range(len(advantages))
+    energies = Replay(pipeline, rollout, texts, context, config.energy, members).energies()
+    found = (table, advantages, energies, rollout.plans, pixel_diversity(pixels[:-1]), rollout)
+    return Exploration(label, pixels, pipeline.geometry.fps, *found)
+
+
+def _chosen(script: int | Script, config: RunConfig) -> tuple[Script, int | str]:
+    """The story, and what names its streams."""
+    if isinstance(script, Script):
+        return script, script.id
+    scripts = evaluation_scripts(config)
+    if not 0 <= script < len(scripts):
+        last = len(scripts) - 1
+        raise ValueError(f"script = {script} does not exist: the recipe's are 0 to {last}")
+    return scripts[script], script
+
+
+def _spec(generator: str | Path | Pipeline) -> str:
+    """The name that a generator was asked for by; "" where that is not known."""
+    return generator.spec if isinstance(generator, Pipeline) else str(generator)
+
+
+def _loaded(
+    generator: str | Path | Pipeline, device: torch.device, config: RunConfig
+) -> tuple[Pipeline, str]:
+    """A generator in the recipe's precision, or as it is where it is loaded already; its label."""
+    if isinstance(generator, Pipeline):
+        return generator, generator.spec or generator.folder
+    return load_generator(str(generator), device, config.vae_dtype, config.dtype)

@@ -1,0 +1,81 @@
+"""`kvpo env`: versions, device and folders, to be pasted into a bug report."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires
+from pathlib import Path
+
+import torch
+from huggingface_hub.constants import HF_HUB_CACHE
+
+from kvpo.common.environment import environment, pick_device, version_of
+from kvpo.generators.embeddings import cache_folder
+from kvpo.rewards.isolated.environments import default_folder
+
+
+@dataclass(frozen=True)
+class Env:
+    """Print versions, device and cache folders, for bug reports."""
+
+    def __call__(self) -> None:
+        found = facts()
+        width = max(map(len, found))
+        for key, value in found.items():
+            print(f"{key:<{width}}  {value}")
+
+
+def facts() -> dict[str, str]:
+    """What a maintainer asks first, in words."""
+    device = pick_device("auto")
+    found = environment(device)
+    commit = {"commit": found["git_commit"]} if found["git_commit"] else {}
+    versions = {"kvpo": version_of("kvpo") or "not installed", **commit, "python": found["python"]}
+    hardware = {"device": f"{device}, {found['hardware']}", "cuda": torch.version.cuda or "none"}
+    return {**versions, **pinned(), **hardware, **cards(), **folders()}
+
+
+def pinned() -> dict[str, str]:
+    """The packages that kvpo needs: the installed version, and the pinned one where it differs."""
+    try:
+        needed = [line for line in requires("kvpo") or [] if "extra ==" not in line]
+    except PackageNotFoundError:
+        needed = []
+    pins = dict(m.groups() for line in needed if (m := re.match(r"([\w.-]+)==([\w.]+)", line)))
+    return {name: _against(version_of(name), pin) for name, pin in pins.items()}
+
+
+def _against(version: str | None, pin: str) -> str:
+    if version is None:
+        return f"missing, {pin} is needed"
+    same = version.partition("+")[0] == pin  # 2.13.0+cpu is 2.13.0, built for CPUs
+    return version if same else f"{version}, but {pin} is pinned"
+
+
+def cards() -> dict[str, str]:
+    """Every GPU that this torch sees, with its memory."""
+    found = {}
+    for i in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(i)
+        found[f"cuda:{i}"] = f"{card.name}, {card.total_memory / 2**30:.0f} GiB"
+    return found
+
+
+def folders() -> dict[str, str]:
+    """Where files are kept between runs, and what decides it."""
+    return {
+        "prompt cache": _place(cache_folder(), "KVPO_CACHE"),
+        "environments": _place(default_folder(), "KVPO_ENVS"),
+        "released": _place(Path(HF_HUB_CACHE), "HF_HUB_CACHE"),
+    }
+
+
+def _place(folder: Path, variable: str) -> str:
+    notes = [
+        "" if folder.exists() else "not there yet",
+        f"by ${variable}" * (variable in os.environ),
+    ]
+    said = ", ".join(filter(None, notes))
+    return f"{folder} ({said})" if said else str(folder)
