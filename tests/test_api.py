@@ -193,8 +193,9 @@ def test_families_of_objects_are_known_elsewhere(threaded, monkeypatch):
     assert trained_families(f"{run.folder}:ema") == {"toy", "toy-motion"}
 
 
-def test_ctrl_c_saves_and_then_reaches_the_program(recipe, tmp_path):
+def test_ctrl_c_saves_and_then_reaches_the_program(recipe, tmp_path, monkeypatch):
     """As KeyboardInterrupt, which a notebook expects; the run then goes on where it was."""
+    monkeypatch.setattr("kvpo.train.refuse_frozen", lambda *_: None)  # mean brightness is a toy that a frozen picture wins
     asked = []
 
     def interrupting(batch):
@@ -240,7 +241,7 @@ def test_a_video_can_be_saved(pipeline, tmp_path):
         (RED, {"seconds": math.inf}, "inf s is no time of a video"),
         (RED, {"seconds": math.nan}, "nan s is no time of a video"),
         (RED, {"at": [1.0]}, "1 prompts take at most 0 times"),
-        ([RED, BLUE], {"seconds": 0.1}, "2 segments in a video of 1 blocks"),
+        ([RED, BLUE], {"seconds": 0.1}, "2 segments in a video of 1 block"),
         (RED, {"sampler": "euler"}, "sampler = 'euler' is unknown; choose one of renoise, ode"),
         (Script("a", (RED,), (0,), 2), {"seconds": 1.0}, "leave out seconds and at"),
     ],

@@ -74,7 +74,7 @@ def mine(monkeypatch):
         ("world_vw", {}, "reward 'world_vw' is unknown; did you mean world_v"),
         ("nowhere:Thing", {}, "reward 'nowhere:Thing' can not be imported"),
         ("mine:Cold", {}, "module 'mine' has no 'Cold'"),
-        ("mine:number", {}, "is a int; it must be a class or a function"),
+        ("mine:number", {}, "is a int; it must be a class, a function, or an object"),
         ("mine:Empty", {}, "has no spec, load, score, offload; derive it from"),
         ("mine:no_batch", {}, r"write it as def f\(batch, ...\)"),
         ("mine:mean_red", {"powr": 2}, "can not be called with a VideoBatch and params"),
