@@ -198,11 +198,14 @@ def test_evaluate_against(capsys, tmp_path, trained, folder):
     record = json.loads((tmp_path / "e.json").read_text())
     assert code == 0 and "mean of trained" in out and "3 scripts, 1 video of each, seed 1000" in out
     assert [r["component"] for r in record["rows"]] == ["mean of trained", "Warmth", "Change"] and record["rows"][1]["n"] == 3
+    assert set(record["values"]) == set(record["values_against"]) == {"Warmth", "Change"}
 
 
 def test_evaluate_alone(capsys, tmp_path, trained, folder):
     code, out, _ = run(capsys, "evaluate", str(folder), "--recipe", trained[1], "--scripts", "2", "--out", str(tmp_path / "e.json"))
-    assert code == 0 and set(json.loads((tmp_path / "e.json").read_text())["means"]) == {"Warmth", "Change"} and "Warmth" in out
+    record = json.loads((tmp_path / "e.json").read_text())
+    assert code == 0 and set(record["means"]) == {"mean of trained", "Warmth", "Change"} and "95 % interval" in out
+    assert [len(values) for values in record["values"].values()] == [2, 2] and len(record["scripts"]) == 2
 
 
 @pytest.mark.parametrize("by", ["recipe", "start_noise"])
