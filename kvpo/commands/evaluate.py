@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kvpo.api.functions import SCRIPTS
 from kvpo.commands.options import Positional
-from kvpo.common.environment import command, git_commit, pick_device
-from kvpo.common.files import say_replaced, try_file, unused, write_atomic
+from kvpo.common.environment import command, pick_device
+from kvpo.common.files import say_replaced, try_file, unused
 from kvpo.common.progress import Progress
 from kvpo.config import load_config, recipe_path
-from kvpo.evaluation.evaluate import EvaluateConfig, compare, enough_scripts, evaluate, kinds_of, table, write_comparison
+from kvpo.evaluation.evaluate import (
+    EvaluateConfig, compare, enough_scripts, evaluate, kinds_of, means, means_table, table, write_comparison, write_means,
+)  # fmt: skip
 from kvpo.generators.readable import check_prompts
 from kvpo.generators.sampler import SAMPLERS
 from kvpo.rewards.scorer import load_rewards
@@ -22,7 +23,7 @@ from kvpo.runs.loading import load_generator, pipeline_folder
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Measure a generator on fixed scripts and seeds; with --against, paired differences with 95 % intervals."""
+    """Measure a generator on fixed scripts and seeds; with --against, paired differences; all with 95 % intervals."""
 
     generator: Positional[str] = "mini"
     """Pipeline folder, mini, or a run (RUN, RUN:ema, RUN:online, RUN:start)."""
@@ -68,13 +69,18 @@ def evaluate_command(args: Evaluate) -> None:
     if args.against:
         rows = compare(*scored, kinds)
         progress.say(table(rows, "A", "B"))
-        progress.say(f"A = {labels[0]}, B = {labels[1]}, {len(scripts)} scripts, {args.seeds} video{'s' * (args.seeds > 1)} of each, seed {args.seed}")
+        progress.say(f"A = {labels[0]}, B = {labels[1]}, {_measured_on(args, len(scripts))}")
         progress.say(enough_scripts(rows))
-        write_comparison(out, rows, *labels, scripts, config.evaluate, command(), unseen(config))
+        write_comparison(
+            out, rows, *labels, scripts, config.evaluate, command(), unseen(config), tuple(scored)
+        )
     else:
-        for name, kind, r_N in zip(scored[0].components, kinds, scored[0].r_KN):
-            progress.say(f"{name:<20} {kind:<9} mean {r_N.nanmean():.4f}  scripts {int(r_N.isfinite().sum())}")
-        means = {name: float(r_N.nanmean()) if r_N.isfinite().any() else None for name, r_N in zip(scored[0].components, scored[0].r_KN)}
-        record = {"label": labels[0], "means": means, "scripts": len(scripts), "videos": args.seeds, "seed": args.seed, "command": command(), "commit": git_commit()}
-        write_atomic(out, json.dumps(record, indent=1, allow_nan=False) + "\n")
+        rows = means(scored[0], kinds)
+        progress.say(means_table(rows))
+        progress.say(f"{labels[0]}, {_measured_on(args, len(scripts))}")
+        write_means(out, rows, labels[0], scripts, config.evaluate, command(), unseen(config), scored[0])
     progress.say(f"written to {out}")
+
+
+def _measured_on(args: Evaluate, scripts: int) -> str:
+    return f"{scripts} scripts, {args.seeds} video{'s' * (args.seeds > 1)} of each, seed {args.seed}"

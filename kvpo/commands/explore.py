@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Callable, Literal, Sequence
 
 import torch
 
@@ -17,14 +17,17 @@ from kvpo.common.progress import Progress
 from kvpo.common.provenance import about_video, write_beside
 from kvpo.common.timing import Phases
 from kvpo.generators.readable import check_prompts
+from kvpo.generators.pipeline import Pipeline, pixel_span
 from kvpo.generators.sampler import SAMPLERS
+from kvpo.method.explorers import Explorer
 from kvpo.method.replay import CONTEXTS, Replay
 from kvpo.method.rollout import roll_out
-from kvpo.method.score import pixel_diversity, score
+from kvpo.method.score import decode, pixel_diversity, score
 from kvpo.method.update import GroupUpdate
 from kvpo.report.samples import show_group
 from kvpo.runs.build import evaluation_scripts, judges
 from kvpo.runs.loading import load_generator, pipeline_folder
+from kvpo.types import Rollout, Window
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,11 @@ class Explore:
     by: Literal["recipe", "kv_routing", "start_noise"] = "recipe"
     """Which explorer; start_noise can be shown, but not trained by an energy."""
     fork: int = -1
-    """Fork block; -1 = drawn among the eligible ones."""
+    """Fork block; -1 = of a few eligible ones, where the recipe's branches look most different.  The same for every explorer."""
+    tries: int = 4
+    """Fork blocks that are tried where none is given."""
     out: Path = Path("runs/explore")
+    """A folder within it holds the script's group by this explorer."""
 
     def __call__(self) -> None:
         explore_command(self)
@@ -57,19 +63,53 @@ def explore_command(args: Explore) -> None:
     script, out = scripts[args.script], unused(args.out) if args.out == Explore.out else args.out
     try_folder(out)
     check_prompts(pipeline_folder(generator), [script], progress.warn)
-    say_replaced([out / "groups" / "step-000000"], progress.say)
     rewards, advantages = judges(replace(config, rewards=tuple(config.rewards_of("train"))), device)
     pipeline, label = load_generator(generator, device, config.vae_dtype, config.dtype)
     embeddings = dict(zip(script.texts, pipeline.encode_text(script.texts)))
-    fork, explorer = None if args.fork < 0 else args.fork, config.exploring if args.by == "recipe" else getattr(config, args.by)
-    rollout = roll_out(pipeline, SAMPLERS[config.sampler], explorer, config.rollout, script, embeddings, config.seed, ("explore", args.script), phases, fork)
+    chosen = config.explorer if args.by == "recipe" else args.by
+    folder = out / f"script-{args.script}-{chosen}"
+    say_replaced([folder / "groups" / "step-000000"], progress.say)
+    explorer, name, sampler = getattr(config, chosen), ("explore", args.script), SAMPLERS[config.sampler]
+
+    def rolled(explorer: Explorer, fork: int, horizon: Callable[[Window], int] | None = None) -> Rollout:
+        return roll_out(pipeline, sampler, explorer, config.rollout, script, embeddings, config.seed, name, phases, fork, horizon)
+
+    fork, said = args.fork, ""
+    if fork < 0:
+        # By the recipe's explorer, whichever is shown: groups that are compared must leave the story at one block.
+        forks = config.exploring.eligible_forks(script.blocks, pipeline.geometry)
+        fork, said = widest_fork(forks, args.tries, lambda f: window_diversity(pipeline, rolled(config.exploring, f, lambda w: w.stop)))
+    rollout = rolled(explorer, fork)
     scores, pixels = score(pipeline, rollout, rewards, config.score, phases)
     advantage = advantages(scores)
     energy = Replay(pipeline, rollout, embeddings, CONTEXTS[config.context], config.energy, range(len(advantage.values))).energies()
     pi = torch.softmax(-energy / config.temperature.resolve(energy), dim=0) if not explorer.deterministic_replay else torch.full_like(energy, 1 / len(energy))
-    folder = show_group(out, 0, pipeline, rollout, pixels, scores, advantage, GroupUpdate(energy, pi, {}), explorer)
+    folder = show_group(folder, 0, pipeline, rollout, pixels, scores, advantage, GroupUpdate(energy, pi, {}), explorer)
     write_beside(folder / "explore.json", about_video(script, config.seed, label, explorer=type(explorer).__name__, fork=rollout.window.fork))
     progress.say(f"{label}, {type(explorer).__name__}, fork at block {rollout.window.fork} of {script.blocks}: " + " | ".join(script.texts))
+    if said:
+        progress.say(said)
     progress.say(branch_table(rollout, scores, advantage.values, energy))
     progress.say(f"pixel diversity of the branches: {pixel_diversity(pixels[:-1]):.5f}")
     progress.say(f"written to {Path(folder).resolve()}: grid.mp4, routing.png, group.json, explore.json")
+
+
+def widest_fork(forks: Sequence[int], tries: int, diversity: Callable[[int], float]) -> tuple[int, str]:
+    """Of a few ``forks``, evenly spread, the one whose branches differ most, and a line that says so.
+
+    A window in which the story hides its objects shows nine equal pictures, whatever the branches remember.  Only
+    pixels are looked at, never a reward or what the story knows; training draws its forks blindly all the same.
+    """
+    if tries < 1:
+        raise ValueError(f"--tries {tries} must be 1 or more")
+    picked = [forks[i * len(forks) // min(tries, len(forks))] for i in range(min(tries, len(forks)))]
+    found = {fork: diversity(fork) for fork in picked}
+    best = max(found, key=lambda fork: found[fork])
+    tried = ", ".join(f"{fork}: {value:.2g}" for fork, value in found.items())
+    return best, f"fork chosen by the pixel diversity of the recipe's branches in their window, by block {tried}"
+
+
+def window_diversity(pipeline: Pipeline, rollout: Rollout) -> float:
+    """Pixel diversity of a group's branches within their window."""
+    first, stop = pixel_span((rollout.window.fork, rollout.window.stop), pipeline.geometry)
+    return pixel_diversity(decode(pipeline, rollout, stop - first)[:-1, : stop - first])

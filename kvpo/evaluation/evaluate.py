@@ -7,6 +7,7 @@ bootstrap over scripts, the unit that varies.  Evaluators that were never traine
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from kvpo.common.environment import git_commit
 from kvpo.common.files import write_atomic
 from kvpo.common.rng import stream
+from kvpo.evaluation.intervals import bootstrap_interval
 from kvpo.evaluation.power import sentence
 from kvpo.generators.generate import generate
 from kvpo.generators.pipeline import Pipeline
@@ -26,7 +28,6 @@ from kvpo.rewards.base import Reward, VideoBatch
 from kvpo.rewards.scorer import Scorer
 from kvpo.types import Script, Window
 
-RESAMPLES = 4000
 TOTAL = "mean of trained"
 DIVERSITY = "diversity"
 """Of a script's videos over seeds: mean squared difference of two of them, pixels in [0, 1].  A guard: it falls where a policy collapses, but noise has most of it."""
@@ -146,7 +147,7 @@ def _kind(scorer: Scorer, column: str, trained_on: Collection[str]) -> str:
 
 
 def compare(a: Scored, b: Scored, kinds: Sequence[str], seed: int = 0) -> list[dict]:
-    """Rows of the table A against B: means, paired difference with its 95 % bootstrap interval over scripts, win rate (ties half)."""
+    """Rows of the table A against B: means, paired difference with its 95 % interval over scripts (BCa bootstrap), win rate (ties half)."""
     total = [k for k, kind in enumerate(kinds) if kind == "train"]
     rows = [_row(name, kind, a.r_KN[k], b.r_KN[k], seed) for k, (name, kind) in enumerate(zip(a.components, kinds, strict=True))]
     return [_row(TOTAL, "train", a.r_KN[total].mean(dim=0), b.r_KN[total].mean(dim=0), seed), *rows]
@@ -163,13 +164,41 @@ def _row(component: str, kind: str, a_N: torch.Tensor, b_N: torch.Tensor, seed: 
     return {"component": component, "kind": kind, "a": float(a.mean()), "b": float(b.mean()), "diff": float((a - b).mean()), "low": low, "high": high, "win": win, "sd": float((a - b).std()), "n": n}
 
 
-def bootstrap_interval(diff_N: torch.Tensor, generator: torch.Generator, level: float = 0.95) -> tuple[float, float]:
-    """Percentile interval of the mean over ``RESAMPLES`` resamples of the scripts."""
-    pick = torch.randint(len(diff_N), (RESAMPLES, len(diff_N)), generator=generator)
-    means = diff_N[pick].mean(dim=1)
-    tail = (1.0 - level) / 2.0
-    low, high = means.quantile(torch.tensor([tail, 1.0 - tail], dtype=means.dtype)).tolist()
-    return low, high
+def means(scored: Scored, kinds: Sequence[str], seed: int = 0) -> list[dict]:
+    """Rows of one set of weights alone: the mean over scripts of every component, with its 95 % interval over scripts."""
+    total = [k for k, kind in enumerate(kinds) if kind == "train"]
+    rows = [_mean(*row, seed) for row in zip(scored.components, kinds, scored.r_KN, strict=True)]
+    return [_mean(TOTAL, "train", scored.r_KN[total].mean(dim=0), seed)] * bool(total) + rows
+
+
+def _mean(component: str, kind: str, r_N: torch.Tensor, seed: int) -> dict:
+    found = r_N[r_N.isfinite()]
+    row, n = {"component": component, "kind": kind}, len(found)
+    if n < 2:
+        mean = float(found.mean()) if n else None
+        return {**row, "mean": mean, "low": None, "high": None, "sd": None, "n": n}
+    low, high = bootstrap_interval(found, stream(seed, "bootstrap", component))
+    return {**row, "mean": float(found.mean()), "low": low, "high": high, "sd": float(found.std()), "n": n}
+
+
+def means_table(rows: Sequence[dict]) -> str:
+    """The means as text."""
+    lines = [f"{'component':<20} {'kind':<9} {'mean':>9} {'95 % interval':>19} {'n':>5}"]
+    for r in rows:
+        begin = f"{r['component']:<20} {r['kind']:<9}"
+        if r["low"] is None:
+            lines.append(f"{begin} {'could not be measured on enough scripts':>29} {r['n']:>5}")
+        else:
+            lines.append(f"{begin} {r['mean']:>9.4f}   [{r['low']:>7.4f}, {r['high']:>7.4f}] {r['n']:>5}")
+    return "\n".join(lines)
+
+
+def values_of(scored: Scored) -> dict[str, list[float | None]]:
+    """Component -> its number on every script, in the order of the scripts; None where it could not be measured."""
+    return {
+        name: [value if math.isfinite(value) else None for value in r_N.tolist()]
+        for name, r_N in zip(scored.components, scored.r_KN)
+    }
 
 
 def table(rows: Sequence[dict], label_a: str, label_b: str) -> str:
@@ -189,8 +218,30 @@ def enough_scripts(rows: Sequence[dict]) -> str:
     return sentence(TOTAL, row["n"], row["diff"], row["sd"]) if row else ""
 
 
-def write_comparison(path: Path, rows: Sequence[dict], label_a: str, label_b: str, scripts: Sequence[Script], config: EvaluateConfig, command: str, unseen: bool = True) -> Path:
-    """The record that `kvpo.report.report` reads.  ``unseen``: the scripts are not those that were trained on."""
+def write_comparison(
+    path: Path, rows: Sequence[dict], label_a: str, label_b: str, scripts: Sequence[Script], config: EvaluateConfig,
+    command: str, unseen: bool = True, scored: tuple[Scored, Scored] | None = None,
+) -> Path:  # fmt: skip
+    """The record of A against B that `kvpo.report.report` reads.
+
+    ``unseen``: the scripts are not those that were trained on.  ``scored``: A's and B's numbers script by script,
+    which the record then holds as `values` and `values_against`.
+    """
+    values = dict(zip(("values", "values_against"), map(values_of, scored or ())))
+    record = {"label_a": label_a, "label_b": label_b, "unseen": unseen, "rows": list(rows)}
+    return _write(path, record, scripts, config, command, values)
+
+
+def write_means(
+    path: Path, rows: Sequence[dict], label: str, scripts: Sequence[Script], config: EvaluateConfig,
+    command: str, unseen: bool, scored: Scored,
+) -> Path:  # fmt: skip
+    """The record of one set of weights alone; ``rows`` as `means` makes them."""
+    record = {"label": label, "unseen": unseen, "means": {row["component"]: row["mean"] for row in rows}, "rows": list(rows)}
+    return _write(path, record, scripts, config, command, {"values": values_of(scored)})
+
+
+def _write(path: Path, record: dict, scripts: Sequence[Script], config: EvaluateConfig, command: str, values: dict) -> Path:
     created = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    record = {"label_a": label_a, "label_b": label_b, "scripts": [s.id for s in scripts], "unseen": unseen, "seed": config.seed, "videos": config.seeds, "rows": list(rows), "created": created, "command": command, "commit": git_commit()}
-    return write_atomic(path, json.dumps(record, indent=1) + "\n")
+    facts = {"scripts": [s.id for s in scripts], "seed": config.seed, "videos": config.seeds, "created": created, "command": command, "commit": git_commit()}
+    return write_atomic(path, json.dumps(record | facts | values, indent=1, allow_nan=False) + "\n")

@@ -1,7 +1,7 @@
 """Goodhart's stop: where trained rewards rise and a held-out evaluator falls, twice in succession, the reward is being gamed.
 
 Both are read off a run's evaluations against its start weights.  *Rises* and *falls* mean that the paired difference's
-95 % interval leaves out 0.  The run then ends, and names the evaluation with the best held-out score.
+95 % interval leaves out 0, on enough scripts for that to mean something (`kvpo.evaluation.intervals`).  The run then ends, and names the evaluation with the best held-out score.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Mapping, Sequence
+
+from kvpo.evaluation.intervals import VERDICT_PAIRS
 
 Rows = Sequence[Mapping]
 """Of one comparison, as `kvpo.evaluation.evaluate.compare` makes them."""
@@ -49,5 +51,6 @@ def history(folder: Path, which: str) -> dict[int, Rows]:
 
 def _fallen(rows: Rows) -> set[str]:
     """Held-out evaluators that surely fell; none unless the trained rewards surely rose."""
-    rose = any(row["component"] == "mean of trained" and row["low"] is not None and row["low"] > 0 for row in rows)
-    return {row["component"] for row in rows if row["kind"] == "heldout" and row["high"] is not None and row["high"] < 0} if rose else set()
+    told = [row for row in rows if row["low"] is not None and row["n"] >= VERDICT_PAIRS]
+    rose = any(row["component"] == "mean of trained" and row["low"] > 0 for row in told)
+    return {row["component"] for row in told if row["kind"] == "heldout" and row["high"] < 0} if rose else set()

@@ -12,6 +12,8 @@ from __future__ import annotations
 import math
 from statistics import NormalDist
 
+from kvpo.evaluation.intervals import VERDICT_PAIRS
+
 LEVEL, POWER = 0.95, 0.8
 SMALL = 0.01
 """A difference that should not be missed, reward units."""
@@ -19,10 +21,10 @@ FACTOR = NormalDist().inv_cdf(0.5 + LEVEL / 2) + NormalDist().inv_cdf(POWER)
 
 
 def scripts_needed(sd: float, difference: float) -> int:
-    """At least 2; 0 where no number is enough, or none can be told."""
+    """At least `VERDICT_PAIRS`; 0 where no number is enough, or none can be told."""
     if not (math.isfinite(sd) and math.isfinite(difference)) or difference == 0.0:
         return 0
-    return max(2, math.ceil((FACTOR * sd / abs(difference)) ** 2))
+    return max(VERDICT_PAIRS, math.ceil((FACTOR * sd / abs(difference)) ** 2))
 
 
 def spread(low: float, high: float, n: int) -> float:
@@ -35,10 +37,10 @@ def sentence(component: str, n: int, difference: float, sd: float) -> str:
     observed, small = scripts_needed(sd, difference), scripts_needed(sd, SMALL)
     if not small:
         return ""
-    begin = f"{component}, {n} scripts: differences vary by {sd:.3f} from script to script, so a 95 % interval leaves out 0 four times in five"
+    begin = f"{component}, {n} scripts: differences vary by {sd:#.3g} from script to script, so a 95 % interval leaves out 0 four times in five"
     parts = [f"for a difference of {SMALL:g} {_enough(n, small)}"]
     if observed and abs(difference) != SMALL:
-        parts.insert(0, f"for one as large as the {difference:+.4f} found {_enough(n, observed)}")
+        parts.insert(0, f"for one as large as the {difference:+#.3g} found {_enough(n, observed)}")
     return f"{begin} {', and '.join(parts)}"
 
 

@@ -25,6 +25,10 @@ class Deployed(History, Protocol):
         """What every block from ``start`` on reads, routed or not, before all else: the sink, and the bank's slots."""
         ...
 
+    def kept_at_switch(self, start: int, block: int) -> tuple[int, ...]:
+        """What a prompt switch before ``block`` reads beside the frames from ``start`` on that it encodes once more."""
+        ...
+
     def recorded(self, block: int) -> tuple[int, int] | None:
         """(frame, number of the recording) that enters the memory bank before ``block``."""
         ...
@@ -47,6 +51,9 @@ class SinkWindow:
 
     def kept(self, start: int) -> tuple[int, ...]:
         return tuple(range(min(self.sink, start)))
+
+    def kept_at_switch(self, start: int, block: int) -> tuple[int, ...]:
+        return self.kept(start)
 
     def recorded(self, block: int) -> None:
         return None
@@ -74,7 +81,13 @@ class MemoryBank:
         return (*kept, *self.base.past(start, count)[len(sink) :])
 
     def kept(self, start: int) -> tuple[int, ...]:
-        return (*self.base.kept(start), *(-1 - slot for slot in range(min(self.size, self.recordings(start // self.block)))))
+        return self.kept_at_switch(start, start // self.block)
+
+    def kept_at_switch(self, start: int, block: int) -> tuple[int, ...]:
+        # All slots that are filled by then.  A full bank orders its slots best first, not oldest first, so fewer of
+        # them, as many as there were at `start`, would be an arbitrary choice and not the bank of that time.
+        slots = range(min(self.size, self.recordings(block)))
+        return (*self.base.kept(start), *(-1 - slot for slot in slots))
 
     def recordings(self, block: int) -> int:
         """Frames recorded before ``block``, the one before it included."""

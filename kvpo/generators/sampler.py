@@ -186,7 +186,7 @@ class Stream:
         latents = torch.cat([b.expand(self.rows, *b.shape[1:]) for b in recent], dim=1)[:, -len(again) :]
         own = len(again) if g.window < 0 else min(g.window - g.sink, len(again))
         latents = latents if rows is None else latents[list(rows)]
-        self.model.commit(latents, self.text(block, rows), list(again), self.cache, g.history.kept(again.start), rows, own)
+        self.model.commit(latents, self.text(block, rows), list(again), self.cache, g.history.kept_at_switch(again.start, block), rows, own)
 
     def _rows(self, noise: torch.Tensor) -> torch.Tensor:
         noise = noise.to(self.model.device)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from string import Template
 from typing import Iterable, Sequence
 
@@ -19,24 +20,53 @@ def missing(reason: str) -> str:
     return f'<p class="missing">Not shown: {html.escape(reason)}.</p>'
 
 
+def anchor(title: str) -> str:
+    """The name of a section within the page."""
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+
+
+def contents(titles: Sequence[str]) -> str:
+    """The list of sections at the page's head."""
+    items = (f'<li><a href="#{anchor(title)}">{html.escape(title)}</a></li>' for title in titles)
+    return f'<nav aria-label="contents"><ol>{"".join(items)}</ol></nav>'
+
+
 def section(title: str, body: str, lead: str = "") -> str:
-    return f"<section><h2>{html.escape(title)}</h2>" + (f'<p class="lead">{html.escape(lead)}</p>' if lead else "") + f"{body}</section>"
+    said = f'<p class="lead">{html.escape(lead)}</p>' if lead else ""
+    return f'<section id="{anchor(title)}"><h2>{html.escape(title)}</h2>{said}{body}</section>'
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], name: str = "") -> str:
-    """A table of cells that are HTML already; the first column is the row's name.  It scrolls by itself on narrow screens."""
-    lines = ("<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell, tag in zip(row, ("th", *["td"] * (len(row) - 1)))) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table class="{name}"><thead><tr>{"".join(f"<th>{cell}</th>" for cell in head)}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], name: str = "", marked: int | None = None) -> str:
+    """A table of cells that are HTML already; the first column is the row's name.  It scrolls by itself on narrow screens.
+
+    ``marked``: number of a row that stands out.
+    """
+    lines = "".join(_line(row, number == marked) for number, row in enumerate(rows))
+    heads = "".join(f"<th>{cell}</th>" for cell in head)
+    return (
+        f'<div class="scroll"><table class="{name}"><thead><tr>{heads}</tr></thead>'
+        f"<tbody>{lines}</tbody></table></div>"
+    )
 
 
-def num(value: float, digits: int = 3, sign: bool = False) -> str:
-    """A number for reading: ``digits`` places, more for small ones; a dash for NaN."""
+def _line(row: Sequence[str], marked: bool) -> str:
+    tags = ("th", *["td"] * (len(row) - 1))
+    cells = "".join(f"<{tag}>{cell}</{tag}>" for cell, tag in zip(row, tags))
+    start = '<tr class="best">' if marked else "<tr>"
+    return f"{start}{cells}</tr>"
+
+
+def num(value: float, sign: bool = False) -> str:
+    """A number for reading, the one format of all pages: three significant digits, and all before the point.
+
+    Powers of ten only where zeros would hide the digits; a dash for NaN.
+    """
     if not math.isfinite(value):
         return "–" if math.isnan(value) else ("∞" if value > 0 else "−∞")
-    if value != 0.0 and (abs(value) < 10.0**-digits or abs(value) >= 1e5):
-        text = f"{value:{'+' if sign else ''}.2e}"
-    else:
-        text = f"{value:{'+' if sign else ''}.{digits if abs(value) < 100 else 1}f}"
+    if value == 0.0:
+        return "0"
+    plus, size = "+" if sign else "", math.floor(math.log10(abs(value)))
+    text = f"{value:{plus}.{max(0, 2 - size)}f}" if -5 <= size < 6 else f"{value:{plus}.2e}"
     return text.replace("-", "−")
 
 
@@ -75,7 +105,7 @@ HEAD = """<!doctype html>
 """
 """Of every page: one file, without anything from elsewhere."""
 PAGE = Template(HEAD + """<body>
-<header><p class="kicker">KVPO run report</p><h1>$name</h1><p class="facts">$facts</p></header>
+<header><p class="kicker">KVPO run report</p><h1>$name</h1><p class="facts">$facts</p>$contents</header>
 <main>
 $warnings
 $sections
@@ -89,10 +119,12 @@ $sections
 STYLE = """
 :root { --ink: #1c2024; --soft: #626a73; --line: #e2e5e9; --paper: #ffffff; --card: #f7f8fa; --accent: #2f6fb0;
   --good: #1d7a46; --bad: #b3362b; --warn: #8a5a00; --warn-paper: #fdf6e5;
-  --c1: #2f6fb0; --c2: #d9702e; --c3: #2d8a5b; --c4: #8a5bb5; --c5: #b3923a; --c6: #4aa3b5; --c7: #b8506e; --c8: #7d8590; }
+  --c1: #2f6fb0; --c2: #d9702e; --c3: #2d8a5b; --c4: #8a5bb5; --c5: #b3923a; --c6: #4aa3b5; --c7: #b8506e; --c8: #7d8590;
+  --c9: #16325c; --c10: #7a4a2b; --c11: #93b82e; --c12: #e58fc6; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e4e7ea; --soft: #9aa3ad; --line: #30363d; --paper: #14171b; --card: #1b1f24; --accent: #6cabe6;
   --good: #58c98b; --bad: #f0857a; --warn: #e5b65c; --warn-paper: #2a2416;
-  --c1: #6cabe6; --c2: #f0954f; --c3: #58c08a; --c4: #b795e0; --c5: #d6b95f; --c6: #6fc6d6; --c7: #e08aa3; --c8: #9aa3ad; } }
+  --c1: #6cabe6; --c2: #f0954f; --c3: #58c08a; --c4: #b795e0; --c5: #d6b95f; --c6: #6fc6d6; --c7: #e0607f; --c8: #9aa3ad;
+  --c9: #d5e3f5; --c10: #b98560; --c11: #c9e86a; --c12: #f6bfe4; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
 header, main, footer { max-width: 1120px; margin: 0 auto; padding: 0 20px; }
@@ -110,17 +142,20 @@ section { margin-top: 44px; padding-top: 22px; border-top: 1px solid var(--line)
 .warnings b { color: var(--warn); } .warnings ul { margin: 4px 0 0; padding-left: 20px; }
 .missing { color: var(--soft); background: var(--card); border: 1px dashed var(--line); border-radius: 6px; padding: 12px 16px; overflow-wrap: anywhere; }
 .verdicts { list-style: none; margin: 10px 0 16px; padding: 0; font-size: 16.5px; max-width: 82ch; } .verdicts li { margin: 5px 0; }
-.better { color: var(--good); } .worse { color: var(--bad); } .unclear, .unmeasured { color: var(--soft); }
-.scroll { overflow-x: auto; }
+.better { color: var(--good); } .worse { color: var(--bad); } .unclear, .few, .unmeasured { color: var(--soft); }
+.scroll { overflow-x: auto; } .scroll + .scroll, .scroll + .charts { margin-top: 20px; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 14px; }
 th, td { text-align: right; padding: 5px 10px; border-bottom: 1px solid var(--line); white-space: nowrap; }
 thead th { color: var(--soft); font-weight: 500; font-size: 13px; vertical-align: bottom; }
 th:first-child { text-align: left; padding-left: 0; } tbody th { font-weight: 550; }
+nav ol { list-style: none; margin: 14px 0 0; padding: 0; display: flex; flex-wrap: wrap; gap: 2px 18px; font-size: 13.5px; }
+a { color: var(--accent); }
+tr.best th, tr.best td { background: var(--card); }
+.glossary { display: grid; grid-template-columns: max-content 1fr; gap: 4px 18px; margin: 0; font-size: 14px; } .glossary dt { font-weight: 550; } .glossary dd { margin: 0; color: var(--soft); max-width: 82ch; }
 tr.part th { padding-top: 14px; color: var(--soft); font-weight: 500; }
-td.best { font-weight: 700; }
 .badge { font-size: 11.5px; font-weight: 500; color: var(--soft); border: 1px solid var(--line); border-radius: 9px; padding: 1px 7px; margin-left: 6px; }
 .badge.heldout { color: var(--accent); border-color: var(--accent); }
-svg.interval { width: 180px; height: 18px; display: block; } svg.interval line { stroke: currentColor; stroke-width: 1.6; }
+svg.interval { width: 130px; height: 18px; display: block; } svg.interval line { stroke: currentColor; stroke-width: 1.6; }
 svg.interval circle { fill: currentColor; } svg.interval .zero { stroke: var(--line); stroke-width: 1; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 320px), 1fr)); gap: 22px 26px; }
 figure { margin: 0; } figure.wide { margin: 18px 0; }
@@ -141,7 +176,7 @@ details { margin-top: 12px; } summary { cursor: pointer; font-weight: 600; }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: 12px 16px; overflow-x: auto; font-size: 12.5px; line-height: 1.5; }
 .facts-table td { text-align: left; white-space: normal; overflow-wrap: anywhere; } .facts-table th { vertical-align: top; width: 1%; }
 footer { margin-top: 50px; padding-bottom: 40px; font-size: 12.5px; }
-@media (max-width: 560px) { header { padding-top: 24px; } h1 { font-size: 24px; } .sides { gap: 6px; } th, td { padding: 5px 7px; } }
+@media (max-width: 560px) { header { padding-top: 24px; } h1 { font-size: 24px; } .sides { gap: 6px; } .glossary { grid-template-columns: 1fr; gap: 0; } .glossary dd { margin-bottom: 8px; } th, td { padding: 5px 7px; } }
 """
 
 # Keeps the two videos of a pair at the same moment and shows which prompt holds; the page reads the same without it.

@@ -20,7 +20,7 @@ Points = tuple[list[float], list[float]]
 
 # Matplotlib writes colours as hex digits and the page wants its variables: these stand-ins are exchanged in the text.
 INK, GRID = "#010101", "#020202"
-COLOURS = [f"#0300{i:02x}" for i in range(1, 9)]
+COLOURS = [f"#0300{i:02x}" for i in range(1, 13)]
 _VARIABLES = {INK: "var(--soft)", GRID: "var(--line)"} | {colour: f"var(--c{i})" for i, colour in enumerate(COLOURS, 1)}
 RC = {"svg.fonttype": "none", "svg.hashsalt": "kvpo", "font.family": "DejaVu Sans", "font.size": 8.5}
 
@@ -30,12 +30,17 @@ class Line:
     label: str
     points: Points
     colour: int
-    """1 to 8, as in the page's --c1 to --c8."""
+    """1 to 12, as in the page's --c1 to --c12."""
     dashed: bool = False
     smooth: bool = False
     """Also draw a running mean, and the values themselves faintly."""
     band: tuple[Points, Points] | None = None
     """Lower and upper bound, shaded."""
+
+
+def distinct(number: int) -> dict[str, int | bool]:
+    """Colour and dash of a chart's line by its number: as many as two rounds of the colours look different."""
+    return {"colour": 1 + number % len(COLOURS), "dashed": number // len(COLOURS) % 2 == 1}
 
 
 @dataclass(frozen=True)
@@ -66,12 +71,16 @@ COST_CHARTS = (Chart("Peak memory", {"memory/peak_gib": "peak"}), Chart("Calls o
 
 
 def series(records: Sequence[Mapping[str, float]], pattern: str) -> dict[str, Points]:
-    """Steps and values of the metrics that match ``pattern``, keyed as by `kvpo.common.metrics.pick`; a step's last value holds."""
+    """Steps and values of the metrics that match ``pattern``, keyed as by `kvpo.common.metrics.pick`; a step's last value holds.
+
+    Records count from 0, and what is logged at 74 belongs to the 75th update: a point stands at the number of
+    updates made, where checkpoints, evaluations and samples have the same number in their names.
+    """
     names = {name: key for key, name in pick({name: name for record in records for name in record}, pattern).items()}
     found: dict[str, dict[float, float]] = {}
     for record in records:
         for name in names.keys() & record.keys():
-            found.setdefault(names[name], {})[record["step"]] = record[name]
+            found.setdefault(names[name], {})[record["step"] + 1] = record[name]
     found = {key: found[key] for key in names.values()}
     return {key: (list(steps), list(steps.values())) for key, steps in found.items()}
 
@@ -131,7 +140,7 @@ def _curves(lines: Sequence[Line], log: bool, level: tuple[float, str] | None, t
 def _axes(size: tuple[float, float] = (4.3, 2.1)):
     picture = Figure(figsize=size, layout="constrained")
     axes = picture.subplots()
-    axes.set_xlabel("step", color=INK)
+    axes.set_xlabel("updates made", color=INK)
     axes.tick_params(colors=INK, length=0)
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
@@ -167,10 +176,10 @@ def stacked(phases: Mapping[str, Points], title: str, unit: str) -> str:
         for i, points in enumerate(phases.values()):
             at = {step: value for step, value in zip(*points) if math.isfinite(value)}
             height = np.array([np.mean([at.get(step, 0.0) for step in b]) for b in bins])
-            axes.bar([b.mean() for b in bins], height, bottom=base, width=0.86 * np.mean([len(b) for b in bins]) * _spacing(steps), color=COLOURS[i % 8])
+            axes.bar([b.mean() for b in bins], height, bottom=base, width=0.86 * np.mean([len(b) for b in bins]) * _spacing(steps), color=COLOURS[i % len(COLOURS)])
             base += height
         body = svg(picture, title)
-    keys = "".join(f'<span class="key" style="--k:var(--c{i % 8 + 1})">{html.escape(name)}</span>' for i, name in enumerate(phases))
+    keys = "".join(f'<span class="key" style="--k:var(--c{i % len(COLOURS) + 1})">{html.escape(name)}</span>' for i, name in enumerate(phases))
     return f'<figure class="chart wide"><figcaption><b>{html.escape(title)}</b> <span class="unit">{unit}</span><div class="keys">{keys}</div></figcaption>{body}</figure>'
 
 

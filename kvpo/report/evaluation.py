@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from typing import Mapping, Sequence
 
 from kvpo.evaluation import power
+from kvpo.evaluation.intervals import VERDICT_PAIRS
 from kvpo.pages import html as page
 from kvpo.report.curves import Line, Points, figure, series
 from kvpo.report.read_run import Evaluation, Missing, Row
@@ -17,7 +19,18 @@ KINDS = {
     "related": "Evaluators that see as a trained reward does: not held out",
     "guard": "Guards, which must not fall",
 }
-WORDS = {"better": "Better", "worse": "Worse", "unclear": "No clear difference", "unmeasured": "Not measured"}
+WORDS = {
+    "better": "Better",
+    "worse": "Worse",
+    "unclear": "No clear difference",
+    "few": "Too few scripts to say",
+    "unmeasured": "Not measured",
+}
+SHORT_WORDS = WORDS | {"unclear": "unclear", "few": "too few"}
+WHY_FEW = (
+    f"Below {VERDICT_PAIRS} scripts nothing is called better or worse, whatever its interval says: of so few, intervals "
+    "are too narrow (nominal 95 % held the truth in 78 % of trials with 4 scripts, in 92 % with 16)"
+)
 TOTAL = "mean of trained"
 """The component that a run is judged by (`kvpo.evaluation.evaluate.compare`)."""
 FEW_PAIRS = 32
@@ -30,7 +43,7 @@ def tables(evaluations: Sequence[Evaluation]) -> tuple[str, str]:
     if not evaluations:
         raise Missing("nothing has been evaluated: the run has no readable evaluation/*.json; make one with `kvpo evaluate`")
     return "", "".join(map(_evaluation, evaluations)) + (
-        '<p class="note">Differences are paired: same scripts, same seeds, same noise. Intervals are 95 % bootstrap intervals, each for itself: among twenty components that '
+        '<p class="note">Differences are paired: same scripts, same seeds, same noise. Intervals are 95 % intervals over scripts (BCa bootstrap), each for itself: among twenty components that '
         "did not change at all, one would be called better or worse by chance. A difference counts as clear where its interval leaves out zero.</p>"
     )
 
@@ -42,18 +55,24 @@ def sentence(evaluations: Sequence[Evaluation]) -> str:
         return ""
     evaluation, row = next((pair for pair in found if "ema" in pair[0].label_a.lower()), found[0])
     scripts = f"{evaluation.scripts} {'unseen ' if evaluation.unseen else ''}scripts"
-    moved = {"better": "rose", "worse": "fell"}.get(row.verdict, "changed, not clearly,")
+    moved = {"better": "rose", "worse": "fell", "few": "went"}.get(row.verdict, "changed, not clearly,")
+    few = f" {evaluation.scripts} scripts are too few to call that better or worse." if row.verdict == "few" else ""
     return (
         f"On {scripts} the mean of the trained rewards {moved} from {page.num(row.b)} to {page.num(row.a)}, "
-        f"by {page.num(row.diff, sign=True)} (95 % interval {page.num(row.low, sign=True)} to {page.num(row.high, sign=True)}), and {row.win:.0%} of the scripts are better."
+        f"by {page.num(row.diff, sign=True)} (95 % interval {page.num(row.low, sign=True)} to {page.num(row.high, sign=True)}), and {row.win:.0%} of the scripts are better.{few}"
     )
 
 
 def _evaluation(evaluation: Evaluation) -> str:
-    facts = f"{evaluation.scripts} scripts, {evaluation.videos} video{'s' * (evaluation.videos > 1)} of each, seed {evaluation.seed}" + (f", {evaluation.created}" if evaluation.created else "")
+    facts = f"{evaluation.scripts} scripts, {evaluation.videos} video{'s' * (evaluation.videos > 1)} of each, seed {evaluation.seed}" + (f", {_when(evaluation.created)}" if evaluation.created else "")
     command = f'<p class="note">Made by <code>{html.escape(evaluation.command)}</code></p>' if evaluation.command else ""
     title = f"{html.escape(evaluation.label_a)} against {html.escape(evaluation.label_b)}"
     return f'<h3>{title} <span class="unit">{html.escape(facts)}</span></h3>{_words(evaluation)}{_table(evaluation)}{_power(evaluation)}{command}'
+
+
+def _when(created: str) -> str:
+    """A record's time as people write it, to the minute."""
+    return f"{created[:16].replace('T', ' ')} UTC" if created.endswith("+00:00") else created
 
 
 def _words(evaluation: Evaluation) -> str:
@@ -72,7 +91,7 @@ def _words(evaluation: Evaluation) -> str:
 
 def _named(row: Row) -> str:
     name = html.escape(row.component)
-    return name if row.verdict in ("unclear", "unmeasured") else f"{name} by {page.num(abs(row.diff))}"
+    return name if row.verdict in ("unclear", "few", "unmeasured") else f"{name} by {page.num(abs(row.diff))}"
 
 
 def _kinds(evaluation: Evaluation) -> list[str]:
@@ -87,14 +106,17 @@ def _table(evaluation: Evaluation) -> str:
         # One axis a kind: evaluators of another kind may have another unit.
         reach = max((abs(x) for row in part for x in (row.low, row.high) if math.isfinite(x)), default=0.0)
         rows += [_row(row, reach) for row in part]
-    head = ["component", "difference", "95 % interval", "", evaluation.label_a, evaluation.label_b, "wins", "pairs", ""]
-    return page.table([html.escape(cell) for cell in head], rows)
+    head = ["component", "", "difference", "95 % interval", "", evaluation.label_a, evaluation.label_b, "wins", "pairs"]
+    why = any(row.verdict == "few" for row in evaluation.rows)
+    note = f'<p class="note">{html.escape(WHY_FEW)}.</p>' if why else ""
+    return page.table([html.escape(cell) for cell in head], rows) + note
 
 
 def _power(evaluation: Evaluation) -> str:
     """Whether there were enough scripts for the trained rewards' mean, or for the first of them."""
     row = next((row for row in evaluation.rows if row.kind == "train" and row.verdict != "unmeasured"), None)
     text = power.sentence(row.component, row.n, row.diff, row.sd if math.isfinite(row.sd) else power.spread(row.low, row.high, row.n)) if row else ""
+    text = re.sub(r"(?<!\w)-(?=\d)", "−", text)
     return f'<p class="note">{html.escape(text)}.</p>' if text else ""
 
 
@@ -105,6 +127,7 @@ def _row(row: Row, reach: float) -> list[str]:
     wins = f"{row.win:.0%}" if math.isfinite(row.win) else "–"
     return [
         html.escape(row.component) + badge + lower,
+        f'<span class="{row.verdict}">{SHORT_WORDS[row.verdict].lower()}</span>',
         page.num(row.diff, sign=True),
         between,
         page.interval(row.low, row.diff, row.high, reach, row.verdict),
@@ -112,7 +135,6 @@ def _row(row: Row, reach: float) -> list[str]:
         page.num(row.b),
         wins,
         str(row.n),
-        f'<span class="{row.verdict}">{WORDS[row.verdict].lower()}</span>',
     ]
 
 
@@ -161,4 +183,4 @@ def _curve(component: str, found: Mapping[str, Mapping[str, Points]], row: Row |
             lines.append(Line(label, found["diff"][key], colour, band=band))
         elif key in found["mean"]:
             lines.append(Line(label, found["mean"][key], colour))
-    return figure(title, lines, "difference from the start weights", level=(0.0, "start weights")) if paired else figure(title, lines, "mean")
+    return figure(title, lines, "minus start weights", level=(0.0, "start weights")) if paired else figure(title, lines, "mean")

@@ -9,7 +9,7 @@ from typing import Mapping, Sequence
 
 from kvpo.evaluation import goodhart
 from kvpo.pages import html as page
-from kvpo.report.curves import Line, Points, figure, series
+from kvpo.report.curves import Line, Points, distinct, figure, series
 from kvpo.report.read_run import Missing
 
 Records = Sequence[Mapping[str, float]]
@@ -24,7 +24,7 @@ def conflicts(records: Records) -> tuple[str, str]:
     body = page.table(["pair", "rank correlation", "opposite sides of the anchor", ""], rows) if rows else page.missing("there is only one reward")
     body += page.table(["component", "groups without spread"], [[html.escape(name), _share(_mean(points))] for name, points in flats.items()])
     if ranks:
-        lines = [Line(pair, points, 1 + i % 8, smooth=True) for i, (pair, points) in enumerate(ranks.items())]
+        lines = [Line(pair, points, **distinct(i), smooth=True) for i, (pair, points) in enumerate(ranks.items())]
         body += f'<div class="charts">{figure("Rank correlation of advantages", lines, "", level=(0.0, "unrelated"))}</div>'
     lead = "Do the trained rewards rank the branches of a group alike? Below 0 they pull apart, and their weights decide which is given up for the other. Means over the run."
     return lead, body
@@ -36,8 +36,8 @@ def sentinels(records: Records) -> tuple[str, str]:
     if not moved:
         raise Missing("no sentinels were watched: set sentinels.every")
     values = series(records, "sentinel/{component}/value")
-    rows = [[html.escape(name), page.num(values[name][1][0]), page.num(values[name][1][-1]), f"{points[1][-1]:+.2f}"] for name, points in moved.items()]
-    lines = [Line(name, points, 1 + i % 8) for i, (name, points) in enumerate(moved.items())]
+    rows = [[html.escape(name), page.num(values[name][1][0]), page.num(values[name][1][-1]), page.num(points[1][-1], sign=True)] for name, points in moved.items()]
+    lines = [Line(name, points, **distinct(i)) for i, (name, points) in enumerate(moved.items())]
     chart = figure("Distance from the start weights", lines, "standard deviations of the start weights' seeds", level=(0.0, "start weights"))
     lead = "Fixed prompts and seeds, watched while training: what no reward names, and what gamed rewards move first."
     return lead, page.table(["sentinel", "start", "now", "moved, in spreads over seeds"], rows) + f'<div class="charts">{chart}</div>'
@@ -61,7 +61,7 @@ def _mean(points: Points | None) -> float:
 
 
 def _number(value: float) -> str:
-    return f"{value:+.2f}" if math.isfinite(value) else "–"
+    return page.num(value, sign=True)
 
 
 def _share(value: float) -> str:

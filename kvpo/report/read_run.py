@@ -6,7 +6,7 @@
     checkpoints/step-000010/              see `kvpo.policy.checkpoint`; beside them ema.safetensors
     samples/step-000010/index.json        [{"file", "script_id", "texts", "starts", "blocks", "seed", "which"}, ...]
     groups/step-000010/group.json         `group_record`, beside grid.mp4 and routing.png
-    evaluation/*.json                     {"label_a", "label_b", "scripts", "seeds", "rows": [...], "created", "command"}
+    evaluation/*.json                     {"label_a", "label_b", "scripts": [id, ...], "seed", "rows": [...], "values", ...}
 
 Readers raise `Missing` with a reason that can be shown to the user; they never change the folder.
 """
@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any, Mapping
 
 import yaml
+
+from kvpo.evaluation.intervals import VERDICT_PAIRS
 
 
 class Missing(ValueError):
@@ -77,10 +79,12 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """What the interval says: better, worse, unclear, or unmeasured."""
+        """What the interval says: better, worse, unclear, or unmeasured; few where there are too few pairs for an interval to say anything."""
         sign = -1.0 if self.better == "lower" else 1.0
         if any(math.isnan(x) for x in (self.diff, self.low, self.high)):
             return "unmeasured"
+        if self.n < VERDICT_PAIRS:
+            return "few"
         if sign * self.low > 0.0 and sign * self.high > 0.0:
             return "better"
         return "worse" if sign * self.low < 0.0 and sign * self.high < 0.0 else "unclear"
@@ -160,6 +164,8 @@ def read_evaluations(run: Path) -> tuple[list[Evaluation], list[str]]:
 
 def _evaluation(path: Path) -> Evaluation:
     data = _json(path, "an evaluation is lost")
+    if isinstance(data, dict) and "label" in data and "label_a" not in data:
+        raise Missing(f"{path.name} measures one set of weights alone and is not shown; give --against to compare two")
     try:
         numbers = ("a", "b", "diff", "low", "high", "win")
         rows = tuple(

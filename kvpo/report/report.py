@@ -16,7 +16,8 @@ from kvpo.report import agreement as report_agreement, evaluation as report_eval
 from kvpo.pages import html as page
 from kvpo.common.files import write_atomic
 from kvpo.common.metrics import PHASES, read_metrics
-from kvpo.report.curves import COST_CHARTS, POLICY_CHARTS, Line, Points, draw, figure, series, stacked
+from kvpo.report.curves import COLOURS, COST_CHARTS, POLICY_CHARTS, Line, Points, draw, figure, series, stacked
+from kvpo.report.glossary import glossary
 from kvpo.report.read_run import Missing, read_config, read_environment, read_evaluations, read_group, read_samples
 
 RARE = ("checkpoint", "evaluate", "sentinels")
@@ -31,25 +32,27 @@ def write_report(run: Path) -> Path:
         raise ValueError(f"{run} is not a run's folder: it holds neither metrics.jsonl nor config.resolved.yaml; give the folder that `kvpo align` wrote")
     records, problem = _records(run)
     evaluations, problems = read_evaluations(run)
-    sections = [
-        _part("Before and after", lambda: report_videos.pairs(read_samples(run), report_evaluation.sentence(evaluations))),
-        _part("Result", lambda: report_evaluation.tables(evaluations)),
-        _part("Rewards", lambda: _rewards(_have(records))),
-        _part("Evaluation during training", lambda: report_evaluation.curves(_have(records), evaluations)),
-        _part("Agreement of the rewards", lambda: report_guards.conflicts(_have(records))),
-        _part("Sentinels", lambda: report_guards.sentinels(_have(records))),
-        _part("Agreement of the gradients", lambda: report_agreement.gradients(_have(records), run)),
-        _part("Policy and optimisation", lambda: _policy(_have(records), run)),
-        _part("One group", lambda: report_videos.group(read_group(run))),
-        _part("Cost", lambda: _cost(_have(records))),
-        _part("Setup", lambda: _setup(run)),
+    parts = [
+        ("Before and after", lambda: report_videos.pairs(read_samples(run), report_evaluation.sentence(evaluations))),
+        ("Result", lambda: report_evaluation.tables(evaluations)),
+        ("Rewards", lambda: _rewards(_have(records))),
+        ("Evaluation during training", lambda: report_evaluation.curves(_have(records), evaluations)),
+        ("Agreement of the rewards", lambda: report_guards.conflicts(_have(records))),
+        ("Sentinels", lambda: report_guards.sentinels(_have(records))),
+        ("Agreement of the gradients", lambda: report_agreement.gradients(_have(records), run)),
+        ("Policy and optimisation", lambda: _policy(_have(records), run)),
+        ("One group", lambda: report_videos.group(read_group(run))),
+        ("Cost", lambda: _cost(_have(records))),
+        ("Setup", lambda: _setup(run)),
+        ("Words", glossary),
     ]
     text = page.PAGE.substitute(
         title=html.escape(f"{run.resolve().name} - KVPO report"),
         name=html.escape(run.resolve().name),
         facts=_facts(run, records),
         warnings=_warnings([*problem, *problems, *warnings(run, records, evaluations)]),
-        sections="\n".join(sections),
+        contents=page.contents([title for title, _ in parts]),
+        sections="\n".join(_part(*part) for part in parts),
         footer=f"Written {time.strftime('%Y-%m-%d %H:%M:%S UTC', time.gmtime())} by <code>kvpo report</code>. Everything on this page is inside this file.",
         style=page.STYLE,
         script=page.SCRIPT,
@@ -112,8 +115,8 @@ def warnings(run: Path, records: Records, evaluations: Sequence[Any]) -> list[st
     for record in records:
         for name, value in record.items():
             if not math.isfinite(value):
-                broken.setdefault(name, []).append(int(record["step"]))
-    found += [f"{name} was not finite in {len(steps)} record{'s' * (len(steps) > 1)}, first at step {steps[0]}" for name, steps in sorted(broken.items())]
+                broken.setdefault(name, []).append(int(record["step"]) + 1)
+    found += [f"{name} was not finite in {len(steps)} record{'s' * (len(steps) > 1)}, first at update {steps[0]}" for name, steps in sorted(broken.items())]
     for name, limit, text in (
         ("group/skipped", 0.5, "of the groups gave no update"),
         ("advantage/tied", 0.2, "of the groups had branches that all earned the same, and taught nothing"),
@@ -200,7 +203,7 @@ def _time(phases: Mapping[str, Points]) -> tuple[str, str]:
     sums["not measured"] = max(0.0, total + beside - sum(sums.values()))
     whole = sum(sums.values())
     steps = {phase: len(points[0]) for phase, points in phases.items()}
-    colours = {phase: f"--k:var(--c{i % 8 + 1})" for i, phase in enumerate(sums)}
+    colours = {phase: f"--k:var(--c{i % len(COLOURS) + 1})" for i, phase in enumerate(sums)}
     bar = "".join(f'<div style="{colours[p]};flex-grow:{s / (whole or 1.0):.5f}" title="{p} {page.seconds(s)}"></div>' for p, s in sums.items() if s > 0.0)
     rows = [
         [f'<span class="key" style="{colours[p]}">{p}</span>', page.seconds(s), f"{s / (whole or 1.0):.1%}", page.seconds(s / steps[p]) if p in steps else ""]
@@ -208,7 +211,7 @@ def _time(phases: Mapping[str, Points]) -> tuple[str, str]:
     ]
     body = f'<div class="shares">{bar}</div>' + page.table(["phase", "in all", "share", "each time"], rows)
     steady = {phase: points for phase, points in phases.items() if phase not in (*RARE, "total")}
-    body += stacked(steady, "Time of a step by phase", "s, without " + " and ".join(RARE)) if steady else ""
+    body += stacked(steady, "Time of a step by phase", "s, without " + ", ".join(RARE)) if steady else ""
     return f"{page.seconds(whole)} in all.", body
 
 
@@ -222,7 +225,7 @@ def _setup(run: Path) -> tuple[str, str]:
         config = f"<pre>{html.escape(read_config(run)[0])}</pre>"
     except Missing as reason:
         config = page.missing(str(reason))
-    return "", f"{environment}<details open><summary>Resolved config</summary>{config}</details>"
+    return "", f"{environment}<details><summary>Resolved config</summary>{config}</details>"
 
 
 def _flat(value: Any, name: str = "") -> list[tuple[str, str]]:
@@ -231,4 +234,5 @@ def _flat(value: Any, name: str = "") -> list[tuple[str, str]]:
         value = dict(enumerate(value, 1))
     if isinstance(value, dict):
         return [pair for key, inner in value.items() for pair in _flat(inner, f"{name}.{key}" if name else str(key))]
-    return [(name, " ".join(map(str, value)) if isinstance(value, list) else str(value))]
+    values = value if isinstance(value, list) else [value]
+    return [(name, " ".join("–" if v is None else str(v) for v in values))]

@@ -18,7 +18,7 @@ ROLES = {
     "sink": "#5b4b8a",
     "rolling window": "#8fb8de",
     "routed": "#e07b39",
-    "nearest": "#2f6fb0",
+    "nearest": "#2f8a5b",
     "current block": "#2b2f33",
     "later in the window": "#b9bec4",
 }

@@ -34,7 +34,7 @@ def show_group(
 
 
 def _caption(row: int, rewards: RewardTable, advantage: Advantage) -> str:
-    numbers = "  ".join(f"{name.removeprefix('world_')} {float(r):.2f}" for name, r in zip(rewards.components, rewards.local[:, row]))
+    numbers = "  ".join(f"{name.removeprefix('world_')}\u00a0{float(r):.2f}" for name, r in zip(rewards.components, rewards.local[:, row]))
     return f"anchor\n{numbers}" if row == rewards.local.shape[1] - 1 else f"branch {row}  A {float(advantage.values[row]):+.2f}\n{numbers}"
 
 

@@ -65,11 +65,11 @@ def group(shown: Group) -> tuple[str, str]:
     video = html_video(grid, "the branches of the group and their anchor") if grid.is_file() else page.missing("the group has no grid.mp4")
     image = html_image(routing, "which past frames each branch reads") if routing.is_file() else page.missing("the group has no routing.png")
     differ = "the noise they start from" if any(record.get("noise_mix") or ()) else "which past frames they read from there on"
-    lead = f"Step {shown.step}: the branches leave the shared prefix at block {record['fork']} and differ only in {differ}."
+    lead = f"Update {shown.step + 1}: the branches leave the shared prefix at block {record['fork']} and differ only in {differ}."
     return lead, f"""{_prompts(record["texts"], record["starts"], None)}<div class="grid">{video}</div>
 <h3>Which past frames each row reads</h3>{image}
 <h3>What came of it</h3>{_numbers(record)}
-<p class="note">Bold: the best of its column. The anchor reads the rolling window; pi is over the rows that have one.</p>"""
+<p class="note">Bold: the highest of its column; best: the branch of the highest advantage. The anchor reads the rolling window; pi is over the rows that have one.</p>"""
 
 
 def _numbers(record: Mapping[str, Any]) -> str:
@@ -79,8 +79,17 @@ def _numbers(record: Mapping[str, Any]) -> str:
     columns = {f"{name}, {signal}": values for signal, part in record["rewards"].items() for name, values in part.items()}
     columns |= {name: record.get(key) or [] for name, key in (("energy", "energies"), ("advantage", "advantages"), ("pi", "pi"))}
     cells = [_column(list(map(number, values)), len(names), name != "energy") for name, values in columns.items()]
+    best = _best(list(map(number, record.get("advantages") or [])))
+    if best is not None:
+        names[best] += ' <span class="badge">best</span>'
     frames = [html.escape(" ".join(map(str, plan)) or "rolling window") for plan in plans]
-    return page.table(["row", *map(html.escape, columns), "routed frames"], zip(names, *cells, frames))
+    return page.table(["row", *map(html.escape, columns), "routed frames"], zip(names, *cells, frames), marked=best)
+
+
+def _best(advantages: list[float]) -> int | None:
+    """Number of the branch of the highest advantage; none where all are equal, or none is known."""
+    finite = [a for a in advantages if math.isfinite(a)]
+    return advantages.index(max(finite)) if len(set(finite)) > 1 else None
 
 
 def _column(values: list[float], rows: int, ranked: bool) -> list[str]:

@@ -78,7 +78,7 @@ class Trials:
                 continue
             rows = compare(found, scored["start"], kinds)
             self.progress.say(f"{table(rows, which, 'start')}\n{enough_scripts(rows)}")
-            write_comparison(self._comparison(which, done), rows, f"{which} step {done}", "start", self.scripts, self.config.evaluate, command(), unseen(self.config))
+            write_comparison(self._comparison(which, done), rows, f"{which} step {done}", "start", self.scripts, self.config.evaluate, command(), unseen(self.config), (found, scored["start"]))
             for row in rows:
                 slug = row["component"].replace(" ", "_")
                 metrics |= {f"eval/{which}/{slug}/{k}": row[k] for k in ("diff", "low", "high", "win") if row[k] is not None}

@@ -17,6 +17,7 @@ from test_align import align, settings, write_recipe
 from tiny import BLUE, RED, save_pipeline
 
 from kvpo.commands import main as cli
+from kvpo.commands.explore import widest_fork
 from kvpo.commands.settings import Settings
 from kvpo.config import RunConfig
 from kvpo.runs.loading import load_generator
@@ -207,17 +208,42 @@ def test_evaluate_against(capsys, tmp_path, trained, folder):
     record = json.loads((tmp_path / "e.json").read_text())
     assert code == 0 and "mean of trained" in out and "3 scripts, 1 video of each, seed 1000" in out
     assert [r["component"] for r in record["rows"]] == ["mean of trained", "Warmth", "Change"] and record["rows"][1]["n"] == 3
+    assert set(record["values"]) == set(record["values_against"]) == {"Warmth", "Change"}
 
 
 def test_evaluate_alone(capsys, tmp_path, trained, folder):
     code, out, _ = run(capsys, "evaluate", str(folder), "--recipe", trained[1], "--scripts", "2", "--out", str(tmp_path / "e.json"))
-    assert code == 0 and set(json.loads((tmp_path / "e.json").read_text())["means"]) == {"Warmth", "Change"} and "Warmth" in out
+    record = json.loads((tmp_path / "e.json").read_text())
+    assert code == 0 and set(record["means"]) == {"mean of trained", "Warmth", "Change"} and "95 % interval" in out
+    assert [len(values) for values in record["values"].values()] == [2, 2] and len(record["scripts"]) == 2
+
+
+def explored(out, name: str) -> dict:
+    return json.loads((out / name / "groups" / "step-000000" / "group.json").read_text())
+
+
+def test_explorers_that_are_compared_leave_the_story_at_one_block(capsys, tmp_path, trained):
+    """`--by start_noise` once drew another fork than the routing it was to be compared with, and overwrote its files."""
+    for by in ("recipe", "start_noise"):
+        assert run(capsys, "explore", trained[1], "--by", by, "--out", str(tmp_path))[0] == 0
+    routed, noisy = (explored(tmp_path, f"script-0-{by}") for by in ("kv_routing", "start_noise"))
+    assert routed["fork"] == noisy["fork"] and any(routed["plans"]) and not any(noisy["plans"])
+
+
+def test_the_fork_that_is_shown_is_the_most_telling_of_a_few():
+    """The README's story showed nine equal pictures: its objects were behind the pillar throughout the window drawn."""
+    seen = {4: 0.0, 5: 0.0, 6: 0.02, 7: 0.01, 8: 0.0, 9: 0.5}
+    best, said = widest_fork(list(seen), 3, seen.__getitem__)
+    assert best == 6 and "4: 0, 6: 0.02, 8: 0" in said
+    assert widest_fork([4, 5], 9, seen.__getitem__)[0] == 4, "no more tries than forks; of equals the first"
+    with pytest.raises(ValueError, match="--tries 0 must be 1 or more"):
+        widest_fork([4], 0, seen.__getitem__)
 
 
 @pytest.mark.parametrize("by", ["recipe", "start_noise"])
 def test_explore(capsys, tmp_path, trained, by):
     code, out, _ = run(capsys, "explore", trained[1], "--by", by, "--out", str(tmp_path))
-    group = json.loads((tmp_path / "groups" / "step-000000" / "group.json").read_text())
+    group = explored(tmp_path, "script-0-start_noise" if by == "start_noise" else "script-0-kv_routing")
     assert code == 0 and "branch 2" in out and "anchor" in out and len(group["plans"]) == 4
     if by == "start_noise":
         assert group["pi"] == pytest.approx([1 / 3] * 3) and "other noise" in out
@@ -227,7 +253,7 @@ def test_explore_judges_as_training_does(capsys, tmp_path, folder):
     """A recipe's rewards bring their own weights; `explore` once counted all of them 1."""
     recipe = write_recipe(tmp_path / "w.yaml", settings(folder, rewards=[{"name": "tiny:Warmth", "weight": 0.0}, {"name": "tiny:Change", "weight": 0.0}]))
     code, _, _ = run(capsys, "explore", recipe, "--out", str(tmp_path))
-    group = json.loads((tmp_path / "groups" / "step-000000" / "group.json").read_text())
+    group = explored(tmp_path, "script-0-kv_routing")
     assert code == 0 and group["advantages"] == [0.0] * 3 and len(set(group["rewards"]["local"]["Warmth"])) > 1
 
 

@@ -290,3 +290,39 @@ def test_a_slot_that_is_empty_is_named(generators):
 def test_banks_that_can_not_be(generators, changes, message):
     with pytest.raises(ValueError, match=message):
         with_geometry(generators["tiny"], **changes)
+
+
+# --- Prompt switches ---
+
+
+def test_a_switch_reads_the_whole_bank():
+    """The re-encoding once read as many slots as the bank had at the oldest re-encoded frame.
+
+    Blocks of 3, sink 3, window 12, a bank of 3 with every block recorded; a switch at block 6 re-encodes frames 6 to 17.
+    Block 2, where these begin, had 2 recordings; before block 6 there are 6, so all 3 slots are filled, best first.
+    """
+    bank = MemoryBank(SinkWindow(3, 12), size=3, every=1, block=3)
+    assert bank.kept(6) == (0, 1, 2, -1, -2) and bank.kept_at_switch(6, 6) == (0, 1, 2, -1, -2, -3)
+    assert bank.kept_at_switch(3, 1) == (0, 1, 2, -1), "no more slots than are filled"
+    assert SinkWindow(3, 12).kept_at_switch(6, 6) == (0, 1, 2) and SinkWindow(3, 12).kept_at_switch(2, 1) == (0, 1)
+
+
+def test_the_order_of_a_banks_slots_does_not_matter_at_a_switch(generators):
+    """What is read is a set; of two of three slots it was whichever two scored best in that layer."""
+    pipeline = with_geometry(generators["tiny"], sink=3, window=9, bank=3, bank_every=1)
+    script = story(6, 5, texts=(SMALL, RED))
+    streams = [new_stream(pipeline, script) for _ in range(2)]
+    for one in streams:
+        for _ in range(5):
+            one.advance()
+        one._remember(5)
+    turned = streams[1].cache.bank
+    order = [2, 0, 1]
+    k, v = (tuple(pages[:, order] for pages in layers) for layers in (turned.k, turned.v))
+    streams[1].cache.bank = replace(turned, k=k, v=v, frames=turned.frames[..., order])
+    for one in streams:
+        one._reencode(5, None)
+    a, b = (one.cache for one in streams)
+    for frame in pipeline.geometry.reencoded(5):
+        for layer in range(a.layers):
+            torch.testing.assert_close(a.page(frame, layer)[0], b.page(frame, layer)[0], **CLOSE)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from statistics import NormalDist
 
+import numpy as np
 import pytest
 import torch
 from tiny import BLUE, RED, SMALL, Change, Unmeasured, Warmth, draw, new_pipeline, story
 
 from kvpo.generators.sampler import SAMPLERS
-from kvpo.evaluation.evaluate import EvaluateConfig, Scored, bootstrap_interval, compare, evaluate, kinds_of, table, write_comparison
+from kvpo.evaluation.evaluate import EvaluateConfig, Scored, bootstrap_interval, compare, evaluate, kinds_of, means, means_table, table, write_comparison, write_means
 from kvpo.generators.generate import generate
 from kvpo.rewards.base import VideoBatch
 from kvpo.rewards.registry import RewardEntry
@@ -66,10 +68,61 @@ def test_the_bootstrap_is_near_the_normal_interval():
 
 
 def test_the_bootstrap_covers_as_often_as_it_says():
-    """200 samples of 40 with mean 0: about 95 % of the intervals hold it (a percentile interval of 40 covers a little less)."""
-    samples = draw(200, 40, seed=5, dtype=torch.float64)
+    """100 samples of 40 with mean 0: about 95 % of the intervals hold it (a bootstrap of 40 covers a little less)."""
+    samples = draw(100, 40, seed=5, dtype=torch.float64)
     hits = sum(low <= 0.0 <= high for low, high in (bootstrap_interval(s, stream(0, "cover", i)) for i, s in enumerate(samples)))
-    assert 0.89 <= hits / 200 <= 0.99
+    assert 0.89 <= hits / 100 <= 0.99
+
+
+def test_the_interval_is_bca_by_hand():
+    """Percentiles of the resampled means, moved by bias z0 and acceleration a, from Efron's formulas and resamples of our own.
+
+    Percentile intervals were used once: of skewed differences they lie too far from the long tail."""
+    diff = draw(24, dtype=torch.float64).exp().numpy()
+    n, normal = len(diff), NormalDist()
+    boot = diff[np.random.default_rng(1).integers(n, size=(40000, n))].mean(axis=1)
+    z0 = normal.inv_cdf((boot < diff.mean()).mean())
+    apart = diff.mean() - (diff.sum() - diff) / (n - 1)  # the jackknife's means, from their own mean
+    a = (apart**3).sum() / (6 * (apart**2).sum() ** 1.5)
+    shares = [normal.cdf(z0 + (z0 + z) / (1 - a * (z0 + z))) for z in (-1.959964, 1.959964)]
+    low, high = bootstrap_interval(torch.from_numpy(diff), stream(0, "tests", "bca"))
+    error = diff.std(ddof=1) / n**0.5
+    assert (low, high) == pytest.approx(tuple(np.quantile(boot, shares)), abs=0.12 * error)
+    plain = np.quantile(boot, (0.025, 0.975))
+    assert low > plain[0] + 0.05 * error and high > plain[1] + 0.2 * error, "the test would not tell BCa from percentiles"
+
+
+@pytest.mark.parametrize("values", [[0.25] * 5, [0.1 + 0.2, 0.3, 0.3], [0.0] * 4])
+def test_equal_differences_have_an_interval_of_no_width(values):
+    """There is no distribution to resample: scipy alone warns, and gives NaN."""
+    low, high = bootstrap_interval(torch.tensor(values, dtype=torch.float64), stream(0, "tests", "equal"))
+    assert low == high == pytest.approx(values[0])
+
+
+@pytest.mark.parametrize("values", [[0.1, 0.3], [0.0, 0.0, 1e-9], [0.0] * 63 + [1.0]])
+def test_an_interval_of_odd_samples_is_still_one(values):
+    low, high = bootstrap_interval(torch.tensor(values, dtype=torch.float64), stream(0, "tests", "odd"))
+    assert min(values) <= low <= sum(values) / len(values) <= high <= max(values) and low < high
+
+
+def test_one_set_of_weights_has_intervals_too():
+    """`kvpo evaluate` without --against once gave bare means, which do not say how far other scripts would move them."""
+    found = scored(VQ=[0.2, 0.4, 0.6, 0.8], TA=[0.4, NAN, NAN, NAN], flow=[NAN] * 4)
+    total, vq, ta, flow = means(found, ["train", "heldout", "heldout"])
+    assert vq["mean"] == pytest.approx(0.5) and vq["sd"] == pytest.approx(0.2582, abs=1e-4) and vq["n"] == 4
+    assert 0.2 < vq["low"] < 0.5 < vq["high"] < 0.8 and total | {"component": "VQ"} == pytest.approx(vq | {"low": total["low"], "high": total["high"]})
+    assert (ta["mean"], ta["low"], ta["n"]) == (pytest.approx(0.4), None, 1) and (flow["mean"], flow["n"]) == (None, 0)
+    assert "[" in means_table([vq]) and "not be measured on enough" in means_table([ta])
+
+
+def test_the_record_has_the_numbers_of_every_script(tmp_path):
+    """Of a run's evaluations only means were kept: nobody could look which script fell, or test otherwise."""
+    a, b = scored(VQ=[0.9, 0.8, 0.1]), scored(VQ=[0.5, 0.6, NAN])
+    path = write_comparison(tmp_path / "x.json", compare(a, b, ["train"]), "A", "B", SCRIPTS, EvaluateConfig(), "", scored=(a, b))
+    record = json.loads(path.read_text())
+    assert record["values"] == {"VQ": [0.9, 0.8, 0.1]} and record["values_against"] == {"VQ": [0.5, 0.6, None]} and len(record["scripts"]) == 3
+    record = json.loads(write_means(tmp_path / "y.json", means(b, ["train"]), "B", SCRIPTS, EvaluateConfig(), "", True, b).read_text())
+    assert record["values"] == {"VQ": [0.5, 0.6, None]} and record["means"]["VQ"] == pytest.approx(0.55) and record["rows"][1]["low"] is not None
 
 
 def test_an_interval_is_reproducible_and_each_component_has_its_own_stream():

@@ -50,7 +50,7 @@ def test_conflicts_by_hand():
 
 def rows(trained: tuple[float, float], **held_out: tuple[float, float]) -> list[dict]:
     """Intervals of the trained mean and of the held-out evaluators."""
-    row = lambda name, kind, low, high: {"component": name, "kind": kind, "diff": (low + high) / 2, "low": low, "high": high}  # noqa: E731
+    row = lambda name, kind, low, high: {"component": name, "kind": kind, "diff": (low + high) / 2, "low": low, "high": high, "n": 64}  # noqa: E731
     return [row("mean of trained", "train", *trained), *(row(name, "heldout", *interval) for name, interval in held_out.items())]
 
 
@@ -71,6 +71,12 @@ UP, DOWN, FLAT = (0.01, 0.03), (-0.03, -0.01), (-0.01, 0.02)
 )
 def test_it_takes_two_evaluations_on_end_of_one_evaluator(evaluations, fallen):
     assert judge(dict(zip((20, 40, 60), evaluations))).fallen == fallen
+
+
+def test_a_run_is_not_ended_by_a_handful_of_scripts():
+    """An evaluation of two scripts has intervals that leave out 0 as soon as both move alike; it could end a run."""
+    few = [row | {"n": 15} for row in rows(UP, identity=DOWN)]
+    assert judge({20: few, 40: few}).fallen == () and judge({20: rows(UP, identity=DOWN), 40: few}).fallen == ()
 
 
 def test_the_best_is_the_best_held_out_not_the_best_trained():
@@ -165,7 +171,7 @@ def run(folder, out, tmp_path, **changes) -> int:
 
 def gamed(a, b, kinds):
     """In place of `compare`: trained rewards rose, and a held-out evaluator fell."""
-    return [{**row, "a": 0.5, "b": 0.5, "win": 0.5, "sd": 0.1, "n": 2} for row in rows(UP, identity=DOWN)]
+    return [{**row, "a": 0.5, "b": 0.5, "win": 0.5} for row in rows(UP, identity=DOWN)]
 
 
 def test_a_run_whose_rewards_are_gamed_stops(folder, tmp_path, capsys, monkeypatch):
@@ -186,7 +192,7 @@ def test_a_run_whose_rewards_are_gamed_stops(folder, tmp_path, capsys, monkeypat
 def test_the_best_held_out_checkpoint_stays_and_has_a_name(folder, tmp_path, monkeypatch):
     """Held-out scores rise and fall again: the checkpoint of the first evaluation outlives newer ones."""
     scores = iter([UP, UP, FLAT, FLAT, DOWN, DOWN, DOWN, DOWN])  # online and EMA of four evaluations
-    monkeypatch.setattr("kvpo.runs.monitor.compare", lambda a, b, kinds: [{**row, "a": 0.5, "b": 0.5, "win": 0.5, "sd": 0.1, "n": 2} for row in rows(FLAT, identity=next(scores))])
+    monkeypatch.setattr("kvpo.runs.monitor.compare", lambda a, b, kinds: [{**row, "a": 0.5, "b": 0.5, "win": 0.5} for row in rows(FLAT, identity=next(scores))])
     out = tmp_path / "run"
     assert run(folder, out, tmp_path, evaluate={"every": 1, "scripts": 2, "batch": 2, "videos": 0}, checkpoint={"every": 1, "keep": 1}) == 0
     assert [p.name for p in checkpoints(out / "checkpoints")] == ["step-000001", "step-000004"]

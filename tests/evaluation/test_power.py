@@ -19,7 +19,8 @@ from kvpo.report.read_run import read_evaluations
 def test_scripts_needed_by_hand():
     """(1.95996 + 0.84162)^2 = 7.8489, so sd 0.1 takes 784.9 scripts for 0.01 and 31.4 for 0.05."""
     assert [scripts_needed(0.1, d) for d in (0.01, -0.01, 0.05)] == [785, 785, 32]
-    assert scripts_needed(0.0, 0.05) == 2 and scripts_needed(0.1, 0.0) == scripts_needed(math.nan, 0.01) == 0
+    assert scripts_needed(0.0, 0.05) == scripts_needed(0.1, 0.09) == 16, "of fewer no interval is believed"
+    assert scripts_needed(0.1, 0.0) == scripts_needed(math.nan, 0.01) == 0
 
 
 def test_four_of_five_intervals_leave_out_zero_then():

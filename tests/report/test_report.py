@@ -14,14 +14,15 @@ import pytest
 import torch
 import yaml
 
-from kvpo.common.metrics import MetricLog
+from kvpo.common.metrics import PHASES, MetricLog
 from kvpo.report.report import write_report
-from kvpo.report.curves import running_mean
-from kvpo.pages.html import num, seconds
+from kvpo.report.curves import COLOURS, distinct, running_mean, series
+from kvpo.pages.html import STYLE, num, seconds
 from kvpo.common.rng import stream
 from kvpo.report.routing_map import routing_map
 from kvpo.report.read_run import Missing, Row, read_evaluations, read_group, read_samples
 from kvpo.report.samples import group_record
+from kvpo.report.videos import _best
 from kvpo.types import BranchPlan, RewardTable, Script, Window
 from kvpo.common.video import grid, write_mp4
 
@@ -162,10 +163,10 @@ def test_page_is_self_contained(finished):
 
 def test_page_says_what_is_clear_and_what_is_not(finished):
     words = text_of(write_report(finished))
-    assert "Rewards it was trained on. Better: VQ by 0.031, TA by 0.110. No clear difference: MQ." in words
-    assert "Held-out evaluators, never trained on. Better: attribute classifier by 0.040. No clear difference: flow direction. Not measured: identity." in words
+    assert "Rewards it was trained on. Better: VQ by 0.0310, TA by 0.110. No clear difference: MQ." in words
+    assert "Held-out evaluators, never trained on. Better: attribute classifier by 0.0400. No clear difference: flow direction. Not measured: identity." in words
     assert "diversity fell while trained rewards rose" in words
-    assert "128 scripts, 1 video of each, seed 0" in words and "+0.012 to +0.050" in words
+    assert "128 scripts, 1 video of each, seed 0" in words and "+0.0120 to +0.0500" in words
     assert SEGMENTS[1] in words and "from block 4 of 9" in words
     assert "<b>not bold</b>" in words and "mini <seed 0>" in words  # escaped, therefore text
     assert "Not shown" not in words and "stopped early" not in words
@@ -223,7 +224,7 @@ def test_early_stop_and_nan_are_warned_of(run):
         file.write(b'{"step": 12, "loss/k')  # the run was killed here
     words = text_of(write_report(run))
     assert "12 of 40 updates were made" in words
-    assert "Loss/kl was not finite in 1 record, first at step 7" in words and "1 value not finite, left out" in words
+    assert "Loss/kl was not finite in 1 record, first at update 8" in words and "1 value not finite, left out" in words
 
 
 def test_report_replaces_the_old_one(tmp_path):
@@ -234,11 +235,65 @@ def test_report_replaces_the_old_one(tmp_path):
 
 
 def test_verdict_follows_the_interval():
-    def verdict(low, high, better="higher"):
-        return Row("x", "train", 0, 0, (low + high) / 2, low, high, 0.5, 9, better).verdict
+    def verdict(low, high, better="higher", n=16):
+        return Row("x", "train", 0, 0, (low + high) / 2, low, high, 0.5, n, better).verdict
 
     assert [verdict(0.1, 0.2), verdict(-0.2, -0.1), verdict(-0.1, 0.2), verdict(0.0, 0.2), verdict(math.nan, 1.0)] == ["better", "worse", "unclear", "unclear", "unmeasured"]
     assert [verdict(0.1, 0.2, "lower"), verdict(-0.2, -0.1, "lower")] == ["worse", "better"]
+    assert verdict(0.1, 0.2, n=15) == "few" and verdict(math.nan, 0.2, n=2) == "unmeasured"
+
+
+def test_a_handful_of_scripts_has_no_verdict(run):
+    """Two scripts that both rose gave a narrow interval above 0, and the page said "Better" in green."""
+    path = run / "evaluation/ema.json"
+    record = json.loads(path.read_text())
+    rows = [row | {"n": 2} for row in record["rows"]] + [record["rows"][0] | {"component": "mean of trained", "n": 2}]
+    path.write_text(json.dumps(record | {"rows": rows, "scripts": ["a", "b"]}))
+    words, text = text_of(write_report(run)), (run / "report.html").read_text()
+    assert "Too few scripts to say: VQ, MQ, TA, mean of trained." in words and "Better" not in words and 'class="better"' not in text
+    assert "Below 16 scripts nothing is called better or worse" in words and "2 scripts are too few to call that better or worse" in words
+
+
+def test_a_point_stands_at_the_updates_made():
+    """The evaluation after 75 updates is logged with the 75th step's record, number 74, and was drawn there."""
+    assert series([{"step": 74, "eval/ema/TA/diff": 0.1}], "eval/{weights}/{component}/diff") == {"ema/TA": ([75], [0.1])}
+
+
+def test_lines_of_one_chart_differ():
+    """Of eight colours the ninth line had the first one's, and a step has more phases than that."""
+    assert len({tuple(distinct(i).values()) for i in range(24)}) == 24 and len(set(COLOURS)) == len(COLOURS) >= len(PHASES)
+    style = STYLE.split("@media (prefers-color-scheme: dark)")
+    for mode in (style[0], style[1].split("* {")[0]):
+        assert len(set(re.findall(r"--c\d+: (#\w+)", mode))) == len(COLOURS)
+
+
+def test_contents_lead_to_every_section_and_the_last_one_explains_the_words(finished):
+    text = write_report(finished).read_text()
+    assert re.findall(r'<a href="#([^"]+)">', text) == re.findall(r'<section id="([^"]+)">', text) != []
+    for term in ("EMA", "anchor", "tau", "pi", "VQ", "MQ", "TA", "best"):
+        assert f"<dt>{term}</dt>" in text
+    assert text.index('id="before-and-after"') < text.index('id="result"') < text.index('id="words"')
+
+
+def test_the_best_branch_is_marked(finished):
+    """Advantages 1, -1, .5, -.5: the first; where all are equal none is."""
+    text = write_report(finished).read_text()
+    assert re.findall(r'<tr class="best"><th>([^<]+)', text) == ["branch 0 "]
+    assert _best([0.5, 0.5]) is None and _best([math.nan, 0.1, 0.3]) == 2 and _best([]) is None
+
+
+def test_none_is_never_printed(run):
+    """An unset value of environment.json stood there as Python's None."""
+    path = run / "environment.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"git_commit": None, "gpus": [None, "H100"]}))
+    assert "None" not in text_of(write_report(run))
+
+
+def test_one_set_of_weights_alone_is_no_lost_evaluation(run):
+    """A record of `kvpo evaluate` without --against has nothing to compare; it was called lost."""
+    (run / "evaluation/alone.json").write_text('{"label": "run:ema", "means": {}, "rows": []}')
+    evaluations, problems = read_evaluations(run)
+    assert len(evaluations) == 1 and "alone.json measures one set of weights alone" in problems[0] and "lost" not in problems[0]
 
 
 def test_one_bad_evaluation_does_not_hide_the_others(run):
@@ -276,5 +331,5 @@ def test_running_mean_skips_what_is_not_finite():
 
 
 def test_numbers_are_readable():
-    assert [num(0.1234), num(-0.5, sign=True), num(0.00001), num(math.nan), num(123.456)] == ["0.123", "−0.500", "1.00e−05", "–", "123.5"]
+    assert [num(0.1234), num(-0.5, sign=True), num(0.00001), num(math.nan), num(123.456)] == ["0.123", "−0.500", "0.0000100", "–", "123"]
     assert [seconds(3.21), seconds(725.0), seconds(7620.0), seconds(math.nan)] == ["3.2 s", "12 min 5 s", "2 h 7 min", "–"]
