@@ -36,7 +36,7 @@ class Explore:
     script: int = 0
     """Number of the story among the recipe's evaluation scripts."""
     by: Literal["recipe", "kv_routing", "start_noise"] = "recipe"
-    """Which explorer; start_noise can be shown, but not trained by an energy."""
+    """Which explorer, in the window of the recipe's; start_noise can be shown, but not trained by an energy."""
     fork: int = -1
     """Fork block; -1 = of a few eligible ones, where the recipe's branches look most different.  The same for every explorer."""
     tries: int = 4
@@ -58,7 +58,9 @@ def explore_command(args: Explore) -> None:
     embeddings = dict(zip(script.texts, pipeline.encode_text(script.texts)))
     rewards, advantages = judges(replace(config, rewards=tuple(config.rewards_of("train"))), device)
     chosen = config.explorer if args.by == "recipe" else args.by
-    explorer, name, sampler = getattr(config, chosen), ("explore", args.script), SAMPLERS[config.sampler]
+    # By the recipe's window, whichever explorer is shown: groups that are compared must explore the same blocks.
+    explorer = replace(getattr(config, chosen), window_blocks=config.exploring.window_blocks)
+    name, sampler = ("explore", args.script), SAMPLERS[config.sampler]
 
     def rolled(explorer: Explorer, fork: int, horizon: Callable[[Window], int] | None = None) -> Rollout:
         return roll_out(pipeline, sampler, explorer, config.rollout, script, embeddings, config.seed, name, phases, fork, horizon)
