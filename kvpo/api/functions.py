@@ -243,7 +243,7 @@ def evaluate(
         ValueError: fewer than 2 scripts, a reward that can not be made, an illegal setting.
         FileNotFoundError: a generator, a recipe or a prompt file that is not there.
 
-    >>> found = kvpo.evaluate("mini", scripts=2, blocks=2)
+    >>> found = kvpo.evaluate("mini", scripts=2, blocks=4)
     >>> 0 < found["world_vq"].low <= found["world_vq"].mean <= found["world_vq"].high < 1
     True
     """

@@ -41,7 +41,7 @@ class Explore:
     script: int = 0
     """Number of the story among the recipe's evaluation scripts."""
     by: Literal["recipe", "kv_routing", "start_noise"] = "recipe"
-    """Which explorer; start_noise can be shown, but not trained by an energy."""
+    """Which explorer, in the window of the recipe's; start_noise can be shown, but not trained by an energy."""
     fork: int = -1
     """Fork block; -1 = of a few eligible ones, where the recipe's branches look most different.  The same for every explorer."""
     tries: int = 4
@@ -69,7 +69,9 @@ def explore_command(args: Explore) -> None:
     chosen = config.explorer if args.by == "recipe" else args.by
     folder = out / f"script-{args.script}-{chosen}"
     say_replaced([folder / "groups" / "step-000000"], progress.say)
-    explorer, name, sampler = getattr(config, chosen), ("explore", args.script), SAMPLERS[config.sampler]
+    # By the recipe's window, whichever explorer is shown: groups that are compared must explore the same blocks.
+    explorer = replace(getattr(config, chosen), window_blocks=config.exploring.window_blocks)
+    name, sampler = ("explore", args.script), SAMPLERS[config.sampler]
 
     def rolled(explorer: Explorer, fork: int, horizon: Callable[[Window], int] | None = None) -> Rollout:
         return roll_out(pipeline, sampler, explorer, config.rollout, script, embeddings, config.seed, name, phases, fork, horizon)

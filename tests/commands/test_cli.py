@@ -227,7 +227,8 @@ def test_explorers_that_are_compared_leave_the_story_at_one_block(capsys, tmp_pa
     for by in ("recipe", "start_noise"):
         assert run(capsys, "explore", trained[1], "--by", by, "--out", str(tmp_path))[0] == 0
     routed, noisy = (explored(tmp_path, f"script-0-{by}") for by in ("kv_routing", "start_noise"))
-    assert routed["fork"] == noisy["fork"] and any(routed["plans"]) and not any(noisy["plans"])
+    assert routed["fork"] == noisy["fork"] and routed["window_blocks"] == noisy["window_blocks"]
+    assert any(routed["plans"]) and not any(noisy["plans"])
 
 
 def test_the_fork_that_is_shown_is_the_most_telling_of_a_few():

@@ -44,15 +44,15 @@ class Settings:
     """Clips to which the encoder's linear code is fitted."""
     scale_clips: int = 64
     """Clips from which the latents' mean and scale are measured."""
-    decoder_steps: int = 4500
+    decoder_steps: int = 4000
     decoder_batch: int = 4
     decoder_lr: float = 2e-3
     stories: int = 2400
     """Stories that stages 2 and 3 cut their crops from."""
-    flow_steps: int = 4500
+    flow_steps: int = 5500
     flow_batch: int = 8
     flow_lr: float = 2e-3
-    few_steps: int = 500
+    few_steps: int = 700
     few_batch: int = 8
     few_lr: float = 1e-3
     openings: int = 2048
