@@ -296,10 +296,10 @@ def test_an_evaluator_of_a_trained_family_is_called_so(threaded, recipe):
 
 
 def test_exploring_is_the_commands_exploring(recipe, tmp_path):
-    assert cli.main(["explore", recipe, "--script", "1", "--out", str(tmp_path)]) == 0
-    (path,) = tmp_path.glob("groups/*/group.json")
+    assert cli.main(["explore", recipe, "--script", "1", "--fork", "4", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*/groups/*/group.json")
     record = json.loads(path.read_text())
-    found = kvpo.explore(recipe, script=1)
+    found = kvpo.explore(recipe, script=1, fork=4)
     assert [list(plan.frames) for plan in found.plans] == record["plans"]
     assert found.fork == record["fork"] and found.energies.tolist() == record["energies"]
     assert found.rewards.local[0].tolist() == record["rewards"]["local"]["Warmth"]

@@ -244,7 +244,7 @@ def evaluate(
         FileNotFoundError: a generator, a recipe or a prompt file that is not there.
 
     >>> found = kvpo.evaluate("mini", scripts=2, blocks=4)
-    >>> 0 < found["world_vq"].low <= found["world_vq"].mean <= found["world_vq"].high < 1
+    >>> 0 < found["VQ"].low <= found["VQ"].mean <= found["VQ"].high < 1
     True
     """
     changes = {"scripts": scripts, "seeds": seeds, "seed": seed, "videos": 0}
@@ -313,7 +313,7 @@ def explore(
 
     >>> found = kvpo.explore("mini", fork=4, data={"blocks": 6}, rollout={"branches": 2})
     >>> found.pixels.shape, [len(plan.frames) for plan in found.plans]
-    (torch.Size([3, 72, 3, 64, 64]), [9, 9, 0])
+    (torch.Size([3, 24, 3, 64, 64]), [4, 4, 0])
     """
     if by not in ("recipe", "kv_routing", "start_noise"):
         raise ValueError(f"by = {by!r} is no explorer; use recipe, kv_routing or start_noise")

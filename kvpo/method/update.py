@@ -147,7 +147,7 @@ class Updater:
         rate = self.config.lr * min(1.0, (self.policy.updates + 1) / self.config.warmup)
         if all(p.grad is None for p in self.policy.parameters):  # every group of the step was skipped
             return {"optim/lr": rate, "optim/grad_norm": 0.0, "optim/grad_clipped": 0.0}
-        if not (norm := self.policy.layout.total(_norm(self.policy.parameters))).isfinite():
+        if not (norm := self.policy.layout.total(_norm(self.policy.parameters).double().square()).sqrt()).isfinite():
             faults = self.policy.layout.total(torch.stack([_fault(p) for p in self.policy.parameters]))
             bad = [n for n, fault in zip(self.policy.names, faults) if fault]
             raise FloatingPointError(

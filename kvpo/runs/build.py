@@ -62,7 +62,7 @@ def evaluation_scripts(config: RunConfig) -> list[Script]:
     """Those of `evaluate.prompts`; else unseen stories of the miniature, or the training prompts (see `unseen`)."""
     prompts = config.evaluate.prompts or config.data.prompts
     if prompts == "mini":
-        source = StorySource(config.evaluate.seed, "evaluate", config.data.blocks, config.data.memory, config.data.segments)
+        source = StorySource(config.evaluate.seed, "evaluate", config.data.blocks, config.data.memory)
         return [source.script(0, i) for i in range(config.evaluate.scripts)]
     return list(_scripts(prompts, config))[: config.evaluate.scripts]
 

@@ -29,7 +29,7 @@ def launch(recipe: str, out: Path, *options: str, ranks: int = 2, restarts: int 
 
 def launch_python(folder: Path, *program: str, ranks: int = 2, restarts: int = 0) -> subprocess.Popen:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}", *program]
-    env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'distributed'}", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, cwd=folder)
 
 
@@ -166,8 +166,8 @@ def test_one_rank_writes_and_speaks(double, single):
     out, said = double
     there = lambda folder: sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and "tensorboard" not in p.parts)  # noqa: E731
     assert set(there(out)) - set(there(single)) == {"logs/rank-1.log"} and set(there(single)) <= set(there(out))
-    assert "step 2  " in (out / "logs" / "rank-1.log").read_text()
-    assert said.count("report: ") == 1 and said.count("mean of trained") == 2
+    assert "step 2/2  " in (out / "logs" / "rank-1.log").read_text()
+    assert said.count("report: ") == 1 and said.count("mean of trained") == 4
 
 
 @pytest.fixture(scope="module")

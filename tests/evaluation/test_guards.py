@@ -171,7 +171,7 @@ def run(folder, out, tmp_path, **changes) -> int:
 
 def gamed(a, b, kinds):
     """In place of `compare`: trained rewards rose, and a held-out evaluator fell."""
-    return [{**row, "a": 0.5, "b": 0.5, "win": 0.5} for row in rows(UP, identity=DOWN)]
+    return [{**row, "a": 0.5, "b": 0.5, "win": 0.5, "sd": 0.1} for row in rows(UP, identity=DOWN)]
 
 
 def test_a_run_whose_rewards_are_gamed_stops(folder, tmp_path, capsys, monkeypatch):
@@ -192,7 +192,7 @@ def test_a_run_whose_rewards_are_gamed_stops(folder, tmp_path, capsys, monkeypat
 def test_the_best_held_out_checkpoint_stays_and_has_a_name(folder, tmp_path, monkeypatch):
     """Held-out scores rise and fall again: the checkpoint of the first evaluation outlives newer ones."""
     scores = iter([UP, UP, FLAT, FLAT, DOWN, DOWN, DOWN, DOWN])  # online and EMA of four evaluations
-    monkeypatch.setattr("kvpo.runs.monitor.compare", lambda a, b, kinds: [{**row, "a": 0.5, "b": 0.5, "win": 0.5} for row in rows(FLAT, identity=next(scores))])
+    monkeypatch.setattr("kvpo.runs.monitor.compare", lambda a, b, kinds: [{**row, "a": 0.5, "b": 0.5, "win": 0.5, "sd": 0.1} for row in rows(FLAT, identity=next(scores))])
     out = tmp_path / "run"
     assert run(folder, out, tmp_path, evaluate={"every": 1, "scripts": 2, "batch": 2, "videos": 0}, checkpoint={"every": 1, "keep": 1}) == 0
     assert [p.name for p in checkpoints(out / "checkpoints")] == ["step-000001", "step-000004"]
