@@ -49,6 +49,7 @@ from kvpo.runs.monitor import Trials
 from kvpo.types import RewardTable, Rollout, Script
 from kvpo.method.update import Updater, group_means
 from kvpo.method.velocity_penalty import held_velocities
+from kvpo.common.wording import count_of
 
 
 MOST_SILENT = 8
@@ -122,6 +123,7 @@ class Alignment:
             metrics = self.step(self.done)
             log.write(self.done, metrics)
             self.state.done += 1
+            self.phases.where = f" after {count_of(self.done, 'step')},"
             bar.advance(console_line(self.done, metrics, self.config.steps), log=True)
             if self.done % self.config.checkpoint.every == 0 or self.trials.due(self.done):
                 self._save()

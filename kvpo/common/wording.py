@@ -9,17 +9,11 @@ def count_of(number: int, thing: str) -> str:
 
 
 def in_time(seconds: float) -> str:
-    """A span of time in the unit that it fills: 2 ms, 40 s, 12 min, 3.5 h, 4 days."""
-    for unit, size, most in (
-        ("ms", 1e-3, 1.0),
-        ("s", 1.0, 120.0),
-        ("min", 60.0, 7200.0),
-        ("h", 3600.0, 172800.0),
-    ):
+    """A span of time in the unit that it fills: 2 ms, 40 s, 12 min, 3.5 h, 4.0 days."""
+    units = (("ms", 1e-3, 1.0), ("s", 1.0, 120.0), ("min", 60.0, 7200.0), ("h", 3600.0, 172800.0))
+    for unit, size, most in units:
         if seconds < most:
-            return (
-                f"{seconds / size:.2g} {unit}"
-                if seconds / size < 10
-                else f"{seconds / size:.0f} {unit}"
-            )
-    return f"{seconds / 86400:.1f} days"
+            number = seconds / size
+            return f"{number:.3g} {unit}" if number < 10 else f"{number:.0f} {unit}"
+    days = seconds / 86400
+    return f"{days:.1f} days" if days < 10 else f"{days:.0f} days"

@@ -149,7 +149,7 @@ def test_a_run_says_in_one_line_what_it_will_do(capsys, tmp_path, folder):
     assert align(recipe, tmp_path / "run") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0][9:] == f"kvpo align {recipe} in {tmp_path / 'run'} on cpu: 1 step of 1 group with 3 branches, videos of 6 blocks, evaluated at the end, saved every 1 step"
-    assert lines[1][9:].startswith("step 1/1  ") and "  Warmth " in lines[1] and lines[-1].startswith("report: ")
+    assert lines[1][9:].startswith("step 1/1  Change ") and "  Warmth " in lines[1] and lines[-1].startswith("report: ")
 
 
 def test_interrupted(capsys, monkeypatch):
