@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Callable, Iterator, Sequence
 
 import pytest
+from processes import ROOT, environment
 from test_align import equal, final, records, settings, write_recipe
-from test_distributed import ROOT, children, launch
+from test_distributed import children, launch
 from test_docs import blocks
 
 from kvpo.policy.checkpoint import checkpoints
@@ -226,7 +227,7 @@ def node(home: Path, interface: str, inside: Sequence[str] = (), **settings) -> 
     """The script of docs/cluster.md, word for word; what it says is in ``home``/``interface``."""
     (script,) = (block for block in blocks(ROOT / "docs" / "cluster.md", "bash") if "exec torchrun" in block)
     (home / "node.sh").write_text(script)
-    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    env = environment() | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     env |= {"INTERFACE": interface, "JOB": "1", "RESUME": ""} | {name: str(value) for name, value in settings.items()}
     with (home / interface).open("w") as out:
         return subprocess.Popen([*inside, "bash", str(home / "node.sh")], env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)

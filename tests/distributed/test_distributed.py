@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from processes import environment
 from test_align import align, equal, final, records, settings, write_recipe
 
 from kvpo.policy.checkpoint import checkpoints, read_tensors
@@ -20,7 +21,6 @@ from kvpo.distributed.ranks import Lost, Ranks, restarted
 from kvpo.common.metrics import read_metrics
 from kvpo.distributed.signals import Stopped, giving_way, stoppable
 
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def launch(recipe: str, out: Path, *options: str, ranks: int = 2, restarts: int = 0) -> subprocess.Popen:
@@ -29,8 +29,7 @@ def launch(recipe: str, out: Path, *options: str, ranks: int = 2, restarts: int 
 
 def launch_python(folder: Path, *program: str, ranks: int = 2, restarts: int = 0) -> subprocess.Popen:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}", *program]
-    env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'distributed'}", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, cwd=folder)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(), cwd=folder)
 
 
 def torchrun(recipe: str, out: Path, *options: str, ranks: int = 2) -> tuple[int, str]:

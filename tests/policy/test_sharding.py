@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from processes import environment
 from test_align import align, equal, final, records, settings, write_recipe
 from test_distributed import children, launch, torchrun
 from tiny import draw, new_transformer
@@ -29,7 +30,6 @@ from kvpo.policy.policy import Policy, PolicyConfig
 from kvpo.method.energies import Temperature
 from kvpo.method.update import OptimizerConfig, Updater
 
-ROOT = Path(__file__).resolve().parents[2]
 CASES = ("full-float32", "full-bfloat16", "lora-float32", "lora-bfloat16")
 
 
@@ -99,7 +99,7 @@ def twos(ones):
     """What two ranks came to, from one start of torchrun."""
     home, _ = ones
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(Path(__file__).with_name("sharded_ranks.py")), str(home)]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'distributed'}", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads((home / "facts.json").read_text()), {case: load_file(home / f"{case}.safetensors") for case in CASES}
 
