@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -25,12 +26,12 @@ from pathlib import Path
 
 import torch
 
+from kvpo.api.shared import measured
 from kvpo.config import RunConfig, load_config, recipe_path
-from kvpo.generators.sampler import SAMPLERS
 from kvpo.common.environment import environment
-from kvpo.evaluation.evaluate import bootstrap_interval, evaluate, kinds_of
+from kvpo.evaluation.evaluate import Scored, kinds_of, values_of
+from kvpo.evaluation.intervals import RESAMPLES, TOTAL, bootstrap_interval
 from kvpo.common.files import write_atomic
-from kvpo.runs.loading import load_generator
 from kvpo.runs.build import evaluation_scripts
 from kvpo.common.progress import Progress
 from kvpo.rewards.scorer import load_rewards
@@ -42,8 +43,6 @@ ARMS = {
     "zero": ["--zero-advantages"],
     "shuffled_free": ["--shuffle-advantages", "--velocity-penalty.weight", "0"],
 }
-TOTAL = "mean of trained"
-RESAMPLES = 4000
 
 
 def train(recipe: str, arm: str, seed: int, out: Path) -> None:
@@ -55,19 +54,17 @@ def train(recipe: str, arm: str, seed: int, out: Path) -> None:
     subprocess.run(command, check=True)
 
 
-def values_of(spec: str, config: RunConfig, path: Path, progress: Progress) -> dict[str, list[float]]:
-    """Per-script values of every component, of the trained ones' mean first; kept in ``path``."""
-    if path.exists():
-        return json.loads(path.read_text())
-    pipeline, label = load_generator(spec, "cpu", config.vae_dtype, config.dtype)
-    rewards, scripts = load_rewards(config.rewards, torch.device("cpu")), evaluation_scripts(config)
-    with progress.bar(f"evaluate {label}", len(scripts)) as bar:
-        scored = evaluate(pipeline, SAMPLERS[config.sampler], scripts, rewards, config.score, config.evaluate, bar.move_to)
-    kinds = kinds_of(rewards, config.evaluate.seeds)
-    trained = [k for k, kind in enumerate(kinds) if kind == "train"]
-    found = {TOTAL: scored.r_KN[trained].mean(dim=0).tolist()} | {name: r_N.tolist() for name, r_N in zip(scored.components, scored.r_KN)}
-    write_atomic(path, json.dumps(found) + "\n")
-    return found
+def values(spec: str, config: RunConfig, path: Path, progress: Progress) -> dict[str, torch.Tensor]:
+    """Per-script values of every component, float64, of the trained ones' mean first; kept in ``path``."""
+    if not path.exists():
+        device = torch.device("cpu")
+        rewards = load_rewards(config.rewards, device)
+        scored, _ = measured(spec, config, evaluation_scripts(config), rewards, device, progress)
+        trained = [k for k, kind in enumerate(kinds_of(rewards, config.evaluate.seeds)) if kind == "train"]
+        total = Scored((TOTAL,), scored.r_KN[trained].mean(dim=0, keepdim=True), ())
+        write_atomic(path, json.dumps(values_of(total) | values_of(scored), allow_nan=False) + "\n")
+    found = json.loads(path.read_text())
+    return {name: torch.tensor([math.nan if v is None else v for v in row], dtype=torch.float64) for name, row in found.items()}
 
 
 def over_seeds(diff_SN: torch.Tensor, name: str) -> tuple[float, float, float]:
@@ -90,7 +87,7 @@ def tables(start: dict[str, torch.Tensor], runs: dict[str, dict[int, dict[str, t
     for arm, seeds in runs.items():
         lines += [f"\n### {arm}\n", "| component | start | " + " | ".join(f"seed {s}" for s in seeds) + " | all seeds |", "|---" * (3 + len(seeds)) + "|"]
         for name in start:
-            diff_SN = torch.stack([values[name] - start[name] for values in seeds.values()])
+            diff_SN = torch.stack([run[name] - start[name] for run in seeds.values()])
             diff_SN = diff_SN[:, diff_SN.isfinite().all(dim=0)]
             cells = []
             for seed, d in zip(seeds, diff_SN):
@@ -115,15 +112,14 @@ def main() -> None:
     args = parser.parse_args()
     recipe, progress = load_config(recipe_path(args.recipe)), Progress()
     config = replace(recipe, evaluate=replace(recipe.evaluate, scripts=args.scripts, seed=args.evaluation_seed, videos=0))
-    values = args.out / f"values-{args.evaluation_seed}-{args.scripts}"
-    tensors = lambda found: {name: torch.tensor(v, dtype=torch.float64) for name, v in found.items()}  # noqa: E731
-    start = tensors(values_of(config.pipeline, config, values / "start.json", progress))
+    kept = args.out / f"values-{args.evaluation_seed}-{args.scripts}"
+    start = values(config.pipeline, config, kept / "start.json", progress)
     runs: dict[str, dict[int, dict[str, torch.Tensor]]] = {arm: {} for arm in args.arms}
     for seed in args.seeds:  # seed by seed, so that what there is can be compared at any time
         for arm in args.arms:
             out = args.out / f"{arm}-{seed}"
             train(args.recipe, arm, seed, out)
-            runs[arm][seed] = tensors(values_of(f"{out}:ema", config, values / f"{arm}-{seed}.json", progress))
+            runs[arm][seed] = values(f"{out}:ema", config, kept / f"{arm}-{seed}.json", progress)
             said = f"{args.scripts} scripts of evaluation seed {args.evaluation_seed}, EMA weights\n{tables(start, {a: r for a, r in runs.items() if r})}\n"
             write_atomic(args.out / "claims.md", said)
     write_atomic(args.out / "environment.json", json.dumps(environment(torch.device("cpu")), indent=1) + "\n")

@@ -204,7 +204,7 @@ class Alignment:
         metrics = group_means([groups[index] for index in sorted(groups)])
         with self.phases("optimizer"):
             self.policy.layout.add_gradients()
-            metrics |= self.updater.step() if last else self.updater.step(last=False)
+            metrics |= self.updater.step(last)
         return metrics
 
     def _refuse_silence(self, unmeasurable: Sequence[float]) -> None:

@@ -636,10 +636,10 @@ def test_a_gradient_that_is_not_finite(recipe, tmp_path, capsys, monkeypatch):
 
     step = Updater.step
 
-    def spoiled(self):
+    def spoiled(self, last):
         if self.policy.updates == 1:
             self.policy.parameters[3].grad.fill_(float("inf"))
-        return step(self)
+        return step(self, last)
 
     monkeypatch.setattr(Updater, "step", spoiled)
     line = refused(recipe, tmp_path / "run", capsys, "--steps", "2")

@@ -14,42 +14,33 @@ from __future__ import annotations
 import math
 import signal
 import threading
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Literal, Sequence
+from typing import Any, Literal, Sequence, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from kvpo.api.records import Evaluation, Exploration, Mean, Run, Video
 from kvpo.api.settings import settle
+from kvpo.api.shared import score_group, loaded, measured, shown_explorer
 from kvpo.common.environment import pick_device
 from kvpo.common.progress import Progress
-from kvpo.common.rng import stream
 from kvpo.common.timing import Phases
 from kvpo.config import DataConfig, RunConfig
 from kvpo.distributed.ranks import leave
 from kvpo.distributed.signals import Stopped, in_main_thread
-from kvpo.evaluation.evaluate import (
-    TOTAL,
-    EvaluateConfig,
-    Scored,
-    bootstrap_interval,
-    compare,
-    kinds_of,
-)
-from kvpo.evaluation.evaluate import evaluate as evaluate_scripts
+from kvpo.evaluation.evaluate import EvaluateConfig, compare, kinds_of, means
 from kvpo.generators.generate import streamed
 from kvpo.generators.pipeline import Geometry, Pipeline, block_at
 from kvpo.generators.sampler import SAMPLERS
 from kvpo.method.prompts import even_starts, starts_at
-from kvpo.method.replay import CONTEXTS, Replay
 from kvpo.method.rollout import roll_out
-from kvpo.method.score import pixel_diversity, score
+from kvpo.method.score import pixel_diversity
 from kvpo.report.read_run import Row, read_evaluations
 from kvpo.rewards.scorer import load_rewards
 from kvpo.runs.build import evaluation_scripts, judges, trained_families
-from kvpo.runs.loading import is_run, load_generator
+from kvpo.runs.loading import load_generator, precision
 from kvpo.runs.state import restarted_here
 from kvpo.train import Alignment
 from kvpo.types import Script
@@ -58,6 +49,8 @@ OUT = Path("runs/align")
 """Folder of a run that is given none."""
 SCRIPTS = 128
 """Scripts of an evaluation that is asked for; a run's own are fewer, and set by its recipe."""
+
+Record = TypeVar("Record", Mean, Row)
 
 _preparing = threading.Lock()
 """Held until a run has its rewards: till then one that was given as an object is known by its name
@@ -148,8 +141,7 @@ def load(generator: str | Path, *, device: str = "auto", dtype: str = "") -> Pip
     chosen, spec = pick_device(device), str(generator)
     if dtype not in ("", "float32", "bfloat16"):
         raise ValueError(f"dtype = {dtype!r} is unknown; use float32, bfloat16, or leave it out")
-    if not dtype and chosen.type == "cuda" and not is_run(Path(spec.partition(":")[0])):
-        dtype = "bfloat16"
+    dtype = precision(spec, chosen, dtype)
     pipeline, _ = load_generator(spec, chosen, dtype or "float32", dtype)
     pipeline.spec = spec
     return pipeline
@@ -253,38 +245,22 @@ def evaluate(
     config, where = settle(recipe, {"evaluate": changes, **length}), pick_device(device)
     stories = evaluation_scripts(config)
     rewards = load_rewards(config.rewards, where)
-    measured = [generator] if against is None else [generator, against]
-    families = {f for one in measured for f in trained_families(_spec(one))}
-    kinds, scored, labels = kinds_of(rewards, seeds, families), [], []
-    progress, chosen = Progress(), SAMPLERS[config.sampler]
-    for one in measured:
-        pipeline, label = _loaded(one, where, config)
-        with progress.bar(f"evaluate {label}", len(stories)) as bar:
-            asked = (stories, rewards, config.score, config.evaluate, bar.move_to)
-            scored.append(evaluate_scripts(pipeline, chosen, *asked))
-        labels.append(label)
+    generators = [generator] if against is None else [generator, against]
+    families = {f for one in generators for f in trained_families(_spec(one))}
+    kinds, progress = kinds_of(rewards, seeds, families), Progress()
+    asked = (config, stories, rewards, where, progress)
+    scored, labels = zip(*(measured(one, *asked) for one in generators), strict=True)
     facts = (len(stories), seeds, seed)
     if against is None:
-        return Evaluation(labels[0], "", _means(scored[0], kinds), *facts)
-    rows = [
-        {k: math.nan if v is None else v for k, v in r.items()} for r in compare(*scored, kinds)
-    ]
-    return Evaluation(*labels, tuple(Row(**row) for row in rows), *facts)
+        rows = tuple(_record(Mean, row) for row in means(scored[0], kinds))
+        return Evaluation(labels[0], "", rows, *facts)
+    return Evaluation(*labels, tuple(_record(Row, row) for row in compare(*scored, kinds)), *facts)
 
 
-def _means(scored: Scored, kinds: Sequence[str]) -> tuple[Mean, ...]:
-    """A row a component of one generator, the mean of the trained rewards first."""
-    total = scored.r_KN[[k for k, kind in enumerate(kinds) if kind == "train"]].mean(dim=0)
-    named = [(TOTAL, "train", total), *zip(scored.components, kinds, scored.r_KN, strict=True)]
-    return tuple(_mean(*row) for row in named)
-
-
-def _mean(component: str, kind: str, r_N: torch.Tensor) -> Mean:
-    r_N = r_N[r_N.isfinite()]
-    low = high = math.nan
-    if len(r_N) > 1:
-        low, high = bootstrap_interval(r_N, stream(0, "bootstrap", component))
-    return Mean(component, kind, float(r_N.mean()) if len(r_N) else math.nan, low, high, len(r_N))
+def _record(kind: type[Record], row: dict[str, Any]) -> Record:
+    """A table's row as a record; what could not be measured is None in the one and NaN in the other."""
+    known = {field.name for field in fields(kind)}
+    return kind(**{k: math.nan if v is None else v for k, v in row.items() if k in known})
 
 
 def explore(
@@ -299,8 +275,9 @@ def explore(
     """The branches of one story and what the rewards say of them, as `kvpo explore`.
 
     ``generator``: whose weights, else the recipe's pipeline.  ``script``: a story, or the number
-    of one among the recipe's evaluation scripts.  ``by``: which explorer; start_noise is for
-    comparison.  ``fork``: the block at which branches part, else drawn.  ``settings``: as in
+    of one among the recipe's evaluation scripts.  ``by``: which explorer, in the
+    recipe's window; start_noise is for comparison.  ``fork``: the block at which branches part,
+    else drawn (the command tries a few blocks).  ``settings``: as in
     `align`.
 
     Returns pixels from the fork on (uint8 RGB [B, T, 3, H, W], G branches and then the anchor),
@@ -323,17 +300,16 @@ def explore(
         trained_only = replace(config, rewards=tuple(config.rewards_of("train")))
         rewards, rule = judges(trained_only, device)
     story, name = _chosen(script, config)
-    pipeline, label = _loaded(config.pipeline if generator is None else generator, device, config)
+    pipeline, label = loaded(config.pipeline if generator is None else generator, device, config)
     texts = dict(zip(story.texts, pipeline.encode_text(story.texts)))
-    explorer = config.exploring if by == "recipe" else getattr(config, by)
-    sampler, context = SAMPLERS[config.sampler], CONTEXTS[config.context]
+    explorer = shown_explorer(config, by)
     streams = (config.seed, ("explore", name), phases, fork)
-    rollout = roll_out(pipeline, sampler, explorer, config.rollout, story, texts, *streams)
-    table, pixels = score(pipeline, rollout, rewards, config.score, phases)
-    advantages = rule(table).values
-    members = range(len(advantages))
-    energies = Replay(pipeline, rollout, texts, context, config.energy, members).energies()
-    found = (table, advantages, energies, rollout.plans, pixel_diversity(pixels[:-1]), rollout)
+    rollout = roll_out(
+        pipeline, SAMPLERS[config.sampler], explorer, config.rollout, story, texts, *streams
+    )
+    table, pixels, advantage, energies = score_group(pipeline, rollout, texts, config, rewards, rule, phases)
+    diversity = pixel_diversity(pixels[:-1])
+    found = (table, advantage.values, energies, rollout.plans, diversity, rollout)
     return Exploration(label, pixels, pipeline.geometry.fps, *found)
 
 
@@ -351,12 +327,3 @@ def _chosen(script: int | Script, config: RunConfig) -> tuple[Script, int | str]
 def _spec(generator: str | Path | Pipeline) -> str:
     """The name that a generator was asked for by; "" where that is not known."""
     return generator.spec if isinstance(generator, Pipeline) else str(generator)
-
-
-def _loaded(
-    generator: str | Path | Pipeline, device: torch.device, config: RunConfig
-) -> tuple[Pipeline, str]:
-    """A generator in the recipe's precision, or as it is where it is loaded already; its label."""
-    if isinstance(generator, Pipeline):
-        return generator, generator.spec or generator.folder
-    return load_generator(str(generator), device, config.vae_dtype, config.dtype)

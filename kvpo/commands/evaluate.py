@@ -6,19 +6,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kvpo.api.functions import SCRIPTS
+from kvpo.api.shared import measured
 from kvpo.commands.options import Positional
 from kvpo.common.environment import command, pick_device
 from kvpo.common.files import say_replaced, try_file, unused
 from kvpo.common.progress import Progress
 from kvpo.config import load_config, recipe_path
 from kvpo.evaluation.evaluate import (
-    EvaluateConfig, compare, enough_scripts, evaluate, kinds_of, means, means_table, table, write_comparison, write_means,
+    EvaluateConfig, compare, enough_scripts, kinds_of, means, means_table, table, write_comparison, write_means,
 )  # fmt: skip
 from kvpo.generators.readable import check_prompts
-from kvpo.generators.sampler import SAMPLERS
 from kvpo.rewards.scorer import load_rewards
 from kvpo.runs.build import evaluation_scripts, trained_families, unseen
-from kvpo.runs.loading import load_generator, pipeline_folder
+from kvpo.runs.loading import pipeline_folder
 
 
 @dataclass(frozen=True)
@@ -55,24 +55,20 @@ def evaluate_command(args: Evaluate) -> None:
     device, scripts, progress = pick_device(args.device), evaluation_scripts(config), Progress()
     out = unused(args.out) if args.out == Evaluate.out else args.out
     try_file(out)
-    for spec in filter(None, (args.generator, args.against)):
+    generators = list(filter(None, (args.generator, args.against)))
+    for spec in generators:
         check_prompts(pipeline_folder(spec), scripts, progress.warn)
     say_replaced([out], progress.say)
     rewards = load_rewards(config.rewards, device)
     kinds = kinds_of(rewards, args.seeds, trained_families(args.generator) | trained_families(args.against))
-    scored, labels = [], []
-    for spec in (args.generator, args.against or args.generator)[: 2 if args.against else 1]:
-        pipeline, label = load_generator(spec, device, config.vae_dtype, config.dtype)
-        with progress.bar(f"evaluate {label}", len(scripts)) as bar:
-            scored.append(evaluate(pipeline, SAMPLERS[config.sampler], scripts, rewards, config.score, config.evaluate, bar.move_to))
-        labels.append(label)
+    scored, labels = zip(*(measured(spec, config, scripts, rewards, device, progress) for spec in generators), strict=True)
     if args.against:
         rows = compare(*scored, kinds)
         progress.say(table(rows, "A", "B"))
         progress.say(f"A = {labels[0]}, B = {labels[1]}, {_measured_on(args, len(scripts))}")
         progress.say(enough_scripts(rows))
         write_comparison(
-            out, rows, *labels, scripts, config.evaluate, command(), unseen(config), tuple(scored)
+            out, rows, *labels, scripts, config.evaluate, command(), unseen(config), scored
         )
     else:
         rows = means(scored[0], kinds)

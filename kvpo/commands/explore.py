@@ -9,6 +9,7 @@ from typing import Callable, Literal, Sequence
 import torch
 
 from kvpo.api.records import branch_table
+from kvpo.api.shared import score_group, shown_explorer
 from kvpo.commands.options import Positional
 from kvpo.commands.settings import Settings
 from kvpo.common.environment import pick_device
@@ -20,9 +21,8 @@ from kvpo.generators.readable import check_prompts
 from kvpo.generators.pipeline import Pipeline, pixel_span
 from kvpo.generators.sampler import SAMPLERS
 from kvpo.method.explorers import Explorer
-from kvpo.method.replay import CONTEXTS, Replay
 from kvpo.method.rollout import roll_out
-from kvpo.method.score import decode, pixel_diversity, score
+from kvpo.method.score import decode, pixel_diversity
 from kvpo.method.update import GroupUpdate
 from kvpo.report.samples import show_group
 from kvpo.runs.build import evaluation_scripts, judges
@@ -69,8 +69,7 @@ def explore_command(args: Explore) -> None:
     chosen = config.explorer if args.by == "recipe" else args.by
     folder = out / f"script-{args.script}-{chosen}"
     say_replaced([folder / "groups" / "step-000000"], progress.say)
-    # By the recipe's window, whichever explorer is shown: groups that are compared must explore the same blocks.
-    explorer = replace(getattr(config, chosen), window_blocks=config.exploring.window_blocks)
+    explorer = shown_explorer(config, args.by)
     name, sampler = ("explore", args.script), SAMPLERS[config.sampler]
 
     def rolled(explorer: Explorer, fork: int, horizon: Callable[[Window], int] | None = None) -> Rollout:
@@ -82,9 +81,7 @@ def explore_command(args: Explore) -> None:
         forks = config.exploring.eligible_forks(script.blocks, pipeline.geometry)
         fork, said = widest_fork(forks, args.tries, lambda f: window_diversity(pipeline, rolled(config.exploring, f, lambda w: w.stop)))
     rollout = rolled(explorer, fork)
-    scores, pixels = score(pipeline, rollout, rewards, config.score, phases)
-    advantage = advantages(scores)
-    energy = Replay(pipeline, rollout, embeddings, CONTEXTS[config.context], config.energy, range(len(advantage.values))).energies()
+    scores, pixels, advantage, energy = score_group(pipeline, rollout, embeddings, config, rewards, advantages, phases)
     pi = torch.softmax(-energy / config.temperature.resolve(energy), dim=0) if not explorer.deterministic_replay else torch.full_like(energy, 1 / len(energy))
     folder = show_group(folder, 0, pipeline, rollout, pixels, scores, advantage, GroupUpdate(energy, pi, {}), explorer)
     write_beside(folder / "explore.json", about_video(script, config.seed, label, explorer=type(explorer).__name__, fork=rollout.window.fork))

@@ -22,7 +22,7 @@ from kvpo.generators.pipeline import Geometry, block_at, check_folder
 from kvpo.generators.readable import check_prompts
 from kvpo.generators.sampler import SAMPLERS
 from kvpo.method.prompts import even_starts, read_scripts, readable, starts_at
-from kvpo.runs.loading import is_run, load_generator, named, pipeline_folder
+from kvpo.runs.loading import load_generator, pipeline_folder, precision
 from kvpo.types import Script
 
 
@@ -61,9 +61,8 @@ class Generate:
         scripts = self.scripts(check_folder(folder))
         check_prompts(folder, scripts, progress.warn)
         videos = self.videos(scripts, progress)
-        dtype = self.dtype or ("bfloat16" if device.type == "cuda" and not is_run(named(self.generator)[0]) else "")
+        dtype = precision(self.generator, device, self.dtype)
         pipeline, label = load_generator(self.generator, device, dtype or "float32", dtype)
-        progress = Progress()
         for path in self.lora:
             progress.say(f"{path}: {add_lora(pipeline, path, self.lora_scale)}")
         made_with = {"sampler": self.sampler, "dtype": dtype or "the generator's own", "lora": list(map(str, self.lora)), "lora_scale": self.lora_scale}

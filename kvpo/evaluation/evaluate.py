@@ -18,7 +18,7 @@ import torch
 from kvpo.common.environment import git_commit
 from kvpo.common.files import write_atomic
 from kvpo.common.rng import stream
-from kvpo.evaluation.intervals import bootstrap_interval
+from kvpo.evaluation.intervals import TOTAL, bootstrap_interval
 from kvpo.evaluation.power import sentence
 from kvpo.generators.generate import generate
 from kvpo.generators.pipeline import Pipeline
@@ -28,7 +28,6 @@ from kvpo.rewards.base import Reward, VideoBatch
 from kvpo.rewards.scorer import Scorer
 from kvpo.types import Script, Window
 
-TOTAL = "mean of trained"
 DIVERSITY = "diversity"
 """Of a script's videos over seeds: mean squared difference of two of them, pixels in [0, 1].  A guard: it falls where a policy collapses, but noise has most of it."""
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Mapping, Sequence
 
-from kvpo.evaluation.intervals import VERDICT_PAIRS
+from kvpo.evaluation.intervals import TOTAL, VERDICT_PAIRS
 
 Rows = Sequence[Mapping]
 """Of one comparison, as `kvpo.evaluation.evaluate.compare` makes them."""
@@ -52,5 +52,5 @@ def history(folder: Path, which: str) -> dict[int, Rows]:
 def _fallen(rows: Rows) -> set[str]:
     """Held-out evaluators that surely fell; none unless the trained rewards surely rose."""
     told = [row for row in rows if row["low"] is not None and row["n"] >= VERDICT_PAIRS]
-    rose = any(row["component"] == "mean of trained" and row["low"] > 0 for row in told)
+    rose = any(row["component"] == TOTAL and row["low"] > 0 for row in told)
     return {row["component"] for row in told if row["kind"] == "heldout" and row["high"] < 0} if rose else set()

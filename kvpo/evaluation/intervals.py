@@ -15,6 +15,8 @@ import numpy as np
 import torch
 
 RESAMPLES = 4000
+TOTAL = "mean of trained"
+"""The component that an evaluation is judged by: the mean of the rewards that were trained on."""
 VERDICT_PAIRS = 16
 """Scripts from which on an interval that leaves out 0 is called better or worse."""
 

@@ -49,7 +49,8 @@ class StreamingDecoder:
 
         FloatingPointError that names the frame where latents or pixels are not finite: as bytes these would be black.
         """
-        self._check(latents_BNCHW.transpose(0, 1), "latents", "the generator has made them: look at its weights, or lower the learning rate they were trained at")
+        if not is_finite(latents_BNCHW):  # asked once for all frames: on a GPU every question waits for the device
+            self._name_fault(latents_BNCHW.transpose(0, 1), "latents", "the generator has made them: look at its weights, or lower the learning rate they were trained at")
         mean, scale = latent_scale(self.vae, latents_BNCHW)
         if alone := len(latents_BNCHW) == 1 and latents_BNCHW.device.type == "cpu":
             # For a single float32 row torch leaves oneDNN for a convolution that takes twice the time of two rows here.
@@ -59,7 +60,8 @@ class StreamingDecoder:
         frames = []
         for i in range(z.shape[2]):
             decoded = self.vae.decoder(z[:, :, i : i + 1], feat_cache=self._cache, feat_idx=[0], first_chunk=not self._frames)
-            self._check(decoded[None], "pixels", f"the VAE has made them of finite latents: decode in float32, not in {self.vae.dtype}, or look at its weights")
+            if not is_finite(decoded):
+                self._name_fault(decoded[None], "pixels", f"the VAE has made them of finite latents: decode in float32, not in {self.vae.dtype}, or look at its weights")
             frames.append(self._pixels(decoded))
             self._frames += 1
         pixels = torch.cat(frames, dim=1)
@@ -67,8 +69,8 @@ class StreamingDecoder:
             pixels, self._cache = pixels[:1], self._each(lambda x: x[:1])
         return pixels
 
-    def _check(self, frames: Iterable[torch.Tensor], what: str, way_out: str) -> None:
-        """``frames``: one [B, ...] each, from the next to be decoded on."""
+    def _name_fault(self, frames: Iterable[torch.Tensor], what: str, way_out: str) -> None:
+        """FloatingPointError for the first of ``frames`` that is not finite: one [B, ...] each, from the next to be decoded on."""
         for frame, x in enumerate(frames, self._frames):
             if not is_finite(x):
                 rows = [row for row, one in enumerate(x) if not is_finite(one)]

@@ -126,9 +126,13 @@ class Story:
         truth = play([self.scenes[s] for s, _ in shown], starts, pixel_frames(self.script.blocks * block), self.x, self.y)
         return stuttered(truth, self.habits.sloppy, block) if self.habits else truth
 
-    def render(self, block: int = 3, first: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Pixel frames [first, stop) as RGB [T, 3, 64, 64] in [0, 1]."""
-        return render([self.scenes[s] for s, _ in self.shown()], self.truth(block), first, stop)
+    def render(self, block: int = 3) -> torch.Tensor:
+        """RGB [T, 3, 64, 64] in [0, 1]."""
+        return self.show(self.truth(block))
+
+    def show(self, truth: Truth, first: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Pixel frames [first, stop) of its ``truth``, RGB [T, 3, 64, 64] in [0, 1]."""
+        return render([self.scenes[s] for s, _ in self.shown()], truth, first, stop)
 
 
 def first_scene(generator: torch.Generator, pillar: bool) -> Scene:

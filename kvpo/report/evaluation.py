@@ -8,7 +8,7 @@ import re
 from typing import Mapping, Sequence
 
 from kvpo.evaluation import power
-from kvpo.evaluation.intervals import VERDICT_PAIRS
+from kvpo.evaluation.intervals import TOTAL, VERDICT_PAIRS
 from kvpo.pages import html as page
 from kvpo.report.curves import Line, Points, figure, series
 from kvpo.report.read_run import Evaluation, Missing, Row
@@ -31,8 +31,6 @@ WHY_FEW = (
     f"Below {VERDICT_PAIRS} scripts nothing is called better or worse, whatever its interval says: of so few, intervals "
     "are too narrow (nominal 95 % held the truth in 78 % of trials with 4 scripts, in 92 % with 16)"
 )
-TOTAL = "mean of trained"
-"""The component that a run is judged by (`kvpo.evaluation.evaluate.compare`)."""
 FEW_PAIRS = 32
 """Fewer paired scripts than this make wide intervals and poor bootstrap estimates."""
 WEIGHTS = {"start": (8, "start"), "online": (1, "online"), "ema": (2, "EMA")}

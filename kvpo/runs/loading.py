@@ -49,6 +49,11 @@ def load_generator(spec: str, device: torch.device | str = "cpu", vae_dtype: str
     return pipeline, f"{Path(run).name}:{which} {checkpoint.name}"
 
 
+def precision(spec: str, device: torch.device, dtype: str = "") -> str:
+    """``dtype``, or where none is asked for a run's own (""), bfloat16 for a folder on a GPU, and a folder's own ("") on a CPU."""
+    return dtype or ("bfloat16" if device.type == "cuda" and not is_run(named(spec)[0]) else "")
+
+
 def named(spec: str) -> tuple[Path, str]:
     """(folder, weights asked of it, "" for none) of a generator's name.
 

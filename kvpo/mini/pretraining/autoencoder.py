@@ -27,7 +27,7 @@ def clip(seed: int, *name: int | str, latents: int = CLIP_LATENTS, crop: bool = 
     truth, g = story.truth(), stream(seed, "vae-clip", *name)
     first = int(torch.randint(len(truth.scene) - pixel_frames(latents), (), generator=g))
     stop = first + pixel_frames(latents)
-    pixels = story.render(first=first, stop=stop)
+    pixels = story.show(truth, first, stop)
     if not crop:
         return pixels
     middle = truth.centre[(first + stop) // 2] % SIZE + torch.randint(-12, 13, (2,), generator=g)

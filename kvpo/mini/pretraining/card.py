@@ -66,11 +66,11 @@ def measured(pipeline: Pipeline, number: int, sampler: str = "renoise") -> dict[
     for story, pixels in zip(short, videos(pipeline, short, sampler)):
         per_segment = [facts_of(clip) for clip in segments(story, pixels, pipeline)]
         _add(found, per_segment)
-        _add(found, [{name: facts[name] for name in REWARDS} for facts in per_segment[:1]], "first ")
-        _add(found, [{name: facts[name] for name in REWARDS} for facts in per_segment[1:]], "later ")
+        _add(found, per_segment[:1], "first ")
+        _add(found, per_segment[1:], "later ")
     for story in short[: max(1, number // 4)]:
         ceiling = [facts_of(clip) for clip in segments(story, decoded_truth(pipeline, story), pipeline)]
-        _add(found, [{name: facts[name] for name in REWARDS} for facts in ceiling], "ceiling ")
+        _add(found, ceiling, "ceiling ")
     long = held_out(max(1, number // 8), blocks=LONG, memory=False)
     clips = VideoBatch(videos(pipeline, long, sampler), float(pipeline.geometry.fps), tuple(s.script.texts[0] for s in long))
     found["decay"] = decay(clips).tolist()
@@ -78,8 +78,8 @@ def measured(pipeline: Pipeline, number: int, sampler: str = "renoise") -> dict[
 
 
 def _add(found: dict[str, list[float]], rows: Sequence[Mapping[str, float]], prefix: str = "") -> None:
-    """Append the mean over the rows of every number that they have."""
-    for name in rows[0] if rows else ():
+    """Append the mean over the rows of every number that they have; under a ``prefix``, of the rewards alone."""
+    for name in (REWARDS if prefix else rows[0]) if rows else ():
         found[prefix + name].append(torch.tensor([row[name] for row in rows]).nanmean().item())
 
 

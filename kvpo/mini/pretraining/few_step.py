@@ -137,10 +137,7 @@ def few_step_loss(transformer, encoder, library: Library, openings: Openings, se
         crops = replace(crops, frames=crops.frames[:1].expand_as(crops.frames))
         with torch.no_grad():
             text = encode_text(encoder, crops.ids.flatten(0, 1)).unflatten(0, crops.ids.shape[:2])
-        return lesson_of(plan, crops, play(student, plan, crops, text, g), g)
-
-    def lesson_of(plan: Layout, crops: Crops, played: Played, g: torch.Generator) -> Lesson:
-        drawn = draw_exercises(plan, g)
+        played, drawn = play(student, plan, crops, text, g), draw_exercises(plan, g)
         x, sigma, target = exercise(drawn, crops, played)
         at, taught = drawn.plan.frames(), target.shape[1]
         return Lesson(drawn.plan, x, sigma, slot_text(encoder, drawn.plan, crops.ids), crops.frames[:, at], target, crops.weight[:, at][:, -taught:])

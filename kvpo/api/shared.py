@@ -1,0 +1,74 @@
+"""What the library's functions and the commands have in common: loading, measuring, and judging a group that is only looked at."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Mapping, Sequence
+
+import torch
+
+from kvpo.common.progress import Progress
+from kvpo.common.timing import Phases
+from kvpo.config import RunConfig
+from kvpo.evaluation.evaluate import Scored, evaluate
+from kvpo.generators.pipeline import Pipeline
+from kvpo.generators.sampler import SAMPLERS
+from kvpo.method.advantages import Advantage, Advantages
+from kvpo.method.explorers import Explorer
+from kvpo.method.replay import CONTEXTS, Replay
+from kvpo.method.score import score
+from kvpo.rewards.scorer import Scorer
+from kvpo.runs.loading import load_generator
+from kvpo.types import RewardTable, Rollout, Script
+
+
+def loaded(
+    generator: str | Path | Pipeline, device: torch.device, config: RunConfig
+) -> tuple[Pipeline, str]:
+    """A generator in the recipe's precision, or as it is where it is loaded already; its label."""
+    if isinstance(generator, Pipeline):
+        return generator, generator.spec or generator.folder
+    return load_generator(str(generator), device, config.vae_dtype, config.dtype)
+
+
+def measured(
+    generator: str | Path | Pipeline,
+    config: RunConfig,
+    stories: Sequence[Script],
+    rewards: Sequence[Scorer],
+    device: torch.device,
+    progress: Progress,
+) -> tuple[Scored, str]:
+    """One generator on a recipe's evaluation, with a bar; its numbers and its label."""
+    pipeline, label = loaded(generator, device, config)
+    sampler = SAMPLERS[config.sampler]
+    with progress.bar(f"evaluate {label}", len(stories)) as bar:
+        asked = (stories, rewards, config.score, config.evaluate, bar.move_to)
+        return evaluate(pipeline, sampler, *asked), label
+
+
+def shown_explorer(config: RunConfig, by: str) -> Explorer:
+    """The explorer that is looked at, in the window of the recipe's own, whichever it is.
+
+    Groups that are compared must explore the same blocks.
+    """
+    chosen = config.exploring if by == "recipe" else getattr(config, by)
+    return replace(chosen, window_blocks=config.exploring.window_blocks)
+
+
+def score_group(
+    pipeline: Pipeline,
+    rollout: Rollout,
+    embeddings: Mapping[str, torch.Tensor],
+    config: RunConfig,
+    rewards: Sequence[Scorer],
+    rule: Advantages,
+    phases: Phases,
+) -> tuple[RewardTable, torch.Tensor, Advantage, torch.Tensor]:
+    """Rewards, pixels, advantages and energies of a group that is looked at and not learnt from."""
+    table, pixels = score(pipeline, rollout, rewards, config.score, phases)
+    advantage = rule(table)
+    members, context = range(len(advantage.values)), CONTEXTS[config.context]
+    energies = Replay(pipeline, rollout, embeddings, context, config.energy, members).energies()
+    return table, pixels, advantage, energies
