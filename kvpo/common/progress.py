@@ -44,9 +44,9 @@ class Progress:
     Of torchrun's processes the first one speaks; what another one would say goes to ``logs``/rank-N.log.
     """
 
-    def __init__(self, logs: Path | None = None):
+    def __init__(self, logs: Path | None = None, quiet: bool = False):
         rank = os.environ.get("RANK", "0")
-        quiet = rank != "0"
+        quiet = quiet or rank != "0"
         self._log = logs / f"rank-{rank}.log" if quiet and logs is not None else None
         self._out = Console(file=Unfailing("stdout"), highlight=False, soft_wrap=True, quiet=quiet)
         self._console = Console(file=Unfailing("stderr"), highlight=False, quiet=quiet)

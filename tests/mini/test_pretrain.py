@@ -23,7 +23,9 @@ from kvpo.mini.pretraining.linear_encoder import install
 from kvpo.mini.pretraining.networks import BLOCK, SINK, WINDOW, new_text_encoder, new_transformer, new_vae
 from kvpo.mini.pretraining.openings import build_openings, likeliest, noised_openings, opening_lesson
 from kvpo.mini.pretraining.pretrain import Networks, Settings, export, pretrain
-from kvpo.mini.pretraining.training import LOG, Stage, forget, optimizers
+from kvpo.generators.pipeline import use_channels_last
+from kvpo.mini.pretraining.side_by_side import trained_beside
+from kvpo.mini.pretraining.training import Kernels, Stage, forget, optimizers
 from kvpo.mini.world import PILLAR
 from kvpo.generators.pipeline import Pipeline
 from kvpo.common.progress import Progress
@@ -286,21 +288,86 @@ def test_what_a_device_raises_is_not_the_disk(tmp_path):
 
 
 def test_a_resumed_log_tells_every_step_once(tmp_path):
-    rows = [{"stage": "a", "step": 10}, {"stage": "b", "step": 10}, {"stage": "b", "step": 20}]
-    (tmp_path / LOG).write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"stage": "b", "st')
-    forget(tmp_path / LOG, "b", 10)
-    assert [json.loads(line) for line in (tmp_path / LOG).read_text().splitlines()] == rows[:2]
+    log = tmp_path / "b.jsonl"
+    log.write_text('{"step": 10}\n{"step": 20}\n{"st')
+    forget(log, 10)
+    assert log.read_text() == '{"step": 10}\n'
 
 
 def test_muon_gets_the_matrices_of_the_blocks_and_nothing_else():
     model = tiny_transformer()
-    muon, adamw = optimizers(model, lr=1e-3, weight_decay=0.0)
+    muon, adamw = optimizers(model, Kernels(model), lr=1e-3, weight_decay=0.0)
     names = {p: n for n, p in model.named_parameters()}
     matrices = {names[p] for p in muon.param_groups[0]["params"]}
     assert matrices == {n for n in names.values() if n.startswith("blocks.") and n.endswith(".weight") and model.get_parameter(n).dim() == 2}
     assert len(matrices) == 3 * 10 and not matrices & {names[p] for p in adamw.param_groups[0]["params"]}
     assert len(matrices) + len(adamw.param_groups[0]["params"]) == len(names)
-    assert [type(o) for o in optimizers(new_vae(0).decoder, 1e-3, 0.0)] == [torch.optim.AdamW]
+
+
+def test_muon_gets_the_decoders_kernels_as_matrices_that_share_their_memory():
+    vae = new_vae(0)
+    use_channels_last(vae)
+    decoder = vae.decoder
+    kernels = Kernels(decoder)
+    first_and_last = {decoder.conv_in.weight, decoder.conv_out.weight}
+    assert {p for p in decoder.parameters() if p.dim() >= 4} - first_and_last == set(kernels.weights)
+    muon, adamw = optimizers(decoder, kernels, lr=1e-3, weight_decay=0.0)
+    assert first_and_last <= set(adamw.param_groups[0]["params"])
+    for weight in kernels.weights:
+        weight.grad = torch.randn(weight.shape)  # stored as an unordered one may be: the matrix is then a copy, and right
+    kernels.take_gradients()
+    before = [weight.detach().clone() for weight in kernels.weights]
+    for group in muon.param_groups:
+        group["lr"] = 1.0
+    muon.step()
+    for old, weight in zip(before, kernels.weights, strict=True):
+        step = (old - weight.detach()).flatten(1)
+        assert float((step * weight.grad.flatten(1)).sum()) > 0, "the kernel itself goes down its gradient"
+
+
+def test_kernels_that_would_be_copies_are_refused():
+    with pytest.raises(ValueError, match="call use_channels_last first"):
+        Kernels(new_vae(0).decoder)
+
+
+def one_weight(folder: Path, steps: int, fails: bool = False) -> Stage:
+    layer = torch.nn.Linear(1, 1)
+
+    def loss(step: int):
+        if fails:
+            raise FloatingPointError("the fault")
+        return layer.weight.square().sum(), {}
+
+    return Stage("tiny", folder, {"layer": layer}, loss, steps=steps, lr=1e-2)
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_stage_trained_beside_is_finished_when_the_body_ends(tmp_path, two_threads):
+    with trained_beside(one_weight, (tmp_path, 5), Progress()):
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 2
+    stage = one_weight(tmp_path, 5)
+    assert stage.resume() and stage.step == 5
+
+
+def test_a_fault_of_the_training_beside_is_met_by_who_runs_the_stage(tmp_path, two_threads, capfd):
+    with trained_beside(one_weight, (tmp_path, 5, True), Progress()):
+        pass
+    assert "FloatingPointError: the fault" in capfd.readouterr().err
+    with pytest.raises(FloatingPointError, match="the fault"):
+        one_weight(tmp_path, 5, True).run(Progress())
+
+
+def test_the_training_beside_ends_with_the_body(tmp_path, two_threads):
+    with pytest.raises(KeyError), trained_beside(one_weight, (tmp_path, 10**9), Progress()):
+        raise KeyError("of the body")
 
 
 def test_the_likeliest_opening_by_hand():

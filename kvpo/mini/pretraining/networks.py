@@ -30,7 +30,7 @@ def new_vae(seed: int) -> AutoencoderKLWan:
     """4x in time, 8x in space (2x by patches, 4x by convolutions)."""
     return _seeded(
         lambda: AutoencoderKLWan(
-            base_dim=32, decoder_base_dim=12, z_dim=LATENT_CHANNELS, dim_mult=[1, 2, 4], num_res_blocks=1, attn_scales=[],
+            base_dim=32, decoder_base_dim=16, z_dim=LATENT_CHANNELS, dim_mult=[1, 2, 4], num_res_blocks=1, attn_scales=[],
             temperal_downsample=[True, True], patch_size=2, in_channels=12, out_channels=12,
             scale_factor_spatial=8, scale_factor_temporal=4,
             latents_mean=[0.0] * LATENT_CHANNELS, latents_std=[1.0] * LATENT_CHANNELS,

@@ -16,7 +16,6 @@ from kvpo.common.files import first_line
 from kvpo.common.files import beside, refusals, write_atomic
 from kvpo.common.progress import Progress
 
-LOG = "pretrain.jsonl"
 AGAIN = "free disk space, then the same command goes on"
 MATRIX_RATE = 5.0
 """Learning rate of Muon over that of AdamW, both in AdamW's units (update of about one rate per weight).  Measured: 600 steps of stage 2 with
@@ -31,17 +30,22 @@ class Stage:
     """
 
     def __init__(self, name: str, folder: Path, modules: Mapping[str, nn.Module], loss: Callable, *, steps: int, lr: float, warmup: int = 50,
-                 weight_decay: float = 0.01, ema: float = 0.99, save_every: int = 100, clip: float = 1.0):  # fmt: skip
+                 weight_decay: float = 0.01, ema: float = 0.99, save_every: int = 100, clip: float = 1.0, matrix_rate: float = MATRIX_RATE):  # fmt: skip
         self.name, self.folder, self.modules, self.loss = name, Path(folder), nn.ModuleDict(dict(modules)), loss
-        self.steps, self.lr, self.warmup, self.ema_decay, self.save_every, self.clip = steps, lr, warmup, ema, save_every, clip
+        self.steps, self.lr, self.warmup, self.ema_decay, self.save_every, self.clip, self.matrix_rate = steps, lr, warmup, ema, save_every, clip, matrix_rate
         self.parameters = [p for p in self.modules.parameters() if p.requires_grad]
-        self.optimizers = optimizers(self.modules, lr, weight_decay)
+        self.kernels = Kernels(self.modules)
+        self.optimizers = optimizers(self.modules, self.kernels, lr, weight_decay)
         self.average = [p.detach().clone() for p in self.parameters]
         self.step, self.seconds = 0, 0.0
 
     @property
     def path(self) -> Path:
         return self.folder / f"{self.name}.state.pt"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / f"{self.name}.jsonl"
 
     def resume(self) -> bool:
         """Go on from the state file, if there is one."""
@@ -54,7 +58,7 @@ class Stage:
         for mine, saved in zip(self.average, state["average"]):
             mine.copy_(saved)
         self.step, self.seconds = state["step"], state["seconds"]
-        forget(self.folder / LOG, self.name, self.step)
+        forget(self.log, self.step)
         return True
 
     def save(self) -> None:
@@ -72,11 +76,12 @@ class Stage:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
             for group in optimizer.param_groups:
-                group["lr"] = self.rate() * (MATRIX_RATE if isinstance(optimizer, torch.optim.Muon) else 1.0)
+                group["lr"] = self.rate() * (self.matrix_rate if isinstance(optimizer, torch.optim.Muon) else 1.0)
         loss.backward()
         norm = float(nn.utils.clip_grad_norm_(self.parameters, self.clip))
         if not math.isfinite(norm):
             raise FloatingPointError(f"{self.name}: gradient norm is {norm} at step {self.step}; nothing was updated. Lower the learning rate ({self.rate():.2g})")
+        self.kernels.take_gradients()
         for optimizer in self.optimizers:
             optimizer.step()
         decay = min(self.ema_decay, (1 + self.step) / (10 + self.step))
@@ -84,28 +89,30 @@ class Stage:
         self.step += 1
         return {"loss": float(loss.detach()), "grad_norm": norm, "lr": self.rate(), **metrics}
 
-    def run(self, progress: Progress) -> None:
-        if self.resume():
+    def run(self, progress: Progress, until: int | None = None) -> None:
+        """Train to the end and take the averaged weights, or only to the step ``until``, from where a second call goes on."""
+        until = self.steps if until is None else min(until, self.steps)
+        if self.step == 0 and self.resume():
             progress.say(f"{self.name}: goes on after step {self.step} of {self.steps}")
         self.modules.train()
         self.folder.mkdir(parents=True, exist_ok=True)
         with progress.bar(self.name, self.steps, self.step) as bar:
-            while self.step < self.steps:
+            while self.step < until:
                 began = time.monotonic()
                 metrics = self.update()
                 self.seconds += time.monotonic() - began
                 bar.advance(f"loss {metrics['loss']:.4f}")
                 if self.step % 10 == 0 or self.step == self.steps:
                     self.note(metrics)
-                if self.step % self.save_every == 0 or self.step == self.steps:
+                if self.step % self.save_every == 0 or self.step == until:
                     self.save()
-        self.take_average()
+        if self.step == self.steps:
+            self.take_average()
 
     def note(self, metrics: Mapping[str, float]) -> None:
         """A line of the log."""
-        log = self.folder / LOG
-        with refusals(log, AGAIN), log.open("a") as file:
-            file.write(json.dumps({"stage": self.name, "step": self.step, "seconds": round(self.seconds, 1), **metrics}) + "\n")
+        with refusals(self.log, AGAIN), self.log.open("a") as file:
+            file.write(json.dumps({"step": self.step, "seconds": round(self.seconds, 1), **metrics}) + "\n")
 
     @torch.no_grad()
     def take_average(self) -> None:
@@ -115,18 +122,45 @@ class Stage:
         self.modules.eval()
 
 
-def optimizers(modules: nn.Module, lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
-    """Muon for the weights of the linear layers inside stacks of blocks, AdamW for all other trainable parameters."""
-    stacked = [layer for stack in modules.modules() if isinstance(stack, nn.ModuleList) for layer in stack.modules() if isinstance(layer, nn.Linear)]
-    matrices = [w for w in dict.fromkeys(layer.weight for layer in stacked) if w.requires_grad]
-    chosen = set(matrices)
+class Kernels:
+    """The convolutions inside stacks of blocks as matrices [out, in x places], which Muon wants; they share the weights' memory."""
+
+    def __init__(self, modules: nn.Module):
+        kinds = (nn.Conv2d, nn.Conv3d)
+        self.weights = [layer.weight for layer in stacked(modules, kinds) if layer.weight.requires_grad]
+        self.matrices = [nn.Parameter(_matrix(weight.detach())) for weight in self.weights]
+        for weight, matrix in zip(self.weights, self.matrices, strict=True):
+            if weight.data_ptr() != matrix.data_ptr():
+                raise ValueError(f"a kernel {list(weight.shape)} is not stored channels-last, so its matrix would be a copy; call use_channels_last first")
+
+    def take_gradients(self) -> None:
+        for weight, matrix in zip(self.weights, self.matrices, strict=True):
+            matrix.grad = None if weight.grad is None else _matrix(weight.grad)
+
+
+def _matrix(kernel: torch.Tensor) -> torch.Tensor:
+    """[out, in, *places] -> [out, places x in]; of what is stored channels-last it is a view."""
+    return kernel.movedim(1, -1).flatten(1)
+
+
+def stacked(modules: nn.Module, kinds) -> list[nn.Module]:
+    """The layers of these kinds that lie in stacks of blocks: first and last layers are none of them."""
+    found = [layer for stack in modules.modules() if isinstance(stack, nn.ModuleList) for layer in stack.modules() if isinstance(layer, kinds)]
+    return list(dict.fromkeys(found))
+
+
+def optimizers(modules: nn.Module, kernels: Kernels, lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
+    """Muon for the weights of the linear layers and convolutions inside stacks of blocks, AdamW for all other trainable parameters."""
+    linear = [layer.weight for layer in stacked(modules, nn.Linear) if layer.weight.requires_grad]
+    chosen = {*linear, *kernels.weights}
     others = [p for p in modules.parameters() if p.requires_grad and p not in chosen]
+    matrices = [*linear, *kernels.matrices]
     muon = [torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")] if matrices else []
     return [*muon, torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay)]
 
 
-def forget(log: Path, stage: str, step: int) -> None:
-    """Drop a stage's log lines after ``step``, and a last line cut off in the middle: those steps are done again."""
+def forget(log: Path, step: int) -> None:
+    """Drop the log's lines after ``step``, and a last line cut off in the middle: those steps are done again."""
     if not log.exists():
         return
     kept = []
@@ -135,7 +169,7 @@ def forget(log: Path, stage: str, step: int) -> None:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if row["stage"] != stage or row["step"] <= step:
+        if row["step"] <= step:
             kept.append(line + "\n")
     write_atomic(log, "".join(kept))
 
