@@ -325,6 +325,20 @@ def test_muon_gets_the_decoders_kernels_as_matrices_that_share_their_memory():
         assert float((step * weight.grad.flatten(1)).sum()) > 0, "the kernel itself goes down its gradient"
 
 
+def test_every_update_of_a_kernel_sees_its_own_gradient_only(tmp_path):
+    """Kernels are in an optimizer only as matrices; when each optimizer cleared what it had, their gradients added up from step to step."""
+    stack = torch.nn.Sequential(torch.nn.ModuleList([torch.nn.Conv2d(2, 2, 1)]))
+    weight = stack[0][0].weight
+
+    def loss(step: int):
+        return (weight * (step + 1.0)).sum(), {}
+
+    stage = Stage("tiny", tmp_path, {"stack": stack}, loss, steps=2, lr=1e-3, clip=1e9)
+    for step in range(2):
+        stage.update()
+        assert torch.equal(stage.kernels.matrices[0].grad, torch.full((2, 2), step + 1.0))
+
+
 def test_kernels_that_would_be_copies_are_refused():
     with pytest.raises(ValueError, match="call use_channels_last first"):
         Kernels(new_vae(0).decoder)

@@ -73,8 +73,8 @@ class Stage:
 
     def update(self) -> dict[str, float]:
         loss, metrics = self.loss(self.step)
+        self.modules.zero_grad(set_to_none=True)  # not the optimizers': kernels are theirs only as matrices
         for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
             for group in optimizer.param_groups:
                 group["lr"] = self.rate() * (self.matrix_rate if isinstance(optimizer, torch.optim.Muon) else 1.0)
         loss.backward()
