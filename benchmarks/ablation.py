@@ -1,8 +1,10 @@
-"""Which replay context, energy and temperature?  One step along each variant's mean gradient, all of them from the same groups.
+"""Which replay context, energy and temperature? One step along each variant's mean gradient, all of
+them from the same groups.
 
-Training runs of a few minutes differ by their noise more than by these choices.  Here every variant sees the same rollouts and
-rewards at the start weights, its groups' gradients are clipped and averaged as an update would, weights are scaled by their root
-mean square over the groups as AdamW would, and the step is as long as moves velocities by the same distance.
+Training runs of a few minutes differ by their noise more than by these choices. Here every variant
+sees the same rollouts and rewards at the start weights, its groups' gradients are clipped and
+averaged as an update would, weights are scaled by their root mean square over the groups as AdamW
+would, and the step is as long as moves velocities by the same distance.
 
     python benchmarks/ablation.py [--groups 96] [--scripts 64]
 """
@@ -17,17 +19,15 @@ from pathlib import Path
 
 import torch
 
-from kvpo.method.advantages import UnsafePolicy
-from kvpo.train import Alignment
-from kvpo.config import load_config, recipe_path
 from kvpo.common.environment import environment
-from kvpo.evaluation.evaluate import Scored, compare, evaluate, kinds_of, table
-from kvpo.method.routing import KVRouting
 from kvpo.common.progress import Progress
+from kvpo.config import load_config, recipe_path
+from kvpo.evaluation.evaluate import Scored, compare, evaluate, kinds_of, table
+from kvpo.method.advantages import UnsafePolicy
+from kvpo.method.energies import DenoisedEnergy, Surrogate, Temperature, VelocityEnergy
 from kvpo.method.replay import CONTEXTS, Replay
-from kvpo.method.energies import Surrogate, Temperature
-from kvpo.method.energies import DenoisedEnergy
-from kvpo.method.energies import VelocityEnergy
+from kvpo.method.routing import KVRouting
+from kvpo.train import Alignment
 from kvpo.types import Rollout
 
 EXPLORER = KVRouting(nearest=2, window_blocks=3)
@@ -65,7 +65,9 @@ def variants() -> dict[str, Variant]:
     }
 
 
-def add_group(run: Alignment, index: int, found: dict[str, Variant]) -> tuple[Rollout, dict[str, torch.Tensor]]:
+def add_group(
+    run: Alignment, index: int, found: dict[str, Variant]
+) -> tuple[Rollout, dict[str, torch.Tensor]]:
     """One group's gradient to every variant's sums; the group."""
     script = run.source.script(0, index)
     embeddings = run.embed(script)
@@ -73,8 +75,24 @@ def add_group(run: Alignment, index: int, found: dict[str, Variant]) -> tuple[Ro
     for v in found.values():
         advantage = replace(run.advantages, **v.advantages)(rewards)
         run.updater.temperature, run.updater.unsafe = v.temperature, v.unsafe
-        run.updater.accumulate(Replay(run.pipeline, rollout, embeddings, CONTEXTS[v.context], v.surrogate, range(len(advantage.values))), advantage, run.phases)
-        gradient = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in run.policy.parameters])
+        run.updater.accumulate(
+            Replay(
+                run.pipeline,
+                rollout,
+                embeddings,
+                CONTEXTS[v.context],
+                v.surrogate,
+                range(len(advantage.values)),
+            ),
+            advantage,
+            run.phases,
+        )
+        gradient = torch.cat(
+            [
+                torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten()
+                for p in run.policy.parameters
+            ]
+        )
         run.updater.optimizer.zero_grad(set_to_none=True)
         v.total, v.squares = v.total + gradient, v.squares + gradient.square()
     return rollout, embeddings
@@ -87,9 +105,15 @@ def moved(run: Alignment, direction: torch.Tensor, length: float) -> list[torch.
 
 
 def distance(run: Alignment, weights: list[torch.Tensor], kept: list) -> float:
-    """Mean squared change of the velocities on the anchors' windows, which the start weights explain exactly."""
+    """Mean squared change of the velocities on the anchors' windows, which the start weights
+    explain exactly."""
     with run.policy.using(weights):
-        energies = [Replay(run.pipeline, r, e, CONTEXTS["branch"], VelocityEnergy(), [r.num_branches]).energies() for r, e in kept]
+        energies = [
+            Replay(
+                run.pipeline, r, e, CONTEXTS["branch"], VelocityEnergy(), [r.num_branches]
+            ).energies()
+            for r, e in kept
+        ]
     return float(torch.cat(energies).mean())
 
 
@@ -105,11 +129,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--groups", type=int, default=96)
     parser.add_argument("--scripts", type=int, default=64)
-    parser.add_argument("--distance", type=float, default=0.003, help="mean squared change of the velocities")
+    parser.add_argument(
+        "--distance", type=float, default=0.003, help="mean squared change of the velocities"
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/ablation.json"))
     args = parser.parse_args()
     config = load_config(recipe_path("mini"))
-    config = replace(config, groups=1, kv_routing=EXPLORER, evaluate=replace(config.evaluate, scripts=args.scripts, seed=2000, videos=0))
+    config = replace(
+        config,
+        groups=1,
+        kv_routing=EXPLORER,
+        evaluate=replace(config.evaluate, scripts=args.scripts, seed=2000, videos=0),
+    )
     progress = Progress()
     run, found, kept = Alignment(config, Path("."), progress), variants(), []
     with progress.bar("groups", args.groups) as bar:
@@ -120,14 +151,24 @@ def main() -> None:
 
     def scored(weights: list[torch.Tensor]) -> Scored:
         with run.policy.using(weights):
-            return evaluate(run.pipeline, run.sampler, run.scripts, run.rewards, config.score, config.evaluate)
+            return evaluate(
+                run.pipeline, run.sampler, run.scripts, run.rewards, config.score, config.evaluate
+            )
 
     start, results = scored(run.policy.reference), {}
     kinds = kinds_of(run.rewards, run.config.evaluate.seeds)
     for name, v in found.items():
-        results[name] = compare(scored(step(run, v.direction(args.groups), kept, args.distance)), start, kinds)
+        results[name] = compare(
+            scored(step(run, v.direction(args.groups), kept, args.distance)), start, kinds
+        )
         progress.say(f"\n{name}\n{table(results[name], 'step', 'start')}")
-    record = {"environment": environment(run.device), "groups": args.groups, "scripts": args.scripts, "distance": args.distance, "results": results}
+    record = {
+        "environment": environment(run.device),
+        "groups": args.groups,
+        "scripts": args.scripts,
+        "distance": args.distance,
+        "results": results,
+    }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(record, indent=1) + "\n")
 

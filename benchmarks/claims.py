@@ -1,6 +1,8 @@
-"""Does alignment gain, and is it the rewards that gain it?  Training seeds of the recipe and of its controls, on unseen scripts.
+"""Does alignment gain, and is it the rewards that gain it? Training seeds of the recipe and of its
+controls, on unseen scripts.
 
-    python benchmarks/claims.py [--recipe mini] [--seeds 0 1 2] [--scripts 256] [--evaluation-seed 9000] [--out runs/claims]
+    python benchmarks/claims.py [--recipe mini] [--seeds 0 1 2] [--scripts 256] [--evaluation-seed
+    9000] [--out runs/claims]
 
 Arms, each as long as the recipe:
 
@@ -9,9 +11,10 @@ Arms, each as long as the recipe:
     zero           advantages 0: only the penalty, the KL and the averaging act
     shuffled_free  shuffled, without the velocity penalty
 
-Every arm and seed is a run of its own in OUT, begun, gone on with or left alone as it stands, and then measured once; so the
-command can be stopped and given again.  Intervals of one run are over scripts.  Those over several runs draw seeds and
-scripts anew (a bootstrap in two levels): training seeds differ by more than scripts can tell.
+Every arm and seed is a run of its own in OUT, begun, gone on with or left alone as it stands, and
+then measured once; so the command can be stopped and given again. Intervals of one run are over
+scripts. Those over several runs draw seeds and scripts anew (a bootstrap in two levels): training
+seeds differ by more than scripts can tell.
 """
 
 from __future__ import annotations
@@ -27,15 +30,15 @@ from pathlib import Path
 import torch
 
 from kvpo.api.shared import measured
-from kvpo.config import RunConfig, load_config, recipe_path
 from kvpo.common.environment import environment
+from kvpo.common.files import write_atomic
+from kvpo.common.progress import Progress
+from kvpo.common.rng import stream
+from kvpo.config import RunConfig, load_config, recipe_path
 from kvpo.evaluation.evaluate import Scored, kinds_of, values_of
 from kvpo.evaluation.intervals import RESAMPLES, TOTAL, bootstrap_interval
-from kvpo.common.files import write_atomic
-from kvpo.runs.build import evaluation_scripts
-from kvpo.common.progress import Progress
 from kvpo.rewards.scorer import load_rewards
-from kvpo.common.rng import stream
+from kvpo.runs.build import evaluation_scripts
 
 ARMS = {
     "real": [],
@@ -50,28 +53,52 @@ def train(recipe: str, arm: str, seed: int, out: Path) -> None:
     if (out / "report.html").exists():
         return
     resume = ["--resume"] if (out / "checkpoints").is_dir() else []
-    command = [sys.executable, "-m", "kvpo", "align", recipe, "--seed", str(seed), "--out", str(out), "--evaluate.scripts", "2", *ARMS[arm], *resume]
+    command = [
+        sys.executable,
+        "-m",
+        "kvpo",
+        "align",
+        recipe,
+        "--seed",
+        str(seed),
+        "--out",
+        str(out),
+        "--evaluate.scripts",
+        "2",
+        *ARMS[arm],
+        *resume,
+    ]
     subprocess.run(command, check=True)
 
 
 def values(spec: str, config: RunConfig, path: Path, progress: Progress) -> dict[str, torch.Tensor]:
-    """Per-script values of every component, float64, of the trained ones' mean first; kept in ``path``."""
+    """Per-script values of every component, float64, of the trained ones' mean first; kept in
+    ``path``."""
     if not path.exists():
         device = torch.device("cpu")
         rewards = load_rewards(config.rewards, device)
         scored, _ = measured(spec, config, evaluation_scripts(config), rewards, device, progress)
-        trained = [k for k, kind in enumerate(kinds_of(rewards, config.evaluate.seeds)) if kind == "train"]
+        trained = [
+            k for k, kind in enumerate(kinds_of(rewards, config.evaluate.seeds)) if kind == "train"
+        ]
         total = Scored((TOTAL,), scored.r_KN[trained].mean(dim=0, keepdim=True), ())
         write_atomic(path, json.dumps(values_of(total) | values_of(scored), allow_nan=False) + "\n")
     found = json.loads(path.read_text())
-    return {name: torch.tensor([math.nan if v is None else v for v in row], dtype=torch.float64) for name, row in found.items()}
+    return {
+        name: torch.tensor([math.nan if v is None else v for v in row], dtype=torch.float64)
+        for name, row in found.items()
+    }
 
 
 def over_seeds(diff_SN: torch.Tensor, name: str) -> tuple[float, float, float]:
-    """Mean of differences [training seeds, scripts] and its 95 % interval, seeds and scripts drawn anew."""
+    """Mean of differences [training seeds, scripts] and its 95 % interval, seeds and scripts
+    drawn anew."""
     S, N = diff_SN.shape
     g = stream(0, "claims", name)
-    seeds, scripts = torch.randint(S, (RESAMPLES, S), generator=g), torch.randint(N, (RESAMPLES, N), generator=g)
+    seeds, scripts = (
+        torch.randint(S, (RESAMPLES, S), generator=g),
+        torch.randint(N, (RESAMPLES, N), generator=g),
+    )
     means = torch.stack([diff_SN[s][:, n].mean() for s, n in zip(seeds, scripts)])
     low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
     return float(diff_SN.mean()), low, high
@@ -81,28 +108,46 @@ def interval_text(mean: float, low: float, high: float) -> str:
     return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
-def tables(start: dict[str, torch.Tensor], runs: dict[str, dict[int, dict[str, torch.Tensor]]]) -> str:
+def tables(
+    start: dict[str, torch.Tensor], runs: dict[str, dict[int, dict[str, torch.Tensor]]]
+) -> str:
     """Markdown: every run against the start weights, then every control against the recipe."""
     lines = []
     for arm, seeds in runs.items():
-        lines += [f"\n### {arm}\n", "| component | start | " + " | ".join(f"seed {s}" for s in seeds) + " | all seeds |", "|---" * (3 + len(seeds)) + "|"]
+        lines += [
+            f"\n### {arm}\n",
+            "| component | start | " + " | ".join(f"seed {s}" for s in seeds) + " | all seeds |",
+            "|---" * (3 + len(seeds)) + "|",
+        ]
         for name in start:
             diff_SN = torch.stack([run[name] - start[name] for run in seeds.values()])
             diff_SN = diff_SN[:, diff_SN.isfinite().all(dim=0)]
             cells = []
             for seed, d in zip(seeds, diff_SN):
-                text = interval_text(float(d.mean()), *bootstrap_interval(d, stream(0, "claims", arm, seed, name)))
-                cells.append(f"{text}, {float((d > 0).double().mean()):.0%}" if name == TOTAL else text)
-            lines.append(f"| {name} | {float(start[name].nanmean()):.3f} | " + " | ".join(cells) + f" | {interval_text(*over_seeds(diff_SN, arm + name))} |")
+                text = interval_text(
+                    float(d.mean()), *bootstrap_interval(d, stream(0, "claims", arm, seed, name))
+                )
+                cells.append(
+                    f"{text}, {float((d > 0).double().mean()):.0%}" if name == TOTAL else text
+                )
+            lines.append(
+                f"| {name} | {float(start[name].nanmean()):.3f} | "
+                + " | ".join(cells)
+                + f" | {interval_text(*over_seeds(diff_SN, arm + name))} |"
+            )
     for arm in [a for a in runs if a != "real" and "real" in runs]:
         both = sorted(set(runs[arm]) & set(runs["real"]))
         diff_SN = torch.stack([runs["real"][s][TOTAL] - runs[arm][s][TOTAL] for s in both])
-        lines.append(f"\nreal minus {arm}, {TOTAL}, {len(both)} seeds: {interval_text(*over_seeds(diff_SN, 'minus' + arm))}")
+        lines.append(
+            f"\nreal minus {arm}, {TOTAL}, {len(both)} seeds: {interval_text(*over_seeds(diff_SN, 'minus' + arm))}"
+        )
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--recipe", default="mini")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -111,7 +156,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/claims"))
     args = parser.parse_args()
     recipe, progress = load_config(recipe_path(args.recipe)), Progress()
-    config = replace(recipe, evaluate=replace(recipe.evaluate, scripts=args.scripts, seed=args.evaluation_seed, videos=0))
+    config = replace(
+        recipe,
+        evaluate=replace(
+            recipe.evaluate, scripts=args.scripts, seed=args.evaluation_seed, videos=0
+        ),
+    )
     kept = args.out / f"values-{args.evaluation_seed}-{args.scripts}"
     start = values(config.pipeline, config, kept / "start.json", progress)
     runs: dict[str, dict[int, dict[str, torch.Tensor]]] = {arm: {} for arm in args.arms}
@@ -122,7 +172,9 @@ def main() -> None:
             runs[arm][seed] = values(f"{out}:ema", config, kept / f"{arm}-{seed}.json", progress)
             said = f"{args.scripts} scripts of evaluation seed {args.evaluation_seed}, EMA weights\n{tables(start, {a: r for a, r in runs.items() if r})}\n"
             write_atomic(args.out / "claims.md", said)
-    write_atomic(args.out / "environment.json", json.dumps(environment(torch.device("cpu")), indent=1) + "\n")
+    write_atomic(
+        args.out / "environment.json", json.dumps(environment(torch.device("cpu")), indent=1) + "\n"
+    )
     print((args.out / "claims.md").read_text())
 
 

@@ -1,8 +1,10 @@
-"""Where does each explorer's diversity come from, and what is it worth?  KV routing against start noise at equal branches.
+"""Where does each explorer's diversity come from, and what is it worth? KV routing against start
+noise at equal branches.
 
-For many groups: the rewards' spread, the best branch minus the anchor, and how far branches differ low-level (pixels) and in
-meaning (attributes, by the held-out classifier), split by stories that need memory and stories that do not, and by where they fork.
-Groups of one story are the same for all explorers but for what the explorer does.
+For many groups: the rewards' spread, the best branch minus the anchor, and how far branches differ
+low-level (pixels) and in meaning (attributes, by the held-out classifier), split by stories that
+need memory and stories that do not, and by where they fork. Groups of one story are the same for
+all explorers but for what the explorer does.
 
     python benchmarks/exploration.py [--generator mini] [--groups 12]
 """
@@ -16,53 +18,78 @@ from pathlib import Path
 
 import torch
 
-from kvpo.train import Alignment
-from kvpo.config import RunConfig, load_config, recipe_path
 from kvpo.common.environment import environment
-from kvpo.method.routing import KVRouting
-from kvpo.method.explorers import StartNoise
-from kvpo.runs.loading import load_generator
-from kvpo.mini.source import StorySource
 from kvpo.common.progress import Progress
+from kvpo.config import RunConfig, load_config, recipe_path
+from kvpo.method.explorers import StartNoise
+from kvpo.method.routing import KVRouting
 from kvpo.mini.rewards.attributes import load_network
 from kvpo.mini.rewards.heldout import diversity
+from kvpo.mini.source import StorySource
+from kvpo.runs.loading import load_generator
+from kvpo.train import Alignment
 from kvpo.types import Script
 
 KINDS = {"memory stories": 1.0, "other stories": 0.0}
 """Kind of stories -> share of them that only the past can resolve."""
 EXPLORERS = {
-    **{f"routing, nearest {n}, P {p}": KVRouting(nearest=n, window_blocks=p) for p in (3, 1) for n in (1, 2, 3, 4)},
-    **{f"start noise {m}, P {p}": StartNoise(mix=m, window_blocks=p) for p in (3, 1) for m in (0.5, 1.0)},
+    **{
+        f"routing, nearest {n}, P {p}": KVRouting(nearest=n, window_blocks=p)
+        for p in (3, 1)
+        for n in (1, 2, 3, 4)
+    },
+    **{
+        f"start noise {m}, P {p}": StartNoise(mix=m, window_blocks=p)
+        for p in (3, 1)
+        for m in (0.5, 1.0)
+    },
 }
 ELSEWHERE = ("routing, nearest 1, P 3", "routing, nearest 2, P 1", "start noise 0.5, P 1")
 """Explorers that are also measured at the forks away from a switch."""
 
 
 def at_switch(script: Script, eligible: list[int]) -> int:
-    """The last prompt switch that can be a fork (in a memory story: where the object comes out again), else the middle one."""
+    """The last prompt switch that can be a fork (in a memory story: where the object comes out
+    again), else the middle one."""
     switches = [s for s in script.starts if s in eligible]
     return switches[-1] if switches else eligible[len(eligible) // 2]
 
 
-FORKS = {"at a switch": at_switch, "earliest": lambda script, eligible: eligible[0], "latest": lambda script, eligible: eligible[-1]}
+FORKS = {
+    "at a switch": at_switch,
+    "earliest": lambda script, eligible: eligible[0],
+    "latest": lambda script, eligible: eligible[-1],
+}
 
 
 def forks_of_all(blocks: int, geometry) -> list[int]:
-    """Blocks at which every explorer can fork, so that all of them are compared at the same places."""
-    return sorted(set.intersection(*(set(e.eligible_forks(blocks, geometry)) for e in EXPLORERS.values())))
+    """Blocks at which every explorer can fork, so that all of them are compared at the same
+    places."""
+    return sorted(
+        set.intersection(*(set(e.eligible_forks(blocks, geometry)) for e in EXPLORERS.values()))
+    )
 
 
 def measure(run: Alignment, network, explorer, story, name, fork: int) -> dict[str, float]:
-    rollout, table, pixels = run.explore(story.script, run.embed(story.script), name, explorer, fork)
+    rollout, table, pixels = run.explore(
+        story.script, run.embed(story.script), name, explorer, fork
+    )
     r_KB = (table.local + table.global_) / 2
     r_B = r_KB.mean(dim=0)
     length = 4 * rollout.trajectory.clean.shape[1] * rollout.trajectory.clean.shape[2]
     apart = diversity(pixels[:-1, :length], network)
-    best = {f"best - anchor, {n}": float(r[:-1].max() - r[-1]) for n, r in zip(table.components, r_KB)}
+    best = {
+        f"best - anchor, {n}": float(r[:-1].max() - r[-1]) for n, r in zip(table.components, r_KB)
+    }
     return {
-        "mean - anchor": float(r_B[:-1].mean() - r_B[-1]), "std": float(r_B[:-1].std()), "best > anchor": float(r_B[:-1].max() > r_B[-1]),
-        "best - anchor": float(r_B[:-1].max() - r_B[-1]), **best, "pixel diversity": apart["pixels"], "attribute diversity": apart["attributes"],
-    }  # fmt: skip
+        "mean - anchor": float(r_B[:-1].mean() - r_B[-1]),
+        "std": float(r_B[:-1].std()),
+        "best > anchor": float(r_B[:-1].max() > r_B[-1]),
+        "best - anchor": float(r_B[:-1].max() - r_B[-1]),
+        **best,
+        "pixel diversity": apart["pixels"],
+        "attribute diversity": apart["attributes"],
+    }
 
 
 def mean_and_error(rows: list[dict[str, float]]) -> dict[str, tuple[float, float]]:
@@ -84,24 +111,57 @@ def main() -> None:
     run.pipeline.generator.requires_grad_(False)
     network, results = load_network(), {}
     eligible = forks_of_all(config.data.blocks, run.pipeline.geometry)
-    cases = [(kind, where, name) for kind in KINDS for where in FORKS for name in EXPLORERS if where == "at a switch" or name in ELSEWHERE]
+    cases = [
+        (kind, where, name)
+        for kind in KINDS
+        for where in FORKS
+        for name in EXPLORERS
+        if where == "at a switch" or name in ELSEWHERE
+    ]
     with progress.bar("explore", len(cases) * args.groups) as bar, torch.no_grad():
         for kind, where, name in cases:
-            source, explorer, rows = StorySource(config.evaluate.seed, "explore", config.data.blocks, KINDS[kind]), EXPLORERS[name], []
+            source, explorer, rows = (
+                StorySource(config.evaluate.seed, "explore", config.data.blocks, KINDS[kind]),
+                EXPLORERS[name],
+                [],
+            )
             for i in range(args.groups):
                 story = source.story(0, i)
                 fork = FORKS[where](story.script, eligible)
                 rows.append(measure(run, network, explorer, story, ("explore", i), fork))
                 bar.advance()
             results.setdefault(f"{kind}, fork {where}", {})[name] = mean_and_error(rows)
-    record = {"environment": environment(run.device), "generator": label, "groups": args.groups, "branches": config.rollout.branches, "results": results}
+    record = {
+        "environment": environment(run.device),
+        "generator": label,
+        "groups": args.groups,
+        "branches": config.rollout.branches,
+        "results": results,
+    }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(record, indent=1) + "\n")
     for kind, table in results.items():
-        columns = ["mean - anchor", "std", "best > anchor", "best - anchor", "pixel diversity", "attribute diversity"]
-        print(f"\n{kind}\n| explorer | " + " | ".join(columns) + " |\n|---" * 1 + "|---" * len(columns) + "|")
+        columns = [
+            "mean - anchor",
+            "std",
+            "best > anchor",
+            "best - anchor",
+            "pixel diversity",
+            "attribute diversity",
+        ]
+        print(
+            f"\n{kind}\n| explorer | "
+            + " | ".join(columns)
+            + " |\n|---" * 1
+            + "|---" * len(columns)
+            + "|"
+        )
         for name, row in table.items():
-            print(f"| {name} | " + " | ".join(f"{row[c][0]:.4f} ({row[c][1]:.4f})" for c in columns) + " |")
+            print(
+                f"| {name} | "
+                + " | ".join(f"{row[c][0]:.4f} ({row[c][1]:.4f})" for c in columns)
+                + " |"
+            )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""kill -9 at random instants of a short run, each resumed: the final weights must equal the uninterrupted run's, bit for bit.
+"""kill -9 at random instants of a short run, each resumed: the final weights must equal the
+uninterrupted run's, bit for bit.
 
-    python benchmarks/kill.py [--times 20] [--pipeline mini]
+python benchmarks/kill.py [--times 20] [--pipeline mini]
 """
 
 from __future__ import annotations
@@ -16,19 +17,50 @@ from pathlib import Path
 
 import torch
 
-from kvpo.policy.checkpoint import checkpoints, read_tensors
 from kvpo.common.environment import environment
 from kvpo.common.rng import stream
+from kvpo.policy.checkpoint import checkpoints, read_tensors
 
 
 def command(out: Path, pipeline: str, steps: int, resume: bool) -> list[str]:
-    options = ["--steps", steps, "--groups", 1, "--checkpoint.every", 1, "--evaluate.scripts", 2, "--evaluate.videos", 0, "--show-every", 0, "--data.blocks", 9, "--rollout.branches", 4]
-    return [sys.executable, "-m", "kvpo", "align", "mini", "--pipeline", pipeline, *map(str, options), "--out", str(out), *(["--resume"] if resume else [])]
+    options = [
+        "--steps",
+        steps,
+        "--groups",
+        1,
+        "--checkpoint.every",
+        1,
+        "--evaluate.scripts",
+        2,
+        "--evaluate.videos",
+        0,
+        "--show-every",
+        0,
+        "--data.blocks",
+        9,
+        "--rollout.branches",
+        4,
+    ]
+    return [
+        sys.executable,
+        "-m",
+        "kvpo",
+        "align",
+        "mini",
+        "--pipeline",
+        pipeline,
+        *map(str, options),
+        "--out",
+        str(out),
+        *(["--resume"] if resume else []),
+    ]
 
 
 def run(out: Path, pipeline: str, steps: int, resume: bool, seconds: float | None = None) -> bool:
     """True if the run ended by itself; after ``seconds`` it is killed."""
-    process = subprocess.Popen(command(out, pipeline, steps, resume), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command(out, pipeline, steps, resume), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
     try:
         _, errors = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -66,9 +98,26 @@ def main() -> None:
                 run(out, args.pipeline, args.steps, resume=resumed)
             after = weights(out)
             worst = max(float((whole[name] - after[name]).abs().max()) for name in whole)
-            rows.append({"killed after": share * length, "checkpoints then": before, "resumed": resumed, "ended before": ended, "largest difference": worst})
-            print(f"{i + 1}/{args.times}: killed after {share * length:.1f} s with {before or 'no checkpoint'}: largest difference {worst}", flush=True)
-    record = {"environment": environment(torch.device("cpu")), "steps": args.steps, "seconds": length, "kills": rows, "all equal": all(r["largest difference"] == 0.0 for r in rows)}
+            rows.append(
+                {
+                    "killed after": share * length,
+                    "checkpoints then": before,
+                    "resumed": resumed,
+                    "ended before": ended,
+                    "largest difference": worst,
+                }
+            )
+            print(
+                f"{i + 1}/{args.times}: killed after {share * length:.1f} s with {before or 'no checkpoint'}: largest difference {worst}",
+                flush=True,
+            )
+    record = {
+        "environment": environment(torch.device("cpu")),
+        "steps": args.steps,
+        "seconds": length,
+        "kills": rows,
+        "all equal": all(r["largest difference"] == 0.0 for r in rows),
+    }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(record, indent=1) + "\n")
     print("all equal" if record["all equal"] else "NOT all equal")

@@ -1,8 +1,10 @@
-"""The planner against a measured run: memory that steps of the miniature's recipe add to the run at rest (Linux, CPU).
+"""The planner against a measured run: memory that steps of the miniature's recipe add to the run at
+rest (Linux, CPU).
 
     MALLOC_MMAP_THRESHOLD_=65536 python benchmarks/plan_check.py [--steps 3]
 
-With that variable glibc gives large blocks back at once; without it the same steps leave holes that count as used.
+With that variable glibc gives large blocks back at once; without it the same steps leave holes that
+count as used.
 """
 
 from __future__ import annotations
@@ -17,11 +19,11 @@ from pathlib import Path
 
 from schedule import resident_kib
 
-from kvpo.train import Alignment
-from kvpo.config import load_config, recipe_path
-from kvpo.planning.plan import stages
-from kvpo.planning.costs import costs, sizes_of
 from kvpo.common.progress import Progress
+from kvpo.config import load_config, recipe_path
+from kvpo.planning.costs import costs, sizes_of
+from kvpo.planning.plan import stages
+from kvpo.train import Alignment
 
 
 def planned(config) -> float:
@@ -29,7 +31,10 @@ def planned(config) -> float:
     sizes = sizes_of(config)
     memory = stages(config, sizes, costs(config, sizes))
     at_rest = ("generator", "VAE", "text encoder", "trained copies", "optimizer")
-    return max(sum(v for k, v in parts.items() if k not in at_rest) for parts in memory.values()) / 2**20
+    return (
+        max(sum(v for k, v in parts.items() if k not in at_rest) for parts in memory.values())
+        / 2**20
+    )
 
 
 def measured(config, steps: int) -> list[float]:
@@ -52,9 +57,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     args = parser.parse_args()
     if "MALLOC_MMAP_THRESHOLD_" not in os.environ:
-        raise SystemExit("set MALLOC_MMAP_THRESHOLD_=65536, else holes in the heap are measured with it")
+        raise SystemExit(
+            "set MALLOC_MMAP_THRESHOLD_=65536, else holes in the heap are measured with it"
+        )
     config = replace(load_config(recipe_path("mini")), show_every=0, device="cpu")
-    print(json.dumps({"planned MiB": planned(config), "measured MiB": measured(config, args.steps)}))
+    print(
+        json.dumps({"planned MiB": planned(config), "measured MiB": measured(config, args.steps)})
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The planner's answer for every recipe of a real generator, as docs/plans.md.
 
-    python benchmarks/plans.py > docs/plans.md
+python benchmarks/plans.py > docs/plans.md
 """
 
 from __future__ import annotations
@@ -8,10 +8,17 @@ from __future__ import annotations
 import contextlib
 import io
 
-from kvpo.config import load_config, recipe_path
 from kvpo.commands.plan import Plan
+from kvpo.config import load_config, recipe_path
 
-ON = {"longlive": "h100", "memflow": "h100", "self_forcing": "h100", "causal_forcing": "h100", "longlive_short": "h100", "longlive_24gb": "rtx4090"}
+ON = {
+    "longlive": "h100",
+    "memflow": "h100",
+    "self_forcing": "h100",
+    "causal_forcing": "h100",
+    "longlive_short": "h100",
+    "longlive_24gb": "rtx4090",
+}
 
 HEAD = """# What the recipes cost
 

@@ -1,7 +1,9 @@
-"""What do a recipe's trained rewards have to do with its evaluators, on the branches that training would compare?
+"""What do a recipe's trained rewards have to do with its evaluators, on the branches that training
+would compare?
 
-For many groups of the start weights: Spearman's rank correlation over branches and anchor, of every trained reward with every
-other one, on the global signal; mean over groups and its standard error.  0 = a group's ranking says nothing of the other.
+For many groups of the start weights: Spearman's rank correlation over branches and anchor, of every
+trained reward with every other one, on the global signal; mean over groups and its standard error.
+0 = a group's ranking says nothing of the other.
 
     python benchmarks/reward_signal.py [mini_offline] [--groups 24]
 """
@@ -16,16 +18,19 @@ from pathlib import Path
 
 import torch
 
-from kvpo.train import Alignment
-from kvpo.config import load_config, recipe_path
-from kvpo.method.advantages import spearman
 from kvpo.common.environment import environment
 from kvpo.common.progress import Progress
+from kvpo.config import load_config, recipe_path
+from kvpo.method.advantages import spearman
 from kvpo.rewards.scorer import load_rewards
+from kvpo.train import Alignment
 
 
-def correlations(components: tuple[str, ...], trained: list[str], r_KB: torch.Tensor) -> dict[str, float]:
-    """``trained ~ other`` -> rank correlation in one group over the rows that have both; NaN where one is constant."""
+def correlations(
+    components: tuple[str, ...], trained: list[str], r_KB: torch.Tensor
+) -> dict[str, float]:
+    """``trained ~ other`` -> rank correlation in one group over the rows that have both; NaN
+    where one is constant."""
     rows = dict(zip(components, r_KB))
     pairs = [(a, b) for a in trained for b in components if a != b]
     both = {pair: rows[pair[0]].isfinite() & rows[pair[1]].isfinite() for pair in pairs}
@@ -42,7 +47,9 @@ def main() -> None:
     progress = Progress()
     run = Alignment(config, Path("."), progress)
     trained = [r.spec.name for r in run.rewards]
-    run.rewards = load_rewards([replace(entry, role="train") for entry in config.rewards], run.device)
+    run.rewards = load_rewards(
+        [replace(entry, role="train") for entry in config.rewards], run.device
+    )
     groups = []
     with progress.bar("explore", args.groups) as bar, torch.no_grad():
         for i in range(args.groups):
@@ -54,10 +61,27 @@ def main() -> None:
     for pair in groups[0]:
         x = torch.tensor([g[pair] for g in groups])
         x = x[x.isfinite()]
-        results[pair] = {"mean": float(x.mean()), "error": float(x.std()) / math.sqrt(max(1, len(x))), "groups": len(x)}
-        print(f"{pair:32s} {results[pair]['mean']:+.3f} ({results[pair]['error']:.3f})  {len(x)} groups")
+        results[pair] = {
+            "mean": float(x.mean()),
+            "error": float(x.std()) / math.sqrt(max(1, len(x))),
+            "groups": len(x),
+        }
+        print(
+            f"{pair:32s} {results[pair]['mean']:+.3f} ({results[pair]['error']:.3f})  {len(x)} groups"
+        )
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({"environment": environment(run.device), "recipe": args.recipe, "groups": args.groups, "results": results}, indent=1) + "\n")
+    args.out.write_text(
+        json.dumps(
+            {
+                "environment": environment(run.device),
+                "recipe": args.recipe,
+                "groups": args.groups,
+                "results": results,
+            },
+            indent=1,
+        )
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

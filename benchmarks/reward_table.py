@@ -1,10 +1,13 @@
-"""docs/rewards.md: every shipped reward, and what it can be cheated with, measured on those that run here.
+"""docs/rewards.md: every shipped reward, and what it can be cheated with, measured on those that
+run here.
 
     python benchmarks/reward_table.py --clips FOLDER --write       FOLDER/clips.csv (file, prompt): real videos, for what judges real videos
 
-A reward falls for a flaw where it prefers fewer than three of four good clips to their spoilt copies.  What judges the
-miniature's world is shown its true clips, everything else the real ones (the committed run: the six generated clips of VideoAlign, 320 pixels wide; for niqe, which needs 192 rows, 448).  A reward whose weights or packages are not
-here, or that found nothing in the clips to look at, is called "not measured".
+A reward falls for a flaw where it prefers fewer than three of four good clips to their spoilt
+copies. What judges the miniature's world is shown its true clips, everything else the real ones
+(the committed run: the six generated clips of VideoAlign, 320 pixels wide; for niqe, which needs
+192 rows, 448). A reward whose weights or packages are not here, or that found nothing in the clips
+to look at, is called "not measured".
 """
 
 from __future__ import annotations
@@ -17,11 +20,11 @@ from pathlib import Path
 
 from kvpo.common.files import write_atomic
 from kvpo.common.progress import Progress
+from kvpo.mini.source import story_clips
 from kvpo.rewards.base import RewardSpec, VideoBatch
-from kvpo.rewards.measured import missing_packages
 from kvpo.rewards.calibration import FLAWS, calibrate
 from kvpo.rewards.clips import folder_clips
-from kvpo.mini.source import story_clips
+from kvpo.rewards.measured import missing_packages
 from kvpo.rewards.registry import SHIPPED, RewardEntry, find
 from kvpo.rewards.scorer import load_rewards
 
@@ -29,7 +32,15 @@ OUT = Path("docs/rewards.md")
 RESULTS = Path("benchmarks/results/rewards.json")
 SEEN = 0.75
 """Share of good clips preferred from which on a flaw counts as seen."""
-OF_THE_WORLD = ("world_vq", "world_mq", "world_ta", "world_facts", "attributes", "identity", "flow_motion")
+OF_THE_WORLD = (
+    "world_vq",
+    "world_mq",
+    "world_ta",
+    "world_facts",
+    "attributes",
+    "identity",
+    "flow_motion",
+)
 
 
 @dataclass
@@ -49,17 +60,37 @@ class Row:
 
 def measured(row: Row, batches: list[VideoBatch]) -> None:
     (scorer,) = load_rewards([RewardEntry(row.name)], "cpu")
-    usable = [flaw for flaw in FLAWS if flaw != "wrong_caption" or (row.spec.needs_prompt and sum(map(len, batches)) > 1)]
+    usable = [
+        flaw
+        for flaw in FLAWS
+        if flaw != "wrong_caption" or (row.spec.needs_prompt and sum(map(len, batches)) > 1)
+    ]
     table = calibrate([scorer], batches, {scorer.spec.name: 1.0}, flaws=usable)
-    if any(math.isfinite(verdicts["all"].margin) for verdicts in table.values()):  # none of the clips may have what it looks at: text, for one
-        row.won, row.clips = {flaw: verdicts["all"].won for flaw, verdicts in table.items()}, sum(map(len, batches))
+    if any(
+        math.isfinite(verdicts["all"].margin) for verdicts in table.values()
+    ):  # none of the clips may have what it looks at: text, for one
+        row.won, row.clips = (
+            {flaw: verdicts["all"].won for flaw, verdicts in table.items()},
+            sum(map(len, batches)),
+        )
 
 
 def page(rows: list[Row]) -> str:
-    lines = ["| reward | looks at | falls for | licence | memory | needs |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| reward | looks at | falls for | licence | memory | needs |",
+        "|---|---|---|---|---|---|",
+    ]
     for r in rows:
-        needs = f"`kvpo[{r.spec.extra}]`" if r.spec.packages else "its weights" if r.spec.memory_gb else "nothing"
-        lines.append(f"| `{r.name}` | {r.spec.looks_at} | {r.falls_for} | {r.spec.licence} | {f'{r.spec.memory_gb:g} GiB' if r.spec.memory_gb else 'hardly any'} | {needs} |")
+        needs = (
+            f"`kvpo[{r.spec.extra}]`"
+            if r.spec.packages
+            else "its weights"
+            if r.spec.memory_gb
+            else "nothing"
+        )
+        lines.append(
+            f"| `{r.name}` | {r.spec.looks_at} | {r.falls_for} | {r.spec.licence} | {f'{r.spec.memory_gb:g} GiB' if r.spec.memory_gb else 'hardly any'} | {needs} |"
+        )
     return HEAD + "\n".join(lines) + "\n" + FOOT
 
 
@@ -77,7 +108,9 @@ Rewards in an environment of their own: [isolated_rewards.md](isolated_rewards.m
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--clips", type=Path, help="folder of real videos with clips.csv")
     parser.add_argument("--count", type=int, default=16, help="true clips of the miniature")
     parser.add_argument("--only", nargs="*", default=[])
@@ -88,13 +121,21 @@ def main() -> None:
     with Progress().bar("rewards", len(rows)) as bar:
         for row in rows:
             batches = story_clips(args.count) if row.name in OF_THE_WORLD else real
-            if batches and not missing_packages(row.spec) and (not row.spec.memory_gb or row.spec.extra == "offline"):
+            if (
+                batches
+                and not missing_packages(row.spec)
+                and (not row.spec.memory_gb or row.spec.extra == "offline")
+            ):
                 measured(row, batches)
             bar.advance(row.name)
     print(page(rows))
     if args.write:
         write_atomic(OUT, page(rows))
-        write_atomic(RESULTS, json.dumps({row.name: {"clips": row.clips, "won": row.won} for row in rows}, indent=1) + "\n")
+        write_atomic(
+            RESULTS,
+            json.dumps({row.name: {"clips": row.clips, "won": row.won} for row in rows}, indent=1)
+            + "\n",
+        )
 
 
 if __name__ == "__main__":

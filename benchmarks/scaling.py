@@ -1,7 +1,8 @@
-"""What more ranks cost: 1, 2 and 4 on this machine's cores with fixed work per rank, and a model of nodes of eight cards.
+"""What more ranks cost: 1, 2 and 4 on this machine's cores with fixed work per rank, and a model of
+nodes of eight cards.
 
-    python benchmarks/scaling.py --measure     # writes benchmarks/results/scaling.json
-    python benchmarks/scaling.py > docs/scaling.md
+python benchmarks/scaling.py --measure     # writes benchmarks/results/scaling.json
+python benchmarks/scaling.py > docs/scaling.md
 """
 
 from __future__ import annotations
@@ -14,31 +15,33 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Sequence
 
 import torch
 
-from kvpo.train import Alignment
-from kvpo.config import RunConfig, load_config, recipe_path
-from kvpo.distributed.ranks import Ranks, leave
-from kvpo.distributed.process_end import end_by
 from kvpo.common.environment import environment
-from kvpo.method.routing import KVRouting
 from kvpo.common.files import write_atomic
-from kvpo.planning.plan import CARDS, UTILISATION, work
-from kvpo.planning.amounts import amounts
-from kvpo.planning.costs import Costs, Sizes, costs, sizes_of
 from kvpo.common.progress import Progress
 from kvpo.common.rng import stream
+from kvpo.config import RunConfig, load_config, recipe_path
+from kvpo.distributed.process_end import end_by
+from kvpo.distributed.ranks import Ranks, leave
+from kvpo.method.routing import KVRouting
+from kvpo.planning.amounts import amounts
+from kvpo.planning.costs import Costs, Sizes, costs, sizes_of
+from kvpo.planning.plan import CARDS, UTILISATION, work
+from kvpo.train import Alignment
 
 RESULTS = Path("benchmarks/results/scaling.json")
 CARDS_A_NODE, NVLINK = 8, 450e9
 LINKS = {"8 x 400 Gb/s": 400e9, "200 Gb/s": 25e9, "10 Gb/s": 1.25e9}
-"""Bytes a second out of a node, as stated: a card of NDR InfiniBand for every GPU, one of HDR for all, Ethernet."""
+"""Bytes a second out of a node, as stated: a card of NDR InfiniBand for every GPU, one of HDR
+for all, Ethernet."""
 MEMORY, UPDATE_BYTES = 3.35e12, 60
-"""An H100's bytes a second; bytes that AdamW, the EMA and the copies move for each trained number."""
+"""An H100's bytes a second; bytes that AdamW, the EMA and the copies move for each trained
+number."""
 
 
 # --- Measured ---
@@ -46,20 +49,25 @@ MEMORY, UPDATE_BYTES = 3.35e12, 60
 
 @dataclass(frozen=True)
 class Timed(Ranks):
-    """Ranks that write down what every message took and sent: of a step the errors, where all wait for the slowest; the metrics; the gradients."""
+    """Ranks that write down what every message took and sent: of a step the errors, where all
+    wait for the slowest; the metrics; the gradients."""
 
     messages: list[tuple[float, int]] = field(default_factory=list)
 
     def gather(self, value):
         begun = time.perf_counter()
         found = super().gather(value)
-        self.messages.append((time.perf_counter() - begun, (self.world - 1) * len(pickle.dumps(value))))
+        self.messages.append(
+            (time.perf_counter() - begun, (self.world - 1) * len(pickle.dumps(value)))
+        )
         return found
 
     def add_gradients(self, parameters):
         begun = time.perf_counter()
         super().add_gradients(parameters)
-        sent = 2 * (self.world - 1) / self.world * 4 * (1 + sum(p.numel() for p in parameters))  # a ring, each of its two rounds
+        sent = (
+            2 * (self.world - 1) / self.world * 4 * (1 + sum(p.numel() for p in parameters))
+        )  # a ring, each of its two rounds
         self.messages.append((time.perf_counter() - begun, int(sent)))
 
 
@@ -73,12 +81,16 @@ def worker(config: RunConfig, steps: int, out: Path) -> None:
         cpu, begun = time.process_time(), time.perf_counter()
         run.step(step)
         names = ("waiting", "metrics", "gradients")
-        seconds = {"step": time.perf_counter() - begun, "cpu": time.process_time() - cpu} | {n: s for n, (s, _) in zip(names, ranks.messages)}
+        seconds = {"step": time.perf_counter() - begun, "cpu": time.process_time() - cpu} | {
+            n: s for n, (s, _) in zip(names, ranks.messages)
+        }
         rows.append(seconds | {"sent": sum(b for _, b in ranks.messages)})
     everyone = ranks.gather(rows[1:])
     if ranks.first:
         flat = [row for rows in everyone for row in rows]
-        write_atomic(out, json.dumps({name: sum(r[name] for r in flat) / len(flat) for name in flat[0]}))
+        write_atomic(
+            out, json.dumps({name: sum(r[name] for r in flat) / len(flat) for name in flat[0]})
+        )
     leave()
 
 
@@ -86,8 +98,25 @@ def measure(recipe: str, pipeline: str, world: int, steps: int) -> dict[str, flo
     """Means over ranks and steps, seconds and bytes."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", __file__, "--worker", str(out), "--recipe", recipe, "--steps", str(steps)]
-        subprocess.run([*command, *(["--pipeline", pipeline] if pipeline else [])], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={world}",
+            __file__,
+            "--worker",
+            str(out),
+            "--recipe",
+            recipe,
+            "--steps",
+            str(steps),
+        ]
+        subprocess.run(
+            [*command, *(["--pipeline", pipeline] if pipeline else [])],
+            check=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
         return json.loads(out.read_text())
 
 
@@ -108,18 +137,27 @@ def group_seconds(config: RunConfig, sizes: Sizes, found: Costs) -> list[float]:
     """Of a group on one H100, for every fork that can be drawn; without rewards."""
     forks = config.exploring.eligible_forks(config.data.blocks, sizes.geometry)
     every = [replace(config, kv_routing=OneFork(**vars(config.kv_routing), fork=f)) for f in forks]
-    return [sum(work(c, sizes, found, amounts(c, sizes.geometry)).values()) / (CARDS["h100"][0] * 1e12 * UTILISATION) for c in every]
+    return [
+        sum(work(c, sizes, found, amounts(c, sizes.geometry)).values())
+        / (CARDS["h100"][0] * 1e12 * UTILISATION)
+        for c in every
+    ]
 
 
 def slowest(seconds: Sequence[float], ranks: int, groups: int = 1, draws: int = 4000) -> float:
     """Mean over steps of the longest rank's mean group, each group with its own fork."""
-    picked = torch.randint(len(seconds), (draws, ranks, groups), generator=stream(0, "scaling", ranks, groups))
+    picked = torch.randint(
+        len(seconds), (draws, ranks, groups), generator=stream(0, "scaling", ranks, groups)
+    )
     return float(torch.tensor(seconds)[picked].mean(2).amax(1).mean())
 
 
 def messages(numbers: int, nodes: int, link: float) -> float:
     """Seconds of the gradients' sum: rings within a node, and between nodes."""
-    share = lambda n: 2 * (n - 1) / n  # noqa: E731
+
+    def share(n):
+        return 2 * (n - 1) / n
+
     return 4 * numbers * (share(CARDS_A_NODE) / NVLINK + share(nodes) / link)
 
 
@@ -131,8 +169,22 @@ def modelled() -> list[dict]:
             sizes = sizes_of(config, size)
             found = costs(config, sizes)
             seconds = group_seconds(config, sizes, found)
-            rows += [{"size": size, "train": train, "numbers": found.trainable, "mean": sum(seconds) / len(seconds), "nodes": n, "slowest": slowest(seconds, n * CARDS_A_NODE), "of four": slowest(seconds, n * CARDS_A_NODE, 4),
-                      "update": UPDATE_BYTES * found.trainable / MEMORY, "messages": {name: messages(found.trainable, n, rate) for name, rate in LINKS.items()}} for n in (1, 2, 4, 8, 16)]  # fmt: skip
+            rows += [
+                {
+                    "size": size,
+                    "train": train,
+                    "numbers": found.trainable,
+                    "mean": sum(seconds) / len(seconds),
+                    "nodes": n,
+                    "slowest": slowest(seconds, n * CARDS_A_NODE),
+                    "of four": slowest(seconds, n * CARDS_A_NODE, 4),
+                    "update": UPDATE_BYTES * found.trainable / MEMORY,
+                    "messages": {
+                        name: messages(found.trainable, n, rate) for name, rate in LINKS.items()
+                    },
+                }
+                for n in (1, 2, 4, 8, 16)
+            ]
     return rows
 
 
@@ -171,19 +223,39 @@ halve that wait on one node and take a third off it on sixteen; the price is lar
 
 def page(result: dict) -> str:
     facts = result["environment"]
-    lines = [HEAD.format(recipe=result["recipe"], hardware=facts["hardware"].rpartition(",")[0], cores=result["cores"], steps=result["steps"])]
-    lines += [f"| {n} | {r['step']:.2f} | {r['cpu']:.2f} | {r['waiting']:.3f} | {r['metrics']:.4f} | {r['gradients']:.4f} | {r['sent'] / 1e6:.2f} |" for n, r in result["ranks"].items()]
+    lines = [
+        HEAD.format(
+            recipe=result["recipe"],
+            hardware=facts["hardware"].rpartition(",")[0],
+            cores=result["cores"],
+            steps=result["steps"],
+        )
+    ]
+    lines += [
+        f"| {n} | {r['step']:.2f} | {r['cpu']:.2f} | {r['waiting']:.3f} | {r['metrics']:.4f} | {r['gradients']:.4f} | {r['sent'] / 1e6:.2f} |"
+        for n, r in result["ranks"].items()
+    ]
     lines.append(MODEL.format(utilisation=UTILISATION, bytes=UPDATE_BYTES, links=" / ".join(LINKS)))
     for r in modelled():
         efficiency = [r["mean"] / (r["slowest"] + r["update"] + m) for m in r["messages"].values()]
-        sent = " / ".join(f"{m:.3g}" for m in r["messages"].values()) if r["nodes"] > 1 else f"{min(r['messages'].values()):.3g}"
-        reached = " / ".join(f"{e:.0%}" for e in efficiency) if r["nodes"] > 1 else f"{efficiency[0]:.0%}"
-        lines.append(f"| {r['size'].upper()} | {r['train']}, {r['numbers'] / 1e9:.2f} G | {r['nodes']} | {r['mean']:.0f} | {r['slowest']:.0f} | {r['of four']:.0f} | {r['update']:.2g} | {sent} | {reached} |")
+        sent = (
+            " / ".join(f"{m:.3g}" for m in r["messages"].values())
+            if r["nodes"] > 1
+            else f"{min(r['messages'].values()):.3g}"
+        )
+        reached = (
+            " / ".join(f"{e:.0%}" for e in efficiency) if r["nodes"] > 1 else f"{efficiency[0]:.0%}"
+        )
+        lines.append(
+            f"| {r['size'].upper()} | {r['train']}, {r['numbers'] / 1e9:.2f} G | {r['nodes']} | {r['mean']:.0f} | {r['slowest']:.0f} | {r['of four']:.0f} | {r['update']:.2g} | {sent} | {reached} |"
+        )
     return "\n".join([*lines, TAIL])
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--measure", action="store_true")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--recipe", default="mini")
@@ -192,12 +264,25 @@ def main() -> int:
     args = parser.parse_args()
     config = load_config(recipe_path(args.recipe))
     small = {"data": replace(config.data, blocks=9), "rollout": replace(config.rollout, branches=4)}
-    config = replace(config, groups=2 * int(os.environ.get("WORLD_SIZE", "1")), show_every=0, device="cpu", pipeline=args.pipeline or config.pipeline, **small)
+    config = replace(
+        config,
+        groups=2 * int(os.environ.get("WORLD_SIZE", "1")),
+        show_every=0,
+        device="cpu",
+        pipeline=args.pipeline or config.pipeline,
+        **small,
+    )
     if args.worker:
         worker(config, args.steps, args.worker)
     elif args.measure:
         ranks = {str(n): measure(args.recipe, args.pipeline, n, args.steps) for n in (1, 2, 4)}
-        result = {"environment": environment(torch.device("cpu")), "recipe": args.recipe, "cores": len(os.sched_getaffinity(0)), "steps": args.steps, "ranks": ranks}
+        result = {
+            "environment": environment(torch.device("cpu")),
+            "recipe": args.recipe,
+            "cores": len(os.sched_getaffinity(0)),
+            "steps": args.steps,
+            "ranks": ranks,
+        }
         write_atomic(RESULTS, json.dumps(result, indent=1) + "\n")
     else:
         print(page(json.loads(RESULTS.read_text())))

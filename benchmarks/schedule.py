@@ -1,5 +1,6 @@
-"""One KVPO step in two schedules: ours (branches, blocks and steps in one batch over one shared cache) and the one-by-one
-schedule of the paper's public code (batch 1, every branch alone, three replays).  Same weights, same numbers, both timed here.
+"""One KVPO step in two schedules: ours (branches, blocks and steps in one batch over one shared
+cache) and the one-by-one schedule of the paper's public code (batch 1, every branch alone, three
+replays). Same weights, same numbers, both timed here.
 
     python benchmarks/schedule.py [--pipeline FOLDER] [--repeats 3]
 """
@@ -18,21 +19,20 @@ from pathlib import Path
 
 import torch
 
-from kvpo.train import Alignment
-from kvpo.config import load_config, recipe_path
-from kvpo.generators.sampler import NamedNoise
 from kvpo.common.environment import environment
-from kvpo.method.routing import KVRouting
+from kvpo.common.progress import Progress
+from kvpo.common.rng import stream
+from kvpo.common.timing import Phases
+from kvpo.config import load_config, recipe_path
 from kvpo.generators.history import Routed
 from kvpo.generators.pipeline import Geometry
-from kvpo.common.progress import Progress
+from kvpo.generators.sampler import NamedNoise
 from kvpo.method.replay import CONTEXTS, Replay
-from kvpo.planning.amounts import longest
-from kvpo.method.rollout import generate_prefixes
-from kvpo.method.rollout import PlannedNoise, branch_out, roll_out
-from kvpo.common.rng import stream
+from kvpo.method.rollout import PlannedNoise, branch_out, generate_prefixes, roll_out
+from kvpo.method.routing import KVRouting
 from kvpo.method.score import ScoreConfig, horizon
-from kvpo.common.timing import Phases
+from kvpo.planning.amounts import longest
+from kvpo.train import Alignment
 from kvpo.types import BranchPlan, Rollout, Script, Trajectory, Window
 
 EXPLORER = KVRouting()
@@ -40,36 +40,73 @@ EXPLORER = KVRouting()
 
 
 def one_by_one(run: Alignment, script, embeddings, fork: int, name, phases: Phases) -> Rollout:
-    """The same rollout, branch after branch with batch 1; the prefix is generated once, as there."""
+    """The same rollout, branch after branch with batch 1; the prefix is generated once, as
+    there."""
     g, seed, explorer = run.pipeline.geometry, run.config.seed, run.config.exploring
     window = Window(fork, explorer.window_blocks)
     noise = NamedNoise(run.pipeline.latent_shape(g.block), seed, (*name, "noise"))
     with phases("prefix"):
-        (prefix,), _ = generate_prefixes(run.pipeline, run.sampler, [script], embeddings, [noise], [window.fork], run.config.rollout.cache_frames, [()])
-    plans = explorer.plan(window, g, run.config.rollout.branches, stream(seed, *name, "plan"), prefix.cache.resident)
+        (prefix,), _ = generate_prefixes(
+            run.pipeline,
+            run.sampler,
+            [script],
+            embeddings,
+            [noise],
+            [window.fork],
+            run.config.rollout.cache_frames,
+            [()],
+        )
+    plans = explorer.plan(
+        window, g, run.config.rollout.branches, stream(seed, *name, "plan"), prefix.cache.resident
+    )
     plans = (*plans, BranchPlan())
     inputs, velocities, cleans, latents = [], [], [], []
     with phases("branches"):
         for plan in plans:
-            branch = branch_out(run.pipeline, prefix, (plan,), PlannedNoise(noise, (plan,), window), window)
+            branch = branch_out(
+                run.pipeline, prefix, (plan,), PlannedNoise(noise, (plan,), window), window
+            )
             steps, history = [], Routed(g.history, (plan,), window, g.block)
             for _ in range(window.fork, window.stop):
-                branch.advance(history, lambda i, x, v: steps.append((x, v)))  # noqa: B023
+                branch.advance(history, lambda i, x, v: steps.append((x, v)))  # noqa: B023, called at once
             for _ in range(window.stop, script.blocks):
                 branch.advance()
             after = branch.blocks[window.fork :]
-            z, u = (torch.stack(x, dim=1).unflatten(1, (window.blocks, len(g.sigmas))) for x in zip(*steps))
+            z, u = (
+                torch.stack(x, dim=1).unflatten(1, (window.blocks, len(g.sigmas)))
+                for x in zip(*steps)
+            )
             inputs, velocities = [*inputs, z], [*velocities, u]
-            cleans, latents = [*cleans, torch.stack(after[: window.blocks], dim=1)], [*latents, torch.cat(after, dim=1)]
+            cleans, latents = (
+                [*cleans, torch.stack(after[: window.blocks], dim=1)],
+                [*latents, torch.cat(after, dim=1)],
+            )
     trajectory = Trajectory(torch.cat(inputs), torch.cat(velocities), torch.cat(cleans))
-    return Rollout(script, window, plans, trajectory, torch.cat(prefix.blocks, dim=1)[0], torch.cat(latents), prefix.cache)
+    return Rollout(
+        script,
+        window,
+        plans,
+        trajectory,
+        torch.cat(prefix.blocks, dim=1)[0],
+        torch.cat(latents),
+        prefix.cache,
+    )
 
 
 def energies_one_by_one(run: Alignment, rollout: Rollout, embeddings) -> torch.Tensor:
-    """Every branch alone, every velocity alone; the graph of all is kept where gradients are enabled."""
+    """Every branch alone, every velocity alone; the graph of all is kept where gradients are
+    enabled."""
     energies = []
     for g in range(rollout.num_branches):
-        replay = Replay(run.pipeline, rollout, embeddings, CONTEXTS[run.config.context], run.config.energy, rows=[g], rows_per_pass=1)
+        replay = Replay(
+            run.pipeline,
+            rollout,
+            embeddings,
+            CONTEXTS[run.config.context],
+            run.config.energy,
+            rows=[g],
+            rows_per_pass=1,
+        )
         energies.append(torch.stack([share.sum() for _, share in replay.passes()]).sum())
     return torch.stack(energies)
 
@@ -82,7 +119,8 @@ def gradient(run: Alignment, energy_G: torch.Tensor, A_G: torch.Tensor) -> None:
 
 
 def measure(run: Alignment, batched: bool) -> dict:
-    """Rollout, old, initial and current replay, gradient; no rewards, which are the same work in both."""
+    """Rollout, old, initial and current replay, gradient; no rewards, which are the same work in
+    both."""
     script, name = run.source.script(0, 0), ("benchmark",)
     embeddings, phases, model = run.embed(script), Phases(), run.pipeline.generator
     forks = run.config.exploring.eligible_forks(script.blocks, run.pipeline.geometry)
@@ -90,14 +128,31 @@ def measure(run: Alignment, batched: bool) -> dict:
     run.updater.optimizer.zero_grad(set_to_none=True)
     calls, started = model.calls, time.perf_counter()
     if batched:
-        rollout = roll_out(run.pipeline, run.sampler, run.config.exploring, run.config.rollout, script, embeddings, run.config.seed, name, phases, fork)
+        rollout = roll_out(
+            run.pipeline,
+            run.sampler,
+            run.config.exploring,
+            run.config.rollout,
+            script,
+            embeddings,
+            run.config.seed,
+            name,
+            phases,
+            fork,
+        )
         A_G = torch.linspace(-1.0, 1.0, rollout.num_branches, dtype=torch.float64)
-        replay = Replay(run.pipeline, rollout, embeddings, CONTEXTS[run.config.context], run.config.energy)
+        replay = Replay(
+            run.pipeline, rollout, embeddings, CONTEXTS[run.config.context], run.config.energy
+        )
         with phases("replay_old"):
-            reference = replay.energies()  # of the initial policy; the behaviour policy's are the detached current ones
+            reference = (
+                replay.energies()
+            )  # of the initial policy; the behaviour policy's are the detached current ones
         with phases("replay_grad"):
             shares = list(replay.passes())
-            energy_G = torch.zeros(rollout.num_branches, dtype=torch.float64).index_add(0, torch.cat([b for b, _ in shares]), torch.cat([s for _, s in shares]))
+            energy_G = torch.zeros(rollout.num_branches, dtype=torch.float64).index_add(
+                0, torch.cat([b for b, _ in shares]), torch.cat([s for _, s in shares])
+            )
             gradient(run, energy_G, A_G)
     else:
         rollout = one_by_one(run, script, embeddings, fork, name, phases)
@@ -110,17 +165,35 @@ def measure(run: Alignment, batched: bool) -> dict:
             gradient(run, energy_G, A_G)
     total = time.perf_counter() - started
     grads = torch.cat([p.grad.flatten() for p in run.policy.parameters])
-    return {"rollout": rollout, "energy": energy_G.detach(), "reference": reference, "gradient": grads, "calls": model.calls - calls, "seconds": phases.take() | {"time/total": total}}
+    return {
+        "rollout": rollout,
+        "energy": energy_G.detach(),
+        "reference": reference,
+        "gradient": grads,
+        "calls": model.calls - calls,
+        "seconds": phases.take() | {"time/total": total},
+    }
 
 
 def peak_mib(pipeline: str, batched: bool) -> float:
-    """Most memory of one schedule above what the loaded run holds, MiB: in a process of its own, that neither schedule's leftovers count."""
-    command = [sys.executable, __file__, "--pipeline", pipeline, "--peak", "batched" if batched else "one-by-one"]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    """Most memory of one schedule above what the loaded run holds, MiB: in a process of its own,
+    that neither schedule's leftovers count."""
+    command = [
+        sys.executable,
+        __file__,
+        "--pipeline",
+        pipeline,
+        "--peak",
+        "batched" if batched else "one-by-one",
+    ]
+    return float(
+        subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]
+    )
 
 
 def print_peak(run: Alignment, batched: bool) -> None:
-    """Of the device, or resident (Linux keeps a process's peak in VmHWM, and forgets it when asked)."""
+    """Of the device, or resident (Linux keeps a process's peak in VmHWM, and forgets it when
+    asked)."""
     run.embed(run.source.script(0, 0))
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -135,24 +208,38 @@ def print_peak(run: Alignment, batched: bool) -> None:
 
 
 def resident_kib(field: str) -> int:
-    return int(next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)))
+    return int(
+        next(
+            line.split()[1]
+            for line in Path("/proc/self/status").read_text().splitlines()
+            if line.startswith(field)
+        )
+    )
 
 
 PAPER = Script("paper", ("a", "b", "c", "d"), (0, 13, 25, 37), 49)
 """147 latent frames, prompts switching at frames 39, 75 and 111."""
-PAPER_GEOMETRY = Geometry(block=3, sink=3, window=12, latent_height=60, latent_width=104, fps=16, text_length=512)
+PAPER_GEOMETRY = Geometry(
+    block=3, sink=3, window=12, latent_height=60, latent_width=104, fps=16, text_length=512
+)
 PAPER_FORKS = (7, 8, 13, 14, 19, 20, 25, 26, 31, 32, 37, 38)
 """Blocks that the paper's code forks at."""
 
 
 def counted(fork: int, P: int = 5, S: int = 4) -> dict[str, int]:
-    """Calls of our schedule for one group of the paper's shape, its window inside one segment; the number of branches does not matter."""
+    """Calls of our schedule for one group of the paper's shape, its window inside one segment;
+    the number of branches does not matter."""
     end = horizon(PAPER, Window(fork, P), PAPER_GEOMETRY, ScoreConfig())
-    return {"prefix": (S + 1) * fork, "branches and anchor": (S + 1) * (end - fork), "replays": 2 * (P - 1 + 1)}
+    return {
+        "prefix": (S + 1) * fork,
+        "branches and anchor": (S + 1) * (end - fork),
+        "replays": 2 * (P - 1 + 1),
+    }
 
 
 def mean_calls(prefixes: int) -> float:
-    """Of one group, on average over its fork, where the prefixes of so many groups are generated side by side (`rollout.prefixes`)."""
+    """Of one group, on average over its fork, where the prefixes of so many groups are generated
+    side by side (`rollout.prefixes`)."""
     alone = [counted(fork) for fork in PAPER_FORKS]
     beside = sum(c["branches and anchor"] + c["replays"] for c in alone) / len(alone)
     return longest([c["prefix"] for c in alone], prefixes) / prefixes + beside
@@ -162,7 +249,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pipeline", default="mini")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--peak", choices=("batched", "one-by-one"), help="only print how much memory this schedule adds, MiB")
+    parser.add_argument(
+        "--peak",
+        choices=("batched", "one-by-one"),
+        help="only print how much memory this schedule adds, MiB",
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/schedule.json"))
     args = parser.parse_args()
     config = replace(load_config(recipe_path("mini")), pipeline=args.pipeline, kv_routing=EXPLORER)
@@ -175,8 +266,12 @@ def main() -> None:
         runs[True].append(ours), runs[False].append(theirs)
     differences = {
         "latents": float((ours["rollout"].latents - theirs["rollout"].latents).abs().max()),
-        "energy, relative": float(((ours["energy"] - theirs["energy"]) / ours["energy"]).abs().max()),
-        "gradient, relative": float((ours["gradient"] - theirs["gradient"]).norm() / ours["gradient"].norm()),
+        "energy, relative": float(
+            ((ours["energy"] - theirs["energy"]) / ours["energy"]).abs().max()
+        ),
+        "gradient, relative": float(
+            (ours["gradient"] - theirs["gradient"]).norm() / ours["gradient"].norm()
+        ),
     }
 
     def median(batched: bool, phase: str) -> float:
@@ -189,12 +284,26 @@ def main() -> None:
         "fork": ours["rollout"].window.fork,
         "blocks": ours["rollout"].script.blocks,
         "calls": {"batched": ours["calls"], "one by one": theirs["calls"]},
-        "seconds": {p.removeprefix("time/"): {"batched": median(True, p), "one by one": median(False, p)} for p in phases},
-        "peak memory above the loaded run, MiB": {"batched": peak_mib(args.pipeline, True), "one by one": peak_mib(args.pipeline, False)},
-        "speedup": {"whole step": median(False, "time/total") / median(True, "time/total"), "replays": replays[1] / replays[0]},
+        "seconds": {
+            p.removeprefix("time/"): {"batched": median(True, p), "one by one": median(False, p)}
+            for p in phases
+        },
+        "peak memory above the loaded run, MiB": {
+            "batched": peak_mib(args.pipeline, True),
+            "one by one": peak_mib(args.pipeline, False),
+        },
+        "speedup": {
+            "whole step": median(False, "time/total") / median(True, "time/total"),
+            "replays": replays[1] / replays[0],
+        },
         "largest difference": differences,
-        "paper's shape": {f"fork {fork}": counted(fork) | {"total": sum(counted(fork).values())} for fork in (7, 8, 19, 38)},
-        "paper's shape, mean calls of a group by prefixes side by side": {n: mean_calls(n) for n in (1, 2, 4, 8)},
+        "paper's shape": {
+            f"fork {fork}": counted(fork) | {"total": sum(counted(fork).values())}
+            for fork in (7, 8, 19, 38)
+        },
+        "paper's shape, mean calls of a group by prefixes side by side": {
+            n: mean_calls(n) for n in (1, 2, 4, 8)
+        },
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -39,17 +39,17 @@ _HOMES = {
 """Public name -> the module that defines it."""
 
 __all__ = [
-    "align",
-    "load",
-    "generate",
-    "evaluate",
-    "explore",
-    "RunConfig",
-    "Script",
     "Reward",
     "RewardSpec",
+    "RunConfig",
+    "Script",
     "VideoBatch",
     "__version__",
+    "align",
+    "evaluate",
+    "explore",
+    "generate",
+    "load",
 ]
 
 

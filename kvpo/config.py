@@ -1,38 +1,38 @@
-"""A run's settings: strict, one default per knob at its definition, illegal pairs refused when it is read.
+"""A run's settings: strict, one default per knob at its definition, illegal pairs refused when it
+is read.
 
-Recipes are YAML files of the same shape.  Precedence: defaults here and in the parts < recipe < command line.
+Recipes are YAML files of the same shape. Precedence: defaults here and in the parts < recipe <
+command line.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Mapping, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from kvpo.common.metrics import MOST_INNER
+from kvpo.evaluation.evaluate import EvaluateConfig
+from kvpo.evaluation.sentinels import SentinelConfig
 from kvpo.method.advantages import Advantages, UnsafePolicy
 from kvpo.method.agreement import AgreementConfig
-from kvpo.policy.checkpoint import CheckpointConfig
-from kvpo.evaluation.evaluate import EvaluateConfig
-from kvpo.method.explorers import Explorer
-from kvpo.method.routing import KVRouting
-from kvpo.method.explorers import StartNoise
+from kvpo.method.energies import DenoisedEnergy, Surrogate, Temperature, VelocityEnergy
+from kvpo.method.explorers import Explorer, StartNoise
 from kvpo.method.loss import ClippedObjective
-from kvpo.common.metrics import MOST_INNER
-from kvpo.policy.policy import PolicyConfig
-from kvpo.rewards.registry import RewardEntry
 from kvpo.method.rollout import RolloutConfig
+from kvpo.method.routing import KVRouting
 from kvpo.method.score import ScoreConfig
-from kvpo.evaluation.sentinels import SentinelConfig
-from kvpo.method.energies import Surrogate, Temperature
-from kvpo.method.energies import DenoisedEnergy
-from kvpo.method.energies import VelocityEnergy
 from kvpo.method.update import OptimizerConfig
 from kvpo.method.velocity_penalty import VelocityPenalty
+from kvpo.policy.checkpoint import CheckpointConfig
+from kvpo.policy.policy import PolicyConfig
+from kvpo.rewards.registry import RewardEntry
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -46,10 +46,12 @@ class DataConfig:
     blocks: int = 13
     """Length of a video, blocks (of 3 latent frames)."""
     segments: int | None = None
-    """Prompts of every script that is trained on: of a prompt file's scripts the first so many (None: all); of the miniature's stories exactly so many (None: drawn,
-    1 to 4, as in the stories of evaluations)."""
+    """Prompts of every script that is trained on: of a prompt file's scripts the first so many
+    (None: all); of the miniature's stories exactly so many (None: drawn, 1 to 4, as in the
+    stories of evaluations)."""
     switches: tuple[int, ...] = ()
-    """Blocks at which the second, third, ... prompt of a prompt file's script takes over; empty: evenly spread (prompt files only)."""
+    """Blocks at which the second, third, ... prompt of a prompt file's script takes over; empty:
+    evenly spread (prompt files only)."""
     memory: float = 0.0
     """Share of stories that only the past can resolve (`mini` only)."""
 
@@ -63,49 +65,68 @@ class RunConfig:
     device: str = "auto"
     """`cpu`, `cuda`, or `auto`: a GPU if there is one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the generator's and the text encoder's large matrices and of the KV cache; what is trained is float32 in any case."""
+    """Precision of the generator's and the text encoder's large matrices and of the KV cache;
+    what is trained is float32 in any case."""
     vae_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision in which videos are decoded; trained and evaluated weights are always decoded alike."""
+    """Precision in which videos are decoded; trained and evaluated weights are always decoded
+    alike."""
     seed: int = 0
     """Names all random streams of the run: scripts, forks, plans, noise, adapter."""
     steps: int = 60
-    """Steps: groups are rolled out and scored, then ``inner_updates`` optimizer updates are made on them."""
+    """Steps: groups are rolled out and scored, then ``inner_updates`` optimizer updates are made
+    on them."""
     groups: int = 2
-    """Groups (a script, a fork, its branches) of each step; the update takes the mean of their gradients."""
+    """Groups (a script, a fork, its branches) of each step; the update takes the mean of their
+    gradients."""
     inner_updates: int = 1
-    """Optimizer updates on the groups of one step; the behaviour policy stays at the weights that rolled them out, so from the second on ratios leave 1 and the
-    clip acts.  Each costs a replay with gradient.  More than one keeps every group of a rank, its past's cache and trajectories, until the last."""
+    """Optimizer updates on the groups of one step; the behaviour policy stays at the weights
+    that rolled them out, so from the second on ratios leave 1 and the clip acts. Each costs a
+    replay with gradient. More than one keeps every group of a rank, its past's cache and
+    trajectories, until the last."""
     branch_parallel: int = 1
-    """Processes that share one group, each with some of its branches: for a group that does not fit one card, or for fewer groups than cards."""
+    """Processes that share one group, each with some of its branches: for a group that does not
+    fit one card, or for fewer groups than cards."""
     sampler: Literal["renoise", "ode"] = "renoise"
-    """How a denoise step leads to the next: fresh noise on the predicted clean latents, or Euler along the velocity."""
+    """How a denoise step leads to the next: fresh noise on the predicted clean latents, or Euler
+    along the velocity."""
     explorer: Literal["kv_routing", "start_noise"] = "kv_routing"
     """Where branch diversity comes from; the section of that name holds its settings."""
     surrogate: Literal["velocity_energy", "denoised_energy"] = "velocity_energy"
     """The energy that says how likely a branch is; likewise."""
     context: Literal["branch", "anchor", "self"] = "branch"
-    """What later blocks of the window read in replay: the branch's clean latents, the anchor's, or the policy's own prediction."""
+    """What later blocks of the window read in replay: the branch's clean latents, the anchor's,
+    or the policy's own prediction."""
     rows_per_pass: int = 0
-    """Most velocities replayed in one pass, 0 = all: lower it where memory is short; the gradient stays exact."""
+    """Most velocities replayed in one pass, 0 = all: lower it where memory is short; the
+    gradient stays exact."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     shuffle_advantages: bool = False
-    """A control experiment: advantages are shuffled among the branches of each group, so there is nothing to learn."""
+    """A control experiment: advantages are shuffled among the branches of each group, so there
+    is nothing to learn."""
     zero_advantages: bool = False
-    """Another one: advantages are 0, so only the penalty, the KL and the averaging of weights act."""
+    """Another one: advantages are 0, so only the penalty, the KL and the averaging of weights
+    act."""
     patience: float = 1800.0
-    """Seconds that processes wait for each other before they name who did not come and end; a group at full size takes minutes."""
+    """Seconds that processes wait for each other before they name who did not come and end; a
+    group at full size takes minutes."""
     show_every: int = 20
     """Steps between recorded branch grids; 0 = none."""
     rewards: tuple[RewardEntry, ...] = (
-        RewardEntry("world_vq"), RewardEntry("world_mq"), RewardEntry("world_ta"),
-        RewardEntry("attributes", role="eval"), RewardEntry("identity", role="eval"), RewardEntry("flow_motion", role="eval"),
-        RewardEntry("classic", role="eval"), RewardEntry("efficientnet", role="eval", params={"size": 64, "enough_motion": 0.01}),
+        RewardEntry("world_vq"),
+        RewardEntry("world_mq"),
+        RewardEntry("world_ta"),
+        RewardEntry("attributes", role="eval"),
+        RewardEntry("identity", role="eval"),
+        RewardEntry("flow_motion", role="eval"),
+        RewardEntry("classic", role="eval"),
+        RewardEntry("efficientnet", role="eval", params={"size": 64, "enough_motion": 0.01}),
         RewardEntry("world_facts", role="guard"),
-    )  # fmt: skip
+    )
     calibration_clips: str = ""
-    """Folder of good videos with clips.csv (file, prompt), on which the trained rewards must prefer moving to frozen before anything is
-    trained.  Empty: the miniature's true clips where its stories are trained on, else no such check."""
+    """Folder of good videos with clips.csv (file, prompt), on which the trained rewards must
+    prefer moving to frozen before anything is trained. Empty: the miniature's true clips where
+    its stories are trained on, else no such check."""
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
     kv_routing: KVRouting = KVRouting()
@@ -126,31 +147,50 @@ class RunConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     def __post_init__(self):
-        for name, value, least in (("steps", self.steps, 1), ("groups", self.groups, 1), ("rows_per_pass", self.rows_per_pass, 0), ("show_every", self.show_every, 0)):
+        for name, value, least in (
+            ("steps", self.steps, 1),
+            ("groups", self.groups, 1),
+            ("rows_per_pass", self.rows_per_pass, 0),
+            ("show_every", self.show_every, 0),
+        ):
             if value < least:
                 raise ValueError(f"{name} = {value} must be {least} or more")
         if not 1 <= self.inner_updates <= MOST_INNER:
-            raise ValueError(f"inner_updates = {self.inner_updates} must lie between 1 and {MOST_INNER}: what is rolled out says less with every update on it")
+            raise ValueError(
+                f"inner_updates = {self.inner_updates} must lie between 1 and {MOST_INNER}: what is rolled out says less with every update on it"
+            )
         if not 1 <= self.branch_parallel <= self.rollout.branches:
-            raise ValueError(f"branch_parallel = {self.branch_parallel} must lie between 1 and rollout.branches = {self.rollout.branches}: every process of a group needs a branch")
+            raise ValueError(
+                f"branch_parallel = {self.branch_parallel} must lie between 1 and rollout.branches = {self.rollout.branches}: every process of a group needs a branch"
+            )
         if not self.patience > 0.0:
             raise ValueError(f"patience = {self.patience} must be positive")
         if self.shuffle_advantages and self.zero_advantages:
-            raise ValueError("shuffle_advantages and zero_advantages are two controls; a run can be one of them")
+            raise ValueError(
+                "shuffle_advantages and zero_advantages are two controls; a run can be one of them"
+            )
         if self.advantages.weights:
-            raise ValueError("advantages.weights is set by the rewards' own weights; write them there")
+            raise ValueError(
+                "advantages.weights is set by the rewards' own weights; write them there"
+            )
         if self.exploring.deterministic_replay and self.energy.needs_differing_context:
             raise ValueError(
                 f"explorer {self.explorer} and surrogate {self.surrogate} can not be paired: the unperturbed policy makes these branches itself, so their energy "
                 "and its gradient are identically 0 and nothing would be learnt; use explorer kv_routing (start_noise serves comparison, see `kvpo explore --by start_noise`)"
             )
 
-        if self.energy == VelocityEnergy("kernel", self.velocity_energy.last_sigma) and self.sampler != "renoise":
-            raise ValueError(f"velocity_energy.weights = kernel are the weights of the renoise sampler's Gaussian steps, which sampler = {self.sampler} does not take; use equal or a number a step")
+        if (
+            self.energy == VelocityEnergy("kernel", self.velocity_energy.last_sigma)
+            and self.sampler != "renoise"
+        ):
+            raise ValueError(
+                f"velocity_energy.weights = kernel are the weights of the renoise sampler's Gaussian steps, which sampler = {self.sampler} does not take; use equal or a number a step"
+            )
 
     @property
     def keeps_groups(self) -> bool:
-        """All groups of a rank are in memory at once: their rewards are asked for together, or they are learnt from again."""
+        """All groups of a rank are in memory at once: their rewards are asked for together, or
+        they are learnt from again."""
         return self.inner_updates > 1 or self.advantages.std == "step"
 
     @property
@@ -170,11 +210,14 @@ def recipe_path(name: str) -> Path:
     for path in (Path(name), RECIPES / f"{name}.yaml"):
         if path.is_file():
             return path
-    raise FileNotFoundError(f"there is no recipe {name!r}; shipped are {', '.join(sorted(p.stem for p in RECIPES.glob('*.yaml')))}, or give a YAML file")
+    raise FileNotFoundError(
+        f"there is no recipe {name!r}; shipped are {', '.join(sorted(p.stem for p in RECIPES.glob('*.yaml')))}, or give a YAML file"
+    )
 
 
 def load_config(path: Path) -> RunConfig:
-    """ValueError, one line with the file and the key, for anything that is not a setting or does not fit it."""
+    """ValueError, one line with the file and the key, for anything that is not a setting or does
+    not fit it."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -195,7 +238,11 @@ def from_dict(content: Mapping[str, Any]) -> RunConfig:
         reason = first["msg"].removeprefix("Value error, ")
         if first["type"] == "missing":
             raise ValueError(f"{key} is missing") from None
-        raise ValueError(f"{key} = {first['input']!r}: {reason}" if key and not isinstance(first["input"], dict) else reason) from None
+        raise ValueError(
+            f"{key} = {first['input']!r}: {reason}"
+            if key and not isinstance(first["input"], dict)
+            else reason
+        ) from None
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
@@ -217,12 +264,21 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 def _refuse_unknown(kind: type, content: Any, prefix: str = "") -> None:
     """ValueError with the nearest known key."""
     if not isinstance(content, Mapping):
-        raise ValueError(f"{prefix.rstrip('.') or 'a recipe'} must hold keys and values, not {content!r}")
+        raise ValueError(
+            f"{prefix.rstrip('.') or 'a recipe'} must hold keys and values, not {content!r}"
+        )
     hints = get_type_hints(kind)
     for key, value in content.items():
         if key not in hints:
             near = difflib.get_close_matches(str(key), hints, n=1)
-            raise ValueError(f"unknown key {prefix}{key}" + (f"; did you mean {prefix}{near[0]}?" if near else f"; known here: {', '.join(hints)}"))
+            raise ValueError(
+                f"unknown key {prefix}{key}"
+                + (
+                    f"; did you mean {prefix}{near[0]}?"
+                    if near
+                    else f"; known here: {', '.join(hints)}"
+                )
+            )
         if dataclasses.is_dataclass(hints[key]):
             _refuse_unknown(hints[key], value, f"{prefix}{key}.")
         elif key == "rewards" and isinstance(value, list):

@@ -15,8 +15,9 @@ A frame is named by its absolute latent index, a block by its absolute index; bl
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -43,9 +44,13 @@ class Script:
 
     def __post_init__(self):
         if not self.texts or len(self.texts) != len(self.starts):
-            raise ValueError(f"script {self.id!r}: {len(self.texts)} prompts but {len(self.starts)} start blocks; give one start per prompt")
+            raise ValueError(
+                f"script {self.id!r}: {len(self.texts)} prompts but {len(self.starts)} start blocks; give one start per prompt"
+            )
         if self.starts[0] != 0 or any(a >= b for a, b in zip(self.starts, self.starts[1:])):
-            raise ValueError(f"script {self.id!r}: start blocks {self.starts} must begin at 0 and increase")
+            raise ValueError(
+                f"script {self.id!r}: start blocks {self.starts} must begin at 0 and increase"
+            )
         if self.starts[-1] >= self.blocks:
             raise ValueError(
                 f"script {self.id!r}: its {len(self.texts)} segments start at blocks {self.starts} but the video has {self.blocks} blocks; "
@@ -55,12 +60,16 @@ class Script:
     def segment(self, block: int) -> int:
         """Index of the segment that holds at ``block``."""
         if not 0 <= block < self.blocks:
-            raise ValueError(f"script {self.id!r} has no block {block}; its {self.blocks} blocks count from 0")
+            raise ValueError(
+                f"script {self.id!r} has no block {block}; its {self.blocks} blocks count from 0"
+            )
         return max(i for i, start in enumerate(self.starts) if start <= block)
 
     def place(self, segment: int) -> str:
         """Where a person finds one of its prompts."""
-        return (self.source or f"script {self.id!r}") + (f", prompt {segment + 1}" if len(self.texts) > 1 else "")
+        return (self.source or f"script {self.id!r}") + (
+            f", prompt {segment + 1}" if len(self.texts) > 1 else ""
+        )
 
     def text(self, block: int) -> str:
         return self.texts[self.segment(block)]
@@ -91,7 +100,8 @@ class BranchPlan:
     """What one branch does differently inside the window.  The empty plan is the anchor's."""
 
     frames: tuple[int, ...] = ()
-    """Routed past frames, absolute ids, in place of the rolling window's; () = the rolling window itself."""
+    """Routed past frames, absolute ids, in place of the rolling window's; () = the rolling
+    window itself."""
     noise_mix: float = 0.0
     """Share of fresh start noise (only the start-noise explorer sets it)."""
 
@@ -105,7 +115,8 @@ class Trajectory:
     """What a rollout stores of its window, branch by branch; the anchor is the last row."""
 
     inputs: torch.Tensor
-    """z_BPSFCHW: network inputs, rows = G branches then the anchor, P window blocks, S denoise steps."""
+    """z_BPSFCHW: network inputs, rows = G branches then the anchor, P window blocks, S denoise
+    steps."""
     velocities: torch.Tensor
     """u_BPSFCHW: the network's velocities at those inputs, the energies' targets."""
     clean: torch.Tensor
@@ -130,7 +141,8 @@ class Rollout:
     held: Mapping[int, torch.Tensor] = field(default_factory=dict)
     """Blocks of the prefix that the velocity penalty holds -> z_SFCHW, their network inputs."""
     decoder: Callable[[], Any] | None = None
-    """Gives the `StreamingDecoder` as the prefix has left it; None: the prefix is decoded for it."""
+    """Gives the `StreamingDecoder` as the prefix has left it; None: the prefix is decoded for
+    it."""
 
     @property
     def num_branches(self) -> int:
@@ -139,12 +151,14 @@ class Rollout:
 
 @dataclass(frozen=True)
 class RewardTable:
-    """Rewards of one group: one number per component, signal, and row (G branches, then the anchor)."""
+    """Rewards of one group: one number per component, signal, and row (G branches, then the
+    anchor)."""
 
     components: tuple[str, ...]
     local: torch.Tensor
     """r_KB float64: rewards of the window's clip."""
     global_: torch.Tensor
-    """r_KB float64: mean of the rewards of the clips cut per prompt segment from the fork on; NaN-free."""
+    """r_KB float64: mean of the rewards of the clips cut per prompt segment from the fork on;
+    NaN-free."""
     valid: torch.Tensor
     """bool_B: rows all of whose rewards could be measured."""

@@ -1,4 +1,5 @@
-"""Tests run stricter than production: deterministic algorithms only, uninitialised memory is NaN, one thread, no network."""
+"""Tests run stricter than production: deterministic algorithms only, uninitialised memory is
+NaN, one thread, no network."""
 
 from __future__ import annotations
 
@@ -6,8 +7,8 @@ import os
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -18,7 +19,8 @@ def strict_torch():
 
 @pytest.fixture(scope="session")
 def pipeline():
-    """The tiny random generator.  Shared: a test that trains it, or changes its weights, takes `own_pipeline`."""
+    """The tiny random generator. Shared: a test that trains it, or changes its weights, takes
+    `own_pipeline`."""
     from tiny import new_pipeline
 
     return new_pipeline()

@@ -1,7 +1,8 @@
-"""Golden files: numbers of the released code, which the tests with `golden` in their names reproduce.
+"""Golden files: numbers of the released code, which the tests with `golden` in their names
+reproduce.
 
-The folder is named by the environment variable KVPO_GOLDEN (default: ../shared/golden beside the repository).
-Its README tells what the numbers are, and which differences are rounding.
+The folder is named by the environment variable KVPO_GOLDEN (default: ../shared/golden beside the
+repository). Its README tells what the numbers are, and which differences are rounding.
 """
 
 from __future__ import annotations
@@ -20,13 +21,19 @@ VARIABLE = "KVPO_GOLDEN"
 
 
 def folder() -> Path:
-    return Path(os.environ.get(VARIABLE) or Path(__file__).resolve().parents[1] / ".." / "shared" / "golden").resolve()
+    return Path(
+        os.environ.get(VARIABLE) or Path(__file__).resolve().parents[1] / ".." / "shared" / "golden"
+    ).resolve()
 
 
 def missing(*files: str) -> str | None:
     """Why a test of these files cannot run here; None if it can."""
     lost = [name for name in files if not (folder() / name).is_file()]
-    return f"no golden {', '.join(lost)} in {folder()} (set {VARIABLE} to the folder that has it)" if lost else None
+    return (
+        f"no golden {', '.join(lost)} in {folder()} (set {VARIABLE} to the folder that has it)"
+        if lost
+        else None
+    )
 
 
 def skip_without(*files: str) -> pytest.MarkDecorator:
@@ -46,17 +53,24 @@ def read_tensors(name: str) -> dict[str, torch.Tensor]:
 
 
 def case(name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """(config, tensors) of a case, from ``name.json`` and ``name.safetensors``; skips the test where it has none."""
+    """(config, tensors) of a case, from ``name.json`` and ``name.safetensors``; skips the test
+    where it has none."""
     if reason := missing(f"{name}.json", f"{name}.safetensors"):
         pytest.skip(reason)
     return read_json(name), read_tensors(name)
 
 
 def cases(file: str, key: str) -> list:
-    """Parameters for ``pytest.mark.parametrize``: the cases of one list of ``file.json``; one skipped case where there is no such list."""
+    """Parameters for ``pytest.mark.parametrize``: the cases of one list of ``file.json``; one
+    skipped case where there is no such list."""
     reason = missing(f"{file}.json")
     found = None if reason else read_json(file).get(key)
     if found is None:
-        return [pytest.param(None, marks=pytest.mark.skip(reason=reason or f"golden {file}.json has no list {key}"))]
+        return [
+            pytest.param(
+                None,
+                marks=pytest.mark.skip(reason=reason or f"golden {file}.json has no list {key}"),
+            )
+        ]
     listed = found["cases"] if isinstance(found, dict) else found
     return [pytest.param(item, id=f"{key}-{i}") for i, item in enumerate(listed)]

@@ -1,4 +1,5 @@
-"""The whole loop on the tiny generator: reproducible, resumable bit for bit, and stopped by nothing half-way."""
+"""The whole loop on the tiny generator: reproducible, resumable bit for bit, and stopped by
+nothing half-way."""
 
 from __future__ import annotations
 
@@ -9,10 +10,10 @@ import random
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Callable
 
 import pytest
 import torch
@@ -21,29 +22,38 @@ from safetensors.torch import load_file, save_file
 from tiny import BLUE, RED, Warmth, story
 
 from kvpo.commands import main as cli
-from kvpo.train import Alignment
-from kvpo.policy.checkpoint import checkpoints, read_tensors
-from kvpo.config import from_dict
 from kvpo.common.files import only_writer
 from kvpo.common.metrics import read_metrics
-from kvpo.runs.build import evaluation_scripts, script_source, unseen
 from kvpo.common.progress import Progress
+from kvpo.config import from_dict
+from kvpo.method.update import Updater
+from kvpo.policy.checkpoint import checkpoints, read_tensors
 from kvpo.rewards.base import RewardSpec
 from kvpo.rewards.measured import scored
+from kvpo.runs.build import evaluation_scripts, script_source, unseen
 from kvpo.runs.monitor import Trials
-from kvpo.method.update import Updater
+from kvpo.train import Alignment
 
 CLOCK = ("unix_time", "time/", "memory/")
 
 
 def settings(folder: Path, **changes) -> dict:
     return {
-        "pipeline": str(folder), "steps": 4, "groups": 1, "show_every": 0, "device": "cpu",
+        "pipeline": str(folder),
+        "steps": 4,
+        "groups": 1,
+        "show_every": 0,
+        "device": "cpu",
         "rewards": [{"name": "tiny:Warmth"}, {"name": "tiny:Change", "weight": 0.5}],
-        "data": {"blocks": 6}, "rollout": {"branches": 3, "cache_frames": 12}, "kv_routing": {"window_blocks": 2},
-        "score": {"clip_frames": 8, "min_frames": 4}, "evaluate": {"scripts": 2, "batch": 2, "videos": 1}, "checkpoint": {"every": 1, "keep": 2},
-        "optimizer": {"lr": 1e-3, "warmup": 2}, "policy": {"train": "full", "sync_interval": 2},
-    } | changes  # fmt: skip
+        "data": {"blocks": 6},
+        "rollout": {"branches": 3, "cache_frames": 12},
+        "kv_routing": {"window_blocks": 2},
+        "score": {"clip_frames": 8, "min_frames": 4},
+        "evaluate": {"scripts": 2, "batch": 2, "videos": 1},
+        "checkpoint": {"every": 1, "keep": 2},
+        "optimizer": {"lr": 1e-3, "warmup": 2},
+        "policy": {"train": "full", "sync_interval": 2},
+    } | changes
 
 
 def write_recipe(path: Path, content: dict) -> str:
@@ -54,7 +64,9 @@ def write_recipe(path: Path, content: dict) -> str:
 def test_stories_have_as_many_prompts_as_asked():
     config = from_dict({"data": {"segments": 4}, "evaluate": {"scripts": 16}})
     assert {len(script_source(config).script(0, i).texts) for i in range(6)} == {4}
-    assert {len(s.texts) for s in evaluation_scripts(config)} > {1, 4}, "evaluations ask for all kinds"
+    assert {len(s.texts) for s in evaluation_scripts(config)} > {1, 4}, (
+        "evaluations ask for all kinds"
+    )
 
 
 @pytest.fixture
@@ -76,7 +88,11 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 def records(out: Path, evaluations: bool = True) -> list[dict[str, float]]:
     """The log without what a clock or the operating system decides."""
-    kept = [r for r in read_metrics(out / "metrics.jsonl") if evaluations or not any(k.startswith("eval/") for k in r)]
+    kept = [
+        r
+        for r in read_metrics(out / "metrics.jsonl")
+        if evaluations or not any(k.startswith("eval/") for k in r)
+    ]
     return [{k: v for k, v in r.items() if not k.startswith(CLOCK)} for r in kept]
 
 
@@ -94,91 +110,176 @@ def straight(folder, tmp_path_factory):
 
 def test_a_run_leaves_everything(straight):
     out, *_ = straight
-    for name in ("config.resolved.yaml", "environment.json", "metrics.jsonl", "report.html", "groups/step-000003/group.json", "groups/step-000000/grid.mp4", "evaluation/ema-step-000004.json"):  # fmt: skip
+    for name in (
+        "config.resolved.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "report.html",
+        "groups/step-000003/group.json",
+        "groups/step-000000/grid.mp4",
+        "evaluation/ema-step-000004.json",
+    ):
         assert (out / name).stat().st_size > 0, name
     assert [p.name for p in checkpoints(out / "checkpoints")] == ["step-000003", "step-000004"]
-    assert sorted(p.name for p in (out / "samples" / "step-000004").iterdir()) == ["ema-00.mp4", "index.json", "online-00.mp4"]
+    assert sorted(p.name for p in (out / "samples" / "step-000004").iterdir()) == [
+        "ema-00.mp4",
+        "index.json",
+        "online-00.mp4",
+    ]
     assert not list(out.rglob("*.part"))
     log = records(out)
-    assert [r["step"] for r in log] == [0, 1, 2, 3, 3] and any(k.startswith("eval/ema/") for k in log[-1])
-    assert all({"loss/policy", "optim/grad_norm", "policy/tau", "reward/local/Warmth/mean", "calls/generator"} <= r.keys() for r in log[:4])
+    assert [r["step"] for r in log] == [0, 1, 2, 3, 3] and any(
+        k.startswith("eval/ema/") for k in log[-1]
+    )
+    assert all(
+        {
+            "loss/policy",
+            "optim/grad_norm",
+            "policy/tau",
+            "reward/local/Warmth/mean",
+            "calls/generator",
+        }
+        <= r.keys()
+        for r in log[:4]
+    )
     moved = final(out)
-    assert any(not torch.equal(moved[k], moved[k.replace("current.", "reference.")]) for k in moved if k.startswith("current."))
-    assert [r["policy/lag"] for r in log[:4]] == [0, 1, 0, 1] and log[1]["loss/ratio_min"] < 1.0 < log[1]["loss/ratio_max"]
+    assert any(
+        not torch.equal(moved[k], moved[k.replace("current.", "reference.")])
+        for k in moved
+        if k.startswith("current.")
+    )
+    assert [r["policy/lag"] for r in log[:4]] == [0, 1, 0, 1] and log[1][
+        "loss/ratio_min"
+    ] < 1.0 < log[1]["loss/ratio_max"]
 
 
 def test_resume_is_the_uninterrupted_run(straight, tmp_path):
-    """Two steps, then two more in another process's memory, against four in one go: the same seed, the same run, bit for bit."""
+    """Two steps, then two more in another process's memory, against four in one go: the same
+    seed, the same run, bit for bit."""
     out, recipe, _ = straight
     assert align(recipe, tmp_path / "run", "--steps", "2") == 0
     assert align(recipe, tmp_path / "run", "--resume") == 0
     assert equal(final(tmp_path / "run"), final(out))
     assert records(tmp_path / "run", evaluations=False) == records(out, evaluations=False)
     assert records(tmp_path / "run")[-1] == records(out)[-1], "and the last evaluation"
-    assert yaml.safe_load((tmp_path / "run" / "config.resolved.yaml").read_text())["steps"] == 4, "the folder says what was asked last"
+    assert yaml.safe_load((tmp_path / "run" / "config.resolved.yaml").read_text())["steps"] == 4, (
+        "the folder says what was asked last"
+    )
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["run", "run before digests of files"])
 def test_a_run_whose_prompt_file_moved_resumes(folder, tmp_path, capsys, old):
     """The same file in another folder was another run: `data.prompts: a/p.txt -> b/p.txt`."""
-    for name, text in (("a", f"{RED}\n{BLUE}\n"), ("b", f"{RED}\n{BLUE}\n"), ("c", f"{RED}\n{RED}\n")):
+    for name, text in (
+        ("a", f"{RED}\n{BLUE}\n"),
+        ("b", f"{RED}\n{BLUE}\n"),
+        ("c", f"{RED}\n{RED}\n"),
+    ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "p.txt").write_text(text)
-    recipe = write_recipe(tmp_path / "r.yaml", settings(folder, steps=2, data={"prompts": str(tmp_path / "a" / "p.txt"), "blocks": 6}))
+    recipe = write_recipe(
+        tmp_path / "r.yaml",
+        settings(folder, steps=2, data={"prompts": str(tmp_path / "a" / "p.txt"), "blocks": 6}),
+    )
     assert align(recipe, tmp_path / "run", "--steps", "1") == 0
     if old:
         facts = tmp_path / "run" / "environment.json"
-        facts.write_text(json.dumps({k: v for k, v in json.loads(facts.read_text()).items() if k != "prompt_files"}))
+        facts.write_text(
+            json.dumps(
+                {k: v for k, v in json.loads(facts.read_text()).items() if k != "prompt_files"}
+            )
+        )
     (tmp_path / "a" / "p.txt").unlink()
-    assert align(recipe, tmp_path / "run", "--resume", "--data.prompts", str(tmp_path / "c" / "p.txt")) == 1
+    assert (
+        align(recipe, tmp_path / "run", "--resume", "--data.prompts", str(tmp_path / "c" / "p.txt"))
+        == 1
+    )
     assert "was run with other settings, data.prompts" in capsys.readouterr().err
-    assert align(recipe, tmp_path / "run", "--resume", "--data.prompts", str(tmp_path / "b" / "p.txt")) == 0
+    assert (
+        align(recipe, tmp_path / "run", "--resume", "--data.prompts", str(tmp_path / "b" / "p.txt"))
+        == 0
+    )
     assert [p.name for p in checkpoints(tmp_path / "run" / "checkpoints")][-1] == "step-000002"
 
 
 def test_a_run_that_is_older_than_a_setting_resumes(straight, tmp_path):
-    """Every new setting once made all runs before it unresumable, although its default is what they did."""
+    """Every new setting once made all runs before it unresumable, although its default is what
+    they did."""
     out, recipe, _ = straight
     assert align(recipe, tmp_path / "run", "--steps", "2") == 0
-    for path, read, write in ((tmp_path / "run" / "config.resolved.yaml", yaml.safe_load, yaml.safe_dump), (checkpoints(tmp_path / "run" / "checkpoints")[-1] / "state.json", json.loads, json.dumps)):
+    for path, read, write in (
+        (tmp_path / "run" / "config.resolved.yaml", yaml.safe_load, yaml.safe_dump),
+        (checkpoints(tmp_path / "run" / "checkpoints")[-1] / "state.json", json.loads, json.dumps),
+    ):
         content = read(path.read_text())
-        del content.get("config", content)["dtype"], content.get("config", content)["score"]["segments"]
+        del (
+            content.get("config", content)["dtype"],
+            content.get("config", content)["score"]["segments"],
+        )
         path.write_text(write(content))
     assert align(recipe, tmp_path / "run", "--resume") == 0
     assert equal(final(tmp_path / "run"), final(out))
-    assert align(recipe, tmp_path / "run", "--resume", "--dtype", "bfloat16") == 1, "and is refused where the new setting has another value"
+    assert align(recipe, tmp_path / "run", "--resume", "--dtype", "bfloat16") == 1, (
+        "and is refused where the new setting has another value"
+    )
 
 
 @pytest.mark.parametrize("train", ["lora", "full"])
 def test_in_half_precision_weights_move_and_resume(folder, tmp_path, train):
-    """bf16 computes, float32 is trained: at lr 1e-6 no bf16 weight would move, and a resumed run has the masters back, not their roundings."""
-    changes = {"dtype": "bfloat16", "policy": {"train": train, "rank": 2}, "optimizer": {"lr": 1e-6, "warmup": 1}}
+    """bf16 computes, float32 is trained: at lr 1e-6 no bf16 weight would move, and a resumed run
+    has the masters back, not their roundings."""
+    changes = {
+        "dtype": "bfloat16",
+        "policy": {"train": train, "rank": 2},
+        "optimizer": {"lr": 1e-6, "warmup": 1},
+    }
     recipe = write_recipe(tmp_path / "half.yaml", settings(folder, steps=3, **changes))
     assert align(recipe, tmp_path / "straight") == 0
     assert align(recipe, tmp_path / "run", "--steps", "1") == 0
     assert align(recipe, tmp_path / "run", "--resume") == 0
     tensors = final(tmp_path / "straight")
     assert equal(final(tmp_path / "run"), tensors)
-    moved = [n for n in tensors if n.startswith("current.") and not torch.equal(tensors[n], tensors[n.replace("current.", "reference.")])]
-    assert {t.dtype for t in tensors.values()} == {torch.float32} and len(moved) > 0.3 * sum(n.startswith("current.") for n in tensors)
+    moved = [
+        n
+        for n in tensors
+        if n.startswith("current.")
+        and not torch.equal(tensors[n], tensors[n.replace("current.", "reference.")])
+    ]
+    assert {t.dtype for t in tensors.values()} == {torch.float32} and len(moved) > 0.3 * sum(
+        n.startswith("current.") for n in tensors
+    )
     if train == "full":
-        same = [(tensors[n].bfloat16() == tensors[n.replace("current.", "reference.")].bfloat16()).float().mean() for n in moved]
+        same = [
+            (tensors[n].bfloat16() == tensors[n.replace("current.", "reference.")].bfloat16())
+            .float()
+            .mean()
+            for n in moved
+        ]
         assert sum(same) / len(same) > 0.9, "in bf16 almost nothing would have"
 
 
 def test_checkpointed_activations_give_the_same_run(straight, recipe, tmp_path):
-    """The setting once switched the flag alone, without the function that does it: the first gradient failed."""
+    """The setting once switched the flag alone, without the function that does it: the first
+    gradient failed."""
     out, *_ = straight
     assert align(recipe, tmp_path / "run", "--gradient-checkpointing", "--steps", "2") == 0
     assert records(tmp_path / "run", evaluations=False) == records(out, evaluations=False)[:2]
 
 
 def test_more_evaluations_and_rewards_change_no_draw(straight, folder, tmp_path):
-    """An evaluation after every step, an evaluator beside the rewards, a reward of weight 0, pictures: the weights stay the same numbers."""
+    """An evaluation after every step, an evaluator beside the rewards, a reward of weight 0,
+    pictures: the weights stay the same numbers."""
     out, *_ = straight
-    rewards = [{"name": "tiny:Warmth"}, {"name": "tiny:Change", "weight": 0.5}, {"name": "test_align:Constant", "weight": 0.0}, {"name": "test_align:Judge", "role": "eval"}]
+    rewards = [
+        {"name": "tiny:Warmth"},
+        {"name": "tiny:Change", "weight": 0.5},
+        {"name": "test_align:Constant", "weight": 0.0},
+        {"name": "test_align:Judge", "role": "eval"},
+    ]
     evaluate = {"scripts": 2, "batch": 2, "videos": 0, "every": 1, "seed": 5}
-    path = write_recipe(tmp_path / "more.yaml", settings(folder, steps=2, rewards=rewards, evaluate=evaluate))
+    path = write_recipe(
+        tmp_path / "more.yaml", settings(folder, steps=2, rewards=rewards, evaluate=evaluate)
+    )
     assert align(path, tmp_path / "run") == 0
     few = records(out, evaluations=False)[:2]
     for a, b in zip(records(tmp_path / "run", evaluations=False), few, strict=True):
@@ -205,8 +306,15 @@ class Judge(Warmth):
 # --- Killed, interrupted, out of disk ---
 
 
-def forked(recipe: str, out: Path, *options: str, kill_when: Callable[[], bool] | None = None, delay: float = 0.0) -> int:
-    """A real process: its exit code, -9 where it was killed, ``delay`` seconds after ``kill_when`` came true."""
+def forked(
+    recipe: str,
+    out: Path,
+    *options: str,
+    kill_when: Callable[[], bool] | None = None,
+    delay: float = 0.0,
+) -> int:
+    """A real process: its exit code, -9 where it was killed, ``delay`` seconds after
+    ``kill_when`` came true."""
     pid = os.fork()
     if pid == 0:
         code = 99
@@ -223,13 +331,16 @@ def forked(recipe: str, out: Path, *options: str, kill_when: Callable[[], bool] 
         done, status = os.waitpid(pid, os.WNOHANG)
     if not done:
         time.sleep(delay)
-        os.kill(pid, signal.SIGKILL)  # a process that has just ended by itself is there until it is waited for
+        os.kill(
+            pid, signal.SIGKILL
+        )  # a process that has just ended by itself is there until it is waited for
         done, status = os.waitpid(pid, 0)
     return os.waitstatus_to_exitcode(status)
 
 
 def killed_again_and_again(recipe: str, out: Path, instants: list[tuple[int, float]]) -> int:
-    """Kill at each instant (records in the log, seconds after the last of them), go on, and let the last one through; how often a kill really hit."""
+    """Kill at each instant (records in the log, seconds after the last of them), go on, and let
+    the last one through; how often a kill really hit."""
 
     def logged(count: int) -> bool:
         path = out / "metrics.jsonl"
@@ -238,7 +349,13 @@ def killed_again_and_again(recipe: str, out: Path, instants: list[tuple[int, flo
     hits = 0
     for count, delay in [*instants, (None, 0.0)]:
         options = ["--resume"] if (out / "config.resolved.yaml").exists() else []
-        code = forked(recipe, out, *options, kill_when=None if count is None else lambda: logged(count), delay=delay)  # noqa: B023, called before the next round
+        code = forked(
+            recipe,
+            out,
+            *options,
+            kill_when=None if count is None else lambda: logged(count),  # noqa: B023, called at once
+            delay=delay,
+        )
         hits += code == -signal.SIGKILL
         assert code in (0, -signal.SIGKILL)
     return hits
@@ -262,7 +379,9 @@ def test_killed_twenty_times_and_resumed(straight, tmp_path):
     hits = 0
     for i in range(20):
         run = tmp_path / f"{i}"
-        hits += killed_again_and_again(recipe, run, [(draw.randrange(5), draw.uniform(0.0, 1.2) * step)])
+        hits += killed_again_and_again(
+            recipe, run, [(draw.randrange(5), draw.uniform(0.0, 1.2) * step)]
+        )
         assert equal(final(run), final(out)), f"run {i}"
         shutil.rmtree(run)
     assert hits >= 15
@@ -270,9 +389,13 @@ def test_killed_twenty_times_and_resumed(straight, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_and_pre_emption(straight, tmp_path, monkeypatch, capsys, number):
-    """In the middle of a step: the step is given up, those before it are saved although no checkpoint was due, the exit code is 0; resuming is the uninterrupted run."""
+    """In the middle of a step: the step is given up, those before it are saved although no
+    checkpoint was due, the exit code is 0; resuming is the uninterrupted run."""
     out, recipe, _ = straight
-    explore, handlers = Alignment.explore, [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    explore, handlers = (
+        Alignment.explore,
+        [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)],
+    )
 
     def interrupted(self, *args, **options):
         if self.done == 2:
@@ -284,26 +407,49 @@ def test_ctrl_c_and_pre_emption(straight, tmp_path, monkeypatch, capsys, number)
         patched.setattr(Alignment, "explore", interrupted)
         assert align(recipe, tmp_path / "run", "--checkpoint.every", "9") == 0
     said = capsys.readouterr().out
-    assert f"stopped by {number.name}; 2 steps are done and saved. Go on by the same command with --resume" in said
-    assert [p.name for p in checkpoints(tmp_path / "run" / "checkpoints")] == ["step-000002"] and len(records(tmp_path / "run")) == 2
+    assert (
+        f"stopped by {number.name}; 2 steps are done and saved. Go on by the same command with --resume"
+        in said
+    )
+    assert [p.name for p in checkpoints(tmp_path / "run" / "checkpoints")] == [
+        "step-000002"
+    ] and len(records(tmp_path / "run")) == 2
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert align(recipe, tmp_path / "run", "--checkpoint.every", "9", "--resume") == 0
-    assert equal(final(tmp_path / "run"), final(out)) and records(tmp_path / "run")[-1] == records(out)[-1]
+    assert (
+        equal(final(tmp_path / "run"), final(out))
+        and records(tmp_path / "run")[-1] == records(out)[-1]
+    )
 
 
 def test_stopped_before_anything_is_done(recipe, tmp_path, monkeypatch, capsys):
     """There is nothing to save; resuming begins."""
-    monkeypatch.setattr(Alignment, "embed", lambda self, script: os.kill(os.getpid(), signal.SIGTERM) or self.pipeline.encode_text(script.texts))
+    monkeypatch.setattr(
+        Alignment,
+        "embed",
+        lambda self, script: (
+            os.kill(os.getpid(), signal.SIGTERM) or self.pipeline.encode_text(script.texts)
+        ),
+    )
     assert align(recipe, tmp_path / "run") == 0
-    assert "0 steps are done and saved" in capsys.readouterr().out and not checkpoints(tmp_path / "run" / "checkpoints")
+    assert "0 steps are done and saved" in capsys.readouterr().out and not checkpoints(
+        tmp_path / "run" / "checkpoints"
+    )
 
 
 def test_stopped_while_it_is_made_ready(recipe, tmp_path, monkeypatch, capsys):
-    """Weights of billions of numbers take minutes to load; nobody waits for them to be told that it is over."""
+    """Weights of billions of numbers take minutes to load; nobody waits for them to be told that
+    it is over."""
     load, handler = Alignment._load_pipeline, signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(Alignment, "_load_pipeline", lambda self: os.kill(os.getpid(), signal.SIGTERM) or load(self))
+    monkeypatch.setattr(
+        Alignment, "_load_pipeline", lambda self: os.kill(os.getpid(), signal.SIGTERM) or load(self)
+    )
     assert align(recipe, tmp_path / "run") == 0
-    assert capsys.readouterr().out.splitlines()[1:] == ["stopped by SIGTERM; nothing was begun"] and not (tmp_path / "run").exists() and signal.getsignal(signal.SIGTERM) is handler
+    assert (
+        capsys.readouterr().out.splitlines()[1:] == ["stopped by SIGTERM; nothing was begun"]
+        and not (tmp_path / "run").exists()
+        and signal.getsignal(signal.SIGTERM) is handler
+    )
 
 
 def test_stopped_with_a_full_disk(recipe, tmp_path, monkeypatch, capsys):
@@ -330,9 +476,16 @@ def test_stopped_in_an_evaluation(straight, tmp_path, monkeypatch, capsys):
     out, recipe, _ = straight
     evaluate = Trials.evaluate
     with monkeypatch.context() as patched:
-        patched.setattr(Trials, "evaluate", lambda self, done: os.kill(os.getpid(), signal.SIGTERM) or evaluate(self, done))
+        patched.setattr(
+            Trials,
+            "evaluate",
+            lambda self, done: os.kill(os.getpid(), signal.SIGTERM) or evaluate(self, done),
+        )
         assert align(recipe, tmp_path / "run") == 0
-    assert "4 steps are done and saved" in capsys.readouterr().out and not (tmp_path / "run" / "report.html").exists()
+    assert (
+        "4 steps are done and saved" in capsys.readouterr().out
+        and not (tmp_path / "run" / "report.html").exists()
+    )
     assert align(recipe, tmp_path / "run", "--resume") == 0
     assert records(tmp_path / "run") == records(out)
 
@@ -346,7 +499,10 @@ def test_other_versions_are_named(straight, tmp_path, capsys):
     assert state["packages"]["torch"] == version("torch")
     path.write_text(json.dumps(state | {"packages": state["packages"] | {"torch": "1.0"}}))
     assert align(recipe, tmp_path / "run", "--resume") == 0
-    assert f"written with other versions, torch: 1.0 -> {version('torch')}: numbers may round otherwise" in capsys.readouterr().out.replace("\n", "")
+    assert (
+        f"written with other versions, torch: 1.0 -> {version('torch')}: numbers may round otherwise"
+        in capsys.readouterr().out.replace("\n", "")
+    )
 
 
 def test_killed_before_the_last_evaluation(straight, tmp_path):
@@ -357,12 +513,19 @@ def test_killed_before_the_last_evaluation(straight, tmp_path):
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(log[:-1]))
     shutil.rmtree(tmp_path / "run" / "evaluation")
     assert align(recipe, tmp_path / "run", "--resume") == 0
-    assert records(tmp_path / "run") == records(out) and (tmp_path / "run" / "evaluation" / "ema-step-000004.json").exists()
+    assert (
+        records(tmp_path / "run") == records(out)
+        and (tmp_path / "run" / "evaluation" / "ema-step-000004.json").exists()
+    )
 
 
 def test_killed_in_an_evaluation_on_the_way(folder, tmp_path, monkeypatch):
-    """After the checkpoint of step 1, inside its evaluation: it was lost once, now resuming makes it first."""
-    recipe = write_recipe(tmp_path / "r.yaml", settings(folder, steps=2, evaluate={"scripts": 2, "batch": 2, "videos": 1, "every": 1}))
+    """After the checkpoint of step 1, inside its evaluation: it was lost once, now resuming
+    makes it first."""
+    recipe = write_recipe(
+        tmp_path / "r.yaml",
+        settings(folder, steps=2, evaluate={"scripts": 2, "batch": 2, "videos": 1, "every": 1}),
+    )
     whole, evaluate = tmp_path / "whole", Trials.evaluate
     assert align(recipe, whole) == 0
 
@@ -383,12 +546,17 @@ def test_a_full_disk(recipe, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("kvpo.policy.checkpoint.save_file", full)
     assert align(recipe, tmp_path / "run", "--steps", "1") == 1
     (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
-    assert line.startswith("kvpo align: checkpoint ") and "No space left on device" in line and "--resume" in line
+    assert (
+        line.startswith("kvpo align: checkpoint ")
+        and "No space left on device" in line
+        and "--resume" in line
+    )
     assert checkpoints(tmp_path / "run" / "checkpoints") == []
 
 
 def test_a_disk_that_becomes_full(straight, tmp_path, monkeypatch, capsys):
-    """In the second checkpoint, half-way through its file: the first one stays, the run says so, and goes on once there is room."""
+    """In the second checkpoint, half-way through its file: the first one stays, the run says so,
+    and goes on once there is room."""
     from kvpo.policy.checkpoint import save_file
 
     def fills_up(tensors, path):
@@ -400,8 +568,14 @@ def test_a_disk_that_becomes_full(straight, tmp_path, monkeypatch, capsys):
     out, recipe, _ = straight
     with monkeypatch.context() as patched:
         patched.setattr("kvpo.policy.checkpoint.save_file", fills_up)
-        assert "step-000002 could not be written ([Errno 28] No space left on device); the ones before it are untouched" in refused(recipe, tmp_path / "run", capsys)
-    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["ema.safetensors", "step-000001"]
+        assert (
+            "step-000002 could not be written ([Errno 28] No space left on device); the ones before it are untouched"
+            in refused(recipe, tmp_path / "run", capsys)
+        )
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == [
+        "ema.safetensors",
+        "step-000001",
+    ]
     assert align(recipe, tmp_path / "run", "--resume") == 0
     assert equal(final(tmp_path / "run"), final(out))
 
@@ -421,31 +595,48 @@ def refused(recipe: str, out: Path, capsys, *options: str) -> str:
 def test_a_folder_that_holds_a_run(straight, capsys):
     out, recipe, _ = straight
     before = (out / "metrics.jsonl").read_bytes()
-    assert "already holds a run; go on with it by --resume, or choose another folder by --out" in refused(recipe, out, capsys)
+    assert (
+        "already holds a run; go on with it by --resume, or choose another folder by --out"
+        in refused(recipe, out, capsys)
+    )
     assert (out / "metrics.jsonl").read_bytes() == before
 
 
 def test_nothing_to_resume(recipe, tmp_path, capsys):
-    assert "holds no run to resume; start one without --resume" in refused(recipe, tmp_path / "nowhere", capsys, "--resume")
+    assert "holds no run to resume; start one without --resume" in refused(
+        recipe, tmp_path / "nowhere", capsys, "--resume"
+    )
 
 
 def test_resuming_with_other_settings(straight, capsys):
     out, recipe, _ = straight
     line = refused(recipe, out, capsys, "--resume", "--optimizer.lr", "0.01", "--context", "self")
-    assert "was run with other settings, context: branch -> self; optimizer.lr: 0.001 -> 0.01; resume with its own, or start a new run by --out" in line
+    assert (
+        "was run with other settings, context: branch -> self; optimizer.lr: 0.001 -> 0.01; resume with its own, or start a new run by --out"
+        in line
+    )
 
 
 def test_override(straight, tmp_path, capsys):
-    """What training does not depend on may change, once asked for, and `steps` unasked; the lr may not.  The run's folder then says the new settings, and needs no asking again."""
+    """What training does not depend on may change, once asked for, and `steps` unasked; the lr
+    may not. The run's folder then says the new settings, and needs no asking again."""
     out, recipe, _ = straight
     run = shutil.copytree(out, tmp_path / "run")
     more = ["--resume", "--steps", "5", "--checkpoint.keep", "3"]
     line = refused(recipe, run, capsys, *more)
-    assert "was run with other settings, checkpoint.keep: 2 -> 3; resume with its own, or let them change from here on by --override" in line
+    assert (
+        "was run with other settings, checkpoint.keep: 2 -> 3; resume with its own, or let them change from here on by --override"
+        in line
+    )
     line = refused(recipe, run, capsys, *more, "--override", "--optimizer.lr", "0.01")
-    assert "was run with other settings, optimizer.lr: 0.001 -> 0.01; resume with its own, or start a new run by --out" in line
+    assert (
+        "was run with other settings, optimizer.lr: 0.001 -> 0.01; resume with its own, or start a new run by --out"
+        in line
+    )
     assert align(recipe, run, *more, "--override") == 0
-    assert "from here on checkpoint.keep: 2 -> 3; steps: 4 -> 5" in capsys.readouterr().out.replace("\n", " ")
+    assert "from here on checkpoint.keep: 2 -> 3; steps: 4 -> 5" in capsys.readouterr().out.replace(
+        "\n", " "
+    )
     assert align(recipe, run, *more) == 0 and len(checkpoints(run / "checkpoints")) == 3
 
 
@@ -454,13 +645,17 @@ def test_one_run_at_a_time_in_a_folder(straight, tmp_path, capsys):
     out, recipe, _ = straight
     run = shutil.copytree(out, tmp_path / "run")
     with only_writer(run):
-        assert f"another process is at work on the run in {run}; wait until it has ended" in refused(recipe, run, capsys, "--resume")
+        assert (
+            f"another process is at work on the run in {run}; wait until it has ended"
+            in refused(recipe, run, capsys, "--resume")
+        )
     assert align(recipe, run, "--resume") == 0
 
 
 @pytest.mark.parametrize("job", ["mine", "other"])
 def test_torchrun_goes_on_with_its_own_job_only(straight, tmp_path, capsys, monkeypatch, job):
-    """A restart once went on with whatever lay in the folder, though the first start had been refused for it."""
+    """A restart once went on with whatever lay in the folder, though the first start had been
+    refused for it."""
     out, recipe, _ = straight
     run = shutil.copytree(out, tmp_path / "run")
     facts = json.loads((run / "environment.json").read_text())
@@ -477,15 +672,24 @@ def test_torchrun_goes_on_with_its_own_job_only(straight, tmp_path, capsys, monk
 def test_resuming_in_another_world(straight, tmp_path, capsys, monkeypatch):
     out, recipe, _ = straight
     shutil.copytree(out, tmp_path / "run")
-    monkeypatch.setattr("kvpo.mini.source.StorySource.script", lambda self, step, index: story(6, id=f"other {step} {index}"))
-    assert "was run with other settings, first_script: " in refused(recipe, tmp_path / "run", capsys, "--resume")
+    monkeypatch.setattr(
+        "kvpo.mini.source.StorySource.script",
+        lambda self, step, index: story(6, id=f"other {step} {index}"),
+    )
+    assert "was run with other settings, first_script: " in refused(
+        recipe, tmp_path / "run", capsys, "--resume"
+    )
 
 
 def test_resuming_behind_the_checkpoint(straight, tmp_path, capsys):
     out, recipe, _ = straight
     run = shutil.copytree(out, tmp_path / "run")
-    assert "step-000004 is beyond steps = 2; set steps to 4 or more" in refused(recipe, run, capsys, "--resume", "--steps", "2")
-    assert (run / "config.resolved.yaml").read_bytes() == (out / "config.resolved.yaml").read_bytes(), "what was refused is not what the run says it is"
+    assert "step-000004 is beyond steps = 2; set steps to 4 or more" in refused(
+        recipe, run, capsys, "--resume", "--steps", "2"
+    )
+    assert (run / "config.resolved.yaml").read_bytes() == (
+        out / "config.resolved.yaml"
+    ).read_bytes(), "what was refused is not what the run says it is"
 
 
 def test_a_broken_newest_checkpoint_is_named(straight, tmp_path, capsys):
@@ -497,7 +701,10 @@ def test_a_broken_newest_checkpoint_is_named(straight, tmp_path, capsys):
     path.write_bytes(path.read_bytes()[:-10])
     assert align(recipe, tmp_path / "run", "--resume") == 0
     said = capsys.readouterr().out
-    assert f"{path} is broken or missing" in said and f"resumed from {newest.parent / 'step-000003'}" in said.replace("\n", "")
+    assert (
+        f"{path} is broken or missing" in said
+        and f"resumed from {newest.parent / 'step-000003'}" in said.replace("\n", "")
+    )
     assert equal(final(tmp_path / "run"), final(out))
 
 
@@ -510,30 +717,47 @@ def test_content_that_has_changed_is_named(straight, tmp_path, capsys):
     content[-100] ^= 1
     path.write_bytes(content)
     assert align(recipe, run, "--resume") == 0
-    assert f"{path} is broken or missing (its content has changed since it was written" in capsys.readouterr().out.replace("\n", "")
+    assert (
+        f"{path} is broken or missing (its content has changed since it was written"
+        in capsys.readouterr().out.replace("\n", "")
+    )
     assert equal(final(run), final(out))
 
 
 @pytest.mark.parametrize("train", ["full", "lora"])
 def test_resuming_on_other_weights(folder, tmp_path, capsys, train):
-    """Also where an adapter is trained: its own start values say nothing of the backbone below it."""
+    """Also where an adapter is trained: its own start values say nothing of the backbone below
+    it."""
     shutil.copytree(folder, tmp_path / "pipeline")
-    content = settings(tmp_path / "pipeline", steps=1, policy={"train": train, "rank": 2}, evaluate={"scripts": 2, "videos": 0})
+    content = settings(
+        tmp_path / "pipeline",
+        steps=1,
+        policy={"train": train, "rank": 2},
+        evaluate={"scripts": 2, "videos": 0},
+    )
     recipe = write_recipe(tmp_path / "r.yaml", content)
     assert align(recipe, tmp_path / "run") == 0
     (weights,) = (tmp_path / "pipeline" / "transformer").glob("*.safetensors")
     state = load_file(weights)
     state["blocks.0.ffn.net.2.bias"][0] += 0.01
     save_file(state, weights, metadata={"format": "pt"})
-    assert "was run with other settings, start_weights: " in refused(recipe, tmp_path / "run", capsys, "--resume", "--steps", "2")
+    assert "was run with other settings, start_weights: " in refused(
+        recipe, tmp_path / "run", capsys, "--resume", "--steps", "2"
+    )
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--kv-routing.window-blocks", "7"], "window longer than the video: window_blocks = 7, the video has 6 blocks"),
+        (
+            ["--kv-routing.window-blocks", "7"],
+            "window longer than the video: window_blocks = 7, the video has 6 blocks",
+        ),
         (["--kv-routing.window-blocks", "4"], "no block can be a fork"),
-        (["--rollout.cache-frames", "7"], "rollout.cache_frames = 7, but this generator (sink 1, window 7) streams 6 blocks from a cache of at least 8"),
+        (
+            ["--rollout.cache-frames", "7"],
+            "rollout.cache_frames = 7, but this generator (sink 1, window 7) streams 6 blocks from a cache of at least 8",
+        ),
         (["--kv-routing.nearest", "4"], "no room for routed frames"),
         (["--data.blocks", "3"], "blocks = 3 is too short for stories of up to 4 segments"),
         (["--data.prompts", "nowhere.txt"], "nowhere.txt"),
@@ -541,7 +765,9 @@ def test_resuming_on_other_weights(folder, tmp_path, capsys, train):
         (["--device", "tpu9"], "device = 'tpu9' is unknown"),
     ],
 )
-def test_what_can_not_work_is_said_before_the_folder_is_made(recipe, tmp_path, capsys, options, message):
+def test_what_can_not_work_is_said_before_the_folder_is_made(
+    recipe, tmp_path, capsys, options, message
+):
     assert message in refused(recipe, tmp_path / "run", capsys, *options)
     assert not (tmp_path / "run").exists()
 
@@ -563,11 +789,19 @@ def test_a_prompt_file_that_is_wrong(recipe, tmp_path, capsys, text, message):
 
 
 def test_a_prompt_file(folder, tmp_path, capsys):
-    """A run goes on with the prompts it was begun with, and with the decoder whose pixels were rewarded."""
+    """A run goes on with the prompts it was begun with, and with the decoder whose pixels were
+    rewarded."""
     path = tmp_path / "prompts.txt"
-    path.write_text("2,[a red circle rises slowly],[it turns blue]\n3,[a small square],[it moves left],[it rises]\n")
+    path.write_text(
+        "2,[a red circle rises slowly],[it turns blue]\n3,[a small square],[it moves left],[it rises]\n"
+    )
     shutil.copytree(folder, tmp_path / "pipeline")
-    content = settings(tmp_path / "pipeline", steps=1, data={"prompts": str(path), "blocks": 6}, policy={"train": "lora", "rank": 2})
+    content = settings(
+        tmp_path / "pipeline",
+        steps=1,
+        data={"prompts": str(path), "blocks": 6},
+        policy={"train": "lora", "rank": 2},
+    )
     recipe = write_recipe(tmp_path / "r.yaml", content)
     assert align(recipe, tmp_path / "run") == 0
     assert len(records(tmp_path / "run")) == 2
@@ -579,25 +813,43 @@ def test_a_prompt_file(folder, tmp_path, capsys):
     state = load_file(weights)
     state["decoder.conv_out.bias"][0] += 0.01
     save_file(state, weights, metadata={"format": "pt"})
-    assert "was run with other settings, decoder: " in refused(recipe, tmp_path / "run", capsys, "--resume", "--steps", "2")
+    assert "was run with other settings, decoder: " in refused(
+        recipe, tmp_path / "run", capsys, "--resume", "--steps", "2"
+    )
 
 
 @pytest.mark.parametrize(
     ("reward", "message"),
-    [("Broken", "step 0, group 0: reward 'Warmth': clip 0 = nan"), ("Unmeasured", "8 groups in a row could not be measured")],
+    [
+        ("Broken", "step 0, group 0: reward 'Warmth': clip 0 = nan"),
+        ("Unmeasured", "8 groups in a row could not be measured"),
+    ],
 )
 def test_rewards_that_are_no_numbers(folder, tmp_path, capsys, reward, message):
     (tmp_path / "prompts.txt").write_text("a red circle rises slowly\n")
     data = {"prompts": str(tmp_path / "prompts.txt"), "blocks": 6}
-    changes = {"rewards": [{"name": f"tiny:{reward}"}], "data": data, "groups": 8, "kv_routing": {"window_blocks": 1}, "score": {"clip_frames": 8, "min_frames": 4, "segments": 0}}
-    line = refused(write_recipe(tmp_path / "r.yaml", settings(folder, **changes)), tmp_path / "run", capsys)
-    assert message in line and ("Nothing of this step was applied" in line or reward == "Unmeasured")
+    changes = {
+        "rewards": [{"name": f"tiny:{reward}"}],
+        "data": data,
+        "groups": 8,
+        "kv_routing": {"window_blocks": 1},
+        "score": {"clip_frames": 8, "min_frames": 4, "segments": 0},
+    }
+    line = refused(
+        write_recipe(tmp_path / "r.yaml", settings(folder, **changes)), tmp_path / "run", capsys
+    )
+    assert message in line and (
+        "Nothing of this step was applied" in line or reward == "Unmeasured"
+    )
     assert checkpoints(tmp_path / "run" / "checkpoints") == [] and records(tmp_path / "run") == []
 
 
 @pytest.mark.parametrize("error", [ValueError, FloatingPointError])
-def test_what_was_trained_before_a_number_that_is_none_is_saved(straight, tmp_path, capsys, monkeypatch, error):
-    """In the third step, with no checkpoint due before the ninth: the two steps before were lost once."""
+def test_what_was_trained_before_a_number_that_is_none_is_saved(
+    straight, tmp_path, capsys, monkeypatch, error
+):
+    """In the third step, with no checkpoint due before the ninth: the two steps before were lost
+    once."""
     out, recipe, _ = straight
     where, name = (Alignment, "explore") if error is ValueError else (Updater, "step")
     work, calls = getattr(where, name), []
@@ -610,8 +862,12 @@ def test_what_was_trained_before_a_number_that_is_none_is_saved(straight, tmp_pa
 
     with monkeypatch.context() as patched:
         patched.setattr(where, name, broken)
-        assert "gradient norm is nan" in refused(recipe, tmp_path / "run", capsys, "--checkpoint.every", "9")
-    assert calls and [p.name for p in checkpoints(tmp_path / "run" / "checkpoints")] == ["step-000002"]
+        assert "gradient norm is nan" in refused(
+            recipe, tmp_path / "run", capsys, "--checkpoint.every", "9"
+        )
+    assert calls and [p.name for p in checkpoints(tmp_path / "run" / "checkpoints")] == [
+        "step-000002"
+    ]
     assert align(recipe, tmp_path / "run", "--checkpoint.every", "9", "--resume") == 0
     assert equal(final(tmp_path / "run"), final(out))
 
@@ -620,14 +876,28 @@ def test_rewards_that_a_frozen_picture_wins_are_refused(folder, tmp_path, capsys
     """Before anything is trained, and before anything is written."""
     recipe = write_recipe(tmp_path / "r.yaml", settings(folder, rewards=[{"name": "tiny:Warmth"}]))
     line = refused(recipe, tmp_path / "run", capsys)
-    assert "these rewards can be won by a frozen picture: only" in line and "Add a reward for motion" in line
+    assert (
+        "these rewards can be won by a frozen picture: only" in line
+        and "Add a reward for motion" in line
+    )
     assert not (tmp_path / "run").exists()
 
 
 def test_an_evaluator_of_a_trained_family_is_refused(folder, tmp_path, capsys):
-    rewards = [{"name": "tiny:Change"}, {"name": "tiny:Warmth"}, {"name": "tiny:Unmeasured", "role": "eval"}]
-    line = refused(write_recipe(tmp_path / "r.yaml", settings(folder, rewards=rewards)), tmp_path / "run", capsys)
-    assert "reward 'Unmeasured' (role eval) is of family 'toy' like 'Warmth', which is trained on: it is not held out" in line
+    rewards = [
+        {"name": "tiny:Change"},
+        {"name": "tiny:Warmth"},
+        {"name": "tiny:Unmeasured", "role": "eval"},
+    ]
+    line = refused(
+        write_recipe(tmp_path / "r.yaml", settings(folder, rewards=rewards)),
+        tmp_path / "run",
+        capsys,
+    )
+    assert (
+        "reward 'Unmeasured' (role eval) is of family 'toy' like 'Warmth', which is trained on: it is not held out"
+        in line
+    )
 
 
 def test_a_gradient_that_is_not_finite(recipe, tmp_path, capsys, monkeypatch):
@@ -644,7 +914,9 @@ def test_a_gradient_that_is_not_finite(recipe, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Updater, "step", spoiled)
     line = refused(recipe, tmp_path / "run", capsys, "--steps", "2")
     assert "gradient norm is inf at update 1" in line and "nothing was updated" in line
-    assert [p.name for p in checkpoints(tmp_path / "run" / "checkpoints")] == ["step-000001"] and len(records(tmp_path / "run")) == 1
+    assert [p.name for p in checkpoints(tmp_path / "run" / "checkpoints")] == [
+        "step-000001"
+    ] and len(records(tmp_path / "run")) == 1
 
 
 # --- Controls ---
@@ -657,14 +929,21 @@ def test_shuffling_only_reorders_advantages(folder, tmp_path):
         config = from_dict(settings(folder, shuffle_advantages=shuffle, groups=2))
         logs.append(Alignment(config, tmp_path, Progress()).step(0))
     plain, shuffled = logs
-    same = [k for k in plain if k.startswith(("reward/", "advantage/", "energy/", "group/", "diversity/"))]
+    same = [
+        k
+        for k in plain
+        if k.startswith(("reward/", "advantage/", "energy/", "group/", "diversity/"))
+    ]
     assert len(same) > 10 and all(plain[k] == shuffled[k] for k in same)
     assert plain["optim/grad_norm"] != shuffled["optim/grad_norm"]
 
 
 def test_advantages_of_zero_leave_only_what_has_no_reward_in_it(folder, tmp_path):
-    """The other control: at the first update the KL is 0 too, so nothing moves; both controls at once are refused."""
-    run = Alignment(from_dict(settings(folder, zero_advantages=True, groups=2)), tmp_path, Progress())
+    """The other control: at the first update the KL is 0 too, so nothing moves; both controls at
+    once are refused."""
+    run = Alignment(
+        from_dict(settings(folder, zero_advantages=True, groups=2)), tmp_path, Progress()
+    )
     metrics = run.step(0)
     assert metrics["optim/grad_norm"] < 1e-12 and metrics["optim/drift"] == 0.0
     assert any(k.startswith("reward/") for k in metrics)
@@ -677,28 +956,49 @@ def test_the_anchor_may_be_a_member_of_the_group(folder, tmp_path):
     config = from_dict(settings(folder, advantages={"anchor": True}, show_every=1))
     metrics = Alignment(config, tmp_path, Progress()).step(0)
     record = json.loads((tmp_path / "groups" / "step-000000" / "group.json").read_text())
-    assert len(record["energies"]) == len(record["pi"]) == len(record["plans"]) and record["energies"][-1] < 1e-9
+    assert (
+        len(record["energies"]) == len(record["pi"]) == len(record["plans"])
+        and record["energies"][-1] < 1e-9
+    )
     assert record["pi"][-1] == max(record["pi"]) and metrics["optim/grad_norm"] > 0
 
 
 def test_the_environment_says_what_ran(straight):
     facts = json.loads((straight[0] / "environment.json").read_text())
-    assert facts["packages"]["torch"] and facts["device"] == "cpu" and facts["command"].startswith("kvpo")
+    assert (
+        facts["packages"]["torch"]
+        and facts["device"] == "cpu"
+        and facts["command"].startswith("kvpo")
+    )
 
 
 def test_an_evaluation_on_the_training_prompts_is_called_that(folder, tmp_path):
-    """Until `evaluate.prompts` existed, a prompt file was evaluated on itself, and the report called it unseen."""
+    """Until `evaluate.prompts` existed, a prompt file was evaluated on itself, and the report
+    called it unseen."""
     for name in ("train", "test"):
         (tmp_path / f"{name}.txt").write_text(f"a {name} cat\na {name} dog\n")
     data = {"blocks": 6, "prompts": str(tmp_path / "train.txt")}
     own = from_dict(settings(folder, data=data))
-    apart = from_dict(settings(folder, data=data, evaluate={"scripts": 2, "prompts": str(tmp_path / "test.txt")}))
-    assert [s.texts for s in evaluation_scripts(own)] == [("a train cat",), ("a train dog",)] and not unseen(own)
-    assert [s.texts for s in evaluation_scripts(apart)] == [("a test cat",), ("a test dog",)] and unseen(apart)
+    apart = from_dict(
+        settings(folder, data=data, evaluate={"scripts": 2, "prompts": str(tmp_path / "test.txt")})
+    )
+    assert [s.texts for s in evaluation_scripts(own)] == [
+        ("a train cat",),
+        ("a train dog",),
+    ] and not unseen(own)
+    assert [s.texts for s in evaluation_scripts(apart)] == [
+        ("a test cat",),
+        ("a test dog",),
+    ] and unseen(apart)
     assert unseen(from_dict(settings(folder)))
 
 
 def test_a_malformed_evaluation_file_stops_a_run_before_it_trains(folder, tmp_path, capsys):
-    recipe = write_recipe(tmp_path / "r.yaml", settings(folder, evaluate={"scripts": 2, "prompts": str(tmp_path / "none.txt")}))
+    recipe = write_recipe(
+        tmp_path / "r.yaml",
+        settings(folder, evaluate={"scripts": 2, "prompts": str(tmp_path / "none.txt")}),
+    )
     assert align(recipe, tmp_path / "run") != 0
-    assert "none.txt" in capsys.readouterr().err and not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert (
+        "none.txt" in capsys.readouterr().err and not (tmp_path / "run" / "metrics.jsonl").exists()
+    )

@@ -195,7 +195,9 @@ def test_families_of_objects_are_known_elsewhere(threaded, monkeypatch):
 
 def test_ctrl_c_saves_and_then_reaches_the_program(recipe, tmp_path, monkeypatch):
     """As KeyboardInterrupt, which a notebook expects; the run then goes on where it was."""
-    monkeypatch.setattr("kvpo.train.refuse_frozen", lambda *_: None)  # mean brightness is a toy that a frozen picture wins
+    monkeypatch.setattr(
+        "kvpo.train.refuse_frozen", lambda *_: None
+    )  # mean brightness is a toy that a frozen picture wins
     asked = []
 
     def interrupting(batch):
@@ -296,7 +298,9 @@ def test_an_evaluator_of_a_trained_family_is_called_so(threaded, recipe):
 
 
 def test_exploring_is_the_commands_exploring(recipe, tmp_path):
-    assert cli.main(["explore", recipe, "--script", "1", "--fork", "4", "--out", str(tmp_path)]) == 0
+    assert (
+        cli.main(["explore", recipe, "--script", "1", "--fork", "4", "--out", str(tmp_path)]) == 0
+    )
     (path,) = tmp_path.glob("*/groups/*/group.json")
     record = json.loads(path.read_text())
     found = kvpo.explore(recipe, script=1, fork=4)

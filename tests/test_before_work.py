@@ -9,15 +9,14 @@ import sys
 
 import pytest
 from test_align import settings, write_recipe
-from tiny import BLUE, RED
+from tiny import BLUE, RED, Warmth
 
 from kvpo.commands import main as cli
-from kvpo.runs.loading import named, pipeline_folder
+from kvpo.commands.vbench import Vbench
 from kvpo.rewards.base import RewardSpec
 from kvpo.rewards.registry import RewardEntry
 from kvpo.rewards.scorer import make_scorers
-from kvpo.commands.vbench import Vbench
-from tiny import Warmth
+from kvpo.runs.loading import named, pipeline_folder
 
 
 class Spaced(Warmth):
@@ -34,7 +33,17 @@ def unloaded(monkeypatch):
     def load(*_, **__):
         raise AssertionError("weights were loaded before the input was checked")
 
-    for module in ("commands.explore", "commands.evaluate", "commands.generate", "commands.ab", "commands.vbench", "evaluation.ab_pairs", "evaluation.vbench", "generators.generate", "train"):
+    for module in (
+        "commands.explore",
+        "commands.evaluate",
+        "commands.generate",
+        "commands.ab",
+        "commands.vbench",
+        "evaluation.ab_pairs",
+        "evaluation.vbench",
+        "generators.generate",
+        "train",
+    ):
         for name in ("load_generator", "load_pipeline", "load_with_texts"):
             monkeypatch.setattr(f"kvpo.{module}.{name}", load, raising=False)
 
@@ -231,9 +240,11 @@ def test_output_folders_are_tried_first(capsys, folder, tmp_path, unloaded, comm
     recipe = write_recipe(tmp_path / "r.yaml", settings(folder))
     (tmp_path / "file").write_text("")
     argv = {
-        "generate": (folder, "--prompt", RED), "evaluate": (folder, "--recipe", recipe, "--scripts", "2"),
-        "explore": (recipe,), "ab": (folder, folder, "--recipe", recipe, "--scripts", "2"),
-    }[command]  # fmt: skip
+        "generate": (folder, "--prompt", RED),
+        "evaluate": (folder, "--recipe", recipe, "--scripts", "2"),
+        "explore": (recipe,),
+        "ab": (folder, folder, "--recipe", recipe, "--scripts", "2"),
+    }[command]
     code, err = run(capsys, command, *argv, "--out", tmp_path / "file" / "v")
     assert (
         code == 1

@@ -1,4 +1,5 @@
-"""The benchmarks run, on the tiny generator: one once broke unseen when a function it calls took one more argument."""
+"""The benchmarks run, on the tiny generator: one once broke unseen when a function it calls took
+one more argument."""
 
 from __future__ import annotations
 
@@ -15,18 +16,18 @@ import pytest
 import torch
 from test_align import settings
 
-from kvpo.train import Alignment
+from kvpo.common.progress import Progress
 from kvpo.config import RunConfig, from_dict, load_config, recipe_path
-from kvpo.method.routing import KVRouting
 from kvpo.method.explorers import StartNoise
+from kvpo.method.rollout import RolloutConfig
+from kvpo.method.routing import KVRouting
 from kvpo.mini.pretraining.pretrain import GEOMETRY
+from kvpo.mini.rewards.attributes import load_network
 from kvpo.mini.source import StorySource
 from kvpo.planning.costs import WAN_1_3B, Sizes
 from kvpo.policy.policy import PolicyConfig
-from kvpo.common.progress import Progress
-from kvpo.mini.rewards.attributes import load_network
 from kvpo.rewards.registry import RewardEntry
-from kvpo.method.rollout import RolloutConfig
+from kvpo.train import Alignment
 from kvpo.types import Script
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -42,10 +43,18 @@ def load(name: str):
 
 def test_both_schedules_give_the_same_numbers(folder):
     schedule, config = load("schedule"), load_config(recipe_path("mini"))
-    config = replace(config, pipeline=str(folder), rollout=replace(config.rollout, branches=3), kv_routing=schedule.EXPLORER)
+    config = replace(
+        config,
+        pipeline=str(folder),
+        rollout=replace(config.rollout, branches=3),
+        kv_routing=schedule.EXPLORER,
+    )
     run = Alignment(config, Path("."), Progress())
     ours, theirs = schedule.measure(run, True), schedule.measure(run, False)
-    assert ours["rollout"].plans == theirs["rollout"].plans and ours["rollout"].window == theirs["rollout"].window
+    assert (
+        ours["rollout"].plans == theirs["rollout"].plans
+        and ours["rollout"].window == theirs["rollout"].window
+    )
     assert float((ours["rollout"].latents - theirs["rollout"].latents).abs().max()) < 1e-4
     assert float(((ours["energy"] - theirs["energy"]) / ours["energy"]).abs().max()) < 1e-4
     assert float((ours["gradient"] - theirs["gradient"]).norm() / ours["gradient"].norm()) < 1e-4
@@ -53,7 +62,8 @@ def test_both_schedules_give_the_same_numbers(folder):
 
 
 def test_calls_are_counted_as_they_are_made():
-    """45 of 49 blocks are looked at, of 5 calls each, whatever the fork; and a replay of 5 window blocks for two sets of weights."""
+    """45 of 49 blocks are looked at, of 5 calls each, whatever the fork; and a replay of 5
+    window blocks for two sets of weights."""
     assert {sum(load("schedule").counted(fork).values()) for fork in (7, 20, 32)} == {5 * 45 + 10}
 
 
@@ -63,55 +73,132 @@ def test_calls_with_prefixes_side_by_side():
     draw, forks = random.Random(0), schedule.PAPER_FORKS
     assert schedule.mean_calls(1) == 5 * 45 + 10 and sum(5 * f for f in forks) / len(forks) == 112.5
     drawn = sum(max(draw.choices(forks, k=4)) for _ in range(20_000)) / 20_000
-    assert schedule.mean_calls(4) == pytest.approx(5 * drawn / 4 + 122.5, abs=0.5) and schedule.mean_calls(4) < 170
+    assert (
+        schedule.mean_calls(4) == pytest.approx(5 * drawn / 4 + 122.5, abs=0.5)
+        and schedule.mean_calls(4) < 170
+    )
 
 
 def test_a_group_of_the_papers_shape(monkeypatch):
-    """49 blocks, P 5, LoRA, bf16, checkpointing, on a transformer small enough for a CPU: both schedules, one gradient."""
+    """49 blocks, P 5, LoRA, bf16, checkpointing, on a transformer small enough for a CPU: both
+    schedules, one gradient."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     wan = load("wan_step")
-    config = replace(RunConfig(), kv_routing=KVRouting(window_blocks=5), policy=PolicyConfig(rank=4), rollout=RolloutConfig(branches=2))
-    shape = dict(num_attention_heads=2, attention_head_dim=16, in_channels=16, out_channels=16, text_dim=32, freq_dim=16, ffn_dim=32, num_layers=1)
+    config = replace(
+        RunConfig(),
+        kv_routing=KVRouting(window_blocks=5),
+        policy=PolicyConfig(rank=4),
+        rollout=RolloutConfig(branches=2),
+    )
+    shape = dict(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=16,
+        out_channels=16,
+        text_dim=32,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=1,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        run = wan.new_run(config, shape, replace(wan.PAPER_GEOMETRY, latent_height=4, latent_width=4, text_length=8), torch.device("cpu"))
+        run = wan.new_run(
+            config,
+            shape,
+            replace(wan.PAPER_GEOMETRY, latent_height=4, latent_width=4, text_length=8),
+            torch.device("cpu"),
+        )
     start = [p.clone() for p in run.policy.parameters]
-    batched, single = wan.measure(run, "batched", 38, 16), wan.measure(run, "one-by-one", 38, 1, update=True)
-    assert any(not torch.equal(p, s) for p, s in zip(run.policy.parameters, start)) and single["seconds"]["time/update"] > 0.0
-    assert batched["energy"] == pytest.approx(single["energy"], rel=2e-2) and min(single["energy"]) > 0.0
+    batched, single = (
+        wan.measure(run, "batched", 38, 16),
+        wan.measure(run, "one-by-one", 38, 1, update=True),
+    )
+    assert (
+        any(not torch.equal(p, s) for p, s in zip(run.policy.parameters, start))
+        and single["seconds"]["time/update"] > 0.0
+    )
+    assert (
+        batched["energy"] == pytest.approx(single["energy"], rel=2e-2)
+        and min(single["energy"]) > 0.0
+    )
     assert batched["gradient norm"] == pytest.approx(single["gradient norm"], rel=2e-2)
     assert single["calls"] > batched["calls"]
-    sizes = Sizes(WAN_1_3B | shape, {"base_dim": 4}, {"vocab_size": 8, "d_model": 32, "d_kv": 8, "d_ff": 8, "num_layers": 1, "num_heads": 2}, run.pipeline.geometry, "tiny")
-    config = replace(config, gradient_checkpointing=True, rows_per_pass=16, dtype="bfloat16", data=replace(config.data, prompts="paper", blocks=49))
+    sizes = Sizes(
+        WAN_1_3B | shape,
+        {"base_dim": 4},
+        {"vocab_size": 8, "d_model": 32, "d_kv": 8, "d_ff": 8, "num_layers": 1, "num_heads": 2},
+        run.pipeline.geometry,
+        "tiny",
+    )
+    config = replace(
+        config,
+        gradient_checkpointing=True,
+        rows_per_pass=16,
+        dtype="bfloat16",
+        data=replace(config.data, prompts="paper", blocks=49),
+    )
     shares = wan.utilisation(config, sizes, 38, batched["seconds"], "h200")
-    assert shares.keys() == {"time/prefix", "time/branches", "time/replay_reference", "time/replay_grad"} and all(0.0 < s < 0.1 for s in shares.values())
+    assert shares.keys() == {
+        "time/prefix",
+        "time/branches",
+        "time/replay_reference",
+        "time/replay_grad",
+    } and all(0.0 < s < 0.1 for s in shares.values())
     assert wan.stream_rate(run, 8, compiled=False)["frames a second"] > 0.0
 
 
 def test_explorers_are_compared_at_the_same_forks():
     exploration = load("exploration")
     eligible = exploration.forks_of_all(13, GEOMETRY)
-    assert eligible == list(range(4, 11)), "a choice of frames for every routing, room for windows of 3 blocks"
+    assert eligible == list(range(4, 11)), (
+        "a choice of frames for every routing, room for windows of 3 blocks"
+    )
     story, plain = Script("s", ("a", "b", "c"), (0, 5, 8), 13), Script("p", ("a",), (0,), 13)
     assert [pick(story, eligible) for pick in exploration.FORKS.values()] == [8, 4, 10]
     assert exploration.at_switch(plain, eligible) == 7
 
 
 def test_start_noise_and_routing_are_measured_on_one_group(folder):
-    """Same story, fork and noise: the anchors' rewards are equal, so `best - anchor` compares branches."""
+    """Same story, fork and noise: the anchors' rewards are equal, so `best - anchor` compares
+    branches."""
     exploration, config = load("exploration"), load_config(recipe_path("mini"))
-    config = replace(config, pipeline=str(folder), rollout=replace(config.rollout, branches=3), rewards=(RewardEntry("tiny:Warmth"), RewardEntry("tiny:Change")))
-    run, story, anchors = Alignment(config, Path("."), Progress()), StorySource(0, "explore", 10).story(0, 0), []
+    config = replace(
+        config,
+        pipeline=str(folder),
+        rollout=replace(config.rollout, branches=3),
+        rewards=(RewardEntry("tiny:Warmth"), RewardEntry("tiny:Change")),
+    )
+    run, story, anchors = (
+        Alignment(config, Path("."), Progress()),
+        StorySource(0, "explore", 10).story(0, 0),
+        [],
+    )
     for explorer in (KVRouting(window_blocks=1), StartNoise(mix=1.0, window_blocks=1)):
         found = exploration.measure(run, load_network(), explorer, story, ("explore", 0), 6)
-        assert found["best - anchor"] >= found["mean - anchor"] and found["std"] > 0.0 and found["pixel diversity"] > 0.0 and "best - anchor, Warmth" in found
-        anchors.append(run.explore(story.script, run.embed(story.script), ("explore", 0), explorer, 6)[1].local[:, -1])
+        assert (
+            found["best - anchor"] >= found["mean - anchor"]
+            and found["std"] > 0.0
+            and found["pixel diversity"] > 0.0
+            and "best - anchor, Warmth" in found
+        )
+        anchors.append(
+            run.explore(story.script, run.embed(story.script), ("explore", 0), explorer, 6)[
+                1
+            ].local[:, -1]
+        )
     assert torch.allclose(*anchors, atol=1e-6)
 
 
 def test_variants_step_equally_far(folder):
     ablation, config = load("ablation"), load_config(recipe_path("mini"))
-    config = replace(config, pipeline=str(folder), groups=1, kv_routing=ablation.EXPLORER, rollout=replace(config.rollout, branches=3), rewards=(RewardEntry("tiny:Warmth"), RewardEntry("tiny:Change")))
+    config = replace(
+        config,
+        pipeline=str(folder),
+        groups=1,
+        kv_routing=ablation.EXPLORER,
+        rollout=replace(config.rollout, branches=3),
+        rewards=(RewardEntry("tiny:Warmth"), RewardEntry("tiny:Change")),
+    )
     run = Alignment(config, Path("."), Progress())
     found = {"branch": ablation.Variant(), "self": ablation.Variant(context="self")}
     kept = [ablation.add_group(run, 0, found)]
@@ -122,37 +209,70 @@ def test_variants_step_equally_far(folder):
 
 
 def test_scaling_starts():
-    """As a program, which torchrun starts too: a name that was not imported once showed only there."""
-    done = subprocess.run([sys.executable, str(BENCHMARKS / "scaling.py"), "--help"], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(BENCHMARKS.parent)})
+    """As a program, which torchrun starts too: a name that was not imported once showed only
+    there."""
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "scaling.py"), "--help"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(BENCHMARKS.parent)},
+    )
     assert done.returncode == 0 and "--measure" in done.stdout, done.stderr
 
 
 def test_scaling_by_hand(folder, tmp_path):
-    """One rank waits for nobody and sends nothing; of many ranks the slowest group counts, of many groups the mean; a ring sends everything nearly twice."""
+    """One rank waits for nobody and sends nothing; of many ranks the slowest group counts, of
+    many groups the mean; a ring sends everything nearly twice."""
     scaling = load("scaling")
     scaling.worker(from_dict(settings(folder)), 1, tmp_path / "out.json")
     found = json.loads((tmp_path / "out.json").read_text())
-    assert found["sent"] == 0.0 and found["waiting"] < 0.01 and 0.0 < found["cpu"] and found["metrics"] < found["step"]
-    assert scaling.slowest([1.0, 3.0], 1) == pytest.approx(2.0, abs=0.1) and scaling.slowest([1.0, 3.0], 64) == 3.0
+    assert (
+        found["sent"] == 0.0
+        and found["waiting"] < 0.01
+        and found["cpu"] > 0.0
+        and found["metrics"] < found["step"]
+    )
+    assert (
+        scaling.slowest([1.0, 3.0], 1) == pytest.approx(2.0, abs=0.1)
+        and scaling.slowest([1.0, 3.0], 64) == 3.0
+    )
     assert 2.0 < scaling.slowest([1.0, 3.0], 8, groups=16) < 2.6
-    assert scaling.messages(10**9, 1, 1.0) == 4e9 * 1.75 / 450e9 and scaling.messages(10**9, 2, 4e9) == pytest.approx(scaling.messages(10**9, 1, 1.0) + 1.0)
+    assert scaling.messages(10**9, 1, 1.0) == 4e9 * 1.75 / 450e9 and scaling.messages(
+        10**9, 2, 4e9
+    ) == pytest.approx(scaling.messages(10**9, 1, 1.0) + 1.0)
 
 
 def test_an_interval_over_seeds_and_scripts_knows_the_luck_of_a_training_seed():
-    """Two training seeds that differ surely, each by itself: scripts alone would say that the mean is surely above 0."""
+    """Two training seeds that differ surely, each by itself: scripts alone would say that the
+    mean is surely above 0."""
     claims = load("claims")
     scripts = torch.linspace(-0.01, 0.01, 64, dtype=torch.float64)
     mean, low, high = claims.over_seeds(torch.stack([scripts + 0.10, scripts - 0.04]), "two")
-    assert mean == pytest.approx(0.03) and low == pytest.approx(-0.04, abs=0.003) and high == pytest.approx(0.10, abs=0.003)
+    assert (
+        mean == pytest.approx(0.03)
+        and low == pytest.approx(-0.04, abs=0.003)
+        and high == pytest.approx(0.10, abs=0.003)
+    )
     mean, low, high = claims.over_seeds(torch.stack([scripts + 0.03, scripts + 0.03]), "alike")
     assert 0.02 < low < mean < high < 0.04
 
 
 def test_the_table_of_claims_has_every_seed_and_the_difference_of_the_controls():
     claims = load("claims")
-    start = {claims.TOTAL: torch.tensor([0.5, 0.6, 0.4]).double(), "attributes": torch.tensor([0.9, float("nan"), 0.8]).double()}
-    moved = lambda by: {name: values + by for name, values in start.items()}  # noqa: E731
-    text = claims.tables(start, {"real": {0: moved(0.1), 1: moved(0.2)}, "zero": {0: moved(0.0), 1: moved(0.1)}})
-    assert "| mean of trained | 0.500 | +0.100 [+0.100, +0.100], 100% | +0.200 [+0.200, +0.200], 100% | +0.150 [+0.100, +0.200] |" in text
+    start = {
+        claims.TOTAL: torch.tensor([0.5, 0.6, 0.4]).double(),
+        "attributes": torch.tensor([0.9, float("nan"), 0.8]).double(),
+    }
+
+    def moved(by):
+        return {name: values + by for name, values in start.items()}
+
+    text = claims.tables(
+        start, {"real": {0: moved(0.1), 1: moved(0.2)}, "zero": {0: moved(0.0), 1: moved(0.1)}}
+    )
+    assert (
+        "| mean of trained | 0.500 | +0.100 [+0.100, +0.100], 100% | +0.200 [+0.200, +0.200], 100% | +0.150 [+0.100, +0.200] |"
+        in text
+    )
     assert "| attributes | 0.850 | +0.100" in text, "scripts that can not be measured are left out"
     assert "real minus zero, mean of trained, 2 seeds: +0.100 [+0.100, +0.100]" in text

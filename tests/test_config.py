@@ -9,7 +9,15 @@ import pytest
 import yaml
 from tiny import GEOMETRY
 
-from kvpo.config import RECIPES, RunConfig, differences, from_dict, load_config, recipe_path, to_dict
+from kvpo.config import (
+    RECIPES,
+    RunConfig,
+    differences,
+    from_dict,
+    load_config,
+    recipe_path,
+    to_dict,
+)
 from kvpo.method.routing import KVRouting
 from kvpo.rewards.registry import RewardEntry, find
 
@@ -45,9 +53,24 @@ def test_an_empty_recipe_is_the_defaults(tmp_path):
 
 
 def test_what_is_written_holds():
-    config = from_dict({"steps": 7, "optimizer": {"lr": "1e-5", "warmup": 2}, "kv_routing": {"draw": "dispersed"}, "temperature": {"value": 0.5}, "rewards": [{"name": "world_vq", "weight": 2}]})
-    assert config.steps == 7 and config.optimizer.lr == 1e-5 and config.optimizer.warmup == 2 and config.temperature.value == 0.5
-    assert config.exploring == KVRouting(draw="dispersed") and config.rewards == (RewardEntry("world_vq", 2.0),)
+    config = from_dict(
+        {
+            "steps": 7,
+            "optimizer": {"lr": "1e-5", "warmup": 2},
+            "kv_routing": {"draw": "dispersed"},
+            "temperature": {"value": 0.5},
+            "rewards": [{"name": "world_vq", "weight": 2}],
+        }
+    )
+    assert (
+        config.steps == 7
+        and config.optimizer.lr == 1e-5
+        and config.optimizer.warmup == 2
+        and config.temperature.value == 0.5
+    )
+    assert config.exploring == KVRouting(draw="dispersed") and config.rewards == (
+        RewardEntry("world_vq", 2.0),
+    )
     assert config.optimizer.clip == RunConfig().optimizer.clip, "defaults fill a section"
 
 
@@ -56,9 +79,18 @@ def test_what_is_written_holds():
     [
         ({"step": 3}, "unknown key step; did you mean steps?"),
         ({"optimiser": {}}, "unknown key optimiser; did you mean optimizer?"),
-        ({"optimizer": {"learning_rate": 1}}, "unknown key optimizer.learning_rate; known here: lr, warmup"),
-        ({"optimizer": {"warmups": 1}}, "unknown key optimizer.warmups; did you mean optimizer.warmup?"),
-        ({"rewards": [{"name": "world_vq"}, {"name": "world_mq", "wieght": 1}]}, "unknown key rewards.1.wieght; did you mean rewards.1.weight?"),
+        (
+            {"optimizer": {"learning_rate": 1}},
+            "unknown key optimizer.learning_rate; known here: lr, warmup",
+        ),
+        (
+            {"optimizer": {"warmups": 1}},
+            "unknown key optimizer.warmups; did you mean optimizer.warmup?",
+        ),
+        (
+            {"rewards": [{"name": "world_vq"}, {"name": "world_mq", "wieght": 1}]},
+            "unknown key rewards.1.wieght; did you mean rewards.1.weight?",
+        ),
         ({"rewards": ["world_vq"]}, "rewards.0 must hold keys and values, not 'world_vq'"),
         ({"rollout": None}, "rollout must hold keys and values, not None"),
         ({"rollout": 8}, "rollout must hold keys and values, not 8"),
@@ -79,16 +111,25 @@ def test_unknown_keys(content, message):
         ({"groups": 0}, "groups = 0 must be 1 or more"),
         ({"sampler": "euler"}, "sampler = 'euler'"),
         ({"context": "none"}, "context = 'none'"),
-        ({"rollout": {"branches": 1}}, "rollout.branches = 1, but a group compares at least 2 branches"),
+        (
+            {"rollout": {"branches": 1}},
+            "rollout.branches = 1, but a group compares at least 2 branches",
+        ),
         ({"rollout": {"branches": 0}}, "rollout.branches = 0"),
         ({"rollout": {"branches": "x"}}, "rollout.branches = 'x'"),
         ({"optimizer": {"lr": -1.0}}, "optimizer.lr = -1.0"),
         ({"policy": {"train": "all"}}, "policy.train = 'all'"),
         ({"temperature": {"value": -1}}, "temperature -1"),
         ({"kv_routing": {"nearest": 0}}, "nearest = 0, but a branch must keep at least"),
-        ({"kv_routing": {"draw": "some"}}, "draw = 'some' is unknown; choose one of balanced, dispersed, independent"),
+        (
+            {"kv_routing": {"draw": "some"}},
+            "draw = 'some' is unknown; choose one of balanced, dispersed, independent",
+        ),
         ({"rewards": [{"weight": 1.0}]}, "rewards.0.name is missing"),
-        ({"advantages": {"weights": {"VQ": 1.0}}}, "advantages.weights is set by the rewards' own weights"),
+        (
+            {"advantages": {"weights": {"VQ": 1.0}}},
+            "advantages.weights is set by the rewards' own weights",
+        ),
     ],
 )
 def test_what_does_not_fit(content, message):
@@ -98,7 +139,11 @@ def test_what_does_not_fit(content, message):
 @pytest.mark.parametrize("surrogate", ["velocity_energy", "denoised_energy"])
 def test_illegal_pair(surrogate):
     message = refused({"explorer": "start_noise", "surrogate": surrogate})
-    assert f"explorer start_noise and surrogate {surrogate} can not be paired" in message and "identically 0" in message and "use explorer kv_routing" in message
+    assert (
+        f"explorer start_noise and surrogate {surrogate} can not be paired" in message
+        and "identically 0" in message
+        and "use explorer kv_routing" in message
+    )
 
 
 def test_illegal_values_are_refused_in_code_too():
@@ -106,13 +151,25 @@ def test_illegal_values_are_refused_in_code_too():
         replace(RunConfig(), explorer="start_noise")
 
 
-@pytest.mark.parametrize(("text", "reason"), [("steps: [1", "is not YAML"), ("a: b: c", "is not YAML"), ("- 1", "must hold keys and values"), ("stps: 1", "did you mean steps?")])
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("steps: [1", "is not YAML"),
+        ("a: b: c", "is not YAML"),
+        ("- 1", "must hold keys and values"),
+        ("stps: 1", "did you mean steps?"),
+    ],
+)
 def test_the_file_is_named(tmp_path, text, reason):
     path = tmp_path / "bad.yaml"
     path.write_text(text)
     with pytest.raises(ValueError) as caught:
         load_config(path)
-    assert str(caught.value).startswith(str(path)) and reason in str(caught.value) and "\n" not in str(caught.value)
+    assert (
+        str(caught.value).startswith(str(path))
+        and reason in str(caught.value)
+        and "\n" not in str(caught.value)
+    )
 
 
 def test_not_text(tmp_path):
@@ -123,17 +180,25 @@ def test_not_text(tmp_path):
 
 
 def test_an_unknown_recipe_lists_the_shipped_ones():
-    with pytest.raises(FileNotFoundError, match="there is no recipe 'minni'; shipped are .*mini.*, or give a YAML file"):
+    with pytest.raises(
+        FileNotFoundError,
+        match="there is no recipe 'minni'; shipped are .*mini.*, or give a YAML file",
+    ):
         recipe_path("minni")
 
 
 def test_differences_by_hand():
-    old, new = {"a": 1, "b": {"c": 2, "d": [1, 2]}, "e": 3}, {"a": 1, "b": {"c": 5, "d": [1, 2]}, "f": 4}
+    old, new = (
+        {"a": 1, "b": {"c": 2, "d": [1, 2]}, "e": 3},
+        {"a": 1, "b": {"c": 5, "d": [1, 2]}, "f": 4},
+    )
     assert differences(old, new) == ["b.c: 2 -> 5", "e: 3 -> None", "f: None -> 4"]
     assert differences(old, old) == []
 
 
-
 def test_forks_follow_from_geometry():
     """The numbers that the tests of rollouts rely on."""
-    assert KVRouting(window_blocks=2).eligible_forks(8, GEOMETRY) == [3, 4, 5, 6] and KVRouting().routed(GEOMETRY) == 3
+    assert (
+        KVRouting(window_blocks=2).eligible_forks(8, GEOMETRY) == [3, 4, 5, 6]
+        and KVRouting().routed(GEOMETRY) == 3
+    )

@@ -12,11 +12,10 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-
-import kvpo
 import torch
 import yaml
 
+import kvpo
 from benchmarks.reward_table import Row, page
 from kvpo.commands import main as cli
 from kvpo.config import from_dict
@@ -32,15 +31,25 @@ TEXT = {".py", ".md", ".toml", ".yaml", ".yml", ".json", ".txt", ".html", ".sh",
 
 def files(folder: Path) -> list[Path]:
     """Files below, without what git ignores."""
-    return [p for p in sorted(folder.rglob("*")) if p.is_file() and not _ignored(p.relative_to(ROOT).parts)]
+    return [
+        p
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and not _ignored(p.relative_to(ROOT).parts)
+    ]
 
 
 def _ignored(parts: tuple[str, ...]) -> bool:
-    return parts[0] in IGNORED or "__pycache__" in parts or any(part.endswith(".egg-info") for part in parts)
+    return (
+        parts[0] in IGNORED
+        or "__pycache__" in parts
+        or any(part.endswith(".egg-info") for part in parts)
+    )
 
 
 def blocks(path: Path, language: str) -> list[str]:
-    return re.findall(rf"^ *```{language}\n(.*?)^ *```", path.read_text(encoding="utf-8"), flags=re.S | re.M)
+    return re.findall(
+        rf"^ *```{language}\n(.*?)^ *```", path.read_text(encoding="utf-8"), flags=re.S | re.M
+    )
 
 
 # --- Data ---
@@ -48,7 +57,9 @@ def blocks(path: Path, language: str) -> list[str]:
 
 def test_data_is_packaged():
     """What is not Python reaches an installed package only by a pattern of pyproject.toml."""
-    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["kvpo"]
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"][
+        "package-data"
+    ]["kvpo"]
     packaged = {p for pattern in patterns for p in (ROOT / "kvpo").glob(pattern)}
     assert not [p for p in files(ROOT / "kvpo") if p.suffix != ".py" and p not in packaged]
 
@@ -60,7 +71,13 @@ def named(body: list[ast.stmt]) -> dict[str, ast.stmt]:
     """What a module or class defines, name -> node."""
     found = {n.name: n for n in body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
     for node in body:
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        targets = (
+            node.targets
+            if isinstance(node, ast.Assign)
+            else [node.target]
+            if isinstance(node, ast.AnnAssign)
+            else []
+        )
         found |= {t.id: node for t in targets if isinstance(t, ast.Name)}
     return found
 
@@ -71,9 +88,12 @@ def parsed(path: Path) -> dict[str, ast.stmt]:
 
 
 def exists(symbol: str) -> bool:
-    """``kvpo.method.replay.Replay.passes``: a module, then names that it defines; read, not imported."""
+    """``kvpo.method.replay.Replay.passes``: a module, then names that it defines; read, not
+    imported."""
     parts = symbol.split(".")
-    if len(parts) == 2 and parts[1] in kvpo.__all__:  # a public name, which the package itself finds when it is asked for
+    if (
+        len(parts) == 2 and parts[1] in kvpo.__all__
+    ):  # a public name, which the package itself finds when it is asked for
         return True
     for n in range(len(parts), 0, -1):
         path = ROOT.joinpath(*parts[:n])
@@ -106,12 +126,22 @@ def test_cited_symbols_and_tests_exist(path):
     symbols = re.findall(r"`((?:kvpo|tests)(?:\.\w+)+)`", text)
     assert not [s for s in symbols if not s.endswith(".py") and not exists(s)]
     assert not [t for t in re.findall(r"`(test_\w+\.py::\w+)`", text) if t not in known_tests()]
-    assert not [f for f in re.findall(r"`((?:tests|kvpo|benchmarks|docs)/[\w./]+)`", text) if not (ROOT / f).exists()]
+    assert not [
+        f
+        for f in re.findall(r"`((?:tests|kvpo|benchmarks|docs)/[\w./]+)`", text)
+        if not (ROOT / f).exists()
+    ]
 
 
 def test_every_equation_has_its_function_and_its_test():
-    (section,) = re.findall(r"^## 2 .*?(?=^## 3 )", (ROOT / "docs" / "method.md").read_text(), flags=re.S | re.M)
-    rows = [[cell.strip() for cell in line.strip("|\n").split(" | ")] for line in section.splitlines() if line.startswith("| ")][1:]
+    (section,) = re.findall(
+        r"^## 2 .*?(?=^## 3 )", (ROOT / "docs" / "method.md").read_text(), flags=re.S | re.M
+    )
+    rows = [
+        [cell.strip() for cell in line.strip("|\n").split(" | ")]
+        for line in section.splitlines()
+        if line.startswith("| ")
+    ][1:]
     assert len(rows) > 20
     for rule, function, proof in rows:
         assert "`kvpo." in function and ("`test_" in proof or "`kvpo.doctor.doctor" in proof), rule
@@ -130,18 +160,32 @@ def test_no_line_numbers_are_cited(path):
 
 def test_nothing_of_a_machine_is_written_down():
     """Neither its folders nor the addresses of its package registries."""
-    machine = re.compile(r"(?<![\w.])/(?:work|tmp|home|root|Users|mnt)/\w|file://|(?:index-url|find-links|trusted-host)|https?://\S*(?:pypi|simple/|artifactory|nexus|mirror)")
-    texts = {p: p.read_text(encoding="utf-8", errors="replace") for p in files(ROOT) if p.suffix in TEXT and p != Path(__file__)}
-    assert not {str(p.relative_to(ROOT)): found for p, text in texts.items() if (found := machine.findall(text))}
+    machine = re.compile(
+        r"(?<![\w.])/(?:work|tmp|home|root|Users|mnt)/\w|file://|(?:index-url|find-links|trusted-host)|https?://\S*(?:pypi|simple/|artifactory|nexus|mirror)"
+    )
+    texts = {
+        p: p.read_text(encoding="utf-8", errors="replace")
+        for p in files(ROOT)
+        if p.suffix in TEXT and p != Path(__file__)
+    }
+    assert not {
+        str(p.relative_to(ROOT)): found
+        for p, text in texts.items()
+        if (found := machine.findall(text))
+    }
 
 
 # --- Commands and the example ---
 
 
 def commands(path: Path) -> list[list[str]]:
-    """Every ``kvpo ...`` in the shell blocks of a document, a loop's variables replaced by one value."""
+    """Every ``kvpo ...`` in the shell blocks of a document, a loop's variables replaced by one
+    value."""
     text = "\n".join(blocks(path, "bash")).replace("$seed", "0").replace("$which", "ema")
-    return [shlex.split(found, comments=True) for found in re.findall(r"(?:^|(?<=do ))\s*(kvpo [^;\n]*)", text, flags=re.M)]
+    return [
+        shlex.split(found, comments=True)
+        for found in re.findall(r"(?:^|(?<=do ))\s*(kvpo [^;\n]*)", text, flags=re.M)
+    ]
 
 
 @pytest.mark.parametrize("path", [p for p in DOCS if commands(p)], ids=lambda p: p.name)
@@ -156,7 +200,11 @@ def test_the_readme_shows_every_command():
 
 def test_the_rewards_of_the_guide_are_a_recipe():
     (recipe,) = blocks(ROOT / "docs" / "extending.md", "yaml")
-    assert [r.name for r in from_dict(yaml.safe_load(recipe)).rewards] == ["my_reward:Brightness", "world_ta", "attributes"]
+    assert [r.name for r in from_dict(yaml.safe_load(recipe)).rewards] == [
+        "my_reward:Brightness",
+        "world_ta",
+        "attributes",
+    ]
 
 
 def test_the_example_reward_works(tmp_path, monkeypatch):
@@ -166,7 +214,11 @@ def test_the_example_reward_works(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
     monkeypatch.delitem(sys.modules, "my_reward", raising=False)
-    (named,) = [c for c in commands(ROOT / "docs" / "extending.md") if c[1] == "align" and "my_reward:Brightness" in c]
+    (named,) = [
+        c
+        for c in commands(ROOT / "docs" / "extending.md")
+        if c[1] == "align" and "my_reward:Brightness" in c
+    ]
     reward = make_reward(cli._parse(named[1], named[2:]).settings.rewards[0].name)
     reward.load("cpu")
     frames = torch.stack([torch.zeros(2, 3, 4, 4), torch.full((2, 3, 4, 4), 255)]).to(torch.uint8)
@@ -180,6 +232,11 @@ def test_the_table_of_rewards_is_that_of_the_code():
     """All but what was measured; and whoever was measured there was measured on some clips."""
     text = (ROOT / "docs" / "rewards.md").read_text(encoding="utf-8")
     results = json.loads((ROOT / "benchmarks" / "results" / "rewards.json").read_text())
-    rows = [Row(name, find(name).spec, results[name]["won"], results[name]["clips"]) for name in SHIPPED]
+    rows = [
+        Row(name, find(name).spec, results[name]["won"], results[name]["clips"]) for name in SHIPPED
+    ]
     assert text == page(rows)
-    assert all(bool(row.won) == (row.clips > 0) for row in rows) and sum(bool(row.won) for row in rows) >= 10
+    assert (
+        all(bool(row.won) == (row.clips > 0) for row in rows)
+        and sum(bool(row.won) for row in rows) >= 10
+    )

@@ -55,7 +55,9 @@ def test_only_the_empty_plan_is_the_anchors():
 def test_the_anchor_is_not_counted_as_a_branch():
     plans = (BranchPlan((3,)), BranchPlan((4,)), BranchPlan())
     empty = torch.empty(0)
-    rollout = Rollout(STORY, Window(7, 3), plans, Trajectory(empty, empty, empty), empty, empty, cache=None)
+    rollout = Rollout(
+        STORY, Window(7, 3), plans, Trajectory(empty, empty, empty), empty, empty, cache=None
+    )
     assert rollout.num_branches == 2
 
 

@@ -14,16 +14,17 @@ from __future__ import annotations
 import math
 import signal
 import threading
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Literal, Sequence, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from kvpo.api.records import Evaluation, Exploration, Mean, Run, Video
 from kvpo.api.settings import settle
-from kvpo.api.shared import score_group, loaded, measured, shown_explorer
+from kvpo.api.shared import loaded, measured, score_group, shown_explorer
 from kvpo.common.environment import pick_device
 from kvpo.common.progress import Progress
 from kvpo.common.timing import Phases
@@ -258,7 +259,8 @@ def evaluate(
 
 
 def _record(kind: type[Record], row: dict[str, Any]) -> Record:
-    """A table's row as a record; what could not be measured is None in the one and NaN in the other."""
+    """A table's row as a record; what could not be measured is None in the one and NaN in the
+    other."""
     known = {field.name for field in fields(kind)}
     return kind(**{k: math.nan if v is None else v for k, v in row.items() if k in known})
 
@@ -307,7 +309,9 @@ def explore(
     rollout = roll_out(
         pipeline, SAMPLERS[config.sampler], explorer, config.rollout, story, texts, *streams
     )
-    table, pixels, advantage, energies = score_group(pipeline, rollout, texts, config, rewards, rule, phases)
+    table, pixels, advantage, energies = score_group(
+        pipeline, rollout, texts, config, rewards, rule, phases
+    )
     diversity = pixel_diversity(pixels[:-1])
     found = (table, advantage.values, energies, rollout.plans, diversity, rollout)
     return Exploration(label, pixels, pipeline.geometry.fps, *found)

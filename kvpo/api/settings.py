@@ -9,8 +9,9 @@ Precedence is the command line's: defaults < recipe < what the call says.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Iterator, Mapping, get_type_hints
+from typing import Any, get_type_hints
 
 from kvpo.config import RunConfig, from_dict, load_config, recipe_path, to_dict
 from kvpo.rewards.registry import GIVEN, RewardEntry, give

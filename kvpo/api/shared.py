@@ -1,10 +1,11 @@
-"""What the library's functions and the commands have in common: loading, measuring, and judging a group that is only looked at."""
+"""What the library's functions and the commands have in common: loading, measuring, and judging
+a group that is only looked at."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Mapping, Sequence
 
 import torch
 

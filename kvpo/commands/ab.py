@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Sequence
 
 from kvpo.commands.options import Positional
 from kvpo.common.environment import command, pick_device
@@ -24,7 +24,8 @@ from kvpo.runs.loading import load_generator, pipeline_folder
 
 @dataclass(frozen=True)
 class Ab:
-    """Make a blind A/B page of two generators: same scripts, same noise, sides hidden.  A second call goes on where the first stopped."""
+    """Make a blind A/B page of two generators: same scripts, same noise, sides hidden. A second
+    call goes on where the first stopped."""
 
     a: Positional[str]
     """Pipeline folder, mini, or a run (RUN, RUN:ema, RUN:online, RUN:start)."""
@@ -45,11 +46,25 @@ class Ab:
     def __call__(self) -> None:
         must_be_new(self.out / "page" / "index.html")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"--seeds {' '.join(map(str, self.seeds))}: give at least one seed and each once, equal ones would make equal pairs")
+            raise ValueError(
+                f"--seeds {' '.join(map(str, self.seeds))}: give at least one seed and each once, equal ones would make equal pairs"
+            )
         config = load_config(recipe_path(self.recipe))
-        config = replace(config, evaluate=replace(config.evaluate, scripts=self.scripts, prompts=self.prompts or config.evaluate.prompts))
-        config = replace(config, data=replace(config.data, blocks=self.blocks or config.data.blocks))
-        pairs, progress = draw_pairs(evaluation_scripts(config), self.seeds, config.evaluate.seed), Progress()
+        config = replace(
+            config,
+            evaluate=replace(
+                config.evaluate,
+                scripts=self.scripts,
+                prompts=self.prompts or config.evaluate.prompts,
+            ),
+        )
+        config = replace(
+            config, data=replace(config.data, blocks=self.blocks or config.data.blocks)
+        )
+        pairs, progress = (
+            draw_pairs(evaluation_scripts(config), self.seeds, config.evaluate.seed),
+            Progress(),
+        )
         try_folder(self.out)
         for name in (self.a, self.b):
             check_prompts(pipeline_folder(name), [pair.script for pair in pairs], progress.warn)
@@ -58,13 +73,38 @@ class Ab:
         study = hashlib.blake2b((self.out / "key.json").read_bytes(), digest_size=8).hexdigest()
         claim(self.out / "key.json", {"study": study, "command": command()})
         write_page(self.out / "page", study, [pair.script for pair in pairs], geometry)
-        progress.say(f"{len(pairs)} pairs, {len(QUESTIONS)} questions each\nfor the raters: {self.out}/page\nfor kvpo unblind, not for raters: {self.out}/key.json")
+        progress.say(
+            f"{len(pairs)} pairs, {len(QUESTIONS)} questions each\nfor the raters: {self.out}/page\nfor kvpo unblind, not for raters: {self.out}/key.json"
+        )
 
-    def write_videos(self, name: str, pairs: Sequence[Pair], config: RunConfig, progress: Progress, other: Geometry | None = None) -> Geometry:
-        """One generator's videos, page/000-left.mp4 or -right.mp4 and so on; those that are there already stay.  Its geometry, alike the ``other``'s."""
-        pipeline, label = load_generator(getattr(self, name), pick_device(self.device), config.vae_dtype, config.dtype)
+    def write_videos(
+        self,
+        name: str,
+        pairs: Sequence[Pair],
+        config: RunConfig,
+        progress: Progress,
+        other: Geometry | None = None,
+    ) -> Geometry:
+        """One generator's videos, page/000-left.mp4 or -right.mp4 and so on; those that are
+        there already stay. Its geometry, alike the ``other``'s."""
+        pipeline, label = load_generator(
+            getattr(self, name), pick_device(self.device), config.vae_dtype, config.dtype
+        )
         check_alike(other or pipeline.geometry, pipeline.geometry)
-        claim(self.out / "key.json", {name: label, "sampler": config.sampler, "pairs": [pair.record for pair in pairs]})
-        paths = [self.out / "page" / f"{number:03d}-{pair.side(name)}.mp4" for number, pair in enumerate(pairs)]
-        write_missing(pipeline, SAMPLERS[config.sampler], [(pair.script, pair.seed, path) for pair, path in zip(pairs, paths)], label, progress, blind=True)
+        claim(
+            self.out / "key.json",
+            {name: label, "sampler": config.sampler, "pairs": [pair.record for pair in pairs]},
+        )
+        paths = [
+            self.out / "page" / f"{number:03d}-{pair.side(name)}.mp4"
+            for number, pair in enumerate(pairs)
+        ]
+        write_missing(
+            pipeline,
+            SAMPLERS[config.sampler],
+            [(pair.script, pair.seed, path) for pair, path in zip(pairs, paths)],
+            label,
+            progress,
+            blind=True,
+        )
         return pipeline.geometry

@@ -20,7 +20,8 @@ from kvpo.train import Alignment
 
 @dataclass(frozen=True)
 class Align:
-    """Align a generator to rewards by KVPO.  Every setting of the recipe can be given here, e.g. --optimizer.lr 1e-4."""
+    """Align a generator to rewards by KVPO. Every setting of the recipe can be given here, e.g.
+    --optimizer.lr 1e-4."""
 
     recipe: Positional[str]
     """A shipped recipe (mini) or a YAML file."""
@@ -30,23 +31,30 @@ class Align:
     resume: bool = False
     """Go on with the run in --out from its newest checkpoint."""
     override: bool = False
-    """With --resume, take settings that differ from the run's: patience, branch_parallel, policy.shard, and those of what is shown, evaluated and kept.  steps needs no asking."""
+    """With --resume, take settings that differ from the run's: patience, branch_parallel,
+    policy.shard, and those of what is shown, evaluated and kept. steps needs no asking."""
 
     def __call__(self) -> None:
         if self.override and not self.resume:
-            raise ValueError("--override lets a resumed run take other settings, and without --resume a new run begins; give both, or leave it out")
+            raise ValueError(
+                "--override lets a resumed run take other settings, and without --resume a new run begins; give both, or leave it out"
+            )
         progress, run = Progress(self.out / "logs"), None
         with ending_at_once():
             try:
                 try_folder(self.out)
                 progress.log(self.plan())
                 run = Alignment(self.settings, self.out, progress)
-                again = run.ranks.gather(restarted_here(self.out))  # torchrun counts on every node by itself
+                again = run.ranks.gather(
+                    restarted_here(self.out)
+                )  # torchrun counts on every node by itself
                 report = run.run(self.resume or any(again), self.override)
                 progress.say(f"report: {report.resolve()}")
             except Stopped as stop:
                 if run is not None and run.state.begun:
-                    progress.say(f"stopped by {stop}; {run.done} steps are done and saved. Go on by the same command with --resume")
+                    progress.say(
+                        f"stopped by {stop}; {run.done} steps are done and saved. Go on by the same command with --resume"
+                    )
                 else:
                     progress.say(f"stopped by {stop}; nothing was begun")
             finally:
@@ -56,5 +64,9 @@ class Align:
         """What will be done, in one line."""
         s = self.settings
         work = f"{count_of(s.steps, 'step')} of {count_of(s.groups, 'group')} with {s.rollout.branches} branches, videos of {count_of(s.data.blocks, 'block')}"
-        looks = f"evaluated every {count_of(s.evaluate.every, 'step')}" if s.evaluate.every else "evaluated at the end"
+        looks = (
+            f"evaluated every {count_of(s.evaluate.every, 'step')}"
+            if s.evaluate.every
+            else "evaluated at the end"
+        )
         return f"kvpo align {self.recipe} in {self.out} on {pick_device(s.device)}: {work}, {looks}, saved every {count_of(s.checkpoint.every, 'step')}"

@@ -13,8 +13,16 @@ from kvpo.common.files import say_replaced, try_file, unused
 from kvpo.common.progress import Progress
 from kvpo.config import load_config, recipe_path
 from kvpo.evaluation.evaluate import (
-    EvaluateConfig, compare, enough_scripts, kinds_of, means, means_table, table, write_comparison, write_means,
-)  # fmt: skip
+    EvaluateConfig,
+    compare,
+    enough_scripts,
+    kinds_of,
+    means,
+    means_table,
+    table,
+    write_comparison,
+    write_means,
+)
 from kvpo.generators.readable import check_prompts
 from kvpo.rewards.scorer import load_rewards
 from kvpo.runs.build import evaluation_scripts, trained_families, unseen
@@ -23,7 +31,8 @@ from kvpo.runs.loading import pipeline_folder
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Measure a generator on fixed scripts and seeds; with --against, paired differences; all with 95 % intervals."""
+    """Measure a generator on fixed scripts and seeds; with --against, paired differences; all
+    with 95 % intervals."""
 
     generator: Positional[str] = "mini"
     """Pipeline folder, mini, or a run (RUN, RUN:ema, RUN:online, RUN:start)."""
@@ -35,7 +44,8 @@ class Evaluate:
     """Prompt file to measure on; default: what the recipe evaluates on."""
     scripts: int = SCRIPTS
     seeds: int = EvaluateConfig.seeds
-    """Videos of every script, each with noise of its own; from 2 on their diversity is measured too."""
+    """Videos of every script, each with noise of its own; from 2 on their diversity is measured
+    too."""
     seed: int = EvaluateConfig.seed
     """Names the scripts' and the noise's streams."""
     blocks: int = 0
@@ -49,7 +59,17 @@ class Evaluate:
 
 def evaluate_command(args: Evaluate) -> None:
     recipe = load_config(recipe_path(args.recipe))
-    config = replace(recipe, evaluate=replace(recipe.evaluate, scripts=args.scripts, seeds=args.seeds, seed=args.seed, videos=0, prompts=args.prompts or recipe.evaluate.prompts))
+    config = replace(
+        recipe,
+        evaluate=replace(
+            recipe.evaluate,
+            scripts=args.scripts,
+            seeds=args.seeds,
+            seed=args.seed,
+            videos=0,
+            prompts=args.prompts or recipe.evaluate.prompts,
+        ),
+    )
     if args.blocks:
         config = replace(config, data=replace(config.data, blocks=args.blocks))
     device, scripts, progress = pick_device(args.device), evaluation_scripts(config), Progress()
@@ -60,8 +80,13 @@ def evaluate_command(args: Evaluate) -> None:
         check_prompts(pipeline_folder(spec), scripts, progress.warn)
     say_replaced([out], progress.say)
     rewards = load_rewards(config.rewards, device)
-    kinds = kinds_of(rewards, args.seeds, trained_families(args.generator) | trained_families(args.against))
-    scored, labels = zip(*(measured(spec, config, scripts, rewards, device, progress) for spec in generators), strict=True)
+    kinds = kinds_of(
+        rewards, args.seeds, trained_families(args.generator) | trained_families(args.against)
+    )
+    scored, labels = zip(
+        *(measured(spec, config, scripts, rewards, device, progress) for spec in generators),
+        strict=True,
+    )
     if args.against:
         rows = compare(*scored, kinds)
         progress.say(table(rows, "A", "B"))
@@ -74,9 +99,13 @@ def evaluate_command(args: Evaluate) -> None:
         rows = means(scored[0], kinds)
         progress.say(means_table(rows))
         progress.say(f"{labels[0]}, {_measured_on(args, len(scripts))}")
-        write_means(out, rows, labels[0], scripts, config.evaluate, command(), unseen(config), scored[0])
+        write_means(
+            out, rows, labels[0], scripts, config.evaluate, command(), unseen(config), scored[0]
+        )
     progress.say(f"written to {out}")
 
 
 def _measured_on(args: Evaluate, scripts: int) -> str:
-    return f"{scripts} scripts, {args.seeds} video{'s' * (args.seeds > 1)} of each, seed {args.seed}"
+    return (
+        f"{scripts} scripts, {args.seeds} video{'s' * (args.seeds > 1)} of each, seed {args.seed}"
+    )

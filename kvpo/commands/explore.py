@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Callable, Literal, Sequence
+from typing import Literal
 
 import torch
 
@@ -17,8 +18,8 @@ from kvpo.common.files import say_replaced, try_folder, unused
 from kvpo.common.progress import Progress
 from kvpo.common.provenance import about_video, write_beside
 from kvpo.common.timing import Phases
-from kvpo.generators.readable import check_prompts
 from kvpo.generators.pipeline import Pipeline, pixel_span
+from kvpo.generators.readable import check_prompts
 from kvpo.generators.sampler import SAMPLERS
 from kvpo.method.explorers import Explorer
 from kvpo.method.rollout import roll_out
@@ -32,7 +33,8 @@ from kvpo.types import Rollout, Window
 
 @dataclass(frozen=True)
 class Explore:
-    """Show what an explorer does to one story: branches and anchor side by side, what each of them reads, rewards, diversity."""
+    """Show what an explorer does to one story: branches and anchor side by side, what each of
+    them reads, rewards, diversity."""
 
     recipe: Positional[str]
     settings: Settings
@@ -41,9 +43,11 @@ class Explore:
     script: int = 0
     """Number of the story among the recipe's evaluation scripts."""
     by: Literal["recipe", "kv_routing", "start_noise"] = "recipe"
-    """Which explorer, in the window of the recipe's; start_noise can be shown, but not trained by an energy."""
+    """Which explorer, in the window of the recipe's; start_noise can be shown, but not trained
+    by an energy."""
     fork: int = -1
-    """Fork block; -1 = of a few eligible ones, where the recipe's branches look most different.  The same for every explorer."""
+    """Fork block; -1 = of a few eligible ones, where the recipe's branches look most different.
+    The same for every explorer."""
     tries: int = 4
     """Fork blocks that are tried where none is given."""
     out: Path = Path("runs/explore")
@@ -54,10 +58,17 @@ class Explore:
 
 
 def explore_command(args: Explore) -> None:
-    config, device, progress, phases = args.settings, pick_device(args.settings.device), Progress(), Phases()
+    config, device, progress, phases = (
+        args.settings,
+        pick_device(args.settings.device),
+        Progress(),
+        Phases(),
+    )
     scripts, generator = evaluation_scripts(config), args.generator or config.pipeline
     if not 0 <= args.script < len(scripts):
-        raise ValueError(f"--script {args.script} does not exist: the recipe has evaluation scripts 0 to {len(scripts) - 1}")
+        raise ValueError(
+            f"--script {args.script} does not exist: the recipe has evaluation scripts 0 to {len(scripts) - 1}"
+        )
     if args.fork < -1:
         raise ValueError(f"--fork {args.fork} is no block; give its number, or -1 for a drawn one")
     script, out = scripts[args.script], unused(args.out) if args.out == Explore.out else args.out
@@ -72,40 +83,94 @@ def explore_command(args: Explore) -> None:
     explorer = shown_explorer(config, args.by)
     name, sampler = ("explore", args.script), SAMPLERS[config.sampler]
 
-    def rolled(explorer: Explorer, fork: int, horizon: Callable[[Window], int] | None = None) -> Rollout:
-        return roll_out(pipeline, sampler, explorer, config.rollout, script, embeddings, config.seed, name, phases, fork, horizon)
+    def rolled(
+        explorer: Explorer, fork: int, horizon: Callable[[Window], int] | None = None
+    ) -> Rollout:
+        return roll_out(
+            pipeline,
+            sampler,
+            explorer,
+            config.rollout,
+            script,
+            embeddings,
+            config.seed,
+            name,
+            phases,
+            fork,
+            horizon,
+        )
 
     fork, said = args.fork, ""
     if fork < 0:
-        # By the recipe's explorer, whichever is shown: groups that are compared must leave the story at one block.
+        # By the recipe's explorer, whichever is shown: groups that are compared must leave the
+        # story at one block.
         forks = config.exploring.eligible_forks(script.blocks, pipeline.geometry)
-        fork, said = widest_fork(forks, args.tries, lambda f: window_diversity(pipeline, rolled(config.exploring, f, lambda w: w.stop)))
+        fork, said = widest_fork(
+            forks,
+            args.tries,
+            lambda f: window_diversity(pipeline, rolled(config.exploring, f, lambda w: w.stop)),
+        )
     rollout = rolled(explorer, fork)
-    scores, pixels, advantage, energy = score_group(pipeline, rollout, embeddings, config, rewards, advantages, phases)
-    pi = torch.softmax(-energy / config.temperature.resolve(energy), dim=0) if not explorer.deterministic_replay else torch.full_like(energy, 1 / len(energy))
-    folder = show_group(folder, 0, pipeline, rollout, pixels, scores, advantage, GroupUpdate(energy, pi, {}), explorer)
-    write_beside(folder / "explore.json", about_video(script, config.seed, label, explorer=type(explorer).__name__, fork=rollout.window.fork))
-    progress.say(f"{label}, {type(explorer).__name__}, fork at block {rollout.window.fork} of {script.blocks}: " + " | ".join(script.texts))
+    scores, pixels, advantage, energy = score_group(
+        pipeline, rollout, embeddings, config, rewards, advantages, phases
+    )
+    pi = (
+        torch.softmax(-energy / config.temperature.resolve(energy), dim=0)
+        if not explorer.deterministic_replay
+        else torch.full_like(energy, 1 / len(energy))
+    )
+    folder = show_group(
+        folder,
+        0,
+        pipeline,
+        rollout,
+        pixels,
+        scores,
+        advantage,
+        GroupUpdate(energy, pi, {}),
+        explorer,
+    )
+    write_beside(
+        folder / "explore.json",
+        about_video(
+            script, config.seed, label, explorer=type(explorer).__name__, fork=rollout.window.fork
+        ),
+    )
+    progress.say(
+        f"{label}, {type(explorer).__name__}, fork at block {rollout.window.fork} of {script.blocks}: "
+        + " | ".join(script.texts)
+    )
     if said:
         progress.say(said)
     progress.say(branch_table(rollout, scores, advantage.values, energy))
     progress.say(f"pixel diversity of the branches: {pixel_diversity(pixels[:-1]):.5f}")
-    progress.say(f"written to {Path(folder).resolve()}: grid.mp4, routing.png, group.json, explore.json")
+    progress.say(
+        f"written to {Path(folder).resolve()}: grid.mp4, routing.png, group.json, explore.json"
+    )
 
 
-def widest_fork(forks: Sequence[int], tries: int, diversity: Callable[[int], float]) -> tuple[int, str]:
-    """Of a few ``forks``, evenly spread, the one whose branches differ most, and a line that says so.
+def widest_fork(
+    forks: Sequence[int], tries: int, diversity: Callable[[int], float]
+) -> tuple[int, str]:
+    """Of a few ``forks``, evenly spread, the one whose branches differ most, and a line that says
+    so.
 
-    A window in which the story hides its objects shows nine equal pictures, whatever the branches remember.  Only
-    pixels are looked at, never a reward or what the story knows; training draws its forks blindly all the same.
+    A window in which the story hides its objects shows nine equal pictures, whatever the branches
+    remember. Only pixels are looked at, never a reward or what the story knows; training draws its
+    forks blindly all the same.
     """
     if tries < 1:
         raise ValueError(f"--tries {tries} must be 1 or more")
-    picked = [forks[i * len(forks) // min(tries, len(forks))] for i in range(min(tries, len(forks)))]
+    picked = [
+        forks[i * len(forks) // min(tries, len(forks))] for i in range(min(tries, len(forks)))
+    ]
     found = {fork: diversity(fork) for fork in picked}
     best = max(found, key=lambda fork: found[fork])
     tried = ", ".join(f"{fork}: {value:.2g}" for fork, value in found.items())
-    return best, f"fork chosen by the pixel diversity of the recipe's branches in their window, by block {tried}"
+    return (
+        best,
+        f"fork chosen by the pixel diversity of the recipe's branches in their window, by block {tried}",
+    )
 
 
 def window_diversity(pipeline: Pipeline, rollout: Rollout) -> float:

@@ -16,12 +16,22 @@ class Export:
 
     run: Positional[str]
     """RUN or RUN:ema (the averaged weights), RUN:online (the last ones), RUN:start."""
-    format: Literal["pipeline", "diffusers-lora", "peft", "original-lora", "original-merged", "comfyui-lora", "comfyui-merged"]
-    """A whole model (pipeline, original-merged, comfyui-merged) or the adapter alone, which only a run with policy.train lora has."""
+    format: Literal[
+        "pipeline",
+        "diffusers-lora",
+        "peft",
+        "original-lora",
+        "original-merged",
+        "comfyui-lora",
+        "comfyui-merged",
+    ]
+    """A whole model (pipeline, original-merged, comfyui-merged) or the adapter alone, which only
+    a run with policy.train lora has."""
     out: Path | None = None
     """Folder to write; default: RUN/export/WEIGHTS-FORMAT."""
     dtype: Literal["run", "bfloat16", "float32"] = "run"
-    """Of what is written; run = the run's own for a whole model, float32, in which it is trained, for an adapter."""
+    """Of what is written; run = the run's own for a whole model, float32, in which it is
+    trained, for an adapter."""
 
     def __call__(self) -> None:
         print(f"written to {export(self.run, self.format, self.out, self.dtype).resolve()}")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, Sequence
+from typing import Annotated, Literal
 
 import tyro
 
@@ -46,10 +47,12 @@ class Generate:
     """A video of every story for each."""
     sampler: Literal["renoise", "ode"] = RunConfig.sampler
     lora: tuple[Path, ...] = ()
-    """LoRAs on top, merged in this order: files of diffusers, ComfyUI, kohya, PEFT's folders, released ones, or what `kvpo export` writes.
-    Each acts at its own alpha / rank, which its header, adapter_config.json or alpha tensors say; where nothing says it, at 1."""
+    """LoRAs on top, merged in this order: files of diffusers, ComfyUI, kohya, PEFT's folders,
+    released ones, or what `kvpo export` writes. Each acts at its own alpha / rank, which its
+    header, adapter_config.json or alpha tensors say; where nothing says it, at 1."""
     lora_scale: float = 1.0
-    """Strength that multiplies their own alpha / rank, as the weight of an adapter does in diffusers and ComfyUI; 1 = as they were trained."""
+    """Strength that multiplies their own alpha / rank, as the weight of an adapter does in
+    diffusers and ComfyUI; 1 = as they were trained."""
     dtype: Literal["", "float32", "bfloat16"] = ""
     """Precision; default: a run's own, bfloat16 on a GPU, float32 on a CPU."""
     out: Path = Path("runs/generate")
@@ -57,7 +60,11 @@ class Generate:
 
     def __call__(self) -> None:
         self.check_options()
-        progress, device, folder = Progress(), pick_device(self.device), pipeline_folder(self.generator)
+        progress, device, folder = (
+            Progress(),
+            pick_device(self.device),
+            pipeline_folder(self.generator),
+        )
         scripts = self.scripts(check_folder(folder))
         check_prompts(folder, scripts, progress.warn)
         videos = self.videos(scripts, progress)
@@ -65,8 +72,15 @@ class Generate:
         pipeline, label = load_generator(self.generator, device, dtype or "float32", dtype)
         for path in self.lora:
             progress.say(f"{path}: {add_lora(pipeline, path, self.lora_scale)}")
-        made_with = {"sampler": self.sampler, "dtype": dtype or "the generator's own", "lora": list(map(str, self.lora)), "lora_scale": self.lora_scale}
-        with progress.bar(f"generate with {label}", sum(s.blocks for s in scripts) * len(self.seeds)) as bar:
+        made_with = {
+            "sampler": self.sampler,
+            "dtype": dtype or "the generator's own",
+            "lora": list(map(str, self.lora)),
+            "lora_scale": self.lora_scale,
+        }
+        with progress.bar(
+            f"generate with {label}", sum(s.blocks for s in scripts) * len(self.seeds)
+        ) as bar:
             for script, seed, path in videos:
                 about = about_video(script, seed, label, **made_with)
                 rate = write_video(pipeline, SAMPLERS[self.sampler], script, seed, path, bar, about)
@@ -74,19 +88,30 @@ class Generate:
                 progress.say(f"{path}  {rate:.1f} frames/s  {' | '.join(script.texts)}")
 
     def check_options(self) -> None:
-        """ValueError for options that say nothing, contradict each other, or would be passed over."""
+        """ValueError for options that say nothing, contradict each other, or would be passed
+        over."""
         if bool(self.prompt) == bool(self.prompts):
-            raise ValueError('give either --prompt "..." ["..." ...], the prompts of one story, or --prompts FILE')
+            raise ValueError(
+                'give either --prompt "..." ["..." ...], the prompts of one story, or --prompts FILE'
+            )
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"--seeds {' '.join(map(str, self.seeds))}: give at least one seed and each once, equal ones would make equal videos")
+            raise ValueError(
+                f"--seeds {' '.join(map(str, self.seeds))}: give at least one seed and each once, equal ones would make equal videos"
+            )
         if self.seconds != 0.0 and not 0.0 < self.seconds < math.inf:
-            raise ValueError(f"--seconds {self.seconds:g} is no length of a video; give more than 0, or leave it out")
+            raise ValueError(
+                f"--seconds {self.seconds:g} is no length of a video; give more than 0, or leave it out"
+            )
         if self.seconds and self.blocks != Generate.blocks:
-            raise ValueError(f"--seconds {self.seconds:g} and --blocks {self.blocks} both say how long the video is; give one of them")
+            raise ValueError(
+                f"--seconds {self.seconds:g} and --blocks {self.blocks} both say how long the video is; give one of them"
+            )
         if self.blocks < 1:
             raise ValueError(f"--blocks {self.blocks}: a video has at least one block")
         if self.lora_scale != Generate.lora_scale and not self.lora:
-            raise ValueError(f"--lora-scale {self.lora_scale:g} scales the files of --lora, and there is none; give one, or leave the scale out")
+            raise ValueError(
+                f"--lora-scale {self.lora_scale:g} scales the files of --lora, and there is none; give one, or leave the scale out"
+            )
         if self.prompt and len(self.at) > len(self.prompt) - 1:
             raise ValueError(
                 f"--at has {count_of(len(self.at), 'time')} for {count_of(len(self.prompt), 'prompt')}: the second, third, ... prompt takes over at each, "
@@ -94,25 +119,47 @@ class Generate:
             )
 
     def scripts(self, geometry: Geometry) -> list[Script]:
-        """The stories at their length.  ValueError where prompts do not fit into it, or a time of --at would change none of them."""
+        """The stories at their length. ValueError where prompts do not fit into it, or a time of
+        --at would change none of them."""
         blocks = block_at(self.seconds, geometry, up=True) if self.seconds else self.blocks
         switches = [block_at(second, geometry) for second in self.at]
         if self.prompts:
             scripts = list(read_scripts(self.prompts, blocks, switches=switches or None))
-            if unused := [second for second, block in zip(self.at, switches) if not any(block in script.starts for script in scripts)]:
-                raise ValueError(f"--at {unused[0]:g} would be passed over: no story of {self.prompts} has so many prompts without starts of its own; drop it")
+            if unused := [
+                second
+                for second, block in zip(self.at, switches)
+                if not any(block in script.starts for script in scripts)
+            ]:
+                raise ValueError(
+                    f"--at {unused[0]:g} would be passed over: no story of {self.prompts} has so many prompts without starts of its own; drop it"
+                )
             return scripts
         try:
             texts = tuple(map(readable, self.prompt))
         except ValueError as error:
             raise ValueError(f"--prompt: {error}") from None
-        return [Script("story", texts, starts_at(switches, len(texts)) if switches else even_starts(len(texts), blocks), blocks, "--prompt")]
+        return [
+            Script(
+                "story",
+                texts,
+                starts_at(switches, len(texts)) if switches else even_starts(len(texts), blocks),
+                blocks,
+                "--prompt",
+            )
+        ]
 
-    def videos(self, scripts: Sequence[Script], progress: Progress) -> list[tuple[Script, int, Path]]:
-        """(story, seed, file) of all that will be made; says where, and which files it replaces.  OSError where nothing can be written."""
+    def videos(
+        self, scripts: Sequence[Script], progress: Progress
+    ) -> list[tuple[Script, int, Path]]:
+        """(story, seed, file) of all that will be made; says where, and which files it replaces.
+        OSError where nothing can be written."""
         out = unused(self.out) if self.out == Generate.out else self.out
         try_folder(out)
         many = len(self.seeds) > 1
-        videos = [(script, seed, out / (f"{i:03d}-seed{seed}.mp4" if many else f"{i:03d}.mp4")) for i, script in enumerate(scripts) for seed in self.seeds]
+        videos = [
+            (script, seed, out / (f"{i:03d}-seed{seed}.mp4" if many else f"{i:03d}.mp4"))
+            for i, script in enumerate(scripts)
+            for seed in self.seeds
+        ]
         say_replaced([path for _, _, path in videos], progress.say)
         return videos

@@ -20,25 +20,44 @@ class Import:
     """Turn a released checkpoint into a pipeline folder that every other command reads."""
 
     paths: Positional[tuple[Path, ...]]
-    """The checkpoint's files, one with the generator and any number of LoRAs, which are merged in this order; then the folder to write.
-    A generator may be a .pt or .safetensors file, an index of shards or its folder, a transformer's or pipeline's folder; a LoRA any form that `kvpo generate --lora` reads."""
-    format: Literal["self-forcing", "causal-forcing", "causal-forcing-framewise", "causal-forcing-2step", "causal-forcing-1step", "longlive", "memflow", "kvpo"]
-    """Whose checkpoint: decides how the generator streams, and which of the weights in the file are taken.  causal-forcing is its chunk-wise model, unless the
-    file's name says framewise, 2step or 1step.  kvpo: the paper's own on LongLive; its MemFlow ones are memflow.  What is assumed is printed."""
+    """The checkpoint's files, one with the generator and any number of LoRAs, which are merged
+    in this order; then the folder to write. A generator may be a .pt or .safetensors file, an
+    index of shards or its folder, a transformer's or pipeline's folder; a LoRA any form that
+    `kvpo generate --lora` reads."""
+    format: Literal[
+        "self-forcing",
+        "causal-forcing",
+        "causal-forcing-framewise",
+        "causal-forcing-2step",
+        "causal-forcing-1step",
+        "longlive",
+        "memflow",
+        "kvpo",
+    ]
+    """Whose checkpoint: decides how the generator streams, and which of the weights in the file
+    are taken. causal-forcing is its chunk-wise model, unless the file's name says framewise,
+    2step or 1step. kvpo: the paper's own on LongLive; its MemFlow ones are memflow. What is
+    assumed is printed."""
     base: str
-    """Wan2.1 itself, for text encoder, VAE and sizes: a folder in diffusers or original layout, or a hub id."""
+    """Wan2.1 itself, for text encoder, VAE and sizes: a folder in diffusers or original layout,
+    or a hub id."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the transformer's large matrices in the folder."""
     which: Annotated[str, tyro.conf.arg(aliases=["--weights"])] = ""
-    """Key of the generator in its file (generator, generator_ema, ...); default: what the format's own inference takes."""
+    """Key of the generator in its file (generator, generator_ema, ...); default: what the
+    format's own inference takes."""
     lora_scale: float = 1.0
-    """Strength that multiplies the LoRAs' own alpha / rank, which their header, adapter_config.json or alpha tensors say; where nothing says it, that is 1."""
+    """Strength that multiplies the LoRAs' own alpha / rank, which their header,
+    adapter_config.json or alpha tensors say; where nothing says it, that is 1."""
     block: int | None = None
-    """Latent frames generated together: 3 of a chunk-wise model, 1 of a frame-wise one; default: the format's."""
+    """Latent frames generated together: 3 of a chunk-wise model, 1 of a frame-wise one; default:
+    the format's."""
     steps: int | None = None
-    """Denoise steps of a block; default: the format's.  All blocks have as many, unless --first-steps says otherwise."""
+    """Denoise steps of a block; default: the format's. All blocks have as many, unless
+    --first-steps says otherwise."""
     first_steps: int | None = None
-    """Denoise steps of a video's first block, 0 = as all; default: the format's, 0 where --steps is given."""
+    """Denoise steps of a video's first block, 0 = as all; default: the format's, 0 where --steps
+    is given."""
     sink: int | None = None
     """Oldest latent frames that are always read; default: the format's."""
     window: int | None = None
@@ -50,10 +69,22 @@ class Import:
 
     def __call__(self) -> None:
         if len(self.paths) < 2:
-            raise ValueError(f"give the checkpoint's files and then the folder to write, not {[str(p) for p in self.paths]}")
+            raise ValueError(
+                f"give the checkpoint's files and then the folder to write, not {[str(p) for p in self.paths]}"
+            )
         *files, out = self.paths
         say = Progress().say
-        import_checkpoint(files, out, self.kind, self.geometry, self.base, self.dtype, self.which, self.lora_scale, say)
+        import_checkpoint(
+            files,
+            out,
+            self.kind,
+            self.geometry,
+            self.base,
+            self.dtype,
+            self.which,
+            self.lora_scale,
+            say,
+        )
         say(f"written to {out.resolve()}; try: kvpo generate {out} --prompt ...")
 
     @property
@@ -62,7 +93,11 @@ class Import:
         for path in self.paths[:-1]:
             name = "/".join(path.absolute().parts[-2:]).lower()
             for other in reversed(FORMATS.values()):
-                if other.named and other.name.startswith(self.format) and re.search(other.named, name):
+                if (
+                    other.named
+                    and other.name.startswith(self.format)
+                    and re.search(other.named, name)
+                ):
                     return other
         return FORMATS[self.format]
 
@@ -70,4 +105,6 @@ class Import:
     def geometry(self) -> Geometry:
         names = ("block", "steps", "first_steps", "sink", "window", "latent_height", "latent_width")
         changes = {name: value for name in names if (value := getattr(self, name)) is not None}
-        return replace(self.kind.geometry, **({"first_steps": 0} if "steps" in changes else {}) | changes)
+        return replace(
+            self.kind.geometry, **({"first_steps": 0} if "steps" in changes else {}) | changes
+        )

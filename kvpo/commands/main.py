@@ -8,7 +8,8 @@ import itertools
 import os
 import sys
 import tempfile
-from typing import Callable, Mapping, NoReturn
+from collections.abc import Callable, Mapping
+from typing import NoReturn
 
 import kvpo
 from kvpo.common.files import first_line, in_words
@@ -45,8 +46,13 @@ OUT_OF_MEMORY = {
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """Of a device or of the machine; torch has a class for the first and a sentence for the second."""
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    """Of a device or of the machine; torch has a class for the first and a sentence for the
+    second."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    )
 
 
 def program() -> NoReturn:
@@ -55,7 +61,8 @@ def program() -> NoReturn:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit code: 0 done, 1 an error said in one line, 2 wrong usage, 130 interrupted, 141 nobody reads the output any more (`| head`)."""
+    """The exit code: 0 done, 1 an error said in one line, 2 wrong usage, 130 interrupted, 141
+    nobody reads the output any more (`| head`)."""
     tolerate_encodings()
     _find_temporary_folder()
     try:
@@ -69,7 +76,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _find_temporary_folder() -> None:
-    """In a container whose root is read-only there is none where Python looks; shared memory is nearly always writable, and libraries need little."""
+    """In a container whose root is read-only there is none where Python looks; shared memory is
+    nearly always writable, and libraries need little."""
     try:
         tempfile.gettempdir()
     except FileNotFoundError:
@@ -83,7 +91,10 @@ def _run(argv: list[str]) -> int:
         return 0
     if not argv or argv[0] in ("-h", "--help") or argv[0] not in COMMANDS:
         asked = bool(argv) and argv[0] in ("-h", "--help")
-        print(_usage() if asked or not argv else _unknown(argv[0]), file=sys.stdout if asked else sys.stderr)
+        print(
+            _usage() if asked or not argv else _unknown(argv[0]),
+            file=sys.stdout if asked else sys.stderr,
+        )
         return 0 if asked else 2
     name, rest = argv[0], argv[1:]
     try:
@@ -96,7 +107,10 @@ def _run(argv: list[str]) -> int:
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
             raise
-        print(f"kvpo {name}: out of memory ({first_line(error)}); {OUT_OF_MEMORY[name in RUNS]}", file=sys.stderr)
+        print(
+            f"kvpo {name}: out of memory ({first_line(error)}); {OUT_OF_MEMORY[name in RUNS]}",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         print(f"kvpo {name}: interrupted", file=sys.stderr)
@@ -109,27 +123,38 @@ def _run(argv: list[str]) -> int:
 def find(name: str) -> type:
     """A command's dataclass: `reward-env` is `kvpo.commands.reward_env.RewardEnv`."""
     module = {"import": "import_"}.get(name, name.replace("-", "_"))
-    return getattr(importlib.import_module(f"kvpo.commands.{module}"), "".join(part.capitalize() for part in name.split("-")))
+    return getattr(
+        importlib.import_module(f"kvpo.commands.{module}"),
+        "".join(part.capitalize() for part in name.split("-")),
+    )
 
 
 def _parse(name: str, args: list[str]) -> Callable[[], None]:
-    """The command with its options; the recipe named first is where the settings' defaults come from."""
+    """The command with its options; the recipe named first is where the settings' defaults come
+    from."""
     import tyro  # a part of a second, which --help and a mistyped command need not wait for
 
-    command = find(name)  # seconds of imports, which --help and a mistyped command need not wait for
+    command = find(
+        name
+    )  # seconds of imports, which --help and a mistyped command need not wait for
     if "settings" not in command.__dataclass_fields__:
-        return tyro.cli(command, args=_together(args) if name == "import" else args, prog=f"kvpo {name}")
+        return tyro.cli(
+            command, args=_together(args) if name == "import" else args, prog=f"kvpo {name}"
+        )
     from kvpo.config import load_config, recipe_path
 
     recipe = args[0] if args and not args[0].startswith("-") else "mini"
     rest = args[1:] if args and not args[0].startswith("-") else args
     default = command(recipe, load_config(recipe_path(recipe)))
-    given = [] if {"-h", "--help"} & set(rest) else [recipe]  # an argument that is there already would be missing from the help
+    given = (
+        [] if {"-h", "--help"} & set(rest) else [recipe]
+    )  # an argument that is there already would be missing from the help
     return tyro.cli(command, args=[*given, *rest], prog=f"kvpo {name}", default=default)
 
 
 def _together(args: list[str]) -> list[str]:
-    """Options first: the parser wants positional arguments side by side, and people write FILES --base BASE OUT.  Every option here has a value."""
+    """Options first: the parser wants positional arguments side by side, and people write FILES
+    --base BASE OUT. Every option here has a value."""
     if {"-h", "--help"} & set(args):
         return args
     options, positional, rest = [], [], iter(args)
@@ -143,9 +168,23 @@ def _together(args: list[str]) -> list[str]:
 
 def _unknown(name: str) -> str:
     near = difflib.get_close_matches(name, COMMANDS, n=1)
-    return f"kvpo: there is no command {name!r}" + (f"; did you mean {near[0]}? Commands" if near else "; commands") + f" are {', '.join(COMMANDS)}; kvpo --help says more"
+    return (
+        f"kvpo: there is no command {name!r}"
+        + (f"; did you mean {near[0]}? Commands" if near else "; commands")
+        + f" are {', '.join(COMMANDS)}; kvpo --help says more"
+    )
 
 
 def _usage() -> str:
     lines = [f"  {name:<10} {summary}" for name, summary in COMMANDS.items()]
-    return "\n".join(["usage: kvpo COMMAND [OPTIONS]", "", "Align a streaming video generator to human preferences.", "", *lines, "", "kvpo COMMAND --help lists a command's options; kvpo --version says which version this is."])
+    return "\n".join(
+        [
+            "usage: kvpo COMMAND [OPTIONS]",
+            "",
+            "Align a streaming video generator to human preferences.",
+            "",
+            *lines,
+            "",
+            "kvpo COMMAND --help lists a command's options; kvpo --version says which version this is.",
+        ]
+    )

@@ -1,4 +1,5 @@
-"""What the commands' options have in common.  Imports nothing heavy: every command's help waits for it."""
+"""What the commands' options have in common. Imports nothing heavy: every command's help waits
+for it."""
 
 from __future__ import annotations
 

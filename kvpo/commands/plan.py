@@ -15,13 +15,15 @@ from kvpo.planning.plan import planned
 
 @dataclass(frozen=True)
 class Plan:
-    """Memory, work and time of a recipe, computed from its own code on tensors without memory; no weights are needed."""
+    """Memory, work and time of a recipe, computed from its own code on tensors without memory;
+    no weights are needed."""
 
     recipe: Positional[str]
     """A shipped recipe or a YAML file."""
     settings: Settings
     gpus: int = 1
-    """Cards of a node; each takes its share of a step's groups, or, with branch_parallel, of a group's branches."""
+    """Cards of a node; each takes its share of a step's groups, or, with branch_parallel, of a
+    group's branches."""
     nodes: int = 1
     """Machines of so many cards."""
     card: Literal["h200", "h100", "a100", "l40s", "rtx4090", "rtx5090"] = "h100"
@@ -34,7 +36,9 @@ class Plan:
     """Also write everything as JSON."""
 
     def __call__(self) -> None:
-        lines, content = planned(self.recipe, self.settings, self.gpus, self.nodes, self.card, self.gpu_memory, self.size)
+        lines, content = planned(
+            self.recipe, self.settings, self.gpus, self.nodes, self.card, self.gpu_memory, self.size
+        )
         print("\n".join(lines))
         if self.out is not None:
             write_atomic(self.out, json.dumps(content, indent=1) + "\n")

@@ -22,8 +22,14 @@ class Prompts:
 
     def __call__(self) -> None:
         if not self.name:
-            print("\n".join(f"{name:<12} {s.what}; {s.licence}; {s.source}" for name, s in SETS.items()))
+            print(
+                "\n".join(
+                    f"{name:<12} {s.what}; {s.licence}; {s.source}" for name, s in SETS.items()
+                )
+            )
             return
         if self.name not in SETS:
-            raise ValueError(f"there is no prompt set {self.name!r}; choose one of {', '.join(SETS)}")
+            raise ValueError(
+                f"there is no prompt set {self.name!r}; choose one of {', '.join(SETS)}"
+            )
         print(f"written to {write_set(self.name, self.source, self.out)}")

@@ -1,4 +1,5 @@
-"""`kvpo report`: nothing heavy is imported for it before it has something to do, so its help and its refusals come at once."""
+"""`kvpo report`: nothing heavy is imported for it before it has something to do, so its help and
+its refusals come at once."""
 
 from __future__ import annotations
 

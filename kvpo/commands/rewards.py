@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Mapping, Sequence
+from typing import Annotated, Any
 
 import tyro
 import yaml
@@ -54,27 +55,39 @@ class Score:
 
     def __call__(self) -> None:
         device = pick_device(self.device)
-        (scorer,) = load_rewards([RewardEntry(self.reward, params=dict(map(_param, self.params)))], device)
+        (scorer,) = load_rewards(
+            [RewardEntry(self.reward, params=dict(map(_param, self.params)))], device
+        )
         if scorer.spec.needs_prompt and not self.prompt:
-            raise ValueError(f"reward {self.reward!r} judges how a video fits its prompt: give --prompt")
+            raise ValueError(
+                f"reward {self.reward!r} judges how a video fits its prompt: give --prompt"
+            )
         if not 0.0 <= self.seconds < math.inf:
-            raise ValueError(f"--seconds {self.seconds:g} is no length of a clip; give more than 0, or 0 for the whole video")
+            raise ValueError(
+                f"--seconds {self.seconds:g} is no length of a clip; give more than 0, or 0 for the whole video"
+            )
         video, fps = read_mp4(self.file, original=True)
         length = round(self.seconds * fps) or len(video)
         for first in range(0, len(video) - min(length, len(video)) + 1, length):
-            output = scorer.score(VideoBatch(video[None, first : first + length], fps, (self.prompt,)))
+            output = scorer.score(
+                VideoBatch(video[None, first : first + length], fps, (self.prompt,))
+            )
             parts = "  ".join(f"{name} {value.item():.4f}" for name, value in output.parts.items())
             score = f"{output.scores.item():.4f}" if output.valid.item() else "can not be measured"
-            print(f"{first / fps:6.2f} s  {scorer.spec.name} {score}  {parts}  ({output.info['seconds']:.2f} s)")
+            print(
+                f"{first / fps:6.2f} s  {scorer.spec.name} {score}  {parts}  ({output.info['seconds']:.2f} s)"
+            )
 
 
 @dataclass(frozen=True)
 class Calibrate:
-    """Spoilt copies of good clips must score below the good ones: which flaws a recipe's rewards see, each and together."""
+    """Spoilt copies of good clips must score below the good ones: which flaws a recipe's rewards
+    see, each and together."""
 
     recipe: Positional[str]
     clips: Path | None = None
-    """Folder of good videos with clips.csv (columns file, prompt); default: the recipe's, or the miniature's true clips."""
+    """Folder of good videos with clips.csv (columns file, prompt); default: the recipe's, or the
+    miniature's true clips."""
     count: int = 16
     """Clips of the miniature."""
     out: Path = Path("runs/calibration.json")
@@ -82,7 +95,9 @@ class Calibrate:
 
     def __call__(self) -> None:
         if self.clips and self.count != Calibrate.count:
-            raise ValueError(f"--count {self.count} is of the miniature's clips, and --clips gives others; leave one out")
+            raise ValueError(
+                f"--count {self.count} is of the miniature's clips, and --clips gives others; leave one out"
+            )
         config = load_config(recipe_path(self.recipe))
         try_file(self.out)
         scorers = trained(load_rewards(config.rewards, pick_device(self.device)))
@@ -93,11 +108,33 @@ class Calibrate:
                 table |= calibrate(scorers, batches, weights, flaws=[flaw])
                 bar.advance(flaw)
         progress.say(_table(table, [*weights, "all"]))
-        verdicts = {flaw: {name: [verdict.won, verdict.margin] for name, verdict in row.items()} for flaw, row in table.items()}
-        write_atomic(self.out, json.dumps({"recipe": self.recipe, "clips": sum(map(len, batches)), "weights": weights, "won_and_margin": verdicts, "command": command()}, indent=1) + "\n")
+        verdicts = {
+            flaw: {name: [verdict.won, verdict.margin] for name, verdict in row.items()}
+            for flaw, row in table.items()
+        }
+        write_atomic(
+            self.out,
+            json.dumps(
+                {
+                    "recipe": self.recipe,
+                    "clips": sum(map(len, batches)),
+                    "weights": weights,
+                    "won_and_margin": verdicts,
+                    "command": command(),
+                },
+                indent=1,
+            )
+            + "\n",
+        )
         progress.say(f"{sum(map(len, batches))} good clips; written to {self.out}")
-        if lost := [flaw for flaw, row in table.items() if row["all"].won < MUST_WIN and flaw not in MAY_PASS]:
-            raise ValueError(f"the combination does not see {', '.join(lost)}: it prefers fewer than {MUST_WIN:.0%} of the good clips to their spoilt copies; change rewards or weights")
+        if lost := [
+            flaw
+            for flaw, row in table.items()
+            if row["all"].won < MUST_WIN and flaw not in MAY_PASS
+        ]:
+            raise ValueError(
+                f"the combination does not see {', '.join(lost)}: it prefers fewer than {MUST_WIN:.0%} of the good clips to their spoilt copies; change rewards or weights"
+            )
 
 
 @dataclass(frozen=True)
@@ -112,8 +149,21 @@ class Rewards:
 
 def _listed(name: str, spec: RewardSpec) -> tuple[str, ...]:
     missing = missing_packages(spec)
-    here = f"needs kvpo[{spec.extra}]" if missing else "ready" if not spec.memory_gb or spec.extra == "offline" else "needs its weights"
-    return name, spec.looks_at.replace("`", ""), spec.family, f"{spec.memory_gb:g} GiB" if spec.memory_gb else "", here, spec.licence
+    here = (
+        f"needs kvpo[{spec.extra}]"
+        if missing
+        else "ready"
+        if not spec.memory_gb or spec.extra == "offline"
+        else "needs its weights"
+    )
+    return (
+        name,
+        spec.looks_at.replace("`", ""),
+        spec.family,
+        f"{spec.memory_gb:g} GiB" if spec.memory_gb else "",
+        here,
+        spec.licence,
+    )
 
 
 def _param(text: str) -> tuple[str, Any]:
@@ -126,11 +176,16 @@ def _param(text: str) -> tuple[str, Any]:
 def _clips(args: Calibrate, config: RunConfig) -> list[VideoBatch]:
     found = folder_clips(args.clips) if args.clips else calibration_clips(config, args.count)
     if not found:
-        raise ValueError(f"recipe {args.recipe} names no good clips to calibrate on: give --clips FOLDER, or set calibration_clips in it")
+        raise ValueError(
+            f"recipe {args.recipe} names no good clips to calibrate on: give --clips FOLDER, or set calibration_clips in it"
+        )
     return found
 
 
 def _table(table: Mapping[str, Mapping[str, Verdict]], names: Sequence[str]) -> str:
     lines = [f"{'share of good clips preferred':<30}" + "".join(f"{name:>14}" for name in names)]
-    lines += [f"{flaw:<30}" + "".join(f"{row[name].won:>14.0%}" for name in names) for flaw, row in table.items()]
+    lines += [
+        f"{flaw:<30}" + "".join(f"{row[name].won:>14.0%}" for name in names)
+        for flaw, row in table.items()
+    ]
     return "\n".join(lines)

@@ -1,4 +1,5 @@
-"""The option group that a recipe's settings are: apart from the other options, because its type needs the whole package."""
+"""The option group that a recipe's settings are: apart from the other options, because its type
+needs the whole package."""
 
 from __future__ import annotations
 

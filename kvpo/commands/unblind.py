@@ -26,12 +26,30 @@ class Unblind:
 
     def __call__(self) -> None:
         if not self.answers:
-            raise ValueError("no answers: give the files that raters saved, e.g. kvpo unblind answers-*.json --key key.json")
+            raise ValueError(
+                "no answers: give the files that raters saved, e.g. kvpo unblind answers-*.json --key key.json"
+            )
         key = read_key(self.key)
         given = read_answers(self.answers, key)
         rows, left = [judge(question, key, given) for question in QUESTIONS], left_share(given)
         print(table(rows))
-        print(f"A = {key['a']}, B = {key['b']}, {len(key['pairs'])} pairs, {len(given)} raters; of the answers that are not `same` {left:.1%} say left, where 50 % means no preference for a side")
+        print(
+            f"A = {key['a']}, B = {key['b']}, {len(key['pairs'])} pairs, {len(given)} raters; of the answers that are not `same` {left:.1%} say left, where 50 % means no preference for a side"
+        )
         out = self.out or self.key.with_name("result.json")
-        write_atomic(out, json.dumps({"a": key["a"], "b": key["b"], "study": key["study"], "raters": sorted(given), "left": None if math.isnan(left) else left, "rows": rows}, indent=1) + "\n")
+        write_atomic(
+            out,
+            json.dumps(
+                {
+                    "a": key["a"],
+                    "b": key["b"],
+                    "study": key["study"],
+                    "raters": sorted(given),
+                    "left": None if math.isnan(left) else left,
+                    "rows": rows,
+                },
+                indent=1,
+            )
+            + "\n",
+        )
         print(f"written to {out}")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Sequence
+from typing import Literal
 
 from kvpo.commands.options import Positional
 from kvpo.common.environment import command, pick_device
@@ -13,7 +14,15 @@ from kvpo.common.files import try_folder, write_atomic
 from kvpo.common.progress import Progress
 from kvpo.config import RunConfig, load_config, recipe_path
 from kvpo.evaluation.prompt_sets import SETS
-from kvpo.evaluation.vbench import DIMENSIONS, INDEXES, measure, named_scripts, table, totals, video_name
+from kvpo.evaluation.vbench import (
+    DIMENSIONS,
+    INDEXES,
+    measure,
+    named_scripts,
+    table,
+    totals,
+    video_name,
+)
 from kvpo.generators.generate import write_missing
 from kvpo.generators.readable import check_prompts
 from kvpo.generators.sampler import SAMPLERS
@@ -24,14 +33,16 @@ from kvpo.types import Script
 
 @dataclass(frozen=True)
 class Vbench:
-    """Write a generator's videos as VBench wants them; with --environment, measure them by VBench.  A second call goes on where the first stopped."""
+    """Write a generator's videos as VBench wants them; with --environment, measure them by
+    VBench. A second call goes on where the first stopped."""
 
     generator: Positional[str]
     """Pipeline folder, mini, or a run (RUN, RUN:ema, RUN:online, RUN:start)."""
     prompts: Path
     """Prompt file, one prompt a script: it names the videos, and is what they are judged by."""
     extended: Path | None = None
-    """Prompt file with the same lines, longer: what the videos are made from; default: --prompts."""
+    """Prompt file with the same lines, longer: what the videos are made from; default:
+    --prompts."""
     recipe: str = "mini"
     """Where sampler and length are taken from."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
@@ -39,7 +50,8 @@ class Vbench:
     blocks: int = 0
     """Length of the videos, blocks; 0 = the recipe's."""
     environment: str = ""
-    """Where VBench is: vbench, made by `kvpo reward-env create vbench`, or the path of a Python; default: only the videos are written."""
+    """Where VBench is: vbench, made by `kvpo reward-env create vbench`, or the path of a Python;
+    default: only the videos are written."""
     mode: Literal["custom_input", "vbench_standard"] = "custom_input"
     """Any prompts, 10 dimensions and no total; or VBench's own prompts, all 16 dimensions."""
     dimensions: tuple[str, ...] = ()
@@ -52,36 +64,80 @@ class Vbench:
         config, progress = load_config(recipe_path(self.recipe)), Progress()
         scripts = named_scripts(self.prompts, self.extended, self.blocks or config.data.blocks)
         if self.mode == "vbench_standard" and len(scripts) != SETS["vbench"].scripts:
-            raise ValueError(f"{self.prompts} has {len(scripts)} prompts, but VBench's own mode looks for its {SETS['vbench'].scripts} and passes over what is missing; write them by `kvpo prompts vbench`")
+            raise ValueError(
+                f"{self.prompts} has {len(scripts)} prompts, but VBench's own mode looks for its {SETS['vbench'].scripts} and passes over what is missing; write them by `kvpo prompts vbench`"
+            )
         try_folder(self.out)
         check_prompts(pipeline_folder(self.generator), scripts, progress.warn)
         label = self.write_videos(scripts, config, progress)
         if not python:
-            progress.say(f"{len(scripts) * len(self.seeds)} videos in {self.out / 'videos'}; measure them with the same command and --environment vbench")
+            progress.say(
+                f"{len(scripts) * len(self.seeds)} videos in {self.out / 'videos'}; measure them with the same command and --environment vbench"
+            )
             return
-        scores = measure(python, self.out / "videos", self.out / "results" / self.mode, dimensions, self.mode, progress)
-        record = {"label": label, "mode": self.mode, "prompts": len(scripts), "seeds": self.seeds, "scores": scores, **totals(scores), "command": command()}
+        scores = measure(
+            python,
+            self.out / "videos",
+            self.out / "results" / self.mode,
+            dimensions,
+            self.mode,
+            progress,
+        )
+        record = {
+            "label": label,
+            "mode": self.mode,
+            "prompts": len(scripts),
+            "seeds": self.seeds,
+            "scores": scores,
+            **totals(scores),
+            "command": command(),
+        }
         write_atomic(self.out / "vbench.json", json.dumps(record, indent=1) + "\n")
         progress.say(f"{table(scores)}\nwritten to {self.out / 'vbench.json'}")
 
     def chosen(self) -> list[str]:
         """Dimensions to measure.  ValueError where the mode, or VBench, has not got them."""
-        there = [name for name, d in DIMENSIONS.items() if d.custom or self.mode == "vbench_standard"]
+        there = [
+            name for name, d in DIMENSIONS.items() if d.custom or self.mode == "vbench_standard"
+        ]
         if wrong := [name for name in self.dimensions if name not in there]:
-            raise ValueError(f"--dimensions {' '.join(wrong)}: not in mode {self.mode}, which has {', '.join(there)}")
+            raise ValueError(
+                f"--dimensions {' '.join(wrong)}: not in mode {self.mode}, which has {', '.join(there)}"
+            )
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"--seeds {' '.join(map(str, self.seeds))}: give at least one seed and each once, equal ones would make equal videos")
+            raise ValueError(
+                f"--seeds {' '.join(map(str, self.seeds))}: give at least one seed and each once, equal ones would make equal videos"
+            )
         if self.mode == "vbench_standard" and len(self.seeds) != INDEXES:
-            raise ValueError(f"{len(self.seeds)} seeds, but VBench's own mode looks for {INDEXES} videos of every prompt and passes over what is missing; give {INDEXES} --seeds")
+            raise ValueError(
+                f"{len(self.seeds)} seeds, but VBench's own mode looks for {INDEXES} videos of every prompt and passes over what is missing; give {INDEXES} --seeds"
+            )
         return list(self.dimensions) or there
 
     def write_videos(self, scripts: Sequence[Script], config: RunConfig, progress: Progress) -> str:
-        """The generator's label; videos that are there already stay.  ValueError where they are of something else."""
-        pipeline, label = load_generator(self.generator, pick_device(self.device), config.vae_dtype, config.dtype)
-        made, record = self.out / "videos.json", {"label": label, "sampler": config.sampler, "seeds": list(self.seeds), "scripts": [[s.id, s.texts[0], s.blocks] for s in scripts]}
+        """The generator's label; videos that are there already stay. ValueError where they are
+        of something else."""
+        pipeline, label = load_generator(
+            self.generator, pick_device(self.device), config.vae_dtype, config.dtype
+        )
+        made, record = (
+            self.out / "videos.json",
+            {
+                "label": label,
+                "sampler": config.sampler,
+                "seeds": list(self.seeds),
+                "scripts": [[s.id, s.texts[0], s.blocks] for s in scripts],
+            },
+        )
         if made.exists() and json.loads(made.read_text(encoding="utf-8")) != record:
-            raise ValueError(f"{self.out} holds videos of another generator, or of other prompts, seeds or length (see {made}); give another --out")
+            raise ValueError(
+                f"{self.out} holds videos of another generator, or of other prompts, seeds or length (see {made}); give another --out"
+            )
         write_atomic(made, json.dumps(record, indent=1) + "\n")
-        videos = [(s, seed, self.out / "videos" / video_name(s.id, i)) for s in scripts for i, seed in enumerate(self.seeds)]
+        videos = [
+            (s, seed, self.out / "videos" / video_name(s.id, i))
+            for s in scripts
+            for i, seed in enumerate(self.seeds)
+        ]
         write_missing(pipeline, SAMPLERS[config.sampler], videos, label, progress)
         return label

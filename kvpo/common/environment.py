@@ -8,26 +8,37 @@ import platform
 import resource
 import subprocess
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-PACKAGES = ("kvpo", "torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "pydantic")
+PACKAGES = (
+    "kvpo",
+    "torch",
+    "diffusers",
+    "transformers",
+    "peft",
+    "safetensors",
+    "numpy",
+    "pydantic",
+)
 
 
 def environment(device: torch.device) -> dict[str, Any]:
     """JSON-ready facts."""
     return {
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command(),
         "git_commit": git_commit(),
         "torchrun": os.environ.get("TORCHELASTIC_RUN_ID"),
         "python": platform.python_version(),
         "packages": packages(),
-        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_processor()}, {torch.get_num_threads()} threads",
+        "hardware": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{_processor()}, {torch.get_num_threads()} threads",
         "device": str(device),
     }
 
@@ -51,14 +62,17 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"device = {name!r} is unknown; use cpu, cuda, cuda:1 ... or auto") from None
+        raise ValueError(
+            f"device = {name!r} is unknown; use cpu, cuda, cuda:1 ... or auto"
+        ) from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device = {name!r}, but this torch sees no GPU; use cpu or auto")
     return device
 
 
 def take_peak(device: torch.device) -> int:
-    """Most bytes since the last call: of a GPU's tensors; a CPU's process only knows its whole life."""
+    """Most bytes since the last call: of a GPU's tensors; a CPU's process only knows its whole
+    life."""
     if device.type != "cuda":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     peak = torch.cuda.max_memory_allocated(device)
@@ -67,7 +81,8 @@ def take_peak(device: torch.device) -> int:
 
 
 def make_reproducible(device: torch.device) -> None:
-    """The same run gives the same numbers, bit for bit.  A CPU's kernels do so by themselves; a GPU's must be told, before the first product."""
+    """The same run gives the same numbers, bit for bit. A CPU's kernels do so by themselves; a
+    GPU's must be told, before the first product."""
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.utils.deterministic.fill_uninitialized_memory = False
@@ -87,8 +102,12 @@ def git_commit() -> str | None:
     """The commit of the source tree the package runs from; None for an installed one."""
     folder = Path(__file__).parent
     try:
-        git = functools.partial(subprocess.run, capture_output=True, text=True, check=True, cwd=folder)
-        git(["git", "ls-files", "--error-unmatch", Path(__file__).name])  # an environment inside some other repository is not its commit
+        git = functools.partial(
+            subprocess.run, capture_output=True, text=True, check=True, cwd=folder
+        )
+        git(
+            ["git", "ls-files", "--error-unmatch", Path(__file__).name]
+        )  # an environment inside some other repository is not its commit
         found = git(["git", "rev-parse", "HEAD"])
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -97,5 +116,13 @@ def git_commit() -> str | None:
 
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    names = (
+        [
+            line.split(":", 1)[1].strip()
+            for line in info.read_text().splitlines()
+            if line.startswith("model name")
+        ]
+        if info.exists()
+        else []
+    )
     return names[0] if names else platform.machine()

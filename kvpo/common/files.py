@@ -9,21 +9,24 @@ import os
 import shutil
 import tempfile
 import uuid
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, Iterator, Sequence
 
 from safetensors import SafetensorError
 
 
 def write_atomic(path: Path, data: bytes | str) -> Path:
-    """``path`` with exactly ``data`` (text as UTF-8); whoever reads it sees the old content or the new, never half.
+    """``path`` with exactly ``data`` (text as UTF-8); whoever reads it sees the old content or the
+    new, never half.
 
-    Makes missing parent folders.  OSError where the disk refuses; nothing half-written remains then.
+    Makes missing parent folders. OSError where the disk refuses; nothing half-written remains then.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")  # whichever hosts and containers write there
+    part = path.with_name(
+        f".{path.name}.{uuid.uuid4().hex[:12]}.part"
+    )  # whichever hosts and containers write there
     try:
         with part.open("wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
@@ -36,7 +39,8 @@ def write_atomic(path: Path, data: bytes | str) -> Path:
 
 
 def open_to_readers(path: Path) -> None:
-    """Give a file, or all of a folder, the access that new files get here: 0666 and 0777 without the umask.
+    """Give a file, or all of a folder, the access that new files get here: 0666 and 0777 without
+    the umask.
 
     Some libraries write files that only their writer may read (safetensors 0.8: 0600), and a
     colleague who may not read them is told that they are broken.  Files with a second name
@@ -47,13 +51,16 @@ def open_to_readers(path: Path) -> None:
         if found.is_symlink():
             continue
         facts = found.stat()
-        wanted = mode | (mode & 0o444) >> 2 if found.is_dir() else mode  # who may read a folder may look into it
+        wanted = (
+            mode | (mode & 0o444) >> 2 if found.is_dir() else mode
+        )  # who may read a folder may look into it
         if (found.is_dir() or facts.st_nlink == 1) and facts.st_mode & 0o777 != wanted:
             found.chmod(wanted)
 
 
 def _mode_of_new_files(folder: Path) -> int:
-    """Asked of a file that is made for it: the umask itself can not be read without changing it for all threads."""
+    """Asked of a file that is made for it: the umask itself can not be read without changing it
+    for all threads."""
     probe = folder / f".mode.{uuid.uuid4().hex[:12]}"
     try:
         probe.touch()
@@ -64,46 +71,68 @@ def _mode_of_new_files(folder: Path) -> int:
 
 @contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Inside, no other process is; ValueError where one is already.  A process that is killed leaves nothing behind."""
+    """Inside, no other process is; ValueError where one is already. A process that is killed
+    leaves nothing behind."""
     with (folder / ".lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another process is at work on the run in {folder}; wait until it has ended, or choose another folder by --out") from None
+            raise ValueError(
+                f"another process is at work on the run in {folder}; wait until it has ended, or choose another folder by --out"
+            ) from None
         except OSError:  # a file system without locks
             pass
         yield
 
 
-def try_folder(folder: Path, way_out: str = "give another place by --out, or make this one writable") -> None:
-    """OSError with the way out where nothing can be written into a folder, which need not be there yet; nothing is left of the trial."""
-    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(parent))
+def try_folder(
+    folder: Path, way_out: str = "give another place by --out, or make this one writable"
+) -> None:
+    """OSError with the way out where nothing can be written into a folder, which need not be
+    there yet; nothing is left of the trial."""
+    there = next(
+        parent
+        for parent in (folder.absolute(), *folder.absolute().parents)
+        if os.path.lexists(parent)
+    )
     try:
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
-        reason = f"{there} is no folder" if not there.is_dir() else f"{there}: {error.strerror or first_line(error)}"
+        reason = (
+            f"{there} is no folder"
+            if not there.is_dir()
+            else f"{there}: {error.strerror or first_line(error)}"
+        )
         raise OSError(f"nothing can be written into {folder} ({reason}); {way_out}") from None
 
 
 def try_file(path: Path) -> None:
     """The same for a file; ValueError where a folder has its name."""
     if path.is_dir():
-        raise ValueError(f"{path} is a folder; give a file by --out, such as {path / 'result.json'}")
+        raise ValueError(
+            f"{path} is a folder; give a file by --out, such as {path / 'result.json'}"
+        )
     try_folder(path.parent)
 
 
 def unused(path: Path) -> Path:
     """``path``, or where that is taken the first of path-2, path-3, ... that is not."""
-    names = (path.with_name(f"{path.stem}-{number}{path.suffix}") if number > 1 else path for number in itertools.count(1))
+    names = (
+        path.with_name(f"{path.stem}-{number}{path.suffix}") if number > 1 else path
+        for number in itertools.count(1)
+    )
     return next(name for name in names if not os.path.lexists(name))
 
 
 def say_replaced(paths: Sequence[Path], say: Callable[[str], None]) -> None:
-    """One line that names what is there already and will be written anew; nothing where all is new."""
+    """One line that names what is there already and will be written anew; nothing where all is
+    new."""
     if there := [path for path in paths if path.exists()]:
         others = f" and {len(there) - 1} more" if len(there) > 1 else ""
-        say(f"replaces {there[0]}{others}, which {'were' if others else 'was'} there already; give another --out to keep {'them' if others else 'it'}")
+        say(
+            f"replaces {there[0]}{others}, which {'were' if others else 'was'} there already; give another --out to keep {'them' if others else 'it'}"
+        )
 
 
 def must_be_new(path: Path) -> None:
@@ -114,7 +143,8 @@ def must_be_new(path: Path) -> None:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes ``path`` when that went well; nothing of it is left otherwise.
+    """A folder to fill, which becomes ``path`` when that went well; nothing of it is left
+    otherwise.
 
     ValueError if ``path`` is there already; OSError with the way out where the disk refuses.
     """
@@ -128,7 +158,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def beside(path: Path, way_out: str) -> Iterator[Path]:
-    """Where to write what the body then moves to ``path``, a file or a folder; if it does not come to that, nothing of it is left.  OSError where the disk refuses."""
+    """Where to write what the body then moves to ``path``, a file or a folder; if it does not
+    come to that, nothing of it is left. OSError where the disk refuses."""
     part = path.with_name(f".{path.name}.part")
     try:
         with refusals(path, way_out):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Iterable
+from collections.abc import Iterable
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -21,7 +21,8 @@ def finite(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether all its numbers are; a tensor without memory, as `kvpo plan` counts with, has none."""
+    """Whether all its numbers are; a tensor without memory, as `kvpo plan` counts with, has
+    none."""
     return isinstance(tensor, FakeTensor) or bool(finite(tensor))
 
 

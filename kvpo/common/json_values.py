@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 from kvpo.common.text_files import HARD_ENDS
 
@@ -42,9 +43,9 @@ def _one_a_line(text: str) -> Iterator[tuple[int, str, Any]]:
     whole text stumbles."""
     begin = 0
     for end in [*(m.end() for m in HARD_ENDS.finditer(text)), len(text)]:
-        if line := text[begin:end].rstrip("\r\n"):
-            if line.strip():
-                yield begin, "", _read(line, begin)[0]
+        line = text[begin:end].rstrip("\r\n")
+        if line.strip():
+            yield begin, "", _read(line, begin)[0]
         begin = end
 
 

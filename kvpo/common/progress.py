@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as Bars
 from rich.text import Text
 
 from kvpo.common.unfailing import Unfailing
-
 
 LONG = 30.0
 """Seconds from which on a piece of work is worth a line of a log."""
@@ -28,7 +33,8 @@ class Bar:
         self._owner, self._task = owner, task
 
     def advance(self, line: str = "", log: bool = False) -> None:
-        """One unit done; ``line`` is shown below the bars until the next, and with ``log`` stays in output that goes into a file."""
+        """One unit done; ``line`` is shown below the bars until the next, and with ``log`` stays
+        in output that goes into a file."""
         self._owner.bars.update(self._task, advance=1)
         self._owner.show(line)
         if log:
@@ -41,7 +47,8 @@ class Bar:
 class Progress:
     """Bars and the live line on stderr, lines that stay on stdout, so that output can be piped.
 
-    Of torchrun's processes the first one speaks; what another one would say goes to ``logs``/rank-N.log.
+    Of torchrun's processes the first one speaks; what another one would say goes to
+    ``logs``/rank-N.log.
     """
 
     def __init__(self, logs: Path | None = None, quiet: bool = False):
@@ -50,7 +57,14 @@ class Progress:
         self._log = logs / f"rank-{rank}.log" if quiet and logs is not None else None
         self._out = Console(file=Unfailing("stdout"), highlight=False, soft_wrap=True, quiet=quiet)
         self._console = Console(file=Unfailing("stderr"), highlight=False, quiet=quiet)
-        self.bars = Bars(TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), console=self._console)
+        self.bars = Bars(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+        )
         self._live: Live | None = None
         self._line = self._phase = ""
         """Shown below the bars."""
@@ -69,7 +83,8 @@ class Progress:
             if outermost:
                 self._live.stop()
                 self._live = None
-                if not self._console.is_terminal:  # piped, the last picture ends without a newline, and what follows would stick to it
+                # piped, the last picture ends without a newline, and what follows would stick to it
+                if not self._console.is_terminal:
                     self._console.line()
             self.bars.remove_task(task)
 
@@ -90,7 +105,8 @@ class Progress:
             self._live.update(Group(self.bars, *lines))
 
     def log(self, text: str) -> None:
-        """A line with the time where the output goes into a file or a pipe, and bars would leave no trace; nothing on a terminal."""
+        """A line with the time where the output goes into a file or a pipe, and bars would leave
+        no trace; nothing on a terminal."""
         if not self._out.is_terminal:
             self._out.print(f"{time.strftime('%H:%M:%S')} {text}", markup=False)
 
@@ -110,7 +126,9 @@ class Progress:
     def say(self, text: str) -> None:
         """On a terminal above the bars, which would otherwise be written over."""
         self.note(text)
-        (self._live.console if self._live is not None and self._out.is_terminal else self._out).print(text, markup=False)
+        (
+            self._live.console if self._live is not None and self._out.is_terminal else self._out
+        ).print(text, markup=False)
 
     def warn(self, text: str) -> None:
         """On stderr, where it is seen though the output goes into a file."""

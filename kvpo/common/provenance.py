@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any
 
 from kvpo.common.environment import command, git_commit, packages
 from kvpo.common.files import write_atomic

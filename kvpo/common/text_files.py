@@ -6,8 +6,8 @@ from __future__ import annotations
 import codecs
 import re
 import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator
 
 BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8"),

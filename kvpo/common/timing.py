@@ -1,13 +1,13 @@
-"""Where the time of a step goes, by phase; device work is waited for, so that a phase pays for what it started."""
+"""Where the time of a step goes, by phase; device work is waited for, so that a phase pays for
+what it started."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Callable, Iterator
 
 import torch
-
 
 TOTAL = "total"
 """The phase that holds all others of a step."""
@@ -16,8 +16,13 @@ TOTAL = "total"
 class Phases:
     """Adds up seconds per phase until `take` is called."""
 
-    def __init__(self, tell: Callable[[str], None] = lambda doing: None, ended: Callable[[str, float], None] = lambda done, seconds: None):
-        """``tell`` is told every phase that begins, and where; ``ended`` what it took, but for `TOTAL`, which is made of others."""
+    def __init__(
+        self,
+        tell: Callable[[str], None] = lambda doing: None,
+        ended: Callable[[str, float], None] = lambda done, seconds: None,
+    ):
+        """``tell`` is told every phase that begins, and where; ``ended`` what it took, but for
+        `TOTAL`, which is made of others."""
         self.seconds: dict[str, float] = {}
         self.ended = ended
         self.tell, self.now, self.where = tell, "start", ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from typing import Any, Literal
 
 
@@ -66,10 +67,8 @@ def escaped(text: str, encoding: str | None) -> str:
 def silence(stream: Any) -> None:
     """Let what is still written to a stream's file vanish: else the interpreter fails once more,
     flushing at its end."""
-    try:
+    with suppress(OSError, ValueError, AttributeError):  # a stream without a file
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    except (OSError, ValueError, AttributeError):  # a stream without a file
-        pass
 
 
 def tolerate_encodings() -> None:

@@ -7,12 +7,14 @@ import functools
 import html
 import importlib.util
 import io
+import itertools
 import json
 import os
 import textwrap
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any
 
 import av
 import numpy as np
@@ -21,8 +23,7 @@ from av.video.reformatter import Colorspace
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from kvpo.common.access import check_readable
-from kvpo.common.files import first_line
-from kvpo.common.files import write_atomic
+from kvpo.common.files import first_line, write_atomic
 
 FPS = 16.0
 """Frames a second of Wan and of the miniature."""
@@ -33,33 +34,46 @@ BT709 = 1
 ENLARGED = "enlarged"
 """In what a file says of itself: the factor of `enlarge`."""
 UNEVEN = 0.6
-"""Share of a frame's time by which a frame may be off an even grid, or last longer than the others: containers round times."""
+"""Share of a frame's time by which a frame may be off an even grid, or last longer than the
+others: containers round times."""
 
 
 def check_video(video: torch.Tensor, name: str = "video") -> torch.Tensor:
     """``video`` itself.  ValueError unless it is uint8 [T, 3, H, W] with at least one frame."""
     if video.dtype != torch.uint8 or video.ndim != 4 or video.shape[1] != 3 or 0 in video.shape:
-        raise ValueError(f"{name} is {video.dtype} {tuple(video.shape)}, expected uint8 [T, 3, H, W] with at least one frame; clamp, scale to 0..255 and convert first")
+        raise ValueError(
+            f"{name} is {video.dtype} {tuple(video.shape)}, expected uint8 [T, 3, H, W] with at least one frame; clamp, scale to 0..255 and convert first"
+        )
     return video
 
 
 def enlarge(video: torch.Tensor, factor: int) -> torch.Tensor:
-    """Every pixel as a square of ``factor`` x ``factor``: small videos stay sharp where a browser would blur them."""
+    """Every pixel as a square of ``factor`` x ``factor``: small videos stay sharp where a
+    browser would blur them."""
     return video.repeat_interleave(factor, dim=-2).repeat_interleave(factor, dim=-1)
 
 
 def watchable(video: torch.Tensor, min_side: int = MIN_SIDE) -> int:
-    """The smallest factor that brings the shorter side to ``min_side`` pixels and, for yuv420p, both sides to even numbers."""
+    """The smallest factor that brings the shorter side to ``min_side`` pixels and, for yuv420p,
+    both sides to even numbers."""
     factor = -(-min_side // min(video.shape[-2:]))
     odd = any(side * factor % 2 for side in video.shape[-2:])
     return factor + 1 if odd else factor
 
 
-def encode_mp4(video: torch.Tensor, fps: float = FPS, factor: int | None = None, crf: int = 16, about: Mapping[str, Any] | None = None) -> bytes:
-    """h264 in yuv420p, which every browser plays.  ``factor``: enlarge by this, None = `watchable`; ``crf``: lower = better.
-    ``about``: what the file says of itself (`read_about`), beside the factor by which it is enlarged.
+def encode_mp4(
+    video: torch.Tensor,
+    fps: float = FPS,
+    factor: int | None = None,
+    crf: int = 16,
+    about: Mapping[str, Any] | None = None,
+) -> bytes:
+    """h264 in yuv420p, which every browser plays. ``factor``: enlarge by this, None = `watchable`;
+    ``crf``: lower = better. ``about``: what the file says of itself (`read_about`), beside the
+    factor by which it is enlarged.
 
-    Colours lose a level or two; at factor 1 chroma is halved in resolution as well.  ValueError for odd sides.
+    Colours lose a level or two; at factor 1 chroma is halved in resolution as well. ValueError for
+    odd sides.
     """
     file = io.BytesIO()
     encoder = _Encoder(file, check_video(video), fps, factor, crf, about)
@@ -68,16 +82,34 @@ def encode_mp4(video: torch.Tensor, fps: float = FPS, factor: int | None = None,
     return file.getvalue()
 
 
-def write_mp4(path: Path, video: torch.Tensor, fps: float = FPS, factor: int | None = None, crf: int = 16, about: Mapping[str, Any] | None = None) -> Path:
+def write_mp4(
+    path: Path,
+    video: torch.Tensor,
+    fps: float = FPS,
+    factor: int | None = None,
+    crf: int = 16,
+    about: Mapping[str, Any] | None = None,
+) -> Path:
     """`encode_mp4` into a file, atomically; makes missing folders."""
     return write_atomic(path, encode_mp4(video, fps, factor, crf, about))
 
 
 class Mp4Writer:
-    """A video file that grows while its frames are made, `encode_mp4` in pieces.  In its place when it is whole, or not at all."""
+    """A video file that grows while its frames are made, `encode_mp4` in pieces. In its place
+    when it is whole, or not at all."""
 
-    def __init__(self, path: Path, fps: float = FPS, factor: int | None = None, crf: int = 16, about: Mapping[str, Any] | None = None):
-        self.path, self.part = Path(path), Path(path).with_name(f".{Path(path).name}.{os.getpid()}.part")
+    def __init__(
+        self,
+        path: Path,
+        fps: float = FPS,
+        factor: int | None = None,
+        crf: int = 16,
+        about: Mapping[str, Any] | None = None,
+    ):
+        self.path, self.part = (
+            Path(path),
+            Path(path).with_name(f".{Path(path).name}.{os.getpid()}.part"),
+        )
         self.settings, self.encoder, self.file = (fps, factor, crf, about), None, None
 
     def __enter__(self) -> Mp4Writer:
@@ -105,26 +137,52 @@ class Mp4Writer:
 
 
 class _Encoder:
-    """h264 for frames of the first one's size, into a file object: libav takes a colon in a path for a protocol."""
+    """h264 for frames of the first one's size, into a file object: libav takes a colon in a path
+    for a protocol."""
 
-    def __init__(self, file, video: torch.Tensor, fps: float, factor: int | None, crf: int, about: Mapping[str, Any] | None):
+    def __init__(
+        self,
+        file,
+        video: torch.Tensor,
+        fps: float,
+        factor: int | None,
+        crf: int,
+        about: Mapping[str, Any] | None,
+    ):
         self.factor = watchable(video) if factor is None else factor
         height, width = (side * self.factor for side in video.shape[-2:])
         if height % 2 or width % 2:
-            raise ValueError(f"{width} x {height} pixels cannot be written as yuv420p, which needs even sides; enlarge by 2, or leave the factor to the program")
+            raise ValueError(
+                f"{width} x {height} pixels cannot be written as yuv420p, which needs even sides; enlarge by 2, or leave the factor to the program"
+            )
         self.container = av.open(file, "w", format="mp4")
         if about or self.factor > 1:
-            self.container.metadata["comment"] = json.dumps({ENLARGED: self.factor, **(about or {})})
-        self.stream = self.container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": str(crf), "preset": "medium"})
+            self.container.metadata["comment"] = json.dumps(
+                {ENLARGED: self.factor, **(about or {})}
+            )
+        self.stream = self.container.add_stream(
+            "libx264",
+            rate=Fraction(fps).limit_denominator(1001),
+            options={"crf": str(crf), "preset": "medium"},
+        )
         # One thread: the bytes are then the same on every machine, and 64x64 needs no more.
-        self.stream.width, self.stream.height, self.stream.pix_fmt, self.stream.thread_count = width, height, "yuv420p", 1
+        self.stream.width, self.stream.height, self.stream.pix_fmt, self.stream.thread_count = (
+            width,
+            height,
+            "yuv420p",
+            1,
+        )
         # Said, not left to the player's guess: untagged colours differ between browsers.
         context = self.stream.codec_context
         context.colorspace = context.color_primaries = context.color_trc = BT709
 
     def write(self, video: torch.Tensor) -> None:
-        for image in enlarge(check_video(video), self.factor).permute(0, 2, 3, 1).contiguous().numpy():
-            frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)
+        for image in (
+            enlarge(check_video(video), self.factor).permute(0, 2, 3, 1).contiguous().numpy()
+        ):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(
+                format="yuv420p", dst_colorspace=Colorspace.ITU709
+            )
             self.container.mux(self.stream.encode(frame))
 
     def close(self) -> None:
@@ -133,7 +191,8 @@ class _Encoder:
 
 
 def read_mp4(path: Path, original: bool = False) -> tuple[torch.Tensor, float]:
-    """(uint8 [T, 3, H, W], frames a second); sides as stored, that is enlarged, or with ``original`` as they were made.
+    """(uint8 [T, 3, H, W], frames a second); sides as stored, that is enlarged, or with
+    ``original`` as they were made.
 
     PermissionError; ValueError if it is no readable video, or its frames do not lie evenly in time.
     """
@@ -143,18 +202,26 @@ def read_mp4(path: Path, original: bool = False) -> tuple[torch.Tensor, float]:
         with Path(path).open("rb") as file, av.open(file) as container:
             fps = float(container.streams.video[0].average_rate or 0.0)
             factor = _about(container.metadata).get(ENLARGED, 1)
-            decoded = [(frame.time, frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
+            decoded = [
+                (frame.time, frame.to_ndarray(format="rgb24"))
+                for frame in container.decode(video=0)
+            ]
     except (OSError, av.error.FFmpegError, IndexError) as error:
-        raise ValueError(f"{path} is not a readable video ({_reason(error)}); write it again") from error
+        raise ValueError(
+            f"{path} is not a readable video ({_reason(error)}); write it again"
+        ) from error
     if not decoded:
         raise ValueError(f"{path} holds no frame; write it again")
     fps = _even_rate(path, [time for time, _ in decoded], fps)
-    video = torch.from_numpy(np.stack([frame for _, frame in decoded])).permute(0, 3, 1, 2).contiguous()
+    video = (
+        torch.from_numpy(np.stack([frame for _, frame in decoded])).permute(0, 3, 1, 2).contiguous()
+    )
     return (shrink(video, factor) if original else video), fps
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """What a video file says of itself: prompts, seed, generator, ... as its writer gave them; nothing for others' files."""
+    """What a video file says of itself: prompts, seed, generator, ... as its writer gave them;
+    nothing for others' files."""
     with Path(path).open("rb") as file, av.open(file) as container:
         return _about(container.metadata)
 
@@ -163,7 +230,12 @@ def shrink(video: torch.Tensor, factor: int) -> torch.Tensor:
     """The opposite of `enlarge`: the mean of every square of ``factor`` x ``factor`` pixels."""
     if type(factor) is not int or factor < 2 or any(side % factor for side in video.shape[-2:]):
         return video
-    return torch.cat([torch.nn.functional.avg_pool2d(frame[None].float(), factor).round().to(torch.uint8) for frame in video])
+    return torch.cat(
+        [
+            torch.nn.functional.avg_pool2d(frame[None].float(), factor).round().to(torch.uint8)
+            for frame in video
+        ]
+    )
 
 
 def _about(metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -180,16 +252,25 @@ def _reason(error: Exception) -> str:
 
 
 def _even_rate(path: Path, times: Sequence[float | None], rate: float) -> float:
-    """Frames a second, by the times at which the frames are shown; ``rate``: what the file says, kept where it agrees.
+    """Frames a second, by the times at which the frames are shown; ``rate``: what the file says,
+    kept where it agrees.
 
-    ValueError where frames are shown for different times: whoever counts frames, as every reward does, sees another motion.
+    ValueError where frames are shown for different times: whoever counts frames, as every reward
+    does, sees another motion.
     """
     if len(times) < 2 or None in times:
         return rate or FPS
-    lasts, steps = (times[-1] - times[0]) / (len(times) - 1), [b - a for a, b in zip(times, times[1:])]
+    lasts, steps = (
+        (times[-1] - times[0]) / (len(times) - 1),
+        [b - a for a, b in itertools.pairwise(times)],
+    )
     usual = sorted(steps)[len(steps) // 2]
     late = max(abs(time - times[0] - k * lasts) for k, time in enumerate(times))
-    if lasts <= 0.0 or late > UNEVEN * lasts or max(abs(step - usual) for step in steps) > UNEVEN * usual:
+    if (
+        lasts <= 0.0
+        or late > UNEVEN * lasts
+        or max(abs(step - usual) for step in steps) > UNEVEN * usual
+    ):
         raise ValueError(
             f"{path} has a variable frame rate: a frame is shown for {1000 * min(steps):.0f} to {1000 * max(steps):.0f} ms, but rewards count frames; "
             f"make it even first, e.g. ffmpeg -i IN -fps_mode cfr -r {max(1, round(1 / max(lasts, 1e-3)))} OUT"
@@ -198,7 +279,8 @@ def _even_rate(path: Path, times: Sequence[float | None], rate: float) -> float:
 
 
 def html_video(mp4: Path | bytes, label: str) -> str:
-    """A `<video>` that holds its own file: loops without sound wherever the page is opened.  ``label`` is read aloud."""
+    """A `<video>` that holds its own file: loops without sound wherever the page is opened.
+    ``label`` is read aloud."""
     data = mp4 if isinstance(mp4, bytes) else Path(mp4).read_bytes()
     source = base64.b64encode(data).decode()
     return f'<video loop muted autoplay playsinline controls aria-label="{html.escape(label)}" src="data:video/mp4;base64,{source}"></video>'
@@ -218,9 +300,12 @@ def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
 
 
 def _captioned(text: str, width: int, lines: int, size: int) -> Image.Image:
-    """``text`` wrapped to ``width`` pixels in exactly ``lines`` lines, its end cut by an ellipsis if need be."""
+    """``text`` wrapped to ``width`` pixels in exactly ``lines`` lines, its end cut by an
+    ellipsis if need be."""
     image = Image.new("RGB", (width, lines * (size + 4) + 8), PAPER)
-    ImageDraw.Draw(image).multiline_text((2, 3), "\n".join(_wrapped(text, width, size)[:lines]), fill=INK, font=font(size), spacing=3)
+    ImageDraw.Draw(image).multiline_text(
+        (2, 3), "\n".join(_wrapped(text, width, size)[:lines]), fill=INK, font=font(size), spacing=3
+    )
     return image
 
 
@@ -230,23 +315,40 @@ def _wrapped(text: str, width: int, size: int) -> list[str]:
 
 
 def _columns(count: int) -> int:
-    """Of the widths from square to four times as wide as high, the one that leaves fewest tiles empty, the widest of those."""
+    """Of the widths from square to four times as wide as high, the one that leaves fewest tiles
+    empty, the widest of those."""
     side = max(1, round(count**0.5))
-    return min(range(side, min(count, 2 * side) + 1), key=lambda columns: (-count % columns, -columns))
+    return min(
+        range(side, min(count, 2 * side) + 1), key=lambda columns: (-count % columns, -columns)
+    )
 
 
-def grid(clips: Sequence[torch.Tensor], captions: Sequence[str], columns: int | None = None, tile: int = 160, accents: Sequence[str] | None = None) -> torch.Tensor:
+def grid(
+    clips: Sequence[torch.Tensor],
+    captions: Sequence[str],
+    columns: int | None = None,
+    tile: int = 160,
+    accents: Sequence[str] | None = None,
+) -> torch.Tensor:
     """Clips side by side, a caption under each, as one video.
 
-    ``tile``: pixels that a clip's shorter side at least gets; ``columns``: None = chosen, see `_columns`;
-    ``accents``: colour of the frame around each clip, "" = none.  A shorter clip holds its last frame.
+    ``tile``: pixels that a clip's shorter side at least gets; ``columns``: None = chosen, see
+    `_columns`; ``accents``: colour of the frame around each clip, "" = none. A shorter clip holds
+    its last frame.
     """
     accents = accents or [""] * len(clips)
     if not clips or not len(clips) == len(captions) == len(accents):
-        raise ValueError(f"{len(clips)} clips, {len(captions)} captions, {len(accents)} accents: a grid needs one of each for each of at least one clip")
-    clips = [enlarge(check_video(clip, f"clip {i}"), -(-tile // min(clip.shape[-2:]))) for i, clip in enumerate(clips)]
+        raise ValueError(
+            f"{len(clips)} clips, {len(captions)} captions, {len(accents)} accents: a grid needs one of each for each of at least one clip"
+        )
+    clips = [
+        enlarge(check_video(clip, f"clip {i}"), -(-tile // min(clip.shape[-2:])))
+        for i, clip in enumerate(clips)
+    ]
     if len({clip.shape[-2:] for clip in clips}) > 1:
-        raise ValueError(f"clips differ in size: {sorted({tuple(clip.shape[-2:]) for clip in clips})}; a grid needs one size")
+        raise ValueError(
+            f"clips differ in size: {sorted({tuple(clip.shape[-2:]) for clip in clips})}; a grid needs one size"
+        )
     steps, (height, width) = max(len(clip) for clip in clips), clips[0].shape[-2:]
     columns = columns or _columns(len(clips))
     lines = max(len(_wrapped(text, width, 13)) for text in captions)
@@ -254,29 +356,48 @@ def grid(clips: Sequence[torch.Tensor], captions: Sequence[str], columns: int | 
     gap, cell = 8, (height + 4 + footers[0].height, width)
     rows = -(-len(clips) // columns)
     size = [count * (length + gap) + gap for count, length in zip((rows, columns), cell)]
-    canvas = torch.full((steps, size[0] + size[0] % 2, size[1] + size[1] % 2, 3), 255, dtype=torch.uint8)
+    canvas = torch.full(
+        (steps, size[0] + size[0] % 2, size[1] + size[1] % 2, 3), 255, dtype=torch.uint8
+    )
     for i, (clip, footer) in enumerate(zip(clips, footers)):
         y, x = gap + i // columns * (cell[0] + gap), gap + i % columns * (width + gap)
         if accents[i]:
             colour = torch.tensor(ImageColor.getrgb(accents[i])[:3], dtype=torch.uint8)
             canvas[:, y - 4 : y + height + 4, x - 4 : x + width + 4] = colour
-        canvas[:, y : y + height, x : x + width] = clip[torch.arange(steps).clamp(max=len(clip) - 1)].permute(0, 2, 3, 1)
+        canvas[:, y : y + height, x : x + width] = clip[
+            torch.arange(steps).clamp(max=len(clip) - 1)
+        ].permute(0, 2, 3, 1)
         canvas[:, y + height + 4 : y + cell[0], x : x + width] = torch.from_numpy(np.array(footer))
     return canvas.permute(0, 3, 1, 2).contiguous()
 
 
 def strips(rows: Sequence[tuple[str, torch.Tensor]], frames: int = 8, tile: int = 112) -> bytes:
-    """PNG of labelled videos as strips of ``frames`` frames at even times, first and last included: the still form of a grid."""
+    """PNG of labelled videos as strips of ``frames`` frames at even times, first and last
+    included: the still form of a grid."""
     if not rows or frames < 1:
         raise ValueError(f"{len(rows)} videos, {frames} frames: strips need at least one of each")
     images = []
     for label, video in rows:
         at = torch.linspace(0, len(check_video(video, label)) - 1, frames).round().long()
         shown = enlarge(video[at], -(-tile // min(video.shape[-2:])))
-        images += [Image.fromarray(np.concatenate([np.pad(f, ((0, 0), (0, 4), (0, 0)), constant_values=255) for f in shown.permute(0, 2, 3, 1).numpy()], axis=1))]
+        images += [
+            Image.fromarray(
+                np.concatenate(
+                    [
+                        np.pad(f, ((0, 0), (0, 4), (0, 0)), constant_values=255)
+                        for f in shown.permute(0, 2, 3, 1).numpy()
+                    ],
+                    axis=1,
+                )
+            )
+        ]
     width = max(image.width for image in images)
     labels = [_captioned(label, width, len(_wrapped(label, width, 14)), 14) for label, _ in rows]
-    picture = Image.new("RGB", (width, sum(label.height + image.height + 6 for label, image in zip(labels, images))), PAPER)
+    picture = Image.new(
+        "RGB",
+        (width, sum(label.height + image.height + 6 for label, image in zip(labels, images))),
+        PAPER,
+    )
     y = 0
     for label, image in zip(labels, images):
         picture.paste(label, (0, y))

@@ -1,4 +1,5 @@
-"""Files of weights: read without unpickling anything, every tensor accounted for, named by their hash."""
+"""Files of weights: read without unpickling anything, every tensor accounted for, named by their
+hash."""
 
 from __future__ import annotations
 
@@ -7,8 +8,9 @@ import pickle
 import re
 import warnings
 import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -23,7 +25,8 @@ State = dict[str, torch.Tensor]
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Tensors of a .pt or .safetensors file, memory-mapped where the format allows.
 
-    FileNotFoundError; PermissionError; ValueError for a broken file, and for one that holds more than plain data: unpickling it could run any code.
+    FileNotFoundError; PermissionError; ValueError for a broken file, and for one that holds more
+    than plain data: unpickling it could run any code.
     """
     check_readable(path)
     if not path.is_file():
@@ -31,8 +34,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with warnings.catch_warnings(action="ignore"):  # of a foreign pickle protocol: what matters is refused below
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings(
+            action="ignore"
+        ):  # of a foreign pickle protocol: what matters is refused below
+            content = torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            )
     except pickle.UnpicklingError as error:
         reason = re.search(r"Unsupported [^\n]*?(?= was not|\n|$)", str(error))
         raise ValueError(
@@ -40,26 +47,42 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             "Save its weights alone, as safetensors"
         ) from None
     except (RuntimeError, EOFError, OSError, SafetensorError) as error:
-        raise ValueError(f"{path} is not a whole checkpoint ({first_line(error)}); copy it again") from None
+        raise ValueError(
+            f"{path} is not a whole checkpoint ({first_line(error)}); copy it again"
+        ) from None
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, not named tensors")
     return dict(content)
 
 
-def account(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Size], source: str, target: str) -> None:
-    """ValueError that lists every tensor missing from ``found``, more than asked for, or of another shape."""
+def account(
+    found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Size], source: str, target: str
+) -> None:
+    """ValueError that lists every tensor missing from ``found``, more than asked for, or of
+    another shape."""
     faults = {
         "missing": sorted(wanted.keys() - found.keys()),
         "surplus": sorted(found.keys() - wanted.keys()),
-        "misshapen": [f"{n} {list(found[n].shape)} for {list(wanted[n])}" for n in sorted(found.keys() & wanted.keys()) if found[n].shape != wanted[n]],
+        "misshapen": [
+            f"{n} {list(found[n].shape)} for {list(wanted[n])}"
+            for n in sorted(found.keys() & wanted.keys())
+            if found[n].shape != wanted[n]
+        ],
     }
     if any(faults.values()):
-        listed = "; ".join(f"{len(names)} {what}: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}" for what, names in faults.items() if names)
-        raise ValueError(f"{source} does not fit {target}: {listed}; give the checkpoint and the base folder of one model")
+        listed = "; ".join(
+            f"{len(names)} {what}: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"
+            for what, names in faults.items()
+            if names
+        )
+        raise ValueError(
+            f"{source} does not fit {target}: {listed}; give the checkpoint and the base folder of one model"
+        )
 
 
 def identity(name: str, files: Sequence[Path]) -> str:
-    """What a report calls these weights: ``name file sha256:...``, so that two runs can be told to have used the same."""
+    """What a report calls these weights: ``name file sha256:...``, so that two runs can be told
+    to have used the same."""
     return " ".join((name, *(f"{file.name} sha256:{_sha256(file)}" for file in files)))
 
 

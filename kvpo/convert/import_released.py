@@ -1,12 +1,14 @@
-"""`kvpo import`: a released checkpoint and the Wan2.1 folder it was trained from -> a pipeline folder in diffusers layout."""
+"""`kvpo import`: a released checkpoint and the Wan2.1 folder it was trained from -> a pipeline
+folder in diffusers layout."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -16,11 +18,11 @@ from transformers.utils.logging import disable_progress_bar
 from kvpo.common.files import must_be_new, whole_folder, write_atomic
 from kvpo.common.finite import check_finite
 from kvpo.common.weights import State, _sha256, account
+from kvpo.convert.lora import adapter_in, described, is_adapter, merge
 from kvpo.convert.wan_base import BaseFolder, new_transformer, open_base, save_transformer
 from kvpo.convert.wan_names import generator_state, keeps_float32
-from kvpo.convert.lora import adapter_in, described, is_adapter, merge
-from kvpo.generators.pipeline import Geometry
 from kvpo.convert.weight_files import find_weights
+from kvpo.generators.pipeline import Geometry
 
 
 @dataclass(frozen=True)
@@ -33,16 +35,22 @@ class Format:
     """Of the weights, as their publisher states it."""
     geometry: Geometry
     prefer: tuple[str, ...] = ("generator", "generator_ema", "model")
-    """Keys of the generator in the file, best first: the first is what the family's own inference takes."""
+    """Keys of the generator in the file, best first: the first is what the family's own
+    inference takes."""
     named: str = ""
-    """Pattern of the last two parts of a path that mean this format where its family's name was given: framewise/causal_forcing.pt."""
+    """Pattern of the last two parts of a path that mean this format where its family's name was
+    given: framewise/causal_forcing.pt."""
 
 
-WAN = Geometry(block=3, sink=0, window=21, latent_height=60, latent_width=104, fps=16, text_length=512)
-"""480 x 832.  Window 21: everything, in the 21 latent frames that Self-Forcing and Causal-Forcing were trained on; a longer video rolls on."""
+WAN = Geometry(
+    block=3, sink=0, window=21, latent_height=60, latent_width=104, fps=16, text_length=512
+)
+"""480 x 832. Window 21: everything, in the 21 latent frames that Self-Forcing and Causal-Forcing
+were trained on; a longer video rolls on."""
 LONGLIVE = replace(WAN, sink=3, window=12)
 FRAMEWISE = replace(WAN, block=1)
-"""One latent frame a block.  The models of fewer steps denoise a video's first block in four all the same."""
+"""One latent frame a block. The models of fewer steps denoise a video's first block in four all
+the same."""
 MEMFLOW = replace(LONGLIVE, bank=3, bank_every=3)
 """Sparse memory activation (`bank_keep` in streaming.json) is off in its released configuration."""
 UNKNOWN = "not known here; see the source"
@@ -52,12 +60,39 @@ EMA = ("generator_ema", "generator", "model")
 FORMATS: Mapping[str, Format] = {
     f.name: f
     for f in (
-        Format("self-forcing", "https://huggingface.co/gdhe17/Self-Forcing", "CC-BY-NC-SA-4.0", WAN, EMA),
+        Format(
+            "self-forcing",
+            "https://huggingface.co/gdhe17/Self-Forcing",
+            "CC-BY-NC-SA-4.0",
+            WAN,
+            EMA,
+        ),
         # Its README runs the chunk-wise model without --use_ema, and the frame-wise ones with it.
         Format("causal-forcing", CAUSAL_FORCING, "Apache-2.0", WAN),
-        Format("causal-forcing-framewise", CAUSAL_FORCING, "Apache-2.0", FRAMEWISE, EMA, r"frame-?_?wise"),
-        Format("causal-forcing-2step", CAUSAL_FORCING, "Apache-2.0", replace(FRAMEWISE, steps=2, first_steps=4), EMA, r"2-?_?step"),
-        Format("causal-forcing-1step", CAUSAL_FORCING, "Apache-2.0", replace(FRAMEWISE, steps=1, first_steps=4), EMA, r"1-?_?step"),
+        Format(
+            "causal-forcing-framewise",
+            CAUSAL_FORCING,
+            "Apache-2.0",
+            FRAMEWISE,
+            EMA,
+            r"frame-?_?wise",
+        ),
+        Format(
+            "causal-forcing-2step",
+            CAUSAL_FORCING,
+            "Apache-2.0",
+            replace(FRAMEWISE, steps=2, first_steps=4),
+            EMA,
+            r"2-?_?step",
+        ),
+        Format(
+            "causal-forcing-1step",
+            CAUSAL_FORCING,
+            "Apache-2.0",
+            replace(FRAMEWISE, steps=1, first_steps=4),
+            EMA,
+            r"1-?_?step",
+        ),
         Format("longlive", "https://github.com/NVlabs/LongLive", UNKNOWN, LONGLIVE),
         Format("memflow", "https://huggingface.co/KlingTeam/MemFlow", "Apache-2.0", MEMFLOW),
         Format("kvpo", "https://huggingface.co/Richard-ZZZZZ/KVPO", UNKNOWN, LONGLIVE),
@@ -75,9 +110,18 @@ class Source:
 
 
 def import_checkpoint(
-    files: Sequence[Path], out: Path, kind: Format, geometry: Geometry, base_folder: str, dtype: str, which: str, lora_scale: float, say: Callable[[str], None] = lambda line: None
-) -> Path:  # fmt: skip
-    """Write the pipeline folder.  ``say`` is told what is going on.  ValueError or FileNotFoundError, before anything is written, for whatever does not fit."""
+    files: Sequence[Path],
+    out: Path,
+    kind: Format,
+    geometry: Geometry,
+    base_folder: str,
+    dtype: str,
+    which: str,
+    lora_scale: float,
+    say: Callable[[str], None] = lambda line: None,
+) -> Path:
+    """Write the pipeline folder. ``say`` is told what is going on. ValueError or
+    FileNotFoundError, before anything is written, for whatever does not fit."""
     must_be_new(out)  # said before gigabytes are read
     base = open_base(base_folder)
     config = base.transformer_config()
@@ -88,8 +132,22 @@ def import_checkpoint(
     disable_progress_bar()  # transformers' own, on stderr
     say(f"writing {len(state)} tensors in {dtype}, and the parts of {base.folder}")
     with whole_folder(out) as part:
-        _write(part, base, config, {n: t.to(torch.float32 if keeps_float32(n) else number) for n, t in state.items()}, geometry)
-        write_atomic(part / "README.md", _card(kind, base_folder if not Path(base_folder).exists() else base.folder.name, sources, number))
+        _write(
+            part,
+            base,
+            config,
+            {n: t.to(torch.float32 if keeps_float32(n) else number) for n, t in state.items()},
+            geometry,
+        )
+        write_atomic(
+            part / "README.md",
+            _card(
+                kind,
+                base_folder if not Path(base_folder).exists() else base.folder.name,
+                sources,
+                number,
+            ),
+        )
     return out
 
 
@@ -97,33 +155,66 @@ def _assumed(kind: Format, geometry: Geometry) -> str:
     """What the files do not say, and how to say otherwise."""
     g = geometry
     first = f" (the first block {g.first_steps})" if g.first_steps else ""
-    said = f"block {g.block}, steps {g.steps}{first}, sink {g.sink}, window {g.window}" + (f", memory bank {g.bank}" if g.bank else "")
+    said = f"block {g.block}, steps {g.steps}{first}, sink {g.sink}, window {g.window}" + (
+        f", memory bank {g.bank}" if g.bank else ""
+    )
     pixels = f"{8 * g.latent_height} x {8 * g.latent_width} pixels"
     return f"taken for {kind.name}: {said}, {pixels}; the files do not say it, --block, --steps, --first-steps, --sink and --window do"
 
 
-def _weights(kind: Format, paths: Sequence[Path], config: dict[str, Any], lora_scale: float, which: str, say) -> tuple[State, list[Source]]:
+def _weights(
+    kind: Format, paths: Sequence[Path], config: dict[str, Any], lora_scale: float, which: str, say
+) -> tuple[State, list[Source]]:
     found = [find_weights(path) for path in paths]
-    found = [f for i, f in enumerate(found) if len(f.files) == 1 or f.files not in [g.files for g in found[:i]]]  # shards given one by one are one set
+    found = [
+        f
+        for i, f in enumerate(found)
+        if len(f.files) == 1 or f.files not in [g.files for g in found[:i]]
+    ]  # shards given one by one are one set
     contents = [(f, f.read()) for f in found]
-    generators, adapters = ([c for c in contents if is_adapter(c[1]) == wanted] for wanted in (False, True))
+    generators, adapters = (
+        [c for c in contents if is_adapter(c[1]) == wanted] for wanted in (False, True)
+    )
     if len(generators) != 1:
         names = ", ".join(f.path.name for f, _ in generators) or "none"
-        raise ValueError(f"{len(generators)} of the {len(contents)} files hold a generator ({names}); give exactly one, and any number of LoRA files")
-    (files, content), wanted = generators[0], {n: t.shape for n, t in new_transformer(config).state_dict().items()}
+        raise ValueError(
+            f"{len(generators)} of the {len(contents)} files hold a generator ({names}); give exactly one, and any number of LoRA files"
+        )
+    (files, content), wanted = (
+        generators[0],
+        {n: t.shape for n, t in new_transformer(config).state_dict().items()},
+    )
     path = files.path
     state, key = generator_state(content, path, (which,) if which else kind.prefer)
-    account(state, wanted, str(path), f"the transformer of the base ({config['num_layers']} layers of {config['num_attention_heads']} x {config['attention_head_dim']})")
+    account(
+        state,
+        wanted,
+        str(path),
+        f"the transformer of the base ({config['num_layers']} layers of {config['num_attention_heads']} x {config['attention_head_dim']})",
+    )
     check_finite(state.items(), str(path), "its training went wrong, or the file was damaged")
     say(f"{path}: {len(state)} tensors{_chosen(content, key, kind, which)}, each in its place")
-    sources = [Source(file, f"generator{f', key {key}' if key else ''}", _sha256(file)) for file in files.files]
+    sources = [
+        Source(file, f"generator{f', key {key}' if key else ''}", _sha256(file))
+        for file in files.files
+    ]
     for files, content in adapters:
         adapter = adapter_in(files, content)
-        check_finite(((f"{m}.{half}", t) for m, low in adapter.items() for half, t in zip("AB", low)), str(files.path), "its training went wrong, or the file was damaged")
+        check_finite(
+            ((f"{m}.{half}", t) for m, low in adapter.items() for half, t in zip("AB", low)),
+            str(files.path),
+            "its training went wrong, or the file was damaged",
+        )
         merge(state, adapter, lora_scale, str(files.path))
-        sources += [Source(file, described(adapter, lora_scale), _sha256(file)) for file in files.files]
+        sources += [
+            Source(file, described(adapter, lora_scale), _sha256(file)) for file in files.files
+        ]
         say(f"{files.path}: {sources[-1].what}")
-    check_finite(state.items(), "what the LoRAs and the generator make together", "give a smaller --lora-scale")
+    check_finite(
+        state.items(),
+        "what the LoRAs and the generator make together",
+        "give a smaller --lora-scale",
+    )
     return state, sources
 
 
@@ -131,27 +222,47 @@ def _chosen(content: Mapping[str, Any], key: str, kind: Format, which: str) -> s
     """Which of the file's weights were taken, and why."""
     if not key:
         return ""
-    others = [name for name in kind.prefer if name != key and isinstance(content.get(name), Mapping)]
+    others = [
+        name for name in kind.prefer if name != key and isinstance(content.get(name), Mapping)
+    ]
     if which or not others:
         return f" under {key!r}"
-    why = f"what {kind.name}'s own inference takes" if key == kind.prefer[0] else "the first of those that it has"
+    why = (
+        f"what {kind.name}'s own inference takes"
+        if key == kind.prefer[0]
+        else "the first of those that it has"
+    )
     return f" under {key!r}, {why} (the file also has {', '.join(map(repr, others))}, which --weights {others[0]} takes)"
 
 
-def _write(folder: Path, base: BaseFolder, config: dict[str, Any], state: State, geometry: Geometry) -> None:
+def _write(
+    folder: Path, base: BaseFolder, config: dict[str, Any], state: State, geometry: Geometry
+) -> None:
     save_transformer(config, state, folder)
     base.write_parts(folder)
-    FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=geometry.shift, stochastic_sampling=True).save_pretrained(folder / "scheduler")
+    FlowMatchEulerDiscreteScheduler(
+        num_train_timesteps=1000, shift=geometry.shift, stochastic_sampling=True
+    ).save_pretrained(folder / "scheduler")
     write_atomic(folder / "streaming.json", json.dumps(asdict(geometry), indent=1) + "\n")
     parts = {
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
         "text_encoder": ["transformers", "UMT5EncoderModel"],
-        "tokenizer": ["transformers", type(AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)).__name__],
+        "tokenizer": [
+            "transformers",
+            type(
+                AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+            ).__name__,
+        ],
         "transformer": ["diffusers", "WanTransformer3DModel"],
         "transformer_2": [None, None],
         "vae": ["diffusers", "AutoencoderKLWan"],
     }
-    index = {"_class_name": "WanPipeline", "_diffusers_version": version("diffusers"), "boundary_ratio": None, "expand_timesteps": False} | parts
+    index = {
+        "_class_name": "WanPipeline",
+        "_diffusers_version": version("diffusers"),
+        "boundary_ratio": None,
+        "expand_timesteps": False,
+    } | parts
     write_atomic(folder / "model_index.json", json.dumps(index, indent=2) + "\n")
 
 

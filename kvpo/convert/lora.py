@@ -20,9 +20,10 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Iterable, Mapping, NamedTuple, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -416,11 +417,19 @@ def _by_pattern(patterns: Mapping[str, Any], names: Sequence[str], default: Any)
 
 @torch.no_grad()
 def add_lora(pipeline: Pipeline, path: Path, strength: float) -> str:
-    """Merge a LoRA into the generator's weights; what it is, in one line.  ValueError where it is of another base."""
+    """Merge a LoRA into the generator's weights; what it is, in one line. ValueError where it is
+    of another base."""
     # A run's own adapter lies beside the weights: theirs are then named base_layer.
-    parameters = {name.replace(".base_layer.", "."): p for name, p in pipeline.generator.transformer.named_parameters()}
+    parameters = {
+        name.replace(".base_layer.", "."): p
+        for name, p in pipeline.generator.transformer.named_parameters()
+    }
     adapter, state = read_lora(path), dict(parameters)
-    check_finite(((f"{m}.{half}", t) for m, low in adapter.items() for half, t in zip("AB", low)), str(path), "its training went wrong, or the file was damaged")
+    check_finite(
+        ((f"{m}.{half}", t) for m, low in adapter.items() for half, t in zip("AB", low)),
+        str(path),
+        "its training went wrong, or the file was damaged",
+    )
     merge(state, adapter, strength, str(path))
     for name, merged in state.items():
         if merged is not parameters[name]:

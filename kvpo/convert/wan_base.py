@@ -1,4 +1,5 @@
-"""What a released generator checkpoint does not hold: text encoder, tokenizer, VAE, and the transformer's sizes.
+"""What a released generator checkpoint does not hold: text encoder, tokenizer, VAE, and the
+transformer's sizes.
 
 They come from Wan2.1 itself, in one of its two public layouts, as a local folder or a hub id:
 
@@ -12,9 +13,10 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Mapping, Protocol
+from typing import Any, Protocol
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
@@ -28,9 +30,22 @@ from kvpo.common.files import first_line
 from kvpo.common.finite import check_finite
 from kvpo.common.weights import State, account, read_checkpoint
 
-ORIGINAL_T5, ORIGINAL_VAE, ORIGINAL_TOKENIZER = "models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth", "google/umt5-xxl"
+ORIGINAL_T5, ORIGINAL_VAE, ORIGINAL_TOKENIZER = (
+    "models_t5_umt5-xxl-enc-bf16.pth",
+    "Wan2.1_VAE.pth",
+    "google/umt5-xxl",
+)
 PARTS = ("vae", "text_encoder", "tokenizer")
-WANTED = ("*.json", "vae/*", "text_encoder/*", "tokenizer/*", "transformer/config.json", ORIGINAL_T5, ORIGINAL_VAE, f"{ORIGINAL_TOKENIZER}/*")
+WANTED = (
+    "*.json",
+    "vae/*",
+    "text_encoder/*",
+    "tokenizer/*",
+    "transformer/config.json",
+    ORIGINAL_T5,
+    ORIGINAL_VAE,
+    f"{ORIGINAL_TOKENIZER}/*",
+)
 """What is downloaded of a hub id: everything but the weights of its own transformer."""
 
 
@@ -47,18 +62,29 @@ class BaseFolder(Protocol):
 
 
 def open_base(name: str) -> BaseFolder:
-    """The base of a local folder or hub id.  FileNotFoundError or ValueError that says what is missing."""
+    """The base of a local folder or hub id. FileNotFoundError or ValueError that says what is
+    missing."""
     folder = Path(name)
     if not folder.is_dir():
         if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
-            raise FileNotFoundError(f"--base {name} is no folder; give Wan2.1's own folder, in diffusers or original layout, or a hub id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
+            raise FileNotFoundError(
+                f"--base {name} is no folder; give Wan2.1's own folder, in diffusers or original layout, or a hub id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+            )
         try:
             folder = Path(snapshot_download(name, allow_patterns=list(WANTED)))
         except (OSError, ValueError) as error:  # huggingface_hub's own errors are one or the other
-            raise FileNotFoundError(f"--base {name} is no local folder, and could not be downloaded: {first_line(error)}") from None
-    kind, needed = (DiffusersBase, ("transformer/config.json", *PARTS)) if (folder / "model_index.json").is_file() else (OriginalBase, ("config.json", ORIGINAL_VAE, ORIGINAL_T5, ORIGINAL_TOKENIZER))
+            raise FileNotFoundError(
+                f"--base {name} is no local folder, and could not be downloaded: {first_line(error)}"
+            ) from None
+    kind, needed = (
+        (DiffusersBase, ("transformer/config.json", *PARTS))
+        if (folder / "model_index.json").is_file()
+        else (OriginalBase, ("config.json", ORIGINAL_VAE, ORIGINAL_T5, ORIGINAL_TOKENIZER))
+    )
     if missing := [part for part in needed if not (folder / part).exists()]:
-        raise FileNotFoundError(f"--base {name} is neither a whole diffusers folder nor a whole Wan2.1 folder: {', '.join(missing)} missing")
+        raise FileNotFoundError(
+            f"--base {name} is neither a whole diffusers folder nor a whole Wan2.1 folder: {', '.join(missing)} missing"
+        )
     return kind(folder)
 
 
@@ -70,7 +96,9 @@ class DiffusersBase:
         check_readable(self.folder / "transformer" / "config.json")
         config = json.loads((self.folder / "transformer" / "config.json").read_text())
         if config.get("_class_name") != "WanTransformer3DModel" or config.get("image_dim"):
-            raise ValueError(f"{self.folder} holds a {config.get('_class_name')}{' for images' if config.get('image_dim') else ''}; the base must be a Wan2.1 text-to-video model")
+            raise ValueError(
+                f"{self.folder} holds a {config.get('_class_name')}{' for images' if config.get('image_dim') else ''}; the base must be a Wan2.1 text-to-video model"
+            )
         return arguments(config)
 
     def write_parts(self, folder: Path) -> None:
@@ -86,26 +114,44 @@ class OriginalBase:
     def transformer_config(self) -> dict[str, Any]:
         config = json.loads((self.folder / "config.json").read_text())
         if config.get("model_type") != "t2v":
-            raise ValueError(f"{self.folder / 'config.json'} describes a model of type {config.get('model_type')!r}; the base must be a text-to-video model, t2v")
+            raise ValueError(
+                f"{self.folder / 'config.json'} describes a model of type {config.get('model_type')!r}; the base must be a text-to-video model, t2v"
+            )
         return {
-            "patch_size": (1, 2, 2), "num_attention_heads": config["num_heads"], "attention_head_dim": config["dim"] // config["num_heads"], "in_channels": config["in_dim"],
-            "out_channels": config["out_dim"], "text_dim": config.get("text_dim", 4096), "freq_dim": config["freq_dim"], "ffn_dim": config["ffn_dim"],
-            "num_layers": config["num_layers"], "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "eps": config["eps"],
-        }  # fmt: skip
+            "patch_size": (1, 2, 2),
+            "num_attention_heads": config["num_heads"],
+            "attention_head_dim": config["dim"] // config["num_heads"],
+            "in_channels": config["in_dim"],
+            "out_channels": config["out_dim"],
+            "text_dim": config.get("text_dim", 4096),
+            "freq_dim": config["freq_dim"],
+            "ffn_dim": config["ffn_dim"],
+            "num_layers": config["num_layers"],
+            "cross_attn_norm": True,
+            "qk_norm": "rms_norm_across_heads",
+            "eps": config["eps"],
+        }
 
     def write_parts(self, folder: Path) -> None:
         _vae(self.folder / ORIGINAL_VAE).save_pretrained(folder / "vae")
         _text_encoder(self.folder / ORIGINAL_T5).save_pretrained(folder / "text_encoder")
-        AutoTokenizer.from_pretrained(self.folder / ORIGINAL_TOKENIZER, local_files_only=True).save_pretrained(folder / "tokenizer")
+        AutoTokenizer.from_pretrained(
+            self.folder / ORIGINAL_TOKENIZER, local_files_only=True
+        ).save_pretrained(folder / "tokenizer")
 
 
 def _check_part(folder: Path) -> None:
-    """PermissionError for files that may not be read, FloatingPointError for weights that are not finite."""
+    """PermissionError for files that may not be read, FloatingPointError for weights that are
+    not finite."""
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         check_readable(path)
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
-                check_finite(((name, file.get_tensor(name)) for name in file.keys()), str(path), "fetch the base once more")
+                check_finite(
+                    ((name, file.get_tensor(name)) for name in file),
+                    str(path),
+                    "fetch the base once more",
+                )
 
 
 def _vae(path: Path) -> AutoencoderKLWan:
@@ -113,7 +159,9 @@ def _vae(path: Path) -> AutoencoderKLWan:
     state = convert_wan_vae_to_diffusers(read_checkpoint(path))
     if "encoder.conv_in.weight" not in state:
         raise ValueError(f"{path} holds no Wan2.1 VAE: encoder.conv1.weight is not in it")
-    return _filled(lambda: AutoencoderKLWan(base_dim=len(state["encoder.conv_in.weight"])), state, path)
+    return _filled(
+        lambda: AutoencoderKLWan(base_dim=len(state["encoder.conv_in.weight"])), state, path
+    )
 
 
 def _text_encoder(path: Path) -> UMT5EncoderModel:
@@ -126,10 +174,17 @@ def _text_encoder(path: Path) -> UMT5EncoderModel:
     first = "encoder.block.0.layer"
     buckets, heads = state[f"{first}.0.SelfAttention.relative_attention_bias.weight"].shape
     config = UMT5Config(
-        vocab_size=state["shared.weight"].shape[0], d_model=state["shared.weight"].shape[1], d_kv=len(state[f"{first}.0.SelfAttention.q.weight"]) // heads,
-        d_ff=len(state[f"{first}.1.DenseReluDense.wi_0.weight"]), num_layers=1 + max(int(n.split(".")[2]) for n in state if n.startswith("encoder.block.")), num_heads=heads,
-        relative_attention_num_buckets=buckets, relative_attention_max_distance=128, feed_forward_proj="gated-gelu", dropout_rate=0.0,
-    )  # fmt: skip
+        vocab_size=state["shared.weight"].shape[0],
+        d_model=state["shared.weight"].shape[1],
+        d_kv=len(state[f"{first}.0.SelfAttention.q.weight"]) // heads,
+        d_ff=len(state[f"{first}.1.DenseReluDense.wi_0.weight"]),
+        num_layers=1 + max(int(n.split(".")[2]) for n in state if n.startswith("encoder.block.")),
+        num_heads=heads,
+        relative_attention_num_buckets=buckets,
+        relative_attention_max_distance=128,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+    )
     return _filled(lambda: UMT5EncoderModel(config), state, path)
 
 
@@ -156,14 +211,17 @@ def _filled(build, state: State, path: Path):
     """A stock model that holds exactly ``state``, in its dtype."""
     with torch.device("meta"):
         model = build()
-    account(state, {n: t.shape for n, t in model.state_dict().items()}, str(path), type(model).__name__)
+    account(
+        state, {n: t.shape for n, t in model.state_dict().items()}, str(path), type(model).__name__
+    )
     check_finite(state.items(), str(path), "fetch the base once more")
     model.load_state_dict(state, assign=True)
     return model
 
 
 def new_transformer(config: dict[str, Any]) -> WanTransformer3DModel:
-    """Without memory for its weights: to be compared with, or filled by ``load_state_dict(assign=True)``."""
+    """Without memory for its weights: to be compared with, or filled by
+    ``load_state_dict(assign=True)``."""
     with torch.device("meta"):
         return WanTransformer3DModel(**config)
 
@@ -181,11 +239,13 @@ def save_transformer(config: dict[str, Any], state: State, folder: Path) -> None
 
 
 LARGE = 64 << 20
-"""Bytes from which on a file of weights is linked instead of copied: a text encoder is 11 GB, and nothing here changes it."""
+"""Bytes from which on a file of weights is linked instead of copied: a text encoder is 11 GB,
+and nothing here changes it."""
 
 
 def copy_tree(source: Path, target: Path) -> None:
-    """Copy a folder of a pipeline; large weights by a second name of the same file, where the disk allows.
+    """Copy a folder of a pipeline; large weights by a second name of the same file, where the disk
+    allows.
 
     Whatever is small enough to be edited by hand is a file of its own: of a linked config.json an
     edit would reach into the installed package, or into a hub's cache.
@@ -196,7 +256,9 @@ def copy_tree(source: Path, target: Path) -> None:
 def copy_file(source: str | Path, target: str | Path) -> str:
     """A file, with the access that new files have here, not the source's."""
     source = os.path.realpath(source)  # the hub's cache is made of symbolic links
-    if os.path.getsize(source) >= LARGE and source.endswith((".safetensors", ".bin", ".pth", ".pt")):
+    if os.path.getsize(source) >= LARGE and source.endswith(
+        (".safetensors", ".bin", ".pth", ".pt")
+    ):
         try:
             os.link(source, target)
             return str(target)

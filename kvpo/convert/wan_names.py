@@ -1,16 +1,19 @@
-"""Released checkpoints: read without unpickling anything, renamed to diffusers' names and back, every tensor accounted for.
+"""Released checkpoints: read without unpickling anything, renamed to diffusers' names and back,
+every tensor accounted for.
 
     self_forcing_dmd.pt           {"generator": state, "generator_ema": state}
     longlive_base.pt, base.pt     {"generator": state}
     lora.pt                       {"generator_lora": adapter}, or the bare adapter of peft
 
-States have the original Wan's names under `model.` and whatever prefixes training wrappers have left.
+States have the original Wan's names under `model.` and whatever prefixes training wrappers have
+left.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -21,8 +24,16 @@ from kvpo.common.weights import State
 GENERATORS = ("generator", "generator_ema", "model")
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 PREFIXES = ("module.", "base_model.model.", "model.", "diffusion_model.", "transformer.")
-"""Taken off as often as they stand at the front: DDP's, PEFT's, the trainers' own, ComfyUI's, diffusers'."""
-DIFFUSERS_PARTS = (".attn1.", ".attn2.", "condition_embedder.", "scale_shift_table", "proj_out.", ".ffn.net.")
+"""Taken off as often as they stand at the front: DDP's, PEFT's, the trainers' own, ComfyUI's,
+diffusers'."""
+DIFFUSERS_PARTS = (
+    ".attn1.",
+    ".attn2.",
+    "condition_embedder.",
+    "scale_shift_table",
+    "proj_out.",
+    ".ffn.net.",
+)
 """Parts of names that only diffusers gives."""
 RENAMED = (
     ("time_embedding.0", "condition_embedder.time_embedder.linear_1"),
@@ -46,20 +57,27 @@ RENAMED = (
 """Original part, part in diffusers.  Only for the way back; the way in is diffusers' own."""
 
 
-def generator_state(content: Mapping[str, Any], path: Path, prefer: tuple[str, ...] = GENERATORS) -> tuple[State, str]:
-    """The generator's tensors with diffusers' names, and where in the file they lay ("" = at its top).  ``prefer``: keys in order."""
+def generator_state(
+    content: Mapping[str, Any], path: Path, prefer: tuple[str, ...] = GENERATORS
+) -> tuple[State, str]:
+    """The generator's tensors with diffusers' names, and where in the file they lay ("" = at its
+    top). ``prefer``: keys in order."""
     nested = [key for key in prefer if isinstance(content.get(key), Mapping)]
     state = dict(content[nested[0]]) if nested else dict(content)
     strange = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
     if strange or not state:
-        raise ValueError(f"{path} holds no generator: none of {', '.join(prefer)} is in it, and its top holds {sorted(map(str, content))[:8]}")
+        raise ValueError(
+            f"{path} holds no generator: none of {', '.join(prefer)} is in it, and its top holds {sorted(map(str, content))[:8]}"
+        )
     return original_to_diffusers(state), nested[0] if nested else ""
 
 
 def original_to_diffusers(state: Mapping[str, torch.Tensor]) -> State:
-    """State dict of a `WanTransformer3DModel`, or of its LoRA, from one with original names and training wrappers' prefixes.
+    """State dict of a `WanTransformer3DModel`, or of its LoRA, from one with original names and
+    training wrappers' prefixes.
 
-    Names that are diffusers' own already stay: the converter would swap their second and third norms.
+    Names that are diffusers' own already stay: the converter would swap their second and third
+    norms.
     """
     bare = {bare_name(name): tensor for name, tensor in state.items()}
     if any(part in name for name in bare for part in DIFFUSERS_PARTS):
@@ -82,12 +100,17 @@ def bare_name(name: str) -> str:
 
 
 def _original(name: str) -> str:
-    name = "head.modulation" if name == "scale_shift_table" else name.replace("scale_shift_table", "modulation")
+    name = (
+        "head.modulation"
+        if name == "scale_shift_table"
+        else name.replace("scale_shift_table", "modulation")
+    )
     for old, new in reversed(RENAMED):
         name = name.replace(new, old)
     return name
 
 
 def keeps_float32(name: str) -> bool:
-    """Tensors that diffusers holds in float32 whatever the model's dtype: time embedding, modulation, norms."""
+    """Tensors that diffusers holds in float32 whatever the model's dtype: time embedding,
+    modulation, norms."""
     return any(part in name.split(".") for part in WanTransformer3DModel._keep_in_fp32_modules)

@@ -1,8 +1,10 @@
-"""The end of a process that torchrun has started: by its own exit code, whatever the network's threads are doing.
+"""The end of a process that torchrun has started: by its own exit code, whatever the network's
+threads are doing.
 
-A thread of gloo drops a message's tensors a moment after the message is through, and needs the interpreter for that; one
-whose rank is lost waits on.  If the interpreter is being torn down by then, the process is aborted, and torchrun takes a
-run that is through for one that failed.  So such a process does everything that belongs to its end but that.
+A thread of gloo drops a message's tensors a moment after the message is through, and needs the
+interpreter for that; one whose rank is lost waits on. If the interpreter is being torn down by
+then, the process is aborted, and torchrun takes a run that is through for one that failed. So such
+a process does everything that belongs to its end but that.
 """
 
 from __future__ import annotations
@@ -10,7 +12,8 @@ from __future__ import annotations
 import atexit
 import os
 import sys
-from typing import Callable, NoReturn
+from collections.abc import Callable
+from typing import NoReturn
 
 
 def end_by(main: Callable[[], int]) -> NoReturn:

@@ -1,20 +1,23 @@
-"""Ranks: who does what, and what all must agree on.  A single process is a world of one: the same code, without a message.
+"""Ranks: who does what, and what all must agree on. A single process is a world of one: the same
+code, without a message.
 
     torchrun --nproc-per-node 8 -m kvpo align RECIPE --out RUN
 
-Which groups a step has never depends on the ranks; each rank takes its share of them, gradients are added, and every
-rank makes the same update.  Every rank enters every collective: what fails on one is an error on all, before the update.
-Ranks may stand in rows that share one group (`Ranks.split`, `kvpo.distributed.branches`); a row is `Ranks` again.
+Which groups a step has never depends on the ranks; each rank takes its share of them, gradients are
+added, and every rank makes the same update. Every rank enters every collective: what fails on one
+is an error on all, before the update. Ranks may stand in rows that share one group (`Ranks.split`,
+`kvpo.distributed.branches`); a row is `Ranks` again.
 """
 
 from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, Callable, Iterator, Sequence, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -50,48 +53,87 @@ class Ranks:
 
     @classmethod
     def join(cls, device: torch.device, patience: float) -> Ranks:
-        """Those that torchrun has started; alone without it.  They wait for each other ``patience`` seconds at most."""
+        """Those that torchrun has started; alone without it. They wait for each other
+        ``patience`` seconds at most."""
         world, timeout = int(os.environ.get("WORLD_SIZE", "1")), timedelta(seconds=patience)
         if world == 1:
             return cls(device=device)
         if not dist.is_initialized():
-            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # what is agreed on goes by the CPU, where waiting in vain is an error and not the process's end
+            backend = (
+                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+                # what is agreed on goes by the CPU, where waiting in vain is an error and not the
+                # process's end
+            )
             store = open_store(timeout)
             try:
-                dist.init_process_group(backend, store=store, rank=int(os.environ["RANK"]), world_size=world, timeout=timeout)
+                dist.init_process_group(
+                    backend,
+                    store=store,
+                    rank=int(os.environ["RANK"]),
+                    world_size=world,
+                    timeout=timeout,
+                )
             except RuntimeError as error:
-                raise Lost(f"rank {os.environ['RANK']} did not meet all {world} ranks at the start ({first_line(error)[-160:]}); the others say why") from None
-        ranks = cls(dist.get_rank(), world, device, store=dist.PrefixStore("ranks", dist.distributed_c10d._get_default_store()), parent=os.getppid())
+                raise Lost(
+                    f"rank {os.environ['RANK']} did not meet all {world} ranks at the start ({first_line(error)[-160:]}); the others say why"
+                ) from None
+        ranks = cls(
+            dist.get_rank(),
+            world,
+            device,
+            store=dist.PrefixStore("ranks", dist.distributed_c10d._get_default_store()),
+            parent=os.getppid(),
+        )
         ranks.tell("start")
         return ranks
 
     def split(self, size: int, patience: float) -> tuple[Ranks, Ranks]:
-        """Rows of ``size`` neighbours: (this rank's column, one rank of every row; its row).  ValueError if they leave a rank over."""
+        """Rows of ``size`` neighbours: (this rank's column, one rank of every row; its row).
+        ValueError if they leave a rank over."""
         if self.world % size:
-            raise ValueError(f"branch_parallel = {size} does not divide {self.world} processes; start a multiple of {size} by torchrun --nproc-per-node, or set branch_parallel to 1")
+            raise ValueError(
+                f"branch_parallel = {size} does not divide {self.world} processes; start a multiple of {size} by torchrun --nproc-per-node, or set branch_parallel to 1"
+            )
         if self.world == 1:
             return self, self
         with self._connected():
-            mesh = init_device_mesh(self.device.type, (self.world // size, size), mesh_dim_names=("group", "branch"))
+            mesh = init_device_mesh(
+                self.device.type, (self.world // size, size), mesh_dim_names=("group", "branch")
+            )
         names = {"group": f"column {self.rank % size}", "branch": f"row {self.rank // size}"}
-        column, row = (replace(self, rank=mesh[d].get_local_rank(), world=mesh[d].size(), channel=mesh[d].get_group(), name=name) for d, name in names.items())
+        column, row = (
+            replace(
+                self,
+                rank=mesh[d].get_local_rank(),
+                world=mesh[d].size(),
+                channel=mesh[d].get_group(),
+                name=name,
+            )
+            for d, name in names.items()
+        )
         for part in (column, row):
-            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=patience), part.channel)  # a mesh is not told, and NCCL's own is ten minutes
+            dist.distributed_c10d._set_pg_timeout(
+                timedelta(seconds=patience), part.channel
+            )  # a mesh is not told, and NCCL's own is ten minutes
         return column, row
 
     def tell(self, doing: str) -> None:
-        """What this process does from now on; and hear whether another one was stopped.  `Lost` where torchrun is gone: it would start a run anew that still goes on."""
+        """What this process does from now on; and hear whether another one was stopped. `Lost`
+        where torchrun is gone: it would start a run anew that still goes on."""
         if self.store is None:
             return
         if os.getppid() != self.parent:
-            raise Lost(f"rank {dist.get_rank()} has lost torchrun (process {self.parent}), which has ended or was killed; go on with --resume")
+            raise Lost(
+                f"rank {dist.get_rank()} has lost torchrun (process {self.parent}), which has ended or was killed; go on with --resume"
+            )
         with self._connected():
             self.store.set(f"doing/{dist.get_rank()}", f"{doing} since {time.strftime('%H:%M:%S')}")
             if self.store.check(["stopped"]):
                 heed(self.store.get("stopped").decode())
 
     def apart(self, name: str, patience: float) -> Ranks:
-        """The same processes with a channel of their own, for another thread, through main memory.  All enter."""
+        """The same processes with a channel of their own, for another thread, through main
+        memory. All enter."""
         if self.world == 1:
             return self
         with self._connected():
@@ -117,7 +159,8 @@ class Ranks:
         return range(self.rank, count, self.world)
 
     def stretch(self, count: int) -> range:
-        """Which of ``count`` scripts or branches are this rank's: neighbours, the first ones on the first rank."""
+        """Which of ``count`` scripts or branches are this rank's: neighbours, the first ones on
+        the first rank."""
         return range(self.rank * count // self.world, (self.rank + 1) * count // self.world)
 
     def gather(self, value: T) -> list[T]:
@@ -144,7 +187,8 @@ class Ranks:
 
     @contextmanager
     def meeting(self) -> Iterator[None]:
-        """Inside are messages that all enter.  `Lost` names those who did not come, and what they were doing: killed, cut off, or beyond the patience."""
+        """Inside are messages that all enter. `Lost` names those who did not come, and what they
+        were doing: killed, cut off, or beyond the patience."""
         if self.world == 1:
             yield
             return
@@ -160,18 +204,29 @@ class Ranks:
             raise
         except RuntimeError as error:  # torch's network errors are of this kind
             who = self.process(self.rank)
-            raise Lost(f"rank {who} waited in vain: {self._missing()} ({first_line(error)[-160:]}). `patience` is how long to wait; go on with --resume") from None
+            raise Lost(
+                f"rank {who} waited in vain: {self._missing()} ({first_line(error)[-160:]}). `patience` is how long to wait; go on with --resume"
+            ) from None
 
     def _missing(self) -> str:
         try:
             arrived = [self.store.add(f"arrived/{self.name}/{r}", 0) for r in range(self.world)]
-            missing = [self.process(r) for r in range(self.world) if arrived[r] < arrived[self.rank]]
-            return "; ".join(f"rank {r} did not come, it was in {self.store.get(f'doing/{r}').decode()}" for r in missing) or "a connection broke"
+            missing = [
+                self.process(r) for r in range(self.world) if arrived[r] < arrived[self.rank]
+            ]
+            return (
+                "; ".join(
+                    f"rank {r} did not come, it was in {self.store.get(f'doing/{r}').decode()}"
+                    for r in missing
+                )
+                or "a connection broke"
+            )
         except RuntimeError:
             return "torchrun or rank 0 is gone, and with it the store in which all say what they do"
 
     def together(self, work: Callable[[], T]) -> T:
-        """What ``work`` gives; an error of any rank is raised on all of them.  So is `Stopped`, but where there is an error, that counts."""
+        """What ``work`` gives; an error of any rank is raised on all of them. So is `Stopped`,
+        but where there is an error, that counts."""
         result, error = None, None
         try:
             with giving_way():
@@ -180,15 +235,23 @@ class Ranks:
             raise
         except (ValueError, OSError, FloatingPointError, Stopped) as found:
             error = found
-            if isinstance(found, Stopped) and self.store is not None:  # the others need not end their share of the step first
+            if (
+                isinstance(found, Stopped) and self.store is not None
+            ):  # the others need not end their share of the step first
                 with self._connected():
                     self.store.set("stopped", str(found))
-        said = enumerate(self.gather(("", "") if error is None else (type(error).__name__, str(error))))
-        raised = sorted((kind == "Stopped", rank, kind, text) for rank, (kind, text) in said if kind)
+        said = enumerate(
+            self.gather(("", "") if error is None else (type(error).__name__, str(error)))
+        )
+        raised = sorted(
+            (kind == "Stopped", rank, kind, text) for rank, (kind, text) in said if kind
+        )
         if error is not None and isinstance(error, Stopped) == raised[0][0]:
             raise error
         for _, rank, kind, text in raised:
-            raise _ERRORS.get(kind, OSError)(text if kind == "Stopped" else f"rank {self.process(rank)}: {text}")
+            raise _ERRORS.get(kind, OSError)(
+                text if kind == "Stopped" else f"rank {self.process(rank)}: {text}"
+            )
         return result
 
     def only_first(self, work: Callable[[], Any]) -> None:
@@ -200,8 +263,18 @@ class Ranks:
         """Every gradient becomes the sum over ranks, in one message; none where no rank has any."""
         if self.world == 1:
             return
-        has = torch.tensor([float(any(p.grad is not None for p in parameters))], device=parameters[0].device)
-        flat = torch.cat([has, *((torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters)])
+        has = torch.tensor(
+            [float(any(p.grad is not None for p in parameters))], device=parameters[0].device
+        )
+        flat = torch.cat(
+            [
+                has,
+                *(
+                    (torch.zeros_like(p) if p.grad is None else p.grad).flatten()
+                    for p in parameters
+                ),
+            ]
+        )
         with self.meeting():
             dist.all_reduce(flat, group=self.channel)
         if flat[0] == 0:
@@ -210,7 +283,12 @@ class Ranks:
             p.grad = grad.view_as(p).clone()
 
 
-_ERRORS = {"ValueError": ValueError, "FloatingPointError": FloatingPointError, "FileNotFoundError": FileNotFoundError, "Stopped": Stopped}
+_ERRORS = {
+    "ValueError": ValueError,
+    "FloatingPointError": FloatingPointError,
+    "FileNotFoundError": FileNotFoundError,
+    "Stopped": Stopped,
+}
 
 
 def leave() -> None:

@@ -1,36 +1,35 @@
-"""`kvpo doctor`: the invariants of method.md section 6, measured on the user's own generator and recipe."""
+"""`kvpo doctor`: the invariants of method.md section 6, measured on the user's own generator and
+recipe."""
 
 from __future__ import annotations
 
 import math
 import tempfile
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Iterator, Mapping
 
 import torch
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
-from kvpo.method.advantages import Advantage
-from kvpo.train import Alignment
-from kvpo.policy.checkpoint import Snapshot, load_checkpoint, save_checkpoint
+from kvpo.common.progress import Progress
+from kvpo.common.rng import normal
+from kvpo.common.timing import Phases
 from kvpo.config import RunConfig
-from kvpo.generators.sampler import Stream
-from kvpo.method.explorers import Explorer
-from kvpo.method.routing import KVRouting
+from kvpo.doctor.page_gradient import LeftOut, known, left_out, on_a_tiny_generator
+from kvpo.doctor.step_effects import step_effects
 from kvpo.generators.cache import FrameCache, gather
 from kvpo.generators.causal_wan import CausalWan
-from kvpo.doctor.page_gradient import LeftOut, known, left_out, on_a_tiny_generator
-from kvpo.method.rollout import Start
-from kvpo.common.progress import Progress
+from kvpo.generators.sampler import Stream
+from kvpo.method.advantages import Advantage
+from kvpo.method.explorers import Explorer
 from kvpo.method.replay import CONTEXTS, Replay
-from kvpo.common.rng import normal
-from kvpo.method.rollout import go_on, starts
-from kvpo.doctor.step_effects import step_effects
-from kvpo.common.timing import Phases
+from kvpo.method.rollout import Start, go_on, starts
+from kvpo.method.routing import KVRouting
+from kvpo.policy.checkpoint import Snapshot, load_checkpoint, save_checkpoint
+from kvpo.train import Alignment
 from kvpo.types import BranchPlan, Rollout, Script
-
 
 SMALL = 10_000_000
 """Trained weights up to which the whole window's graph is built on the user's own generator."""
@@ -64,7 +63,8 @@ class _Empty:
 
 
 class _AllFrames(WanAttnProcessor):
-    """diffusers' own self-attention over a whole sequence; frame q reads frame k ``counts[q, k]`` times."""
+    """diffusers' own self-attention over a whole sequence; frame q reads frame k ``counts[q,
+    k]`` times."""
 
     def __init__(self, counts_NN: torch.Tensor):
         super().__init__()
@@ -72,33 +72,70 @@ class _AllFrames(WanAttnProcessor):
 
     def __call__(self, attn, hidden, encoder, _mask, rotary):
         tokens = hidden.shape[1] // len(self.counts_NN)
-        mask = self.counts_NN.log().to(hidden.dtype).repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
+        mask = (
+            self.counts_NN.log()
+            .to(hidden.dtype)
+            .repeat_interleave(tokens, 0)
+            .repeat_interleave(tokens, 1)
+        )
         return super().__call__(attn, hidden, encoder, mask, rotary)
 
 
 class _Watched:
-    """A generator that first looks at what every row of a denoise pass is about to read of the prefix."""
+    """A generator that first looks at what every row of a denoise pass is about to read of the
+    prefix."""
 
     def __init__(self, model: CausalWan, prefix: FrameCache):
-        self.model, self.prefix, self.left, self.reads, self.wrong = model, prefix, _prints(prefix), 0, 0
+        self.model, self.prefix, self.left, self.reads, self.wrong = (
+            model,
+            prefix,
+            _prints(prefix),
+            0,
+            0,
+        )
 
     def __getattr__(self, name: str):
         return getattr(self.model, name)
 
     def velocity(self, x, sigma, text, frames, cache, past):
         lists, found = past if isinstance(past, list) else [past] * len(x), cache.find(past, len(x))
-        # Pages that rows encoded anew at a prompt switch are their own, and so is a bank that they have recorded to.
-        shared = lambda f: cache.bank is self.prefix.bank if f < 0 else f in self.prefix.slots and f not in cache.slots  # noqa: E731
-        pages = [(row, i, f) for row, wanted in enumerate(lists) for i, f in enumerate(wanted) if shared(f)]
+
+        # Pages that rows encoded anew at a prompt switch are their own, and so is a bank that they
+        # have recorded to.
+        def shared(f):
+            return (
+                cache.bank is self.prefix.bank
+                if f < 0
+                else f in self.prefix.slots and f not in cache.slots
+            )
+
+        pages = [
+            (row, i, f)
+            for row, wanted in enumerate(lists)
+            for i, f in enumerate(wanted)
+            if shared(f)
+        ]
         for layer in range(cache.layers if pages else 0):
-            read = [kv.unflatten(1, (len(lists[0]), -1)) for kv in gather(cache.sources(found, layer), len(x), len(lists[0]))]
-            self.wrong += sum([_print(kv[row, i]) for kv in read] != self.left[f, layer] for row, i, f in pages)
+            read = [
+                kv.unflatten(1, (len(lists[0]), -1))
+                for kv in gather(cache.sources(found, layer), len(x), len(lists[0]))
+            ]
+            self.wrong += sum(
+                [_print(kv[row, i]) for kv in read] != self.left[f, layer] for row, i, f in pages
+            )
             self.reads += len(pages)
         return self.model.velocity(x, sigma, text, frames, cache, past)
 
     def finding(self) -> Finding:
-        wrong = self.wrong + sum(page != self.left[key] for key, page in _prints(self.prefix).items())
-        return Finding("pages of the prefix that a row reads otherwise than left", wrong, f"<= 0 of {self.reads}, bit for bit", wrong == 0 < self.reads)
+        wrong = self.wrong + sum(
+            page != self.left[key] for key, page in _prints(self.prefix).items()
+        )
+        return Finding(
+            "pages of the prefix that a row reads otherwise than left",
+            wrong,
+            f"<= 0 of {self.reads}, bit for bit",
+            wrong == 0 < self.reads,
+        )
 
 
 def examine(config: RunConfig) -> bool:
@@ -106,42 +143,110 @@ def examine(config: RunConfig) -> bool:
     started, all_hold = time.perf_counter(), True
     for finding in findings(config):
         all_hold &= finding.holds
-        print(f"{'ok' if finding.holds else 'FAILED':<7} {finding.name:<58} {finding.value:<12.4g} {finding.rule}", flush=True)
-    print(f"{'all invariants hold' if all_hold else 'some invariants FAILED'}; {time.perf_counter() - started:.0f} s")
+        print(
+            f"{'ok' if finding.holds else 'FAILED':<7} {finding.name:<58} {finding.value:<12.4g} {finding.rule}",
+            flush=True,
+        )
+    print(
+        f"{'all invariants hold' if all_hold else 'some invariants FAILED'}; {time.perf_counter() - started:.0f} s"
+    )
     return all_hold
 
 
 def findings(config: RunConfig) -> Iterator[Finding]:
     """The checks, cheapest first, on one group of the recipe."""
-    unclipped = replace(config.optimizer, clip=math.inf)  # a clip would hide a gradient that is wrong by a factor
-    run = Alignment(replace(config, shuffle_advantages=False, optimizer=unclipped), Path("."), Progress())
-    g, close = run.pipeline.geometry, 1e-4 if run.pipeline.generator.dtype == torch.float32 else 5e-2
-    yield _at_most("one block without a past == the stock model's forward", _against_stock(run, 0), close)
-    rolled = 3 if g.window < 0 else g.window // g.block + 2  # the window has then moved on, and pages have been given up and used again
-    yield _at_most("a block read through the cache == one uncached forward", _against_stock(run, rolled), close)
+    unclipped = replace(
+        config.optimizer, clip=math.inf
+    )  # a clip would hide a gradient that is wrong by a factor
+    run = Alignment(
+        replace(config, shuffle_advantages=False, optimizer=unclipped), Path("."), Progress()
+    )
+    g, close = (
+        run.pipeline.geometry,
+        1e-4 if run.pipeline.generator.dtype == torch.float32 else 5e-2,
+    )
+    yield _at_most(
+        "one block without a past == the stock model's forward", _against_stock(run, 0), close
+    )
+    rolled = (
+        3 if g.window < 0 else g.window // g.block + 2
+    )  # the window has then moved on, and pages have been given up and used again
+    yield _at_most(
+        "a block read through the cache == one uncached forward", _against_stock(run, rolled), close
+    )
     script, name = run.source.script(0, 0), ("doctor",)
     embeddings = run.embed(script)
     with run.policy.using(run.policy.behaviour):
-        (start,) = starts(run.pipeline, run.sampler, config.exploring, config.rollout, [script], embeddings, config.seed, [name], [lambda fork: ()])
+        (start,) = starts(
+            run.pipeline,
+            run.sampler,
+            config.exploring,
+            config.rollout,
+            [script],
+            embeddings,
+            config.seed,
+            [name],
+            [lambda fork: ()],
+        )
     watched = _Watched(run.pipeline.generator, start.past.cache)
 
     def roll(explorer: Explorer) -> Rollout:
         with run.policy.using(run.policy.behaviour):
-            return go_on(replace(run.pipeline, generator=watched), explorer, config.rollout, start, config.seed, name, Phases())
+            return go_on(
+                replace(run.pipeline, generator=watched),
+                explorer,
+                config.rollout,
+                start,
+                config.seed,
+                name,
+                Phases(),
+            )
 
     def replay(rollout: Rollout, rows=None, size: int = 0, context: str = config.context) -> Replay:
-        return Replay(run.pipeline, rollout, embeddings, CONTEXTS[context], config.energy, rows, size, config.rollout.together)
+        return Replay(
+            run.pipeline,
+            rollout,
+            embeddings,
+            CONTEXTS[context],
+            config.energy,
+            rows,
+            size,
+            config.rollout.together,
+        )
 
-    yield _at_most("empty plans: every row is the anchor, bit for bit", _spread(roll(_Empty(config.exploring)).latents), 0.0)
+    yield _at_most(
+        "empty plans: every row is the anchor, bit for bit",
+        _spread(roll(_Empty(config.exploring)).latents),
+        0.0,
+    )
     rollout = roll(config.exploring)
     routed = any(plan.frames for plan in rollout.plans)
-    yield _at_most("branches start from the same noise: first inputs differ by", _spread(rollout.trajectory.inputs[:, 0, 0]) if routed else 0.0, 0.0)
+    yield _at_most(
+        "branches start from the same noise: first inputs differ by",
+        _spread(rollout.trajectory.inputs[:, 0, 0]) if routed else 0.0,
+        0.0,
+    )
     yield watched.finding()
-    yield _at_most("rows decoded on from the prefix: equal latents differ by", _decoded_apart(rollout), 0.0)
-    yield _at_most("the anchor, replayed by the weights that made it: energy", float(replay(rollout, [rollout.num_branches]).energies()), 1e-9 if run.pipeline.generator.dtype == torch.float32 else 1e-3)
+    yield _at_most(
+        "rows decoded on from the prefix: equal latents differ by", _decoded_apart(rollout), 0.0
+    )
+    yield _at_most(
+        "the anchor, replayed by the weights that made it: energy",
+        float(replay(rollout, [rollout.num_branches]).energies()),
+        1e-9 if run.pipeline.generator.dtype == torch.float32 else 1e-3,
+    )
     energy = replay(rollout).energies()
-    yield _at_most("replay one velocity at a time against all at once, relative", _relative(replay(rollout, size=1).energies(), energy), 1e-4)
-    yield Finding("energies of the branches: spread / mean", float(energy.std() / energy.mean()), "> 0: not all equal", float(energy.std()) > 0.0)
+    yield _at_most(
+        "replay one velocity at a time against all at once, relative",
+        _relative(replay(rollout, size=1).energies(), energy),
+        1e-4,
+    )
+    yield Finding(
+        "energies of the branches: spread / mean",
+        float(energy.std() / energy.mean()),
+        "> 0: not all equal",
+        float(energy.std()) > 0.0,
+    )
     yield from _gradients(run, replay, rollout)
     if isinstance(config.exploring, KVRouting):
         yield from _steps(run, start, rollout, embeddings)
@@ -151,13 +256,37 @@ def findings(config: RunConfig) -> Iterator[Finding]:
 
 @torch.no_grad()
 def _against_stock(run: Alignment, blocks: int) -> float:
-    """The velocity of the block after ``blocks`` clean ones, of which the last lies in a fork as a branch's does, against diffusers' own forward over all frames; relative."""
-    model, g, F, N = run.pipeline.generator, run.pipeline.geometry, run.pipeline.geometry.block, (blocks + 1) * run.pipeline.geometry.block
-    prompt, x = run.source.script(0, 0).texts[0], normal(run.pipeline.latent_shape(N), run.config.seed, "doctor", "frames")[None].to(run.device)
-    text, cache = run.pipeline.encode_text([prompt]), run.pipeline.new_cache(N if g.window < 0 else g.window)
-    if g.bank:  # which prototypes a head would choose hangs on its queries, and no mask says that: here it reads them all
+    """The velocity of the block after ``blocks`` clean ones, of which the last lies in a fork as
+    a branch's does, against diffusers' own forward over all frames; relative."""
+    model, g, F, N = (
+        run.pipeline.generator,
+        run.pipeline.geometry,
+        run.pipeline.geometry.block,
+        (blocks + 1) * run.pipeline.geometry.block,
+    )
+    prompt, x = (
+        run.source.script(0, 0).texts[0],
+        normal(run.pipeline.latent_shape(N), run.config.seed, "doctor", "frames")[None].to(
+            run.device
+        ),
+    )
+    text, cache = (
+        run.pipeline.encode_text([prompt]),
+        run.pipeline.new_cache(N if g.window < 0 else g.window),
+    )
+    # which prototypes a head would choose hangs on its queries, and no mask says that: here it
+    # reads them all
+    if g.bank:
         cache.bank = replace(cache.bank, keep=0)
-    stream = Stream(model, g, None, [Script("doctor", (prompt,), (0,), blocks + 1)], {prompt: text[0]}, None, cache)
+    stream = Stream(
+        model,
+        g,
+        None,
+        [Script("doctor", (prompt,), (0,), blocks + 1)],
+        {prompt: text[0]},
+        None,
+        cache,
+    )
     counts_LNN = torch.zeros(cache.layers, N, N, device=run.device)
     for block in range(blocks + 1):
         if block == blocks - 1:
@@ -167,7 +296,9 @@ def _against_stock(run: Alignment, blocks: int) -> float:
         past = g.history.past(frames[0], F)
         for layer, counts_NN in enumerate(counts_LNN):
             for f in (*past, *frames):
-                counts_NN[frames, f if f >= 0 else int(stream.cache.bank.frames[layer, 0, -1 - f])] += 1
+                counts_NN[
+                    frames, f if f >= 0 else int(stream.cache.bank.frames[layer, 0, -1 - f])
+                ] += 1
         if block < blocks:
             model.commit(x[:, frames], text, frames, stream.cache, past)
             stream.blocks.append(x[:, frames])
@@ -175,20 +306,44 @@ def _against_stock(run: Alignment, blocks: int) -> float:
     return _relative(v, _stock(model, x, [0.0] * (N - F) + [500.0] * F, text, counts_LNN)[:, -F:])
 
 
-def _stock(model: CausalWan, x_BNCHW: torch.Tensor, times_N: list[float], text: torch.Tensor, counts_LNN: torch.Tensor) -> torch.Tensor:
+def _stock(
+    model: CausalWan,
+    x_BNCHW: torch.Tensor,
+    times_N: list[float],
+    text: torch.Tensor,
+    counts_LNN: torch.Tensor,
+) -> torch.Tensor:
     """v_BNCHW of diffusers' own forward with its own attention; a time for every frame."""
-    net, ours, (rows, columns) = model.transformer, model.transformer.attn_processors, model.grid(*x_BNCHW.shape[-2:])
+    net, ours, (rows, columns) = (
+        model.transformer,
+        model.transformer.attn_processors,
+        model.grid(*x_BNCHW.shape[-2:]),
+    )
     time = torch.tensor(times_N, device=x_BNCHW.device).repeat_interleave(rows * columns)[None]
-    net.set_attn_processor({name: _AllFrames(counts_LNN[int(name.split(".")[1])]) if "attn1" in name else WanAttnProcessor() for name in ours})
-    v = net(x_BNCHW.transpose(1, 2).to(model.dtype), time, text.to(model.dtype), return_dict=False)[0].transpose(1, 2)
+    net.set_attn_processor(
+        {
+            name: _AllFrames(counts_LNN[int(name.split(".")[1])])
+            if "attn1" in name
+            else WanAttnProcessor()
+            for name in ours
+        }
+    )
+    v = net(x_BNCHW.transpose(1, 2).to(model.dtype), time, text.to(model.dtype), return_dict=False)[
+        0
+    ].transpose(1, 2)
     net.set_attn_processor(ours)
     return v
 
 
 def _prints(cache: FrameCache) -> dict[tuple[int, int], list[int]]:
-    """(frame or slot of the bank, layer) -> prints of its keys and values, of all that can be read."""
+    """(frame or slot of the bank, layer) -> prints of its keys and values, of all that can be
+    read."""
     readable = (*cache.resident, *(cache.bank.slots if cache.bank else ()))
-    return {(f, layer): [_print(kv) for kv in cache.page(f, layer)] for f in readable for layer in range(cache.layers)}
+    return {
+        (f, layer): [_print(kv) for kv in cache.page(f, layer)]
+        for f in readable
+        for layer in range(cache.layers)
+    }
 
 
 def _print(x: torch.Tensor) -> int:
@@ -198,8 +353,12 @@ def _print(x: torch.Tensor) -> int:
 
 
 def _decoded_apart(rollout: Rollout) -> float:
-    """The anchor's first frame in all rows, twice: every row starts from the same state, and decoding leaves that state as it was."""
-    decoder, rows = rollout.decoder(), rollout.latents[-1:, :1].expand(len(rollout.plans), -1, -1, -1, -1)
+    """The anchor's first frame in all rows, twice: every row starts from the same state, and
+    decoding leaves that state as it was."""
+    decoder, rows = (
+        rollout.decoder(),
+        rollout.latents[-1:, :1].expand(len(rollout.plans), -1, -1, -1, -1),
+    )
     return _spread(torch.cat([decoder.fork(len(rows))(rows) for _ in range(2)]).float())
 
 
@@ -207,33 +366,76 @@ def _gradients(run: Alignment, replay, rollout: Rollout) -> Iterator[Finding]:
     advantage = _made_up_advantage(run, rollout)
     update = run.updater.accumulate(replay(rollout), advantage, Phases())
     together = _take_gradients(run)
-    worst = max(abs(update.metrics["loss/ratio_min"] - 1.0), abs(update.metrics["loss/ratio_max"] - 1.0))
+    worst = max(
+        abs(update.metrics["loss/ratio_min"] - 1.0), abs(update.metrics["loss/ratio_max"] - 1.0)
+    )
     yield _at_most("ratio before the first update: distance from 1", worst, 0.0)
     dead = [name for name, g in zip(run.policy.names, together) if not g.any()]
-    if run.config.policy.train == "lora":  # B starts at zero, so A's gradient is zero until the first update
+    if (
+        run.config.policy.train == "lora"
+    ):  # B starts at zero, so A's gradient is zero until the first update
         dead = [name for name in dead if "lora_A" not in name]
-    yield _at_most("trainable tensors without gradient" + (f", first {dead[0]}" if dead else ""), len(dead), 0.0)
-    run.updater.accumulate(replay(rollout, size=len(run.pipeline.geometry.sigmas)), advantage, Phases())
+    yield _at_most(
+        "trainable tensors without gradient" + (f", first {dead[0]}" if dead else ""),
+        len(dead),
+        0.0,
+    )
+    run.updater.accumulate(
+        replay(rollout, size=len(run.pipeline.geometry.sigmas)), advantage, Phases()
+    )
     apart = _take_gradients(run)
     norm = sum(float(g.square().sum()) for g in together) ** 0.5
-    yield _at_most("gradient a few velocities at a time against all at once", sum(float((a - b).square().sum()) for a, b in zip(together, apart)) ** 0.5 / norm, 1e-4)
+    yield _at_most(
+        "gradient a few velocities at a time against all at once",
+        sum(float((a - b).square().sum()) for a, b in zip(together, apart)) ** 0.5 / norm,
+        1e-4,
+    )
 
 
-def _steps(run: Alignment, start: Start, rollout: Rollout, embeddings: Mapping[str, torch.Tensor]) -> Iterator[Finding]:
-    """A line a denoise step: no rule, but what there is to know before `velocity_energy.weights` is chosen."""
-    effects = step_effects(run.pipeline, start, rollout, embeddings, known(run.config), run.config.energy, run.config.rollout.together)
+def _steps(
+    run: Alignment, start: Start, rollout: Rollout, embeddings: Mapping[str, torch.Tensor]
+) -> Iterator[Finding]:
+    """A line a denoise step: no rule, but what there is to know before `velocity_energy.weights`
+    is chosen."""
+    effects = step_effects(
+        run.pipeline,
+        start,
+        rollout,
+        embeddings,
+        known(run.config),
+        run.config.energy,
+        run.config.rollout.together,
+    )
     for s, e in enumerate(effects):
         name = f"denoise step {s}, sigma {e.sigma:.3f}, weight {e.weight:.3g}: share of the energy"
-        yield Finding(name, e.says, f"routed alone it moves the window by {e.does:.3f} of all", math.isfinite(e.says) and math.isfinite(e.does))
+        yield Finding(
+            name,
+            e.says,
+            f"routed alone it moves the window by {e.does:.3f} of all",
+            math.isfinite(e.says) and math.isfinite(e.does),
+        )
 
 
-def _pages(run: Alignment, rollout: Rollout, embeddings: Mapping[str, torch.Tensor]) -> Iterator[Finding]:
-    """The gradient through the whole window, on a tiny generator in float64, and what training has of it; also on this generator where it is small."""
+def _pages(
+    run: Alignment, rollout: Rollout, embeddings: Mapping[str, torch.Tensor]
+) -> Iterator[Finding]:
+    """The gradient through the whole window, on a tiny generator in float64, and what training
+    has of it; also on this generator where it is small."""
     tiny, P = on_a_tiny_generator(run.config, run.pipeline), run.config.exploring.window_blocks
-    yield _at_most("tiny: gradient through all pages against finite differences", tiny.difference, 1e-5)
+    yield _at_most(
+        "tiny: gradient through all pages against finite differences", tiny.difference, 1e-5
+    )
     yield _left_out("tiny", tiny, P)
     if run.policy.num_trainable <= SMALL and not run.config.gradient_checkpointing:
-        found = left_out(run.pipeline, rollout, embeddings, known(run.config), run.config.energy, run.policy.layout.computing, run.config.seed)
+        found = left_out(
+            run.pipeline,
+            rollout,
+            embeddings,
+            known(run.config),
+            run.config.energy,
+            run.policy.layout.computing,
+            run.config.seed,
+        )
         yield _left_out("this generator", found, P)
 
 
@@ -241,7 +443,12 @@ def _left_out(whose: str, found: LeftOut, P: int) -> Finding:
     """At P = 1 a rule, beyond it a number to know."""
     exact = f"relative error {found.relative:.2g}"
     rule = f"1 at P = 1; {exact}" if P == 1 else f"at P = {P}, 1 = pages leave nothing out; {exact}"
-    return Finding(f"{whose}: cosine of training's gradient with the exact one", found.cosine, rule, found.cosine > 0.9999 if P == 1 else math.isfinite(found.cosine))
+    return Finding(
+        f"{whose}: cosine of training's gradient with the exact one",
+        found.cosine,
+        rule,
+        found.cosine > 0.9999 if P == 1 else math.isfinite(found.cosine),
+    )
 
 
 def _resumed(run: Alignment, replay, rollout: Rollout) -> Finding:
@@ -254,7 +461,9 @@ def _resumed(run: Alignment, replay, rollout: Rollout) -> Finding:
 
     update()
     with tempfile.TemporaryDirectory() as folder:
-        saved = save_checkpoint(Path(folder), Snapshot.of(1, run.policy, run.updater.optimizer, {}), keep=1)
+        saved = save_checkpoint(
+            Path(folder), Snapshot.of(1, run.policy, run.updater.optimizer, {}), keep=1
+        )
         update()
         straight = run.policy.snapshot()
         load_checkpoint(saved, run.policy, run.updater.optimizer)
@@ -266,7 +475,9 @@ def _resumed(run: Alignment, replay, rollout: Rollout) -> Finding:
 def _made_up_advantage(run: Alignment, rollout: Rollout) -> Advantage:
     A_G = normal((rollout.num_branches,), run.config.seed, "doctor", "advantage").double()
     nothing = torch.zeros(0)
-    return Advantage(A_G - A_G.mean(), A_G, nothing, nothing, torch.ones(len(A_G), dtype=torch.bool), True, {})
+    return Advantage(
+        A_G - A_G.mean(), A_G, nothing, nothing, torch.ones(len(A_G), dtype=torch.bool), True, {}
+    )
 
 
 def _take_gradients(run: Alignment) -> list[torch.Tensor]:

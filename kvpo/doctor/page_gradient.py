@@ -1,31 +1,33 @@
-"""How much of the gradient the pages leave out: the energies' gradient with and without what earlier blocks have written.
+"""How much of the gradient the pages leave out: the energies' gradient with and without what
+earlier blocks have written.
 
-In training a pass reads pages that carry no gradient: theta reaches a block of the window through its own pass, not through
-what the blocks before it left in the cache.  Here the clean passes keep their graph, so autograd goes through every page of
-the window, and what it finds is checked against finite differences of the energies as they are.  The prefix's pages stay as
-the rollout left them, as in training.  A window of one block reads no page of its own: there both gradients are one.
+In training a pass reads pages that carry no gradient: theta reaches a block of the window through
+its own pass, not through what the blocks before it left in the cache. Here the clean passes keep
+their graph, so autograd goes through every page of the window, and what it finds is checked against
+finite differences of the energies as they are. The prefix's pages stay as the rollout left them, as
+in training. A window of one block reads no page of its own: there both gradients are one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Iterator, Mapping, Sequence
 
 import torch
 from diffusers import WanTransformer3DModel
 
+from kvpo.common.rng import normal
+from kvpo.common.timing import Phases
 from kvpo.config import RunConfig
-from kvpo.generators.sampler import SAMPLERS
 from kvpo.generators.attention import LayerView, PagedSelfAttention, _project
 from kvpo.generators.causal_wan import CausalWan
 from kvpo.generators.pipeline import Pipeline
 from kvpo.generators.rope import rotate
-from kvpo.method.replay import CONTEXTS, Context, Replay
-from kvpo.common.rng import normal
-from kvpo.method.rollout import RolloutConfig, roll_out
+from kvpo.generators.sampler import SAMPLERS
 from kvpo.method.energies import Surrogate
-from kvpo.common.timing import Phases
+from kvpo.method.replay import CONTEXTS, Context, Replay
+from kvpo.method.rollout import RolloutConfig, roll_out
 from kvpo.types import Rollout, Script, Trajectory
 
 DIRECTIONS, STEP = 4, 1e-6
@@ -40,7 +42,8 @@ class LeftOut:
     relative: float
     """|training's - exact| / |exact|."""
     difference: float
-    """Largest relative error of the exact one against finite differences, over directions; NaN where none were taken."""
+    """Largest relative error of the exact one against finite differences, over directions; NaN
+    where none were taken."""
 
 
 class _PagesWithGradient(PagedSelfAttention):
@@ -72,32 +75,67 @@ class _ReplayThrough(Replay):
 
 
 def left_out(
-    pipeline: Pipeline, rollout: Rollout, embeddings: Mapping[str, torch.Tensor], context: Context, energy: Surrogate, parameters: Sequence[torch.nn.Parameter], seed: int,
+    pipeline: Pipeline,
+    rollout: Rollout,
+    embeddings: Mapping[str, torch.Tensor],
+    context: Context,
+    energy: Surrogate,
+    parameters: Sequence[torch.nn.Parameter],
+    seed: int,
     differences: bool = False,
-) -> LeftOut:  # fmt: skip
-    """Of a sum of the branches' energies with weights that add up to 0, as an update takes; contexts that are known beforehand only."""
+) -> LeftOut:
+    """Of a sum of the branches' energies with weights that add up to 0, as an update takes;
+    contexts that are known beforehand only."""
     pull = normal((rollout.num_branches,), seed, "doctor", "pull").double()
     pull -= pull.mean()
     args = (rollout, embeddings, context, energy)
     ours = _gradient(Replay(pipeline, *args), pull, parameters)
     try:
-        exact = _gradient(_ReplayThrough(replace(pipeline, generator=_Through(pipeline.generator.transformer)), *args), pull, parameters)
+        exact = _gradient(
+            _ReplayThrough(
+                replace(pipeline, generator=_Through(pipeline.generator.transformer)), *args
+            ),
+            pull,
+            parameters,
+        )
     finally:
         CausalWan(pipeline.generator.transformer)  # its own attention again
     worst = float("nan")
     if differences:
-        worst = max(_error(Replay(pipeline, *args), pull, parameters, exact, (seed, "doctor", "direction", i)) for i in range(DIRECTIONS))
+        worst = max(
+            _error(
+                Replay(pipeline, *args), pull, parameters, exact, (seed, "doctor", "direction", i)
+            )
+            for i in range(DIRECTIONS)
+        )
     flat_ours, flat = (torch.cat([g.flatten().double() for g in grads]) for grads in (ours, exact))
-    return LeftOut(float(flat_ours @ flat / (flat_ours.norm() * flat.norm())), float((flat_ours - flat).norm() / flat.norm()), worst)
+    return LeftOut(
+        float(flat_ours @ flat / (flat_ours.norm() * flat.norm())),
+        float((flat_ours - flat).norm() / flat.norm()),
+        worst,
+    )
 
 
-def _gradient(replay: Replay, pull_G: torch.Tensor, parameters: Sequence[torch.nn.Parameter]) -> list[torch.Tensor]:
-    value = sum((pull_G[branch].to(share.device) * share).sum() for branch, share in replay.passes())
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, torch.autograd.grad(value, parameters, allow_unused=True))]
+def _gradient(
+    replay: Replay, pull_G: torch.Tensor, parameters: Sequence[torch.nn.Parameter]
+) -> list[torch.Tensor]:
+    value = sum(
+        (pull_G[branch].to(share.device) * share).sum() for branch, share in replay.passes()
+    )
+    return [
+        torch.zeros_like(p) if g is None else g
+        for p, g in zip(parameters, torch.autograd.grad(value, parameters, allow_unused=True))
+    ]
 
 
 @torch.no_grad()
-def _error(replay: Replay, pull_G: torch.Tensor, parameters: Sequence[torch.nn.Parameter], exact: Sequence[torch.Tensor], name: tuple) -> float:
+def _error(
+    replay: Replay,
+    pull_G: torch.Tensor,
+    parameters: Sequence[torch.nn.Parameter],
+    exact: Sequence[torch.Tensor],
+    name: tuple,
+) -> float:
     """Of the derivative along a random direction, relative."""
     along = [normal(tuple(p.shape), *name, i).to(p) for i, p in enumerate(parameters)]
     values = []
@@ -105,7 +143,10 @@ def _error(replay: Replay, pull_G: torch.Tensor, parameters: Sequence[torch.nn.P
         torch._foreach_add_(list(parameters), along, alpha=way)
         values.append(float(pull_G @ replay.energies()))
     torch._foreach_add_(list(parameters), along, alpha=STEP)
-    numeric, analytic = (values[0] - values[1]) / (2 * STEP), float(sum((g * d).sum() for g, d in zip(exact, along)))
+    numeric, analytic = (
+        (values[0] - values[1]) / (2 * STEP),
+        float(sum((g * d).sum() for g, d in zip(exact, along))),
+    )
     return abs(numeric - analytic) / max(abs(numeric), abs(analytic))
 
 
@@ -114,24 +155,58 @@ def _error(replay: Replay, pull_G: torch.Tensor, parameters: Sequence[torch.nn.P
 
 def on_a_tiny_generator(config: RunConfig, pipeline: Pipeline) -> LeftOut:
     """With the recipe's window, history and steps, on random weights, with finite differences."""
-    g, explorer = replace(pipeline.geometry, latent_height=4, latent_width=4, text_length=8, bank=0, bank_keep=0), config.kv_routing
+    g, explorer = (
+        replace(
+            pipeline.geometry, latent_height=4, latent_width=4, text_length=8, bank=0, bank_keep=0
+        ),
+        config.kv_routing,
+    )
     forks = explorer.eligible_forks(config.data.blocks, g)
     fork = forks[min(1, len(forks) - 1)]
     script = Script("doctor", ("a prompt",), (0,), fork + explorer.window_blocks)
-    rolled = RolloutConfig(branches=3, cache_frames=max(config.rollout.cache_frames, g.resident(script.blocks)))
+    rolled = RolloutConfig(
+        branches=3, cache_frames=max(config.rollout.cache_frames, g.resident(script.blocks))
+    )
     with _in_double():
         transformer = _tiny(config.seed).double()
         tiny = replace(pipeline, generator=CausalWan(transformer), geometry=g)
         embeddings = {"a prompt": normal((8, 16), config.seed, "doctor", "text").double()}
-        rollout = roll_out(tiny, SAMPLERS[config.sampler], explorer, rolled, script, embeddings, config.seed, ("doctor",), Phases(), fork)
-        t = rollout.trajectory  # noise, and so all latents of the rollout, are float32: a pass gives what it is given
-        rollout = replace(rollout, trajectory=Trajectory(t.inputs.double(), t.velocities.double(), t.clean.double()), prefix=rollout.prefix.double())
+        rollout = roll_out(
+            tiny,
+            SAMPLERS[config.sampler],
+            explorer,
+            rolled,
+            script,
+            embeddings,
+            config.seed,
+            ("doctor",),
+            Phases(),
+            fork,
+        )
+        t = (
+            rollout.trajectory
+        )  # noise, and so all latents of the rollout, are float32: a pass gives what it is given
+        rollout = replace(
+            rollout,
+            trajectory=Trajectory(t.inputs.double(), t.velocities.double(), t.clean.double()),
+            prefix=rollout.prefix.double(),
+        )
         parameters = list(transformer.requires_grad_(True).parameters())
-        return left_out(tiny, rollout, embeddings, known(config), config.energy, parameters, config.seed, differences=True)
+        return left_out(
+            tiny,
+            rollout,
+            embeddings,
+            known(config),
+            config.energy,
+            parameters,
+            config.seed,
+            differences=True,
+        )
 
 
 def known(config: RunConfig) -> Context:
-    """The recipe's context, or `branch` where that is the policy's own prediction, which no gradient is taken through in training either."""
+    """The recipe's context, or `branch` where that is the policy's own prediction, which no
+    gradient is taken through in training either."""
     return CONTEXTS["branch" if config.context == "self" else config.context]
 
 
@@ -139,9 +214,20 @@ def _tiny(seed: int) -> WanTransformer3DModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # what diffusers draws by itself; what follows is from named streams
         net = WanTransformer3DModel(
-            patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=16, ffn_dim=32, num_layers=2,
-            cross_attn_norm=True, qk_norm="rms_norm_across_heads", eps=1e-6, rope_max_seq_len=1024,
-        )  # fmt: skip
+            patch_size=(1, 2, 2),
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=4,
+            out_channels=4,
+            text_dim=16,
+            freq_dim=16,
+            ffn_dim=32,
+            num_layers=2,
+            cross_attn_norm=True,
+            qk_norm="rms_norm_across_heads",
+            eps=1e-6,
+            rope_max_seq_len=1024,
+        )
     for name, p in net.named_parameters():
         p.data += 0.15 * normal(tuple(p.shape), seed, "doctor", "tiny", name)
     return net.requires_grad_(False).eval()
@@ -149,7 +235,8 @@ def _tiny(seed: int) -> WanTransformer3DModel:
 
 @contextmanager
 def _in_double() -> Iterator[None]:
-    """The stock network computes its norms in float32 whatever its dtype: inside, that is float64, without which no finite difference is exact enough."""
+    """The stock network computes its norms in float32 whatever its dtype: inside, that is
+    float64, without which no finite difference is exact enough."""
     single = torch.Tensor.float
     torch.Tensor.float = torch.Tensor.double
     try:

@@ -2,26 +2,26 @@
 
 says    its share of the energy, with the recipe's step weights
 does    how far the window's latents move from the anchor's when only this step reads the routed past and all else, the clean
-        pass included, the deployed one; as a share of what they move when all of it is routed (squared, mean over branches)
+        pass included, the deployed one; as a share of what they move when all of it is routed
+        (squared, mean over branches)
 
-A step that says much and does little takes gradient from where the video is decided (`velocity_energy.weights`).
+A step that says much and does little takes gradient from where the video is decided
+(`velocity_energy.weights`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Collection, Mapping, Sequence
 
 import torch
 
-from kvpo.generators.sampler import denoise_block
 from kvpo.generators.history import Routed
 from kvpo.generators.pipeline import Pipeline
-from kvpo.method.rollout import Start
+from kvpo.generators.sampler import denoise_block
+from kvpo.method.energies import Surrogate, VelocityEnergy
 from kvpo.method.replay import Context, Replay
-from kvpo.method.rollout import PlannedNoise, branch_out
-from kvpo.method.energies import Surrogate
-from kvpo.method.energies import VelocityEnergy
+from kvpo.method.rollout import PlannedNoise, Start, branch_out
 from kvpo.types import BranchPlan, Rollout
 
 
@@ -35,19 +35,34 @@ class StepEffect:
 
 
 def step_effects(
-    pipeline: Pipeline, start: Start, rollout: Rollout, embeddings: Mapping[str, torch.Tensor], context: Context, energy: Surrogate, together: int = 0
-) -> list[StepEffect]:  # fmt: skip
+    pipeline: Pipeline,
+    start: Start,
+    rollout: Rollout,
+    embeddings: Mapping[str, torch.Tensor],
+    context: Context,
+    energy: Surrogate,
+    together: int = 0,
+) -> list[StepEffect]:
     """Of every denoise step, on one group; ``together``: most rows at a time, 0 = all."""
     sigmas = pipeline.geometry.sigmas
     weights = energy.step_weights(sigmas)
-    alone = [VelocityEnergy(tuple(float(s == t) for t in range(len(sigmas)))) for s in range(len(sigmas))]
-    by_step = torch.stack([Replay(pipeline, rollout, embeddings, context, e, together=together).energies().mean() for e in alone])
+    alone = [
+        VelocityEnergy(tuple(float(s == t) for t in range(len(sigmas)))) for s in range(len(sigmas))
+    ]
+    by_step = torch.stack(
+        [
+            Replay(pipeline, rollout, embeddings, context, e, together=together).energies().mean()
+            for e in alone
+        ]
+    )
     says = weights * by_step / (weights * by_step).sum()
     does = _moved(pipeline, start, rollout.plans[:-1], together)
     return [StepEffect(*map(float, found)) for found in zip(sigmas, weights, says, does)]
 
 
-def _moved(pipeline: Pipeline, start: Start, plans: Sequence[BranchPlan], together: int) -> list[float]:
+def _moved(
+    pipeline: Pipeline, start: Start, plans: Sequence[BranchPlan], together: int
+) -> list[float]:
     steps, found = range(len(pipeline.geometry.sigmas)), []
     size = max(1, together - 1) if together else len(plans)
     for part in (tuple(plans[i : i + size]) for i in range(0, len(plans), size)):
@@ -63,8 +78,15 @@ def _apart(x0_BNCHW: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def window_latents(pipeline: Pipeline, start: Start, plans: Sequence[BranchPlan], routed: Collection[int], clean: bool) -> torch.Tensor:
-    """x0_BNCHW of the window, branches and then the anchor; only the denoise steps ``routed`` read by plan, and the clean pass if ``clean``."""
+def window_latents(
+    pipeline: Pipeline,
+    start: Start,
+    plans: Sequence[BranchPlan],
+    routed: Collection[int],
+    clean: bool,
+) -> torch.Tensor:
+    """x0_BNCHW of the window, branches and then the anchor; only the denoise steps ``routed``
+    read by plan, and the clean pass if ``clean``."""
     g, window, rows = pipeline.geometry, start.window, (*plans, BranchPlan())
     noise = PlannedNoise(start.noise, rows, window)
     stream = branch_out(pipeline, start.past, rows, noise, window)
@@ -75,10 +97,26 @@ def window_latents(pipeline: Pipeline, start: Start, plans: Sequence[BranchPlan]
         past = {True: by_plan.past(frames[0], g.block), False: g.history.past(frames[0], g.block)}
 
         def velocity(x: torch.Tensor, sigma: float) -> torch.Tensor:
-            return pipeline.generator.velocity(x, sigma, text, frames, stream.cache, past[g.sigmas.index(sigma) in routed])  # noqa: B023, called within the round
+            return pipeline.generator.velocity(
+                x,
+                sigma,
+                text,  # noqa: B023, called at once
+                frames,  # noqa: B023, called at once
+                stream.cache,
+                past[g.sigmas.index(sigma) in routed],  # noqa: B023, called at once
+            )
 
-        begin, again = (lambda x: x.to(pipeline.device).expand(len(rows), *x.shape[-4:])), lambda i: noise.renoise(block, i)  # noqa: B023
-        x0 = denoise_block(velocity, stream.sampler, g.sigmas, begin(noise.start(block)), lambda i: begin(again(i)))  # noqa: B023
+        begin, again = (
+            (lambda x: x.to(pipeline.device).expand(len(rows), *x.shape[-4:])),
+            lambda i: noise.renoise(block, i),  # noqa: B023, called at once
+        )
+        x0 = denoise_block(
+            velocity,
+            stream.sampler,
+            g.sigmas,
+            begin(noise.start(block)),
+            lambda i: begin(again(i)),  # noqa: B023, called at once
+        )
         pipeline.generator.commit(x0, text, frames, stream.cache, past[clean])
         stream.blocks.append(x0)
     return torch.cat(stream.blocks[window.fork :], dim=1)

@@ -1,18 +1,20 @@
-"""`kvpo ab`: two generators' videos side by side on one static page, for people to compare without knowing which is which.
+"""`kvpo ab`: two generators' videos side by side on one static page, for people to compare without
+knowing which is which.
 
     OUT/page/index.html   what raters get; opens offline and asks for every pair VQ, MQ, TA and overall: left, same or right
     OUT/key.json          which side is whose, for `kvpo unblind`; not for raters
 
-Both generators get the same scripts with the same noise.  A is on the left in half of the pairs (one more where their number is odd
-and the draw says so), drawn from the stream (seed, "ab", "sides"), so that a preference for a side cancels.
+Both generators get the same scripts with the same noise. A is on the left in half of the pairs (one
+more where their number is odd and the draw says so), drawn from the stream (seed, "ab", "sides"),
+so that a preference for a side cancels.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Sequence
 
 import torch
 
@@ -34,14 +36,24 @@ class Pair:
 
     @property
     def record(self) -> dict:
-        return {"script": self.script.id, "prompts": list(self.script.texts), "starts": list(self.script.starts), "blocks": self.script.blocks, "seed": self.seed, "left": self.left}
+        return {
+            "script": self.script.id,
+            "prompts": list(self.script.texts),
+            "starts": list(self.script.starts),
+            "blocks": self.script.blocks,
+            "seed": self.seed,
+            "left": self.left,
+        }
 
 
 def claim(path: Path, key: dict) -> None:
-    """Add to the study's key.  ValueError where it says otherwise already: the videos there are then another study's."""
+    """Add to the study's key. ValueError where it says otherwise already: the videos there are
+    then another study's."""
     there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if differ := [name for name in key if there.get(name, key[name]) != key[name]]:
-        raise ValueError(f"{path.parent} holds another study: its key.json differs in {', '.join(differ)}; give another --out")
+        raise ValueError(
+            f"{path.parent} holds another study: its key.json differs in {', '.join(differ)}; give another --out"
+        )
     write_atomic(path, json.dumps(there | key, indent=1) + "\n")
 
 
@@ -49,13 +61,24 @@ def draw_pairs(scripts: Sequence[Script], seeds: Sequence[int], seed: int) -> li
     """Every script with every seed, in random order, sides in random balance."""
     both = [(script, s) for script in scripts for s in seeds]
     generator = stream(seed, "ab", "sides")
-    order, sides = torch.randperm(len(both), generator=generator).tolist(), torch.randperm(len(both), generator=generator)
-    first = int(torch.randint(2, (), generator=generator))  # whose is the one more where the number is odd
+    order, sides = (
+        torch.randperm(len(both), generator=generator).tolist(),
+        torch.randperm(len(both), generator=generator),
+    )
+    first = int(
+        torch.randint(2, (), generator=generator)
+    )  # whose is the one more where the number is odd
     return [Pair(*both[i], "ab"[(int(side) + first) % 2]) for i, side in zip(order, sides)]
 
 
 def check_alike(a: Geometry, b: Geometry) -> None:
-    """ValueError where the sides could be told apart by size or length, or do not share their noise."""
-    of_a, of_b = ({name: getattr(g, name) for name in ("block", "latent_height", "latent_width", "fps")} for g in (a, b))
+    """ValueError where the sides could be told apart by size or length, or do not share their
+    noise."""
+    of_a, of_b = (
+        {name: getattr(g, name) for name in ("block", "latent_height", "latent_width", "fps")}
+        for g in (a, b)
+    )
     if of_a != of_b:
-        raise ValueError(f"A makes videos of {of_a}, B of {of_b}: such pairs are not blind, and share no noise; compare generators of one geometry")
+        raise ValueError(
+            f"A makes videos of {of_a}, B of {of_b}: such pairs are not blind, and share no noise; compare generators of one geometry"
+        )

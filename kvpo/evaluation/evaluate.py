@@ -1,17 +1,18 @@
 """Evaluation: fixed scripts and seeds, two sets of weights, paired.
 
-Both sets see the same scripts with the same noise, so a difference is the weights' doing; its interval is a
-bootstrap over scripts, the unit that varies.  Evaluators that were never trained on stand in the same table.
+Both sets see the same scripts with the same noise, so a difference is the weights' doing; its
+interval is a bootstrap over scripts, the unit that varies. Evaluators that were never trained on
+stand in the same table.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Callable, Collection, Sequence
 
 import torch
 
@@ -29,7 +30,8 @@ from kvpo.rewards.scorer import Scorer
 from kvpo.types import Script, Window
 
 DIVERSITY = "diversity"
-"""Of a script's videos over seeds: mean squared difference of two of them, pixels in [0, 1].  A guard: it falls where a policy collapses, but noise has most of it."""
+"""Of a script's videos over seeds: mean squared difference of two of them, pixels in [0, 1]. A
+guard: it falls where a policy collapses, but noise has most of it."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,14 @@ class EvaluateConfig:
     every: int = 0
     """Steps between evaluations during training; 0 = only after the last."""
     prompts: str = ""
-    """Prompt file of scripts that are not trained on.  Empty: unseen stories where the miniature's are trained on; else the
-    training prompts themselves under other noise, and the report says so."""
+    """Prompt file of scripts that are not trained on. Empty: unseen stories where the
+    miniature's are trained on; else the training prompts themselves under other noise, and the
+    report says so."""
     scripts: int = 64
     """Scripts of an evaluation."""
     seeds: int = 1
-    """Videos of every script, each with noise of its own; a script's number is their mean.  From 2 on their diversity stands in the table too."""
+    """Videos of every script, each with noise of its own; a script's number is their mean. From
+    2 on their diversity stands in the table too."""
     batch: int = 16
     """Videos generated together."""
     seed: int = 1000
@@ -50,7 +54,8 @@ class EvaluateConfig:
     videos: int = 4
     """Scripts whose videos are kept, before and after."""
     stop_when_gamed: bool = True
-    """End the run where trained rewards rise and a held-out evaluator falls in two successive evaluations (`kvpo.evaluation.goodhart`)."""
+    """End the run where trained rewards rise and a held-out evaluator falls in two successive
+    evaluations (`kvpo.evaluation.goodhart`)."""
 
     def __post_init__(self):
         if self.every < 0 or self.videos < 0 or min(self.batch, self.seeds) < 1 or self.scripts < 2:
@@ -65,33 +70,53 @@ class Scored:
 
     components: tuple[str, ...]
     r_KN: torch.Tensor
-    """float64, one number per component and script; NaN where a script has no clip the component could measure."""
+    """float64, one number per component and script; NaN where a script has no clip the component
+    could measure."""
     videos: tuple[torch.Tensor, ...]
     """uint8 [T, 3, H, W] of the first scripts."""
 
 
 def evaluate(
-    pipeline: Pipeline, sampler: Sampler, scripts: Sequence[Script], rewards: Sequence[Reward], clips: ScoreConfig, config: EvaluateConfig,
+    pipeline: Pipeline,
+    sampler: Sampler,
+    scripts: Sequence[Script],
+    rewards: Sequence[Reward],
+    clips: ScoreConfig,
+    config: EvaluateConfig,
     progress: Callable[[int], None] = lambda done: None,
-) -> Scored:  # fmt: skip
-    """The weights now in the pipeline on all scripts; a script's number is the mean over its seeds of the mean over its segments' clips."""
+) -> Scored:
+    """The weights now in the pipeline on all scripts; a script's number is the mean over its
+    seeds of the mean over its segments' clips."""
     columns, videos, apart, alike = [], [], [], []
     jobs = [(script, seed) for script in scripts for seed in range(config.seeds)]
     for first in range(0, len(jobs), config.batch):
         part = jobs[first : first + config.batch]
-        pixels = generate(pipeline, sampler, [s for s, _ in part], config.seed, [noise_name(*job) for job in part])
+        pixels = generate(
+            pipeline, sampler, [s for s, _ in part], config.seed, [noise_name(*job) for job in part]
+        )
         columns.append(_score(pixels, [s for s, _ in part], pipeline, rewards, clips))
-        videos += [video for video, (_, seed) in zip(pixels, part) if seed == 0][: config.videos - len(videos)]
+        videos += [video for video, (_, seed) in zip(pixels, part) if seed == 0][
+            : config.videos - len(videos)
+        ]
         alike += pixels if config.seeds > 1 else []
         while len(alike) >= config.seeds > 1:  # all videos of the next script are there
             apart.append(pixel_diversity(torch.stack(alike[: config.seeds])))
             del alike[: config.seeds]
         progress((first + len(part)) // config.seeds)
     components = tuple(c for r in rewards for c in r.spec.columns)
-    nothing = torch.empty(len(components), 0, dtype=torch.float64)  # a rank's share of fewer scripts than ranks
-    r_KN = torch.cat([nothing, *columns], dim=1).view(len(components), len(scripts), config.seeds).nanmean(dim=-1)
+    nothing = torch.empty(
+        len(components), 0, dtype=torch.float64
+    )  # a rank's share of fewer scripts than ranks
+    r_KN = (
+        torch.cat([nothing, *columns], dim=1)
+        .view(len(components), len(scripts), config.seeds)
+        .nanmean(dim=-1)
+    )
     if config.seeds > 1:
-        components, r_KN = (*components, DIVERSITY), torch.cat([r_KN, torch.tensor([apart], dtype=r_KN.dtype)])
+        components, r_KN = (
+            (*components, DIVERSITY),
+            torch.cat([r_KN, torch.tensor([apart], dtype=r_KN.dtype)]),
+        )
     return Scored(components, r_KN, tuple(videos))
 
 
@@ -100,8 +125,15 @@ def noise_name(script: Script, seed: int) -> tuple[int | str, ...]:
     return ("evaluate", script.id, *((seed,) if seed else ()))
 
 
-def _score(pixels: torch.Tensor, scripts: Sequence[Script], pipeline: Pipeline, rewards: Sequence[Reward], clips: ScoreConfig) -> torch.Tensor:
-    """r_KN of some videos: mean over the clips of each video's segments, clips that a component can not tell left out.
+def _score(
+    pixels: torch.Tensor,
+    scripts: Sequence[Script],
+    pipeline: Pipeline,
+    rewards: Sequence[Reward],
+    clips: ScoreConfig,
+) -> torch.Tensor:
+    """r_KN of some videos: mean over the clips of each video's segments, clips that a component can
+    not tell left out.
 
     Clips of one length are scored together, whatever video they come from.
     """
@@ -113,18 +145,29 @@ def _score(pixels: torch.Tensor, scripts: Sequence[Script], pipeline: Pipeline, 
     for found in by_length.values():
         frames = torch.stack([pixels[i, clip.first : clip.stop] for i, clip in found])
         texts = [scripts[i].texts[: clip.segment + 1] for i, clip in found]
-        batch = VideoBatch(frames, pipeline.geometry.fps, tuple(t[-1] for t in texts), tuple(t[:-1] for t in texts))
-        for (i, _), column in zip(found, torch.cat([_columns(reward, batch) for reward in rewards]).T):
+        batch = VideoBatch(
+            frames, pipeline.geometry.fps, tuple(t[-1] for t in texts), tuple(t[:-1] for t in texts)
+        )
+        for (i, _), column in zip(
+            found, torch.cat([_columns(reward, batch) for reward in rewards]).T
+        ):
             columns[i].append(column)
-    nothing = torch.full((sum(len(r.spec.columns) for r in rewards),), float("nan"))  # of a script whose segments are all too short
-    return torch.stack([torch.stack(column or [nothing]).double().nanmean(dim=0) for column in columns], dim=1)
+    nothing = torch.full(
+        (sum(len(r.spec.columns) for r in rewards),), float("nan")
+    )  # of a script whose segments are all too short
+    return torch.stack(
+        [torch.stack(column or [nothing]).double().nanmean(dim=0) for column in columns], dim=1
+    )
 
 
 def _columns(reward: Reward, batch: VideoBatch) -> torch.Tensor:
-    """Score and reported parts, r_KB in the order of `RewardSpec.columns`; NaN for what a clip can not tell."""
+    """Score and reported parts, r_KB in the order of `RewardSpec.columns`; NaN for what a clip
+    can not tell."""
     output = reward.score(batch)
     nothing = torch.full_like(output.scores, float("nan"))
-    return torch.stack([output.scores, *(output.parts.get(part, nothing) for part in reward.spec.report)])
+    return torch.stack(
+        [output.scores, *(output.parts.get(part, nothing) for part in reward.spec.report)]
+    )
 
 
 ROLES = {"train": "train", "eval": "heldout", "guard": "guard"}
@@ -134,21 +177,31 @@ ROLES = {"train": "train", "eval": "heldout", "guard": "guard"}
 def kinds_of(scorers: Sequence[Scorer], seeds: int, trained_on: Collection[str] = ()) -> list[str]:
     """The kind of every component; parts of a trained reward are no reward of their own.
 
-    ``trained_on``: families of the rewards that made the weights which are measured, where another recipe measures them:
-    an evaluator of one of these is `related`, not held out."""
-    return [_kind(s, column, trained_on) for s in scorers for column in s.spec.columns] + ["guard"] * (seeds > 1)
+    ``trained_on``: families of the rewards that made the weights which are measured, where
+    another recipe measures them: an evaluator of one of these is `related`, not held out."""
+    return [_kind(s, column, trained_on) for s in scorers for column in s.spec.columns] + [
+        "guard"
+    ] * (seeds > 1)
 
 
 def _kind(scorer: Scorer, column: str, trained_on: Collection[str]) -> str:
     if scorer.entry.role == "train":
         return "train" if column == scorer.spec.name else "part"
-    return "related" if scorer.entry.role == "eval" and scorer.spec.family in trained_on else ROLES[scorer.entry.role]
+    return (
+        "related"
+        if scorer.entry.role == "eval" and scorer.spec.family in trained_on
+        else ROLES[scorer.entry.role]
+    )
 
 
 def compare(a: Scored, b: Scored, kinds: Sequence[str], seed: int = 0) -> list[dict]:
-    """Rows of the table A against B: means, paired difference with its 95 % interval over scripts (BCa bootstrap), win rate (ties half)."""
+    """Rows of the table A against B: means, paired difference with its 95 % interval over
+    scripts (BCa bootstrap), win rate (ties half)."""
     total = [k for k, kind in enumerate(kinds) if kind == "train"]
-    rows = [_row(name, kind, a.r_KN[k], b.r_KN[k], seed) for k, (name, kind) in enumerate(zip(a.components, kinds, strict=True))]
+    rows = [
+        _row(name, kind, a.r_KN[k], b.r_KN[k], seed)
+        for k, (name, kind) in enumerate(zip(a.components, kinds, strict=True))
+    ]
     return [_row(TOTAL, "train", a.r_KN[total].mean(dim=0), b.r_KN[total].mean(dim=0), seed), *rows]
 
 
@@ -157,14 +210,31 @@ def _row(component: str, kind: str, a_N: torch.Tensor, b_N: torch.Tensor, seed: 
     a, b = a_N[both], b_N[both]
     n = int(both.sum())
     if n < 2:
-        return {"component": component, "kind": kind, **dict.fromkeys(("a", "b", "diff", "low", "high", "win", "sd")), "n": n}
+        return {
+            "component": component,
+            "kind": kind,
+            **dict.fromkeys(("a", "b", "diff", "low", "high", "win", "sd")),
+            "n": n,
+        }
     low, high = bootstrap_interval(a - b, stream(seed, "bootstrap", component))
     win = float(((a > b).double() + 0.5 * (a == b).double()).mean())
-    return {"component": component, "kind": kind, "a": float(a.mean()), "b": float(b.mean()), "diff": float((a - b).mean()), "low": low, "high": high, "win": win, "sd": float((a - b).std()), "n": n}
+    return {
+        "component": component,
+        "kind": kind,
+        "a": float(a.mean()),
+        "b": float(b.mean()),
+        "diff": float((a - b).mean()),
+        "low": low,
+        "high": high,
+        "win": win,
+        "sd": float((a - b).std()),
+        "n": n,
+    }
 
 
 def means(scored: Scored, kinds: Sequence[str], seed: int = 0) -> list[dict]:
-    """Rows of one set of weights alone: the mean over scripts of every component, with its 95 % interval over scripts."""
+    """Rows of one set of weights alone: the mean over scripts of every component, with its 95 %
+    interval over scripts."""
     total = [k for k, kind in enumerate(kinds) if kind == "train"]
     rows = [_mean(*row, seed) for row in zip(scored.components, kinds, scored.r_KN, strict=True)]
     return [_mean(TOTAL, "train", scored.r_KN[total].mean(dim=0), seed)] * bool(total) + rows
@@ -177,7 +247,14 @@ def _mean(component: str, kind: str, r_N: torch.Tensor, seed: int) -> dict:
         mean = float(found.mean()) if n else None
         return {**row, "mean": mean, "low": None, "high": None, "sd": None, "n": n}
     low, high = bootstrap_interval(found, stream(seed, "bootstrap", component))
-    return {**row, "mean": float(found.mean()), "low": low, "high": high, "sd": float(found.std()), "n": n}
+    return {
+        **row,
+        "mean": float(found.mean()),
+        "low": low,
+        "high": high,
+        "sd": float(found.std()),
+        "n": n,
+    }
 
 
 def means_table(rows: Sequence[dict]) -> str:
@@ -188,12 +265,15 @@ def means_table(rows: Sequence[dict]) -> str:
         if r["low"] is None:
             lines.append(f"{begin} {'could not be measured on enough scripts':>29} {r['n']:>5}")
         else:
-            lines.append(f"{begin} {r['mean']:>9.4f}   [{r['low']:>7.4f}, {r['high']:>7.4f}] {r['n']:>5}")
+            lines.append(
+                f"{begin} {r['mean']:>9.4f}   [{r['low']:>7.4f}, {r['high']:>7.4f}] {r['n']:>5}"
+            )
     return "\n".join(lines)
 
 
 def values_of(scored: Scored) -> dict[str, list[float | None]]:
-    """Component -> its number on every script, in the order of the scripts; None where it could not be measured."""
+    """Component -> its number on every script, in the order of the scripts; None where it could
+    not be measured."""
     return {
         name: [value if math.isfinite(value) else None for value in r_N.tolist()]
         for name, r_N in zip(scored.components, scored.r_KN)
@@ -202,29 +282,43 @@ def values_of(scored: Scored) -> dict[str, list[float | None]]:
 
 def table(rows: Sequence[dict], label_a: str, label_b: str) -> str:
     """The comparison as text."""
-    lines = [f"{'component':<20} {'kind':<9} {label_a:>9} {label_b:>9} {'diff':>8} {'95 % interval':>19} {'win':>6} {'n':>5}"]
+    lines = [
+        f"{'component':<20} {'kind':<9} {label_a:>9} {label_b:>9} {'diff':>8} {'95 % interval':>19} {'win':>6} {'n':>5}"
+    ]
     for r in rows:
         if r["diff"] is None:
-            lines.append(f"{r['component']:<20} {r['kind']:<9} {'could not be measured on enough scripts':>53} {r['n']:>5}")
+            lines.append(
+                f"{r['component']:<20} {r['kind']:<9} {'could not be measured on enough scripts':>53} {r['n']:>5}"
+            )
         else:
-            lines.append(f"{r['component']:<20} {r['kind']:<9} {r['a']:>9.4f} {r['b']:>9.4f} {r['diff']:>+8.4f}   [{r['low']:>+7.4f}, {r['high']:>+7.4f}] {r['win']:>6.1%} {r['n']:>5}")
+            lines.append(
+                f"{r['component']:<20} {r['kind']:<9} {r['a']:>9.4f} {r['b']:>9.4f} {r['diff']:>+8.4f}   [{r['low']:>+7.4f}, {r['high']:>+7.4f}] {r['win']:>6.1%} {r['n']:>5}"
+            )
     return "\n".join(lines)
 
 
 def enough_scripts(rows: Sequence[dict]) -> str:
-    """Whether there were enough scripts for the difference in the trained rewards' mean; "" where that was not measured."""
+    """Whether there were enough scripts for the difference in the trained rewards' mean; ""
+    where that was not measured."""
     row = next((r for r in rows if r["component"] == TOTAL and r["diff"] is not None), None)
     return sentence(TOTAL, row["n"], row["diff"], row["sd"]) if row else ""
 
 
 def write_comparison(
-    path: Path, rows: Sequence[dict], label_a: str, label_b: str, scripts: Sequence[Script], config: EvaluateConfig,
-    command: str, unseen: bool = True, scored: tuple[Scored, Scored] | None = None,
-) -> Path:  # fmt: skip
+    path: Path,
+    rows: Sequence[dict],
+    label_a: str,
+    label_b: str,
+    scripts: Sequence[Script],
+    config: EvaluateConfig,
+    command: str,
+    unseen: bool = True,
+    scored: tuple[Scored, Scored] | None = None,
+) -> Path:
     """The record of A against B that `kvpo.report.report` reads.
 
-    ``unseen``: the scripts are not those that were trained on.  ``scored``: A's and B's numbers script by script,
-    which the record then holds as `values` and `values_against`.
+    ``unseen``: the scripts are not those that were trained on. ``scored``: A's and B's numbers
+    script by script, which the record then holds as `values` and `values_against`.
     """
     values = dict(zip(("values", "values_against"), map(values_of, scored or ())))
     record = {"label_a": label_a, "label_b": label_b, "unseen": unseen, "rows": list(rows)}
@@ -232,15 +326,40 @@ def write_comparison(
 
 
 def write_means(
-    path: Path, rows: Sequence[dict], label: str, scripts: Sequence[Script], config: EvaluateConfig,
-    command: str, unseen: bool, scored: Scored,
-) -> Path:  # fmt: skip
+    path: Path,
+    rows: Sequence[dict],
+    label: str,
+    scripts: Sequence[Script],
+    config: EvaluateConfig,
+    command: str,
+    unseen: bool,
+    scored: Scored,
+) -> Path:
     """The record of one set of weights alone; ``rows`` as `means` makes them."""
-    record = {"label": label, "unseen": unseen, "means": {row["component"]: row["mean"] for row in rows}, "rows": list(rows)}
+    record = {
+        "label": label,
+        "unseen": unseen,
+        "means": {row["component"]: row["mean"] for row in rows},
+        "rows": list(rows),
+    }
     return _write(path, record, scripts, config, command, {"values": values_of(scored)})
 
 
-def _write(path: Path, record: dict, scripts: Sequence[Script], config: EvaluateConfig, command: str, values: dict) -> Path:
-    created = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    facts = {"scripts": [s.id for s in scripts], "seed": config.seed, "videos": config.seeds, "created": created, "command": command, "commit": git_commit()}
+def _write(
+    path: Path,
+    record: dict,
+    scripts: Sequence[Script],
+    config: EvaluateConfig,
+    command: str,
+    values: dict,
+) -> Path:
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    facts = {
+        "scripts": [s.id for s in scripts],
+        "seed": config.seed,
+        "videos": config.seeds,
+        "created": created,
+        "command": command,
+        "commit": git_commit(),
+    }
     return write_atomic(path, json.dumps(record | facts | values, indent=1, allow_nan=False) + "\n")

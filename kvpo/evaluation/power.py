@@ -1,10 +1,11 @@
-"""How many scripts an evaluation needs: from the spread of its paired differences (`kvpo.evaluation.evaluate`).
+"""How many scripts an evaluation needs: from the spread of its paired differences
+(`kvpo.evaluation.evaluate`).
 
     n = ((1.960 + 0.842) sd / difference)^2
 
-scripts are enough for a 95 % interval that leaves out 0 in 80 % of evaluations, where the true difference is that large.
-It speaks of scripts only: another training of the same recipe moves every script's difference together, and no number of
-scripts shows that.
+scripts are enough for a 95 % interval that leaves out 0 in 80 % of evaluations, where the true
+difference is that large. It speaks of scripts only: another training of the same recipe moves every
+script's difference together, and no number of scripts shows that.
 """
 
 from __future__ import annotations
@@ -28,12 +29,14 @@ def scripts_needed(sd: float, difference: float) -> int:
 
 
 def spread(low: float, high: float, n: int) -> float:
-    """Standard deviation of the differences, from their 95 % interval: of evaluations that did not note it."""
+    """Standard deviation of the differences, from their 95 % interval: of evaluations that did
+    not note it."""
     return (high - low) / 2.0 / NormalDist().inv_cdf(0.5 + LEVEL / 2) * math.sqrt(n)
 
 
 def sentence(component: str, n: int, difference: float, sd: float) -> str:
-    """Whether ``n`` scripts were enough for the difference that was found, and for a small one; "" where that can not be told."""
+    """Whether ``n`` scripts were enough for the difference that was found, and for a small one;
+    "" where that can not be told."""
     observed, small = scripts_needed(sd, difference), scripts_needed(sd, SMALL)
     if not small:
         return ""

@@ -1,24 +1,27 @@
-"""Sentinels: what no reward names and gamed rewards move first, watched on fixed prompts and seeds while training.
+"""Sentinels: what no reward names and gamed rewards move first, watched on fixed prompts and seeds
+while training.
 
-A sentinel's scale is the start weights' own: the standard deviation of one prompt's video over seeds.  With the weights
-of now, same prompts and noise, its mean has moved by so many of these; `warn` and `stop` are limits on that, on the side
-that is bad.  KL to the start policy has no spread at the start: its limits are nats.
+A sentinel's scale is the start weights' own: the standard deviation of one prompt's video over
+seeds. With the weights of now, same prompts and noise, its mean has moved by so many of these;
+`warn` and `stop` are limits on that, on the side that is bad. KL to the start policy has no spread
+at the start: its limits are nats.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, Literal, Mapping, Sequence
+from typing import Literal
 
 import torch
 
-from kvpo.generators.sampler import Sampler
-from kvpo.generators.generate import generate
-from kvpo.evaluation.evaluate import noise_name
-from kvpo.generators.pipeline import Pipeline
 from kvpo.common.metrics import read_metrics
+from kvpo.evaluation.evaluate import noise_name
+from kvpo.generators.generate import generate
+from kvpo.generators.pipeline import Pipeline
+from kvpo.generators.sampler import Sampler
 from kvpo.policy.policy import Policy
 from kvpo.rewards.classic.watched import watched
 from kvpo.types import Script
@@ -50,22 +53,29 @@ class SentinelConfig:
     stop: float = 3.0
     """And from which on the run ends; 0 = never."""
     least: float = 0.05
-    """Share of the start's value by which a mean must have moved at all: where seeds hardly differ, a spread is nothing."""
+    """Share of the start's value by which a mean must have moved at all: where seeds hardly
+    differ, a spread is nothing."""
     kl_warn: float = 0.3
-    """The same for the mean KL to the start policy since the last look, nats; log G is the most there can be."""
+    """The same for the mean KL to the start policy since the last look, nats; log G is the most
+    there can be."""
     kl_stop: float = 1.0
 
     def __post_init__(self):
         if self.every < 0 or self.scripts < 1 or self.seeds < 2:
-            raise ValueError(f"sentinels: every = {self.every} must not be negative, scripts = {self.scripts} at least 1, seeds = {self.seeds} at least 2 (their spread is the scale)")
+            raise ValueError(
+                f"sentinels: every = {self.every} must not be negative, scripts = {self.scripts} at least 1, seeds = {self.seeds} at least 2 (their spread is the scale)"
+            )
         for warn, stop in ((self.warn, self.stop), (self.kl_warn, self.kl_stop)):
             if warn <= 0 or 0 < stop < warn:
-                raise ValueError(f"sentinels: a warning limit ({warn}) must be above 0 and at most its stop limit ({stop}; 0 = never)")
+                raise ValueError(
+                    f"sentinels: a warning limit ({warn}) must be above 0 and at most its stop limit ({stop}; 0 = never)"
+                )
 
 
 @dataclass(frozen=True)
 class Look:
-    """Sentinels of one set of weights: name -> value of every watched video, [N scripts, S seeds]."""
+    """Sentinels of one set of weights: name -> value of every watched video, [N scripts, S
+    seeds]."""
 
     values: Mapping[str, torch.Tensor]
 
@@ -75,7 +85,15 @@ class Look:
     def spread(self, name: str) -> float:
         """Standard deviation over a prompt's seeds, pooled over prompts."""
         v_NS = self.values[name]
-        return (v_NS - v_NS.nanmean(1, keepdim=True)).square().nansum(1).div(v_NS.shape[1] - 1).mean().sqrt().item()
+        return (
+            (v_NS - v_NS.nanmean(1, keepdim=True))
+            .square()
+            .nansum(1)
+            .div(v_NS.shape[1] - 1)
+            .mean()
+            .sqrt()
+            .item()
+        )
 
 
 @dataclass(frozen=True)
@@ -85,8 +103,16 @@ class Verdict:
     stops: tuple[str, ...] = ()
 
 
-def look(pipeline: Pipeline, sampler: Sampler, scripts: Sequence[Script], config: SentinelConfig, seed: int, progress: Callable[[int], None] = lambda done: None) -> Look:
-    """The weights now in the pipeline on the watched prompts, a prompt's seeds generated together."""
+def look(
+    pipeline: Pipeline,
+    sampler: Sampler,
+    scripts: Sequence[Script],
+    config: SentinelConfig,
+    seed: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Look:
+    """The weights now in the pipeline on the watched prompts, a prompt's seeds generated
+    together."""
     rows = []
     for done, script in enumerate(scripts[: config.scripts], 1):
         names = [noise_name(script, k) for k in range(config.seeds)]
@@ -96,13 +122,28 @@ def look(pipeline: Pipeline, sampler: Sampler, scripts: Sequence[Script], config
         for row, value in zip(rows[-1], apart):
             row["diversity"] = value
         progress(done)
-    return Look({name: torch.tensor([[video[name] for video in row] for row in rows], dtype=torch.float64) for name in BAD})
+    return Look(
+        {
+            name: torch.tensor(
+                [[video[name] for video in row] for row in rows], dtype=torch.float64
+            )
+            for name in BAD
+        }
+    )
 
 
 class Watch:
     """The sentinels of a run."""
 
-    def __init__(self, pipeline: Pipeline, sampler: Sampler, policy: Policy, scripts: Sequence[Script], config: SentinelConfig, seed: int):
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        sampler: Sampler,
+        policy: Policy,
+        scripts: Sequence[Script],
+        config: SentinelConfig,
+        seed: int,
+    ):
         self.policy, self.config = policy, config
         self._look = functools.partial(look, pipeline, sampler, scripts, config, seed)
 
@@ -117,8 +158,13 @@ class Watch:
 
 
 def recent_kl(run: Path, done: int, steps: int) -> float:
-    """Mean KL to the start policy over the last ``steps`` steps, from the run's own log, which a resumed run has too."""
-    kl = [r["loss/kl"] for r in read_metrics(run / "metrics.jsonl") if "loss/kl" in r and done - steps <= r["step"] < done]
+    """Mean KL to the start policy over the last ``steps`` steps, from the run's own log, which a
+    resumed run has too."""
+    kl = [
+        r["loss/kl"]
+        for r in read_metrics(run / "metrics.jsonl")
+        if "loss/kl" in r and done - steps <= r["step"] < done
+    ]
     return sum(kl) / len(kl) if kl else 0.0
 
 
@@ -130,9 +176,22 @@ def judge(start: Look, now: Look, kl: float, config: SentinelConfig) -> Verdict:
         if not spread > 0:
             continue  # the start weights never vary in it: there is no scale
         moved = (b - a) / spread
-        metrics |= {f"sentinel/{name}/start": a, f"sentinel/{name}/value": b, f"sentinel/{name}/moved": moved}
-        _compare(_badness(moved, side) if abs(b - a) >= config.least * abs(a) else 0.0, config.warn, config.stop, f"{name} {a:.4g} -> {b:.4g} ({moved:+.1f} spreads of the start weights' seeds)", warnings, stops)
-    _compare(kl, config.kl_warn, config.kl_stop, f"KL to the start policy {kl:.2g} nats", warnings, stops)
+        metrics |= {
+            f"sentinel/{name}/start": a,
+            f"sentinel/{name}/value": b,
+            f"sentinel/{name}/moved": moved,
+        }
+        _compare(
+            _badness(moved, side) if abs(b - a) >= config.least * abs(a) else 0.0,
+            config.warn,
+            config.stop,
+            f"{name} {a:.4g} -> {b:.4g} ({moved:+.1f} spreads of the start weights' seeds)",
+            warnings,
+            stops,
+        )
+    _compare(
+        kl, config.kl_warn, config.kl_stop, f"KL to the start policy {kl:.2g} nats", warnings, stops
+    )
     return Verdict(metrics, tuple(warnings), tuple(stops))
 
 
@@ -140,7 +199,9 @@ def _badness(moved: float, side: Side) -> float:
     return abs(moved) if side == "both" else moved if side == "high" else -moved
 
 
-def _compare(value: float, warn: float, stop: float, text: str, warnings: list[str], stops: list[str]) -> None:
+def _compare(
+    value: float, warn: float, stop: float, text: str, warnings: list[str], stops: list[str]
+) -> None:
     if value >= warn:
         warnings.append(text)
     if 0 < stop <= value:
@@ -151,4 +212,7 @@ def _apart(videos_STCHW: torch.Tensor) -> list[float]:
     """Of every seed's video its mean absolute distance to the others, in [0, 1]."""
     x = videos_STCHW.float() / 255
     S = len(x)
-    return [sum((x[i] - x[j]).abs().mean().item() for j in range(S) if j != i) / (S - 1) for i in range(S)]
+    return [
+        sum((x[i] - x[j]).abs().mean().item() for j in range(S) if j != i) / (S - 1)
+        for i in range(S)
+    ]

@@ -1,18 +1,18 @@
-"""Embeddings of a prompt file, computed once: kept on disk, and the text encoder (11 GB at Wan's size) then leaves memory."""
+"""Embeddings of a prompt file, computed once: kept on disk, and the text encoder (11 GB at Wan's
+size) then leaves memory."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Callable, Sequence
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from kvpo.common.files import first_line
-from kvpo.common.files import try_folder, write_atomic
+from kvpo.common.files import first_line, try_folder, write_atomic
 from kvpo.generators.pipeline import Pipeline
 
 SAMPLES, SAMPLE_BYTES = 64, 1 << 16
@@ -23,7 +23,8 @@ WAY_OUT = "KVPO_CACHE names another folder for them"
 
 
 def cache_folder() -> Path:
-    """$KVPO_CACHE, or ~/.cache/kvpo.  OSError where the user has no home, as in a container under a number that no list of users has."""
+    """$KVPO_CACHE, or ~/.cache/kvpo. OSError where the user has no home, as in a container under
+    a number that no list of users has."""
     if given := os.environ.get("KVPO_CACHE"):
         return Path(given)
     try:
@@ -33,7 +34,8 @@ def cache_folder() -> Path:
 
 
 def text_cache(warn: Callable[[str], None]) -> Path | None:
-    """The folder of stored embeddings; None, and one line to ``warn``, where there is none for this user."""
+    """The folder of stored embeddings; None, and one line to ``warn``, where there is none for
+    this user."""
     try:
         return cache_folder() / "text"
     except OSError as error:
@@ -42,7 +44,8 @@ def text_cache(warn: Callable[[str], None]) -> Path | None:
 
 
 def can_keep(folder: Path | None, warn: Callable[[str], None]) -> bool:
-    """Whether something can be written there, asked before the text encoder works for it; one line to ``warn`` where not."""
+    """Whether something can be written there, asked before the text encoder works for it; one
+    line to ``warn`` where not."""
     if folder is None:
         return False
     try:
@@ -54,12 +57,19 @@ def can_keep(folder: Path | None, warn: Callable[[str], None]) -> bool:
 
 
 def load_with_texts(
-    folder: str | Path, texts: Sequence[str], device: torch.device | str, dtype: torch.dtype, vae_dtype: torch.dtype, progress: Callable[[int], None] = lambda done: None,
+    folder: str | Path,
+    texts: Sequence[str],
+    device: torch.device | str,
+    dtype: torch.dtype,
+    vae_dtype: torch.dtype,
+    progress: Callable[[int], None] = lambda done: None,
     warn: Callable[[str], None] = lambda line: None,
-) -> Pipeline:  # fmt: skip
-    """The pipeline with all ``texts`` embedded and without its text encoder, which is not even read where the embeddings are on disk.
+) -> Pipeline:
+    """The pipeline with all ``texts`` embedded and without its text encoder, which is not even read
+    where the embeddings are on disk.
 
-    ValueError for a prompt that would be cut.  ``progress`` is told how many are done, ``warn`` why nothing is kept where it can not be.
+    ValueError for a prompt that would be cut. ``progress`` is told how many are done, ``warn`` why
+    nothing is kept where it can not be.
     """
     name, cache = f"{_digest(Path(folder), texts, dtype)}.safetensors", text_cache(warn)
     stored = _read(cache / name) if cache else None
@@ -78,7 +88,8 @@ def load_with_texts(
 
 
 def _keep(path: Path, content: bytes, warn: Callable[[str], None]) -> None:
-    """Write what was computed; a disk that is full costs the next run some time, and this one nothing."""
+    """Write what was computed; a disk that is full costs the next run some time, and this one
+    nothing."""
     try:
         write_atomic(path, content)
     except OSError as error:
@@ -94,9 +105,15 @@ def _read(path: Path) -> dict[str, torch.Tensor] | None:
 
 
 def _digest(folder: Path, texts: Sequence[str], dtype: torch.dtype) -> str:
-    """Of everything an embedding hangs on: encoder, tokenizer, length, precision, the texts and their order."""
+    """Of everything an embedding hangs on: encoder, tokenizer, length, precision, the texts and
+    their order."""
     digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(p for part in ("text_encoder", "tokenizer") for p in (folder / part).rglob("*") if p.is_file()):
+    for path in sorted(
+        p
+        for part in ("text_encoder", "tokenizer")
+        for p in (folder / part).rglob("*")
+        if p.is_file()
+    ):
         size = path.stat().st_size
         digest.update(f"{path.relative_to(folder)} {size}\n".encode())
         with path.open("rb") as file:

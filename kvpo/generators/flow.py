@@ -2,8 +2,9 @@
 
     x_sigma = (1 - sigma) x0 + sigma eps        v = eps - x0        x0 = x_sigma - sigma v
 
-sigma = 1 is noise, sigma = 0 is data.  The network is told ``1000 * sigma`` (of the WARPED sigma: feeding the
-unwarped time beside the warped sigma gives noise that never commits, and looks like a bad model).
+sigma = 1 is noise, sigma = 0 is data. The network is told ``1000 * sigma`` (of the WARPED sigma:
+feeding the unwarped time beside the warped sigma gives noise that never commits, and looks like a
+bad model).
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ def warp(s: float, shift: float = 5.0) -> float:
 
 
 def warped_sigmas(steps: int = 4, shift: float = 5.0) -> tuple[float, ...]:
-    """The few-step schedule of the released models; 4 steps: 1, .9375, .83333, .625.  The final 0 is not listed."""
+    """The few-step schedule of the released models; 4 steps: 1, .9375, .83333, .625. The final 0
+    is not listed."""
     if steps < 1:
         raise ValueError(f"a schedule needs at least 1 denoise step, not {steps}")
     return tuple(warp(1.0 - i / steps, shift) for i in range(steps))

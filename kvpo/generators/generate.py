@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -17,45 +18,93 @@ from kvpo.generators.sampler import NamedNoise, Sampler, StackedNoise, Stream
 from kvpo.types import Script
 
 
-def generate(pipeline: Pipeline, sampler: Sampler, scripts: Sequence[Script], seed: int, names: Sequence[tuple[int | str, ...]]) -> torch.Tensor:
-    """uint8 [B, T, 3, H, W]: a video per script, all of one length, with noise from the streams (seed, *name)."""
+def generate(
+    pipeline: Pipeline,
+    sampler: Sampler,
+    scripts: Sequence[Script],
+    seed: int,
+    names: Sequence[tuple[int | str, ...]],
+) -> torch.Tensor:
+    """uint8 [B, T, 3, H, W]: a video per script, all of one length, with noise from the streams
+    (seed, *name)."""
     return torch.cat(list(streamed(pipeline, sampler, scripts, seed, names)), dim=1)
 
 
 @torch.no_grad()
-def streamed(pipeline: Pipeline, sampler: Sampler, scripts: Sequence[Script], seed: int, names: Sequence[tuple[int | str, ...]]) -> Iterator[torch.Tensor]:
-    """The same block by block.  Memory does not grow with the length, unless the generator's window is everything."""
+def streamed(
+    pipeline: Pipeline,
+    sampler: Sampler,
+    scripts: Sequence[Script],
+    seed: int,
+    names: Sequence[tuple[int | str, ...]],
+) -> Iterator[torch.Tensor]:
+    """The same block by block. Memory does not grow with the length, unless the generator's
+    window is everything."""
     lengths = {s.blocks for s in scripts}
     if len(lengths) != 1:
-        raise ValueError(f"videos generated together must be equally long, not {sorted(lengths)} blocks")
+        raise ValueError(
+            f"videos generated together must be equally long, not {sorted(lengths)} blocks"
+        )
     g, (blocks,) = pipeline.geometry, lengths
-    check_positions(pipeline.generator.transformer.rope, [[blocks * g.block - 1]])  # before anything is made, not at the frame that has none
+    check_positions(
+        pipeline.generator.transformer.rope, [[blocks * g.block - 1]]
+    )  # before anything is made, not at the frame that has none
     texts = sorted({t for s in scripts for t in s.texts})
     embeddings = dict(zip(texts, pipeline.encode_text(texts)))
-    noise = StackedNoise(tuple(NamedNoise(pipeline.latent_shape(g.block), seed, name) for name in names))
+    noise = StackedNoise(
+        tuple(NamedNoise(pipeline.latent_shape(g.block), seed, name) for name in names)
+    )
     cache = pipeline.new_cache(g.resident(blocks), rows=len(scripts))
-    videos, decoder = Stream(pipeline.generator, g, sampler, scripts, embeddings, noise, cache), pipeline.decoder()
+    videos, decoder = (
+        Stream(pipeline.generator, g, sampler, scripts, embeddings, noise, cache),
+        pipeline.decoder(),
+    )
     for _ in range(blocks):
         yield decoder(videos.advance()).cpu()
         videos.forget()
 
 
-def write_video(pipeline: Pipeline, sampler, script: Script, seed: int, path: Path, bar, about: Mapping[str, Any] | None = None) -> float:
-    """Frames a second.  The file is there when it is whole, or not at all; ``about``: what it says of itself."""
+def write_video(
+    pipeline: Pipeline,
+    sampler,
+    script: Script,
+    seed: int,
+    path: Path,
+    bar,
+    about: Mapping[str, Any] | None = None,
+) -> float:
+    """Frames a second. The file is there when it is whole, or not at all; ``about``: what it
+    says of itself."""
     frames, started = 0, time.perf_counter()
     with Mp4Writer(path, pipeline.geometry.fps, about=about) as writer:
         for pixels in streamed(pipeline, sampler, [script], seed, [("generate", script.id)]):
             writer.write(pixels[0])
             frames += len(pixels[0])
-            bar.advance(f"{path.name}: {frames} frames, {frames / (time.perf_counter() - started):.1f} a second")
+            bar.advance(
+                f"{path.name}: {frames} frames, {frames / (time.perf_counter() - started):.1f} a second"
+            )
     return frames / (time.perf_counter() - started)
 
 
 def write_missing(
-    pipeline: Pipeline, sampler, videos: Sequence[tuple[Script, int, Path]], label: str, progress: Progress, blind: bool = False
+    pipeline: Pipeline,
+    sampler,
+    videos: Sequence[tuple[Script, int, Path]],
+    label: str,
+    progress: Progress,
+    blind: bool = False,
 ) -> None:
-    """(script, seed, file) each; files that are there already stay, so that a second call goes on where the first stopped.  ``blind``: they do not say whose they are."""
+    """(script, seed, file) each; files that are there already stay, so that a second call goes
+    on where the first stopped. ``blind``: they do not say whose they are."""
     todo = [video for video in videos if not video[2].exists()]
     with progress.bar(f"videos of {label}", sum(script.blocks for script, _, _ in todo)) as bar:
         for script, seed, path in todo:
-            write_video(pipeline, sampler, script, seed, path, bar, None if blind else about_video(script, seed, label))
+            write_video(
+                pipeline,
+                sampler,
+                script,
+                seed,
+                path,
+                bar,
+                None if blind else about_video(script, seed, label),
+            )

@@ -1,20 +1,22 @@
-"""Which past frames a block reads.  A history is an argument of a pass, never a mode of the network.
+"""Which past frames a block reads. A history is an argument of a pass, never a mode of the network.
 
-`SinkWindow` (Self-Forcing, LongLive) and `MemoryBank` (MemFlow) are what generators were trained for; `Routed` wraps one of them
-and obeys the plans of an exploration (method.md section 2).
+`SinkWindow` (Self-Forcing, LongLive) and `MemoryBank` (MemFlow) are what generators were trained
+for; `Routed` wraps one of them and obeys the plans of an exploration (method.md section 2).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, Sequence
+from typing import Protocol
 
 from kvpo.types import BranchPlan, Window
 
 
 class History(Protocol):
     def past(self, start: int, count: int) -> tuple[int, ...] | list[tuple[int, ...]]:
-        """Absolute past frames that the block of ``count`` frames from ``start`` on reads: one list for all rows, or one per row."""
+        """Absolute past frames that the block of ``count`` frames from ``start`` on reads: one
+        list for all rows, or one per row."""
         ...
 
 
@@ -22,11 +24,13 @@ class Deployed(History, Protocol):
     """A history that a generator was trained for."""
 
     def kept(self, start: int) -> tuple[int, ...]:
-        """What every block from ``start`` on reads, routed or not, before all else: the sink, and the bank's slots."""
+        """What every block from ``start`` on reads, routed or not, before all else: the sink,
+        and the bank's slots."""
         ...
 
     def kept_at_switch(self, start: int, block: int) -> tuple[int, ...]:
-        """What a prompt switch before ``block`` reads beside the frames from ``start`` on that it encodes once more."""
+        """What a prompt switch before ``block`` reads beside the frames from ``start`` on that
+        it encodes once more."""
         ...
 
     def recorded(self, block: int) -> tuple[int, int] | None:
@@ -40,14 +44,23 @@ class Deployed(History, Protocol):
 
 @dataclass(frozen=True)
 class SinkWindow:
-    """The oldest ``sink`` frames and the latest ones, ``size`` in all with the block itself; size -1: everything."""
+    """The oldest ``sink`` frames and the latest ones, ``size`` in all with the block itself;
+    size -1: everything."""
 
     sink: int
     size: int
 
     def past(self, start: int, count: int) -> tuple[int, ...]:
         kept = self.kept(start)
-        return (*kept, *range(len(kept) if self.size < 0 else max(len(kept), start - (self.size - self.sink - count)), start))
+        return (
+            *kept,
+            *range(
+                len(kept)
+                if self.size < 0
+                else max(len(kept), start - (self.size - self.sink - count)),
+                start,
+            ),
+        )
 
     def kept(self, start: int) -> tuple[int, ...]:
         return tuple(range(min(self.sink, start)))
@@ -64,10 +77,12 @@ class SinkWindow:
 
 @dataclass(frozen=True)
 class MemoryBank:
-    """MemFlow's: a sink, a rolling window, and between them a bank of ``size`` prototypes (`kvpo.generators.memory`).
+    """MemFlow's: a sink, a rolling window, and between them a bank of ``size`` prototypes
+    (`kvpo.generators.memory`).
 
-    The first frame of every ``every``-th block is recorded, once, right before the next block, which so reads it
-    under its own prompt.  The public code takes the same frame in again at every block until the next recording.
+    The first frame of every ``every``-th block is recorded, once, right before the next block,
+    which so reads it under its own prompt. The public code takes the same frame in again at every
+    block until the next recording.
     """
 
     base: SinkWindow
@@ -84,8 +99,10 @@ class MemoryBank:
         return self.kept_at_switch(start, start // self.block)
 
     def kept_at_switch(self, start: int, block: int) -> tuple[int, ...]:
-        # All slots that are filled by then.  A full bank orders its slots best first, not oldest first, so fewer of
-        # them, as many as there were at `start`, would be an arbitrary choice and not the bank of that time.
+        # All slots that are filled by then.  A full bank orders its slots best first, not oldest
+        # first, so fewer of
+        # them, as many as there were at `start`, would be an arbitrary choice and not the bank of
+        # that time.
         slots = range(min(self.size, self.recordings(block)))
         return (*self.base.kept(start), *(-1 - slot for slot in slots))
 
@@ -95,15 +112,24 @@ class MemoryBank:
 
     def recorded(self, block: int) -> tuple[int, int] | None:
         recorded = block - 1
-        return (recorded * self.block, self.recordings(block) - 1) if recorded >= 0 and recorded % self.every == 0 else None
+        return (
+            (recorded * self.block, self.recordings(block) - 1)
+            if recorded >= 0 and recorded % self.every == 0
+            else None
+        )
 
     def overwritten(self, block: int) -> tuple[int, ...]:
-        return tuple(-1 - slot for slot in range(self.size)) if self.recordings(block) > self.size else ()
+        return (
+            tuple(-1 - slot for slot in range(self.size))
+            if self.recordings(block) > self.size
+            else ()
+        )
 
 
 @dataclass(frozen=True)
 class Routed:
-    """One plan per row inside the window, the base history outside it and for the rows whose plan routes nothing."""
+    """One plan per row inside the window, the base history outside it and for the rows whose
+    plan routes nothing."""
 
     base: Deployed
     plans: tuple[BranchPlan, ...]
@@ -115,12 +141,18 @@ class Routed:
         base = self.base.past(start, count)
         if start // self.block not in self.window:
             return base
-        return [self._routed(plan.frames, start, len(base)) if plan.frames else base for plan in self.plans]
+        return [
+            self._routed(plan.frames, start, len(base)) if plan.frames else base
+            for plan in self.plans
+        ]
 
     def _routed(self, frames: Sequence[int], start: int, budget: int) -> tuple[int, ...]:
         kept = self.base.kept(start)
         nearest = budget - len(kept) - len(frames)
         if nearest < 1:
-            raise ValueError(f"{len(frames)} routed frames {list(frames)} and {len(kept)} of sink and memory leave {nearest} of {budget} past frames to the nearest; at least 1 must stay")
-        # Chosen once at the fork: later blocks of the window read the same frames, however far the nearest have moved on.
+            raise ValueError(
+                f"{len(frames)} routed frames {list(frames)} and {len(kept)} of sink and memory leave {nearest} of {budget} past frames to the nearest; at least 1 must stay"
+            )
+        # Chosen once at the fork: later blocks of the window read the same frames, however far the
+        # nearest have moved on.
         return (*kept, *frames, *range(start - nearest, start))

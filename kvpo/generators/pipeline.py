@@ -1,20 +1,27 @@
-"""A generator with everything around it, from one folder in diffusers layout: text encoder, transformer, VAE, geometry.
+"""A generator with everything around it, from one folder in diffusers layout: text encoder,
+transformer, VAE, geometry.
 
     model_index.json  transformer/  vae/  text_encoder/  tokenizer/  scheduler/  streaming.json
 
-All but `streaming.json` are what `WanPipeline` saves and loads.  Nothing here knows whether the model is tiny.
+All but `streaming.json` are what `WanPipeline` saves and loads. Nothing here knows whether the
+model is tiny.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Sequence
 
 import torch
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import (
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, UMT5EncoderModel
 from transformers.utils.logging import disable_progress_bar
@@ -41,7 +48,8 @@ class Geometry:
     sink: int
     """Oldest latent frames, always read."""
     window: int
-    """Latent frames a block reads in all: sink, rolling past and the block itself; -1: everything."""
+    """Latent frames a block reads in all: sink, rolling past and the block itself; -1:
+    everything."""
     latent_height: int
     latent_width: int
     fps: int
@@ -62,23 +70,47 @@ class Geometry:
     """Denoise steps of a video's first block, which has no past to lean on; 0: as all others."""
 
     def __post_init__(self):
-        least = {"block": 1, "sink": 0, "window": -1, "latent_height": 1, "latent_width": 1, "fps": 1, "text_length": 1, "steps": 1, "bank": 0, "bank_every": 1, "bank_keep": 0, "first_steps": 0}
+        least = {
+            "block": 1,
+            "sink": 0,
+            "window": -1,
+            "latent_height": 1,
+            "latent_width": 1,
+            "fps": 1,
+            "text_length": 1,
+            "steps": 1,
+            "bank": 0,
+            "bank_every": 1,
+            "bank_keep": 0,
+            "first_steps": 0,
+        }
         for name, low in least.items():
             if type(value := getattr(self, name)) is not int or value < low:
                 raise ValueError(f"{name} = {value!r} must be a whole number, {low} or more")
         if 0 <= self.window < self.sink + self.block:
-            raise ValueError(f"window = {self.window} has no room for the sink ({self.sink}) and a block ({self.block}); widen it, or -1 for everything")
+            raise ValueError(
+                f"window = {self.window} has no room for the sink ({self.sink}) and a block ({self.block}); widen it, or -1 for everything"
+            )
 
         if self.bank and self.window < 0:
-            raise ValueError(f"bank = {self.bank} beside a window of everything (-1) would only repeat frames; give a window, or no bank")
+            raise ValueError(
+                f"bank = {self.bank} beside a window of everything (-1) would only repeat frames; give a window, or no bank"
+            )
         if self.bank_keep and not self.bank:
-            raise ValueError(f"bank_keep = {self.bank_keep} chooses among sink and bank, and there is no bank; set bank, or bank_keep = 0")
+            raise ValueError(
+                f"bank_keep = {self.bank_keep} chooses among sink and bank, and there is no bank; set bank, or bank_keep = 0"
+            )
 
     def check_grid(self, patch_size: Sequence[int], source: str) -> None:
         """ValueError unless the transformer's patches (frames, rows, columns) tile the latents."""
-        for name, value, step in (("latent_height", self.latent_height, patch_size[1]), ("latent_width", self.latent_width, patch_size[2])):
+        for name, value, step in (
+            ("latent_height", self.latent_height, patch_size[1]),
+            ("latent_width", self.latent_width, patch_size[2]),
+        ):
             if value % step:
-                raise ValueError(f"{source}: {name} = {value} is not a multiple of the transformer's patch, {step}")
+                raise ValueError(
+                    f"{source}: {name} = {value} is not a multiple of the transformer's patch, {step}"
+                )
 
     @property
     def sigmas(self) -> tuple[float, ...]:
@@ -87,7 +119,11 @@ class Geometry:
 
     def sigmas_of(self, block: int) -> tuple[float, ...]:
         """Of a block by its number."""
-        return warped_sigmas(self.first_steps, self.shift) if block == 0 and self.first_steps else self.sigmas
+        return (
+            warped_sigmas(self.first_steps, self.shift)
+            if block == 0 and self.first_steps
+            else self.sigmas
+        )
 
     @property
     def history(self) -> Deployed:
@@ -95,23 +131,30 @@ class Geometry:
         return MemoryBank(window, self.bank, self.bank_every, self.block) if self.bank else window
 
     def resident(self, blocks: int) -> int:
-        """Latent frames a cache must hold to stream so many blocks: a prompt switch re-encodes the latest ``window`` frames beside the sink."""
-        return min(blocks * self.block, blocks * self.block if self.window < 0 else self.sink + self.window)
+        """Latent frames a cache must hold to stream so many blocks: a prompt switch re-encodes
+        the latest ``window`` frames beside the sink."""
+        return min(
+            blocks * self.block, blocks * self.block if self.window < 0 else self.sink + self.window
+        )
 
     def reencoded(self, block: int) -> range:
-        """Frames that a prompt switch before ``block`` encodes once more: the window's past without the sink."""
+        """Frames that a prompt switch before ``block`` encodes once more: the window's past
+        without the sink."""
         stop = block * self.block
         return range(self.sink if self.window < 0 else max(self.sink, stop - self.window), stop)
 
     def pixel_frames(self, latent_frames: int) -> int:
-        """Pixel frames of a video of so many latent frames: 1 for the first, 4 for each after it."""
+        """Pixel frames of a video of so many latent frames: 1 for the first, 4 for each after
+        it."""
         return max(0, 4 * latent_frames - 3)
 
     @classmethod
     def read(cls, path: Path) -> Geometry:
         check_readable(path)
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing: a pipeline folder needs it to know its block, sink and window; `kvpo pretrain` writes one, `kvpo.generators.pipeline.Geometry` says what belongs in it")
+            raise FileNotFoundError(
+                f"{path} is missing: a pipeline folder needs it to know its block, sink and window; `kvpo pretrain` writes one, `kvpo.generators.pipeline.Geometry` says what belongs in it"
+            )
         try:
             found = json.loads(path.read_text())
         except ValueError as error:
@@ -121,7 +164,9 @@ class Geometry:
             raise ValueError(f"{path} must hold the keys {list(known)}, not {found!r}")
         if unknown := sorted(set(found) - set(known)):
             raise ValueError(f"{path}: unknown keys {unknown}; known are {list(known)}")
-        if missing := sorted(name for name, needed in known.items() if needed and name not in found):
+        if missing := sorted(
+            name for name, needed in known.items() if needed and name not in found
+        ):
             raise ValueError(f"{path}: missing keys {missing}")
         try:
             return cls(**found)
@@ -142,17 +187,26 @@ class Pipeline:
     known: dict[str, torch.Tensor] = field(default_factory=dict)
     """Prompt -> its embedding up to its end, [n, D] in main memory: every text is encoded once."""
     spec: str = ""
-    """What it was asked for by, such as RUN:ema, where that is known (`kvpo.api.functions.load`)."""
+    """What it was asked for by, such as RUN:ema, where that is known
+    (`kvpo.api.functions.load`)."""
 
     @classmethod
     def load(
-        cls, folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, vae_dtype: torch.dtype | None = None, text_encoder: bool = True
+        cls,
+        folder: str | Path,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        vae_dtype: torch.dtype | None = None,
+        text_encoder: bool = True,
     ) -> Pipeline:
-        """``vae_dtype``: default ``dtype``.  Without ``text_encoder`` only texts that are put into ``known`` can be asked for.
+        """``vae_dtype``: default ``dtype``. Without ``text_encoder`` only texts that are put into
+        ``known`` can be asked for.
 
-        FileNotFoundError or ValueError, one line that names the file, for anything missing, broken, foreign or pickled; PermissionError for what may not be
-        read, FloatingPointError for weights that are not finite."""
-        disable_progress_bar()  # transformers' own, one per component: stderr belongs to errors and to our bars
+        FileNotFoundError or ValueError, one line that names the file, for anything missing,
+        broken, foreign or pickled; PermissionError for what may not be read, FloatingPointError
+        for weights that are not finite."""
+        # transformers' own, one per component: stderr belongs to errors and to our bars
+        disable_progress_bar()
         folder = Path(folder)
         geometry = check_folder(folder)
         transformer = _load(WanTransformer3DModel, folder / "transformer", dtype)
@@ -165,7 +219,11 @@ class Pipeline:
         for part, module in (("transformer", transformer), ("vae", vae), ("text_encoder", encoder)):
             if module is not None:
                 module.requires_grad_(False).eval().to(device)
-                check_finite(module.named_parameters(), str(folder / part), "its training went wrong, or a file was damaged")
+                check_finite(
+                    module.named_parameters(),
+                    str(folder / part),
+                    "its training went wrong, or a file was damaged",
+                )
         if torch.device(device).type == "cpu":
             use_channels_last(vae)
         return cls(CausalWan(transformer), vae, geometry, stock, str(folder))
@@ -176,18 +234,33 @@ class Pipeline:
 
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str]) -> torch.Tensor:
-        """Prompts -> embeddings [P, L, D], zeros after each prompt's end (the network reads them unmasked).  ValueError for a prompt that would be cut."""
+        """Prompts -> embeddings [P, L, D], zeros after each prompt's end (the network reads them
+        unmasked). ValueError for a prompt that would be cut."""
         if new := [t for t in dict.fromkeys(texts) if t not in self.known]:
             for text in new:
                 if (count := len(self.stock.tokenizer(text).input_ids)) > self.geometry.text_length:
-                    raise ValueError(f"a prompt has {count} tokens, this generator reads {self.geometry.text_length} and would ignore the rest; shorten {text[:60]!r}...")
+                    raise ValueError(
+                        f"a prompt has {count} tokens, this generator reads {self.geometry.text_length} and would ignore the rest; shorten {text[:60]!r}..."
+                    )
             if self.stock.text_encoder is None:
-                raise ValueError(f"the text encoder is not loaded, and {new[0][:60]!r} has not been embedded with the others")
-            # One at a time: padding to a batch's longest prompt may round differently, and a prompt must always read the same.
+                raise ValueError(
+                    f"the text encoder is not loaded, and {new[0][:60]!r} has not been embedded with the others"
+                )
+            # One at a time: padding to a batch's longest prompt may round differently, and a prompt
+            # must always read the same.
             for text in new:
-                (x_LD,), _ = self.stock.encode_prompt(text, do_classifier_free_guidance=False, max_sequence_length=self.geometry.text_length)
+                (x_LD,), _ = self.stock.encode_prompt(
+                    text,
+                    do_classifier_free_guidance=False,
+                    max_sequence_length=self.geometry.text_length,
+                )
                 self.known[text] = x_LD[: int(x_LD.any(dim=1).nonzero().max()) + 1].cpu()
-        return torch.stack([torch.nn.functional.pad(x, (0, 0, 0, self.geometry.text_length - len(x))) for x in map(self.known.__getitem__, texts)]).to(self.device)
+        return torch.stack(
+            [
+                torch.nn.functional.pad(x, (0, 0, 0, self.geometry.text_length - len(x)))
+                for x in map(self.known.__getitem__, texts)
+            ]
+        ).to(self.device)
 
     def forget_text_encoder(self) -> None:
         """Its memory is free again; only texts in ``known`` can be asked for then."""
@@ -196,13 +269,20 @@ class Pipeline:
     def new_cache(self, capacity: int, rows: int = 1) -> FrameCache:
         """An empty cache of ``capacity`` latent frames."""
         g = self.geometry
-        cache = self.generator.new_cache(capacity, g.latent_height, g.latent_width, rows=rows, sink=g.sink)
+        cache = self.generator.new_cache(
+            capacity, g.latent_height, g.latent_width, rows=rows, sink=g.sink
+        )
         cache.bank = Bank.empty(cache.k, g.bank_keep) if g.bank else None
         return cache
 
     def latent_shape(self, frames: int) -> tuple[int, int, int, int]:
         g = self.geometry
-        return frames, self.generator.transformer.config.in_channels, g.latent_height, g.latent_width
+        return (
+            frames,
+            self.generator.transformer.config.in_channels,
+            g.latent_height,
+            g.latent_width,
+        )
 
     def decoder(self) -> StreamingDecoder:
         return StreamingDecoder(self.vae)
@@ -210,21 +290,28 @@ class Pipeline:
     def save(self, folder: str | Path) -> None:
         """Write the pipeline folder; the caller makes it atomic by moving it into place."""
         self.stock.save_pretrained(folder, safe_serialization=True)
-        (Path(folder) / "streaming.json").write_text(json.dumps(asdict(self.geometry), indent=1) + "\n")
+        (Path(folder) / "streaming.json").write_text(
+            json.dumps(asdict(self.geometry), indent=1) + "\n"
+        )
         open_to_readers(Path(folder))
 
 
 def check_folder(folder: Path) -> Geometry:
-    """How the generator of a pipeline folder streams, read without any weights.  PermissionError, FileNotFoundError or ValueError where the folder is none, or not whole."""
+    """How the generator of a pipeline folder streams, read without any weights. PermissionError,
+    FileNotFoundError or ValueError where the folder is none, or not whole."""
     check_readable(folder)
     check_readable(folder / "model_index.json")
     if not (folder / "model_index.json").is_file():
-        raise FileNotFoundError(f"{folder} is no pipeline folder: model_index.json is missing; give a folder in diffusers layout")
+        raise FileNotFoundError(
+            f"{folder} is no pipeline folder: model_index.json is missing; give a folder in diffusers layout"
+        )
     geometry = Geometry.read(folder / "streaming.json")
     for part in ("transformer", "vae", "text_encoder", "tokenizer", "scheduler"):
         _check_folder(folder / part)
         if not (folder / part).is_dir():
-            raise FileNotFoundError(f"{folder} is no whole pipeline folder: {part}/ is missing; copy it again, or give a folder in diffusers layout")
+            raise FileNotFoundError(
+                f"{folder} is no whole pipeline folder: {part}/ is missing; copy it again, or give a folder in diffusers layout"
+            )
     return geometry
 
 
@@ -234,7 +321,8 @@ def load_tokenizer(folder: Path):
 
 
 def use_channels_last(vae: AutoencoderKLWan) -> None:
-    """Order the weights of the convolutions as CPUs like them: decoding then takes a little more than half the time."""
+    """Order the weights of the convolutions as CPUs like them: decoding then takes a little more
+    than half the time."""
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     for p in vae.parameters():
         if p.dim() in formats:
@@ -242,7 +330,8 @@ def use_channels_last(vae: AutoencoderKLWan) -> None:
 
 
 def _check_folder(folder: Path) -> None:
-    """PermissionError where a folder, or a file in it, may not be read: before any reader calls it missing or broken."""
+    """PermissionError where a folder, or a file in it, may not be read: before any reader calls
+    it missing or broken."""
     check_readable(folder)
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         check_readable(path)
@@ -253,22 +342,43 @@ def _load(kind, folder: Path, dtype: torch.dtype):
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         pickled = [p.name for pattern in PICKLES for p in folder.glob(pattern)]
-        reason = f"holds only {pickled}, which would have to be unpickled; convert them to safetensors" if pickled else "holds no *.safetensors file"
+        reason = (
+            f"holds only {pickled}, which would have to be unpickled; convert them to safetensors"
+            if pickled
+            else "holds no *.safetensors file"
+        )
         raise FileNotFoundError(f"{folder} {reason}")
     for path in weights:
         try:
             with safe_open(path, "pt"):
                 pass
         except SafetensorError as error:
-            raise ValueError(f"{path} is not a whole safetensors file ({error}); copy it again") from None
+            raise ValueError(
+                f"{path} is not a whole safetensors file ({error}); copy it again"
+            ) from None
     try:
-        model, info = kind.from_pretrained(folder, torch_dtype=dtype, output_loading_info=True, use_safetensors=True, local_files_only=True)
+        model, info = kind.from_pretrained(
+            folder,
+            torch_dtype=dtype,
+            output_loading_info=True,
+            use_safetensors=True,
+            local_files_only=True,
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"{folder} does not hold a {kind.__name__}: {first_line(error)}") from None
-    wrong = {what: sorted(map(str, info[what])) for what in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(what)}
+    wrong = {
+        what: sorted(map(str, info[what]))
+        for what in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if info.get(what)
+    }
     if wrong:
-        listed = "; ".join(f"{what.replace('_', ' ')}: {', '.join(keys[:5])}{' ...' if len(keys) > 5 else ''}" for what, keys in wrong.items())
-        raise ValueError(f"{folder} holds weights of another model than its config.json describes: {listed}")
+        listed = "; ".join(
+            f"{what.replace('_', ' ')}: {', '.join(keys[:5])}{' ...' if len(keys) > 5 else ''}"
+            for what, keys in wrong.items()
+        )
+        raise ValueError(
+            f"{folder} holds weights of another model than its config.json describes: {listed}"
+        )
     return model
 
 
@@ -276,10 +386,15 @@ def _load_weightless(kind, folder: Path):
     """A stock class from a folder of descriptions only."""
     try:
         return kind.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # of malformed files tokenizers raises bare ones, and transformers whatever its reading stumbles over
+    # of malformed files tokenizers raises bare ones, and transformers whatever its reading stumbles
+    # over
+    except Exception as error:
         if isinstance(error, MemoryError):
             raise
-        reason = _not_json(folder) or f"{folder} does not hold a {folder.name} ({type(error).__name__}: {first_line(error)})"
+        reason = (
+            _not_json(folder)
+            or f"{folder} does not hold a {folder.name} ({type(error).__name__}: {first_line(error)})"
+        )
     raise ValueError(f"{reason}; copy it again")
 
 
@@ -299,8 +414,13 @@ def pixel_span(blocks: tuple[int, int], geometry: Geometry) -> tuple[int, int]:
 
 
 def block_at(second: float, geometry: Geometry, up: bool = False) -> int:
-    """The block whose first pixel frame is nearest to a time of the video; ``up``: how many blocks reach it."""
+    """The block whose first pixel frame is nearest to a time of the video; ``up``: how many
+    blocks reach it."""
     if not 0.0 < second < math.inf:
-        raise ValueError(f"{second} s is no time of a video that a block could begin or end at; give more than 0")
-    blocks = (second * geometry.fps + 3) / (4 * geometry.block)  # the first latent frame gives one pixel frame, every later one four
+        raise ValueError(
+            f"{second} s is no time of a video that a block could begin or end at; give more than 0"
+        )
+    blocks = (second * geometry.fps + 3) / (
+        4 * geometry.block
+    )  # the first latent frame gives one pixel frame, every later one four
     return int(-(-blocks // 1)) if up else max(1, round(blocks))

@@ -3,8 +3,8 @@ weights are loaded."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Callable, Iterable
 
 from kvpo.generators.pipeline import check_folder, load_tokenizer
 from kvpo.types import Script

@@ -1,8 +1,9 @@
-"""Rotary embedding at arbitrary absolute frame positions, read from the stock module's own tables."""
+"""Rotary embedding at arbitrary absolute frame positions, read from the stock module's own
+tables."""
 
 from __future__ import annotations
 
-from typing import Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
@@ -12,10 +13,11 @@ Angles = tuple[torch.Tensor, torch.Tensor]
 
 
 def frame_angles(rope: WanRotaryPosEmbed, frames_BF: torch.Tensor, grid: tuple[int, int]) -> Angles:
-    """Angles of whole frames at absolute positions; ``grid`` is (rows, columns) of tokens in a frame.
+    """Angles of whole frames at absolute positions; ``grid`` is (rows, columns) of tokens in a
+    frame.
 
-    The stock module only offers positions 0 .. F-1 of one video, but its tables hold every position up to their
-    end, which `check_positions` knows.
+    The stock module only offers positions 0 .. F-1 of one video, but its tables hold every position
+    up to their end, which `check_positions` knows.
     """
     sizes, (height, width) = (rope.t_dim // 2, rope.h_dim // 2, rope.w_dim // 2), grid
     shape = (*frames_BF.shape, height, width, -1)
@@ -30,9 +32,12 @@ def frame_angles(rope: WanRotaryPosEmbed, frames_BF: torch.Tensor, grid: tuple[i
 
 
 def check_positions(rope: WanRotaryPosEmbed, frames: Iterable[Sequence[int]]) -> None:
-    """ValueError for a frame beyond the tables' end (1024 frames in Wan2.1).  Asked of plain numbers: asking a tensor makes a GPU wait."""
+    """ValueError for a frame beyond the tables' end (1024 frames in Wan2.1). Asked of plain
+    numbers: asking a tensor makes a GPU wait."""
     if (last := max(map(max, frames))) >= len(rope.freqs_cos):
-        raise ValueError(f"frame {last} has no rotary position: the tables end at {len(rope.freqs_cos) - 1}; shorten the video or raise rope_max_seq_len")
+        raise ValueError(
+            f"frame {last} has no rotary position: the tables end at {len(rope.freqs_cos) - 1}; shorten the video or raise rope_max_seq_len"
+        )
 
 
 def rotate(x_BLHD: torch.Tensor, angles: Angles) -> torch.Tensor:

@@ -1,23 +1,26 @@
-"""The sampler: one block through the denoise steps, and a stream of blocks.  Every stage generates through this file.
+"""The sampler: one block through the denoise steps, and a stream of blocks. Every stage generates
+through this file.
 
     x_0 = start noise      x0 = x_i - sigma_i v(x_i)      x_{i+1} = sampler.next(...)      clean latents = the last x0
 
-With the noise of every step given, both samplers are deterministic maps: that is what "ODE-native" rests on.
+With the noise of every step given, both samplers are deterministic maps: that is what "ODE-native"
+rests on.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Callable, Mapping, Protocol, Sequence
+from typing import Protocol
 
 import torch
 
-from kvpo.generators.flow import add_noise, denoised
+from kvpo.common.rng import normal
 from kvpo.generators.cache import FrameCache
 from kvpo.generators.causal_wan import CausalWan
+from kvpo.generators.flow import add_noise, denoised
 from kvpo.generators.history import History
 from kvpo.generators.pipeline import Geometry
-from kvpo.common.rng import normal
 from kvpo.types import Script
 
 Observer = Callable[[int, torch.Tensor, torch.Tensor], None]
@@ -27,12 +30,21 @@ Observer = Callable[[int, torch.Tensor, torch.Tensor], None]
 class Sampler(Protocol):
     """How a denoise step leads to the next one's input."""
 
-    def next(self, x: torch.Tensor, v: torch.Tensor, x0: torch.Tensor, sigma: float, sigma_next: float, noise: Callable[[], torch.Tensor]) -> torch.Tensor: ...
+    def next(
+        self,
+        x: torch.Tensor,
+        v: torch.Tensor,
+        x0: torch.Tensor,
+        sigma: float,
+        sigma_next: float,
+        noise: Callable[[], torch.Tensor],
+    ) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
 class Renoise:
-    """Fresh noise on the predicted clean latents: what the released few-step models were distilled for."""
+    """Fresh noise on the predicted clean latents: what the released few-step models were
+    distilled for."""
 
     def next(self, x, v, x0, sigma, sigma_next, noise):
         return add_noise(x0, noise(), sigma_next)
@@ -59,7 +71,8 @@ class Noise(Protocol):
 
 @dataclass(frozen=True)
 class NamedNoise:
-    """Noise from the named streams of one video: the same whatever else is drawn, and on every device."""
+    """Noise from the named streams of one video: the same whatever else is drawn, and on every
+    device."""
 
     shape: tuple[int, int, int, int]
     """F, C, H, W of a block."""
@@ -90,10 +103,15 @@ class StackedNoise:
 
 
 def denoise_block(
-    velocity: Callable[[torch.Tensor, float], torch.Tensor], sampler: Sampler, sigmas: Sequence[float], start: torch.Tensor,
-    renoise: Callable[[int], torch.Tensor], observe: Observer | None = None,
-) -> torch.Tensor:  # fmt: skip
-    """Clean latents of a block from its start noise.  ``velocity(x, sigma)``; ``renoise(i)`` is the noise mixed in after step i."""
+    velocity: Callable[[torch.Tensor, float], torch.Tensor],
+    sampler: Sampler,
+    sigmas: Sequence[float],
+    start: torch.Tensor,
+    renoise: Callable[[int], torch.Tensor],
+    observe: Observer | None = None,
+) -> torch.Tensor:
+    """Clean latents of a block from its start noise. ``velocity(x, sigma)``; ``renoise(i)`` is
+    the noise mixed in after step i."""
     x = start
     for i, sigma in enumerate(sigmas):
         v = velocity(x, sigma)
@@ -108,16 +126,30 @@ def denoise_block(
 class Stream:
     """Videos being generated block by block, one cache row each.
 
-    A prompt switch re-encodes the window's past frames under the new prompt before the next block, in the rows
-    that switch; the sink keeps the first prompt's keys (method.md section 1).
+    A prompt switch re-encodes the window's past frames under the new prompt before the next block,
+    in the rows that switch; the sink keeps the first prompt's keys (method.md section 1).
     """
 
     def __init__(
-        self, model: CausalWan, geometry: Geometry, sampler: Sampler, scripts: Sequence[Script], embeddings: Mapping[str, torch.Tensor],
-        noise: Noise, cache: FrameCache, past: Sequence[torch.Tensor] = (),
-    ):  # fmt: skip
-        """``scripts``: one for all rows, or one per row.  ``embeddings``: prompt -> [L, D].  ``past``: clean blocks [B or 1, F, C, H, W] so far."""
-        self.model, self.geometry, self.sampler, self.scripts, self.embeddings = model, geometry, sampler, scripts, embeddings
+        self,
+        model: CausalWan,
+        geometry: Geometry,
+        sampler: Sampler,
+        scripts: Sequence[Script],
+        embeddings: Mapping[str, torch.Tensor],
+        noise: Noise,
+        cache: FrameCache,
+        past: Sequence[torch.Tensor] = (),
+    ):
+        """``scripts``: one for all rows, or one per row. ``embeddings``: prompt -> [L, D].
+        ``past``: clean blocks [B or 1, F, C, H, W] so far."""
+        self.model, self.geometry, self.sampler, self.scripts, self.embeddings = (
+            model,
+            geometry,
+            sampler,
+            scripts,
+            embeddings,
+        )
         self.noise, self.cache, self.blocks = noise, cache, list(past)
         self.reencoded = -1
 
@@ -126,20 +158,38 @@ class Stream:
         return self.cache.rows
 
     def part(self, first: int, count: int) -> Stream:
-        """``count`` rows of a batch of videos (a script and a noise each) as a stream of their own, which goes on in this one's memory: these rows must not go on here."""
+        """``count`` rows of a batch of videos (a script and a noise each) as a stream of their
+        own, which goes on in this one's memory: these rows must not go on here."""
         blocks = [b[first : first + count] for b in self.blocks]
-        part = Stream(self.model, self.geometry, self.sampler, self.scripts[first : first + count], self.embeddings, self.noise.part(first, count), self.cache.part(first, count), blocks)
+        part = Stream(
+            self.model,
+            self.geometry,
+            self.sampler,
+            self.scripts[first : first + count],
+            self.embeddings,
+            self.noise.part(first, count),
+            self.cache.part(first, count),
+            blocks,
+        )
         part.reencoded = self.reencoded
         return part
 
     def text(self, block: int, rows: Sequence[int] | None = None) -> torch.Tensor:
-        """Embeddings of the prompts that hold at ``block``, [1, L, D] if one script serves all rows, else [B, L, D]."""
-        scripts = self.scripts if len(self.scripts) == 1 or rows is None else [self.scripts[r] for r in rows]
+        """Embeddings of the prompts that hold at ``block``, [1, L, D] if one script serves all
+        rows, else [B, L, D]."""
+        scripts = (
+            self.scripts
+            if len(self.scripts) == 1 or rows is None
+            else [self.scripts[r] for r in rows]
+        )
         return torch.stack([self.embeddings[s.text(block)] for s in scripts])
 
     @torch.no_grad()
-    def advance(self, history: History | None = None, observe: Observer | None = None) -> torch.Tensor:
-        """Generate and commit the next block; its clean latents [B, F, C, H, W].  ``history``: default the deployed window."""
+    def advance(
+        self, history: History | None = None, observe: Observer | None = None
+    ) -> torch.Tensor:
+        """Generate and commit the next block; its clean latents [B, F, C, H, W]. ``history``:
+        default the deployed window."""
         self.switch()
         block, F = len(self.blocks), self.geometry.block
         frames = list(range(block * F, (block + 1) * F))
@@ -148,14 +198,21 @@ class Stream:
         def velocity(x: torch.Tensor, sigma: float) -> torch.Tensor:
             return self.model.velocity(x, sigma, text, frames, self.cache, past)
 
-        x0 = denoise_block(velocity, self.sampler, self.geometry.sigmas_of(block), self._rows(self.noise.start(block)), lambda i: self._rows(self.noise.renoise(block, i)), observe)
+        x0 = denoise_block(
+            velocity,
+            self.sampler,
+            self.geometry.sigmas_of(block),
+            self._rows(self.noise.start(block)),
+            lambda i: self._rows(self.noise.renoise(block, i)),
+            observe,
+        )
         self.model.commit(x0, text, frames, self.cache, past)
         self.blocks.append(x0)
         return x0
 
     def switch(self) -> None:
-        """What comes before the next block: the memory bank's recording, and re-encoding in the rows whose segment changes there.
-        Done by `advance`; call it to fork at a switch."""
+        """What comes before the next block: the memory bank's recording, and re-encoding in the
+        rows whose segment changes there. Done by `advance`; call it to fork at a switch."""
         block = len(self.blocks)
         if block == 0 or self.reencoded == block:
             return
@@ -163,10 +220,13 @@ class Stream:
         self._remember(block)
         changes = [s.segment(block) != s.segment(block - 1) for s in self.scripts]
         if any(changes):
-            self._reencode(block, None if all(changes) else [r for r, changed in enumerate(changes) if changed])
+            self._reencode(
+                block, None if all(changes) else [r for r, changed in enumerate(changes) if changed]
+            )
 
     def forget(self) -> None:
-        """Let go of latents that no prompt switch can need any more; `blocks` keeps their places."""
+        """Let go of latents that no prompt switch can need any more; `blocks` keeps their
+        places."""
         first = self.geometry.reencoded(len(self.blocks)).start // self.geometry.block
         self.blocks[:first] = [None] * first
 
@@ -176,17 +236,29 @@ class Stream:
         if (recorded := history.recorded(block)) is not None:
             frame, number = recorded
             keys = self.model.mean_text_keys(self.text(block))
-            self.cache.bank = self.cache.bank.recorded(frame, lambda layer: self.cache.page(frame, layer), keys, number, history.size)
+            self.cache.bank = self.cache.bank.recorded(
+                frame, lambda layer: self.cache.page(frame, layer), keys, number, history.size
+            )
 
     def _reencode(self, block: int, rows: Sequence[int] | None) -> None:
         g, again = self.geometry, self.geometry.reencoded(block)
         if not again:
             return  # nothing but the sink so far, and that keeps its prompt
         recent = self.blocks[again.start // g.block :]
-        latents = torch.cat([b.expand(self.rows, *b.shape[1:]) for b in recent], dim=1)[:, -len(again) :]
+        latents = torch.cat([b.expand(self.rows, *b.shape[1:]) for b in recent], dim=1)[
+            :, -len(again) :
+        ]
         own = len(again) if g.window < 0 else min(g.window - g.sink, len(again))
         latents = latents if rows is None else latents[list(rows)]
-        self.model.commit(latents, self.text(block, rows), list(again), self.cache, g.history.kept_at_switch(again.start, block), rows, own)
+        self.model.commit(
+            latents,
+            self.text(block, rows),
+            list(again),
+            self.cache,
+            g.history.kept_at_switch(again.start, block),
+            rows,
+            own,
+        )
 
     def _rows(self, noise: torch.Tensor) -> torch.Tensor:
         noise = noise.to(self.model.device)

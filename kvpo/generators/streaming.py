@@ -1,8 +1,9 @@
-"""Latents to pixels while they are generated: the causal VAE's decoder with its state outside the module."""
+"""Latents to pixels while they are generated: the causal VAE's decoder with its state outside
+the module."""
 
 from __future__ import annotations
 
-from typing import Callable, Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -13,14 +14,18 @@ from kvpo.common.finite import is_finite
 
 def latent_scale(vae: AutoencoderKLWan, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and scale of the VAE's latents, [C, 1, 1] each: model latent = (z - mean) / scale."""
-    return tuple(torch.tensor(v).view(-1, 1, 1).to(like) for v in (vae.config.latents_mean, vae.config.latents_std))
+    return tuple(
+        torch.tensor(v).view(-1, 1, 1).to(like)
+        for v in (vae.config.latents_mean, vae.config.latents_std)
+    )
 
 
 class StreamingDecoder:
-    """Decodes a stream of latent frames; the first gives 1 pixel frame, every later one 4 (in Wan's VAE).
+    """Decodes a stream of latent frames; the first gives 1 pixel frame, every later one 4 (in Wan's
+    VAE).
 
-    ``fork`` continues from the same state in several branches: a clip from the middle of a video is decoded as
-    that, not as if its first latent started a video.
+    ``fork`` continues from the same state in several branches: a clip from the middle of a video is
+    decoded as that, not as if its first latent started a video.
     """
 
     def __init__(self, vae: AutoencoderKLWan):
@@ -30,9 +35,11 @@ class StreamingDecoder:
         """Latent frames decoded so far."""
 
     def fork(self, rows: int) -> StreamingDecoder:
-        """A decoder of ``rows`` streams that all continue from this one's state, which stays as it is."""
+        """A decoder of ``rows`` streams that all continue from this one's state, which stays as
+        it is."""
         other = StreamingDecoder(self.vae)
-        # The convolutions replace their entries and never write into them, so sharing the memory is safe.
+        # The convolutions replace their entries and never write into them, so sharing the memory is
+        # safe.
         other._cache = self._each(lambda x: x.expand(rows, *x.shape[1:]))
         other._frames = self._frames
         return other
@@ -47,21 +54,40 @@ class StreamingDecoder:
     def __call__(self, latents_BNCHW: torch.Tensor) -> torch.Tensor:
         """Model latents [B, N, C, h, w] -> uint8 pixels [B, T, 3, H, W] RGB.
 
-        FloatingPointError that names the frame where latents or pixels are not finite: as bytes these would be black.
+        FloatingPointError that names the frame where latents or pixels are not finite: as bytes
+        these would be black.
         """
-        if not is_finite(latents_BNCHW):  # asked once for all frames: on a GPU every question waits for the device
-            self._name_fault(latents_BNCHW.transpose(0, 1), "latents", "the generator has made them: look at its weights, or lower the learning rate they were trained at")
+        if not is_finite(
+            latents_BNCHW
+        ):  # asked once for all frames: on a GPU every question waits for the device
+            self._name_fault(
+                latents_BNCHW.transpose(0, 1),
+                "latents",
+                "the generator has made them: look at its weights, or lower the learning rate they were trained at",
+            )
         mean, scale = latent_scale(self.vae, latents_BNCHW)
         if alone := len(latents_BNCHW) == 1 and latents_BNCHW.device.type == "cpu":
-            # For a single float32 row torch leaves oneDNN for a convolution that takes twice the time of two rows here.
+            # For a single float32 row torch leaves oneDNN for a convolution that takes twice the
+            # time of two rows here.
             latents_BNCHW = latents_BNCHW.expand(2, -1, -1, -1, -1)
             self._cache = self._each(lambda x: x.expand(2, *x.shape[1:]))
-        z = self.vae.post_quant_conv((latents_BNCHW * scale + mean).transpose(1, 2).to(self.vae.dtype))
+        z = self.vae.post_quant_conv(
+            (latents_BNCHW * scale + mean).transpose(1, 2).to(self.vae.dtype)
+        )
         frames = []
         for i in range(z.shape[2]):
-            decoded = self.vae.decoder(z[:, :, i : i + 1], feat_cache=self._cache, feat_idx=[0], first_chunk=not self._frames)
+            decoded = self.vae.decoder(
+                z[:, :, i : i + 1],
+                feat_cache=self._cache,
+                feat_idx=[0],
+                first_chunk=not self._frames,
+            )
             if not is_finite(decoded):
-                self._name_fault(decoded[None], "pixels", f"the VAE has made them of finite latents: decode in float32, not in {self.vae.dtype}, or look at its weights")
+                self._name_fault(
+                    decoded[None],
+                    "pixels",
+                    f"the VAE has made them of finite latents: decode in float32, not in {self.vae.dtype}, or look at its weights",
+                )
             frames.append(self._pixels(decoded))
             self._frames += 1
         pixels = torch.cat(frames, dim=1)
@@ -70,19 +96,24 @@ class StreamingDecoder:
         return pixels
 
     def _name_fault(self, frames: Iterable[torch.Tensor], what: str, way_out: str) -> None:
-        """FloatingPointError for the first of ``frames`` that is not finite: one [B, ...] each, from the next to be decoded on."""
+        """FloatingPointError for the first of ``frames`` that is not finite: one [B, ...] each,
+        from the next to be decoded on."""
         for frame, x in enumerate(frames, self._frames):
             if not is_finite(x):
                 rows = [row for row, one in enumerate(x) if not is_finite(one)]
-                where = f"latent frame {frame}" + (f" of video {', '.join(map(str, rows))} of {len(x)}" if len(x) > 1 else "")
+                where = f"latent frame {frame}" + (
+                    f" of video {', '.join(map(str, rows))} of {len(x)}" if len(x) > 1 else ""
+                )
                 raise FloatingPointError(f"the {what} of {where} are NaN or infinite; {way_out}")
 
     def _pixels(self, decoded: torch.Tensor) -> torch.Tensor:
-        """uint8 [B, T, 3, H, W], a quarter of the decoder's float32, frame by frame: a long video in float would not fit."""
+        """uint8 [B, T, 3, H, W], a quarter of the decoder's float32, frame by frame: a long
+        video in float would not fit."""
         if (patch := self.vae.config.patch_size) is not None:
             decoded = unpatchify(decoded, patch)
         return ((decoded.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).transpose(1, 2)
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> list:
-        """The state with every tensor of it changed; what a convolution has not met yet is no tensor."""
+        """The state with every tensor of it changed; what a convolution has not met yet is no
+        tensor."""
         return [change(x) if isinstance(x, torch.Tensor) else x for x in self._cache]

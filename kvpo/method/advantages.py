@@ -1,4 +1,5 @@
-"""Stage 4: rewards of a group -> one advantage per branch, measured against the anchor (method.md section 3).
+"""Stage 4: rewards of a group -> one advantage per branch, measured against the anchor (method.md
+section 3).
 
 In this order, each step on the scale the one before left:
 
@@ -7,11 +8,13 @@ In this order, each step on the scale the one before left:
     over signals               A = local A_local + global A_global            "safe" is read off here
     centre, then clamp         A = clamp(A - mean A), the mean over the group's members: the branches, and if asked for the anchor with A = 0
 
-A constant added to all A has (nearly) no gradient, because pi sums to one.  So without the anchor among the members
-only the branches' ranking counts: that all of them are worse than what the policy does by itself teaches nothing.
-Clamping before centring would flatten a group that is far above or far below its anchor.
+A constant added to all A has (nearly) no gradient, because pi sums to one. So without the anchor
+among the members only the branches' ranking counts: that all of them are worse than what the policy
+does by itself teaches nothing. Clamping before centring would flatten a group that is far above or
+far below its anchor.
 
-How far the components of a group's reward agree: where they pull apart, training on their sum gives one up for the other.
+How far the components of a group's reward agree: where they pull apart, training on their sum gives
+one up for the other.
 
     rank    Spearman's rank correlation of two components' advantages over the branches
     sign    share of branches that one component puts above the anchor and the other below
@@ -20,9 +23,10 @@ How far the components of a group's reward agree: where they pull apart, trainin
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Literal, Mapping, Sequence
+from typing import Literal
 
 import torch
 
@@ -30,7 +34,8 @@ from kvpo.method.batch_spread import Spread
 from kvpo.types import RewardTable
 
 MIN_VALID = 0.75
-"""Share of rows that must be valid: a mean over fewer says more about the failures than about the branches."""
+"""Share of rows that must be valid: a mean over fewer says more about the failures than about
+the branches."""
 
 
 class Unmeasurable(ValueError):
@@ -42,9 +47,11 @@ class Advantage:
     """Advantages of one group, and how they came about."""
 
     values: torch.Tensor
-    """A_M float64 of the group's M members, the first M rows of the rollout: centred and clamped; 0 where rewards are missing."""
+    """A_M float64 of the group's M members, the first M rows of the rollout: centred and
+    clamped; 0 where rewards are missing."""
     fused: torch.Tensor
-    """A_G float64 before centring: above 0 = better than the anchor; 0 for branches without rewards."""
+    """A_G float64 before centring: above 0 = better than the anchor; 0 for branches without
+    rewards."""
     local: torch.Tensor
     """A_KG float64 per component, unweighted: the window's clip."""
     global_: torch.Tensor
@@ -61,32 +68,42 @@ class Advantages:
     """The advantage rule and its settings."""
 
     weights: Mapping[str, float] = field(default_factory=dict)
-    """Component -> weight; empty = every component counts 1.  Otherwise it must name every component."""
+    """Component -> weight; empty = every component counts 1. Otherwise it must name every
+    component."""
     local: float = 1.0
     global_: float = 0.5
     anchor: bool = False
-    """The anchor is a member of the group: it has A = 0 before centring, an energy (0 under the weights that made it) and a share of pi.
-    Then branches compete with what the policy does by itself, not only with each other."""
+    """The anchor is a member of the group: it has A = 0 before centring, an energy (0 under the
+    weights that made it) and a share of pi. Then branches compete with what the policy does by
+    itself, not only with each other."""
     clamp: float = 5.0
-    """Bound of |A| after centring, 0 = none.  One component of weight 1 in a group of 8 stays below 1.5 * 2.7 = 4,
-    so the default only acts on heavier or several agreeing components."""
+    """Bound of |A| after centring, 0 = none. One component of weight 1 in a group of 8 stays
+    below 1.5 * 2.7 = 4, so the default only acts on heavier or several agreeing components."""
     std: Literal["group", "step"] = "group"
-    """What rewards are divided by, per component and signal: the group's own standard deviation, so that every group counts alike however little
-    its branches differ, or one for all groups of the step (`kvpo.method.batch_spread`), so that a group counts by its spread."""
+    """What rewards are divided by, per component and signal: the group's own standard deviation,
+    so that every group counts alike however little its branches differ, or one for all groups of
+    the step (`kvpo.method.batch_spread`), so that a group counts by its spread."""
     std_floor: float = 1e-5
-    """Reward units.  A component whose std (of ``std``'s kind) is below this says nothing: it contributes 0, not amplified rounding."""
+    """Reward units. A component whose std (of ``std``'s kind) is below this says nothing: it
+    contributes 0, not amplified rounding."""
 
     def __post_init__(self):
         if self.clamp < 0.0 or self.std_floor <= 0.0:
-            raise ValueError(f"clamp = {self.clamp} must be 0 (none) or positive, and std_floor = {self.std_floor} positive")
+            raise ValueError(
+                f"clamp = {self.clamp} must be 0 (none) or positive, and std_floor = {self.std_floor} positive"
+            )
         if self.std not in ("group", "step"):
             raise ValueError(f"advantages.std = {self.std!r} is unknown; choose group or step")
 
     def __call__(self, table: RewardTable, spread: Spread | None = None) -> Advantage:
-        """``spread``: the step's, None: the group's own.  `Unmeasurable` if the anchor or over a quarter of the rows lack rewards, ValueError if a valid row holds a NaN."""
+        """``spread``: the step's, None: the group's own. `Unmeasurable` if the anchor or over a
+        quarter of the rows lack rewards, ValueError if a valid row holds a NaN."""
         valid = _checked(table)
         stds = (None, None) if spread is None else (spread.local, spread.global_)
-        local_KG, global_KG = (relative_to_anchor(r_KB, valid, self.std_floor, std_K) for r_KB, std_K in zip((table.local, table.global_), stds))
+        local_KG, global_KG = (
+            relative_to_anchor(r_KB, valid, self.std_floor, std_K)
+            for r_KB, std_K in zip((table.local, table.global_), stds)
+        )
         weights_K = self.component_weights(table.components)
         fused = self.local * weigh(local_KG, weights_K) + self.global_ * weigh(global_KG, weights_K)
         members = torch.cat((fused, fused.new_zeros(1))) if self.anchor else fused
@@ -130,7 +147,9 @@ class UnsafePolicy:
         if self.kind not in ("skip", "scale", "none"):
             raise ValueError(f"unsafe policy {self.kind!r} is unknown; choose skip, scale or none")
         if not 0.0 < self.factor < 1.0:
-            raise ValueError(f"unsafe factor {self.factor} must lie in (0, 1); write skip for 0 and none for 1")
+            raise ValueError(
+                f"unsafe factor {self.factor} must lie in (0, 1); write skip for 0 and none for 1"
+            )
 
     def weight(self, safe: bool) -> float:
         """Factor on the group's loss."""
@@ -140,12 +159,16 @@ class UnsafePolicy:
 
 
 def anchor_advantage(r_B: torch.Tensor, eps: float = 0.0) -> torch.Tensor:
-    """A_(B-1) = (r_g - r_anchor) / (std + eps), unbiased std over all rows; the anchor is the last row."""
+    """A_(B-1) = (r_g - r_anchor) / (std + eps), unbiased std over all rows; the anchor is the
+    last row."""
     return (r_B[:-1] - r_B[-1]) / (r_B.std() + eps)
 
 
-def relative_to_anchor(r_KB: torch.Tensor, valid_B: torch.Tensor, std_floor: float, std_K: torch.Tensor | None = None) -> torch.Tensor:
-    """A_KG float64 of every component over the valid rows; 0 for invalid rows and components without spread.  ``std_K``: divide by these."""
+def relative_to_anchor(
+    r_KB: torch.Tensor, valid_B: torch.Tensor, std_floor: float, std_K: torch.Tensor | None = None
+) -> torch.Tensor:
+    """A_KG float64 of every component over the valid rows; 0 for invalid rows and components
+    without spread. ``std_K``: divide by these."""
     A_KG = torch.zeros(r_KB.shape[0], r_KB.shape[1] - 1, dtype=torch.float64)
     for k, (A_G, r_B) in enumerate(zip(A_KG, r_KB.double())):
         r = r_B[valid_B]
@@ -174,11 +197,17 @@ def _checked(table: RewardTable) -> torch.Tensor:
     K, B = len(table.components), table.valid.numel()
     for signal, r_KB in (("local", table.local), ("global", table.global_)):
         if r_KB.shape != (K, B):
-            raise ValueError(f"{signal} rewards have shape {tuple(r_KB.shape)}, expected {K} components x {B} rows")
+            raise ValueError(
+                f"{signal} rewards have shape {tuple(r_KB.shape)}, expected {K} components x {B} rows"
+            )
         bad = (~r_KB.isfinite() & table.valid).nonzero().tolist()
         if bad:
-            cases = ", ".join(f"{table.components[k]} of row {b} = {r_KB[k, b].item()}" for k, b in bad)
-            raise ValueError(f"{signal} rewards of rows marked valid are not finite: {cases}; mark such rows invalid or repair the reward")
+            cases = ", ".join(
+                f"{table.components[k]} of row {b} = {r_KB[k, b].item()}" for k, b in bad
+            )
+            raise ValueError(
+                f"{signal} rewards of rows marked valid are not finite: {cases}; mark such rows invalid or repair the reward"
+            )
     count = int(table.valid.sum())
     if B < 3 or not table.valid[-1] or count < max(3, MIN_VALID * B):
         missing = (~table.valid).nonzero().flatten().tolist()
@@ -189,7 +218,9 @@ def _checked(table: RewardTable) -> torch.Tensor:
     return table.valid
 
 
-def _metrics(table: RewardTable, fused, values, clamped, local_KG, global_KG, ranked) -> dict[str, float]:
+def _metrics(
+    table: RewardTable, fused, values, clamped, local_KG, global_KG, ranked
+) -> dict[str, float]:
     """Plain numbers for the log."""
     branches = table.valid[:-1]
     metrics = {
@@ -206,7 +237,8 @@ def _metrics(table: RewardTable, fused, values, clamped, local_KG, global_KG, ra
 
 
 def conflicts(components: Sequence[str], A_KG: torch.Tensor) -> dict[str, float]:
-    """Metrics of a group from the advantages of its branches that have rewards, both signals fused; pairs without spread have no rank correlation."""
+    """Metrics of a group from the advantages of its branches that have rewards, both signals
+    fused; pairs without spread have no rank correlation."""
     metrics = {f"conflict/{name}/flat": float(not A_G.any()) for name, A_G in zip(components, A_KG)}
     for (a, A_G), (b, B_G) in combinations(zip(components, A_KG), 2):
         metrics[f"conflict/{a}-{b}/sign"] = float((A_G * B_G < 0).double().mean())
@@ -225,5 +257,8 @@ def spearman(a_N: torch.Tensor, b_N: torch.Tensor) -> float:
 
 def ranks(x_N: torch.Tensor) -> torch.Tensor:
     """0 = lowest; equal values have the mean of the ranks they span."""
-    below, equal = (x_N[None] < x_N[:, None]).double().sum(1), (x_N[None] == x_N[:, None]).double().sum(1)
+    below, equal = (
+        (x_N[None] < x_N[:, None]).double().sum(1),
+        (x_N[None] == x_N[:, None]).double().sum(1),
+    )
     return below + (equal - 1) / 2

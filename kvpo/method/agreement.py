@@ -1,18 +1,20 @@
-"""How much of a group's gradient is signal: the mean cosine rho between gradients of different groups, while training.
+"""How much of a group's gradient is signal: the mean cosine rho between gradients of different
+groups, while training.
 
-Gradients of pure noise are orthogonal.  If every group's is a common direction plus noise of its own, the mean of N has a
-cosine of about sqrt(N rho / (1 + N rho)) with the common direction: N = 1 / rho groups are needed until it is more signal
-than noise.  Gradients are those before the clip, brought to length 1, and kept as sketches (`kvpo.method.sketch`) over the last
-groups, several steps' where a step has few: weights hardly move between them.  Tied groups are left out.  The KL's pull back to
-the start, which all groups share, is part of them, and counts as agreement where it is large.  They are in every checkpoint, so a resumed
-run measures what the uninterrupted one does.
+Gradients of pure noise are orthogonal. If every group's is a common direction plus noise of its
+own, the mean of N has a cosine of about sqrt(N rho / (1 + N rho)) with the common direction: N = 1
+/ rho groups are needed until it is more signal than noise. Gradients are those before the clip,
+brought to length 1, and kept as sketches (`kvpo.method.sketch`) over the last groups, several
+steps' where a step has few: weights hardly move between them. Tied groups are left out. The KL's
+pull back to the start, which all groups share, is part of them, and counts as agreement where it is
+large. They are in every checkpoint, so a resumed run measures what the uninterrupted one does.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Mapping, Sequence
 
 import torch
 
@@ -30,11 +32,14 @@ class AgreementConfig:
     """What is measured of the groups' gradients; training does not depend on it."""
 
     window: int = 128
-    """Groups over which the mean cosine runs, the latest ones, 0 = it is not measured.  128 tell a cosine of 0.01 from 0; each keeps 16 kB."""
+    """Groups over which the mean cosine runs, the latest ones, 0 = it is not measured. 128 tell
+    a cosine of 0.01 from 0; each keeps 16 kB."""
 
     def __post_init__(self):
         if self.window != 0 and self.window < LEAST:
-            raise ValueError(f"agreement.window = {self.window} must be {LEAST} or more groups, or 0: of fewer there is no error to be told")
+            raise ValueError(
+                f"agreement.window = {self.window} must be {LEAST} or more groups, or 0: of fewer there is no error to be told"
+            )
 
 
 class Agreement:
@@ -52,12 +57,15 @@ class Agreement:
             self._noted[group] = sketch.float()
 
     def take(self, ranks: Ranks) -> dict[str, float]:
-        """The step is done: all ranks' groups join the window, in their order.  Metrics, once there are enough; all ranks enter."""
+        """The step is done: all ranks' groups join the window, in their order. Metrics, once
+        there are enough; all ranks enter."""
         if not self.config.window:
             return {}
         noted, self._noted = self._noted, {}
         found = {group: sketch for part in ranks.gather(noted) for group, sketch in part.items()}
-        self._latest = torch.cat([self._latest, *(found[group][None] for group in sorted(found))])[-self.config.window :]
+        self._latest = torch.cat([self._latest, *(found[group][None] for group in sorted(found))])[
+            -self.config.window :
+        ]
         return metrics_of(self._latest)
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -83,8 +91,9 @@ def metrics_of(x_ND: torch.Tensor) -> dict[str, float]:
 def mean_cosine(x_ND: torch.Tensor) -> tuple[float, float]:
     """Mean over pairs of different rows of their product, and its standard error.
 
-    The jackknife over rows has what rows have in common, but counts chance agreement of single pairs twice; taken off once, it is
-    right where rows are pure noise as well, and where they are not it is the smaller part.
+    The jackknife over rows has what rows have in common, but counts chance agreement of single
+    pairs twice; taken off once, it is right where rows are pure noise as well, and where they are
+    not it is the smaller part.
     """
     x = x_ND.double()
     N, products = len(x), x @ x.T
@@ -103,7 +112,8 @@ def needed_groups(cosine: float) -> float:
 
 
 def signal(groups: int, cosine: float) -> float:
-    """Share of the squared length of a mean of so many groups' gradients that is common to all: N rho / (1 + N rho)."""
+    """Share of the squared length of a mean of so many groups' gradients that is common to all:
+    N rho / (1 + N rho)."""
     return max(groups * cosine, 0.0) / (1.0 + max(groups * cosine, 0.0))
 
 
@@ -112,10 +122,18 @@ def sentence(cosine: float, error: float, groups: int, step: int) -> str:
     begin = f"Over the last {groups} groups, gradients of two groups have a mean cosine of {cosine:.3f} (standard error {error:.3f})"
     most = cosine + 2.0 * error
     if cosine < 2.0 * error:
-        least = f"at least {needed_groups(most):.0f} groups are" if most > 0.0 else "more groups than can be said are"
+        least = (
+            f"at least {needed_groups(most):.0f} groups are"
+            if most > 0.0
+            else "more groups than can be said are"
+        )
         return f"{begin}, which can not be told from none: {least} needed until their mean direction is more signal than noise; a step has {step}"
     low, high = needed_groups(most), needed_groups(cosine - 2.0 * error)
-    about = f"about {needed_groups(cosine):.0f} groups ({low:.0f} to {high:.0f})" if math.isfinite(high) and high < 1e5 else f"about {needed_groups(cosine):.0f} groups (at least {low:.0f})"
+    about = (
+        f"about {needed_groups(cosine):.0f} groups ({low:.0f} to {high:.0f})"
+        if math.isfinite(high) and high < 1e5
+        else f"about {needed_groups(cosine):.0f} groups (at least {low:.0f})"
+    )
     return f"{begin}: {about} until their mean direction is more signal than noise; a step has {step}, and {signal(step, cosine):.0%} of its squared length is signal"
 
 

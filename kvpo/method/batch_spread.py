@@ -2,16 +2,16 @@
 
     std_k = sqrt(mean over groups of var_k),   var_k: unbiased, over a group's branches and anchor
 
-Scripts differ in level far more than branches do, so deviations are taken within groups and only then pooled.  Divided by
-it, a group's advantages are as large as its branches differ; groups of one spread have the advantages they have by
-themselves.  Variances are gathered from all ranks and added in the order of the groups: every rank has the same bits,
-however many there are.
+Scripts differ in level far more than branches do, so deviations are taken within groups and only
+then pooled. Divided by it, a group's advantages are as large as its branches differ; groups of one
+spread have the advantages they have by themselves. Variances are gathered from all ranks and added
+in the order of the groups: every rank has the same bits, however many there are.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Mapping, Sequence
 
 import torch
 
@@ -29,7 +29,11 @@ class Spread:
 
     def metrics(self, components: Sequence[str]) -> dict[str, float]:
         stds = {"local": self.local, "global": self.global_}
-        return {f"advantage/step_std/{signal}/{name}": float(s) for signal, std_K in stds.items() for name, s in zip(components, std_K)}
+        return {
+            f"advantage/step_std/{signal}/{name}": float(s)
+            for signal, std_K in stds.items()
+            for name, s in zip(components, std_K)
+        }
 
 
 def variances(table: RewardTable) -> torch.Tensor:
@@ -42,5 +46,7 @@ def spread_of(parts: Sequence[Mapping[int, torch.Tensor]]) -> Spread | None:
     groups = {index: var for part in parts for index, var in part.items()}
     if not groups:
         return None
-    local, global_ = torch.stack([groups[index] for index in sorted(groups)]).mean(dim=0).sqrt().chunk(2)
+    local, global_ = (
+        torch.stack([groups[index] for index in sorted(groups)]).mean(dim=0).sqrt().chunk(2)
+    )
     return Spread(local, global_)

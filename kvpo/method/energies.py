@@ -1,20 +1,24 @@
-"""How likely a branch is: an energy per branch, and the temperature that turns energies into logits.
+"""How likely a branch is: an energy per branch, and the temperature that turns energies into
+logits.
 
     E(g) = 1 / (P S) sum_{b,s} w_s mean_{F,C,H,W} (v_{b,s} - u_{b,s})^2        logit_g = -E(g) / tau
 
-u are the velocities stored in the rollout, v those the evaluated weights give at the same inputs in the
-unperturbed context (method.md section 4).  Kinds of energy differ only in the step weights w_s.
+u are the velocities stored in the rollout, v those the evaluated weights give at the same inputs in
+the unperturbed context (method.md section 4). Kinds of energy differ only in the step weights w_s.
 
-Energy of the denoised latents, the reference code's: late steps, of small sigma, count less (method.md section 4).
+Energy of the denoised latents, the reference code's: late steps, of small sigma, count less
+(method.md section 4).
 
-Trajectory velocity energy (TVE), the paper's: every denoise step counts alike, unless asked otherwise (method.md section 4).
+Trajectory velocity energy (TVE), the paper's: every denoise step counts alike, unless asked
+otherwise (method.md section 4).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol, Sequence
+from typing import ClassVar, Literal, Protocol
 
 import torch
 
@@ -25,7 +29,8 @@ class Surrogate(Protocol):
     """An energy that ranks branches by how well the unperturbed policy explains them."""
 
     needs_differing_context: ClassVar[bool]
-    """True: zero, with zero gradient, on branches that the unperturbed policy would have made itself."""
+    """True: zero, with zero gradient, on branches that the unperturbed policy would have made
+    itself."""
 
     def step_weights(self, sigmas: Sequence[float]) -> torch.Tensor:
         """w_S float64, one weight per denoise step."""
@@ -35,10 +40,13 @@ class Surrogate(Protocol):
 def squared_residual(v_RFCHW: torch.Tensor, u_RFCHW: torch.Tensor) -> torch.Tensor:
     """mean_{F,C,H,W} (v - u)^2 of every row, e_R float64.
 
-    The difference is taken in float32 at least (bf16 would round away small residuals), the mean in float64.
+    The difference is taken in float32 at least (bf16 would round away small residuals), the mean in
+    float64.
     """
     if v_RFCHW.shape != u_RFCHW.shape:
-        raise ValueError(f"velocities {tuple(v_RFCHW.shape)} and targets {tuple(u_RFCHW.shape)} must have one shape")
+        raise ValueError(
+            f"velocities {tuple(v_RFCHW.shape)} and targets {tuple(u_RFCHW.shape)} must have one shape"
+        )
     dtype = torch.promote_types(torch.promote_types(v_RFCHW.dtype, u_RFCHW.dtype), torch.float32)
     residual = v_RFCHW.to(dtype) - u_RFCHW.to(dtype)
     return residual.square().flatten(1).mean(dim=1, dtype=torch.float64)
@@ -49,27 +57,35 @@ class Temperature:
     """tau of the Gibbs policy, fixed for a group once its old energies are known."""
 
     value: float | Literal["auto"] = "auto"
-    """A number in units of energy, or `auto`: the unbiased std over the group's members of the old policy's energies, so
-    that logits have spread 1.  Without it pi is uniform to several digits and clip and KL never act."""
+    """A number in units of energy, or `auto`: the unbiased std over the group's members of the
+    old policy's energies, so that logits have spread 1. Without it pi is uniform to several
+    digits and clip and KL never act."""
     floor: float = 1e-6
-    """`auto` is at least ``floor`` times the mean energy: a smaller spread is rounding and must not be amplified."""
+    """`auto` is at least ``floor`` times the mean energy: a smaller spread is rounding and must
+    not be amplified."""
 
     def __post_init__(self):
         number = isinstance(self.value, (int, float)) and not isinstance(self.value, bool)
         if self.value != "auto" and not (number and 0.0 < self.value < math.inf):
             raise ValueError(f"temperature {self.value!r} must be a positive number or 'auto'")
         if not 0.0 < self.floor < 1.0:
-            raise ValueError(f"temperature floor {self.floor} must lie in (0, 1); it is relative to the mean energy")
+            raise ValueError(
+                f"temperature floor {self.floor} must lie in (0, 1); it is relative to the mean energy"
+            )
 
     def resolve(self, energy_old_G: torch.Tensor) -> float:
         """tau.  ValueError where energies are not finite, fewer than 2, or all 0."""
         energy = energy_old_G.detach().double().flatten()
         if not energy.isfinite().all():
-            raise ValueError(f"old energies {energy.tolist()} are not all finite; branches {(~energy.isfinite()).nonzero().flatten().tolist()} are broken")
+            raise ValueError(
+                f"old energies {energy.tolist()} are not all finite; branches {(~energy.isfinite()).nonzero().flatten().tolist()} are broken"
+            )
         if self.value != "auto":
             return float(self.value)
         if energy.numel() < 2:
-            raise ValueError(f"automatic temperature is a spread over branches, but there is {energy.numel()} energy; use 2 or more branches or a number")
+            raise ValueError(
+                f"automatic temperature is a spread over branches, but there is {energy.numel()} energy; use 2 or more branches or a number"
+            )
         mean = energy.abs().mean().item()
         if mean == 0.0:
             raise ValueError(
@@ -81,14 +97,15 @@ class Temperature:
 
 @dataclass(frozen=True)
 class DenoisedEnergy:
-    """w_s = sigma_s^2 / (2 max(sigma_s, floor)^2), so that w_s ||v - u||^2 = ||x0_v - x0_u||^2 / (2 max(sigma_s, floor)^2).
+    """w_s = sigma_s^2 / (2 max(sigma_s, floor)^2), so that w_s ||v - u||^2 = ||x0_v - x0_u||^2 / (2
+    max(sigma_s, floor)^2).
 
     It holds because both x0 come from one input: x0_v - x0_u = sigma (u - v).
     """
 
     floor: float = 1.0
-    """1 gives sigma^2 / 2, the plain x0 error; 0 gives 1/2 at every step, half the velocity energy.  Between
-    them lie the reference code's other settings, for comparison only."""
+    """1 gives sigma^2 / 2, the plain x0 error; 0 gives 1/2 at every step, half the velocity
+    energy. Between them lie the reference code's other settings, for comparison only."""
 
     needs_differing_context: ClassVar[bool] = True
 
@@ -99,7 +116,9 @@ class DenoisedEnergy:
     def step_weights(self, sigmas: Sequence[float]) -> torch.Tensor:
         sigma = torch.tensor([float(s) for s in sigmas], dtype=torch.float64)
         if not (sigma > 0.0).all():
-            raise ValueError(f"sigmas {sigma.tolist()} must be positive: at 0 nothing is left to denoise")
+            raise ValueError(
+                f"sigmas {sigma.tolist()} must be positive: at 0 nothing is left to denoise"
+            )
         return sigma.square() / (2.0 * sigma.clamp_min(self.floor).square())
 
 
@@ -108,12 +127,15 @@ class VelocityEnergy:
     """w_s = 1: the mean squared residual of the velocities, in units of velocity squared."""
 
     weights: StepWeights = "equal"
-    """Of the denoise steps: `equal` (the paper's), `kernel` (the KL of the `renoise` sampler's own Gaussian steps), or a number a step.
-    Brought to mean 1.  A step of weight 0 is not replayed, which saves its time: `[0, 0, 1, 1]` halves the replay."""
+    """Of the denoise steps: `equal` (the paper's), `kernel` (the KL of the `renoise` sampler's
+    own Gaussian steps), or a number a step. Brought to mean 1. A step of weight 0 is not
+    replayed, which saves its time: `[0, 0, 1, 1]` halves the replay."""
     last_sigma: float = 0.35
-    """`kernel` only: the noise level through which the last step's output is seen; it has no re-noise of its own, and its exact weight is infinite.
-    At 0.35 the last step of the released schedule weighs 5.4 times the one before it: measured on the miniature's shipped weights, 72 branches, is 5.3
-    (share of the change of the final latents, .472 to .072, per share of the energy, .31 to .25)."""
+    """`kernel` only: the noise level through which the last step's output is seen; it has no
+    re-noise of its own, and its exact weight is infinite. At 0.35 the last step of the released
+    schedule weighs 5.4 times the one before it: measured on the miniature's shipped weights, 72
+    branches, is 5.3 (share of the change of the final latents, .472 to .072, per share of the
+    energy, .31 to .25)."""
 
     needs_differing_context: ClassVar[bool] = True
 

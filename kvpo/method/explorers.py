@@ -1,19 +1,21 @@
 """What an explorer is: it says where branches may fork, and what each of them does differently.
 
-A plan never touches the generator: it is data (`kvpo.types.BranchPlan`) that the rollout carries out, so an
-explorer can be tested, replayed and shown without a network (method.md section 2).
+A plan never touches the generator: it is data (`kvpo.types.BranchPlan`) that the rollout carries
+out, so an explorer can be tested, replayed and shown without a network (method.md section 2).
 
 Start-noise exploration: branches differ in the noise they start from, not in what they read.
 
-The classical baseline for the comparison with routing.  Its branches are what the unperturbed policy itself makes
-of another noise, so an energy objective, which asks how the policy would explain them, sees zero (method.md section 7).
+The classical baseline for the comparison with routing. Its branches are what the unperturbed policy
+itself makes of another noise, so an energy objective, which asks how the policy would explain them,
+sees zero (method.md section 7).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, Sequence
+from typing import ClassVar, Protocol
 
 import torch
 
@@ -39,15 +41,22 @@ class Explorer(Protocol):
     nearest: int
     """Latest past frames that every branch reads as they are; 0 = none is set apart."""
     deterministic_replay: ClassVar[bool]
-    """True: the unperturbed policy, given the branch's own inputs, produces that very branch.  Its energy is then
-    identically 0 with zero gradient, so an energy objective on such branches is refused (method.md section 7)."""
+    """True: the unperturbed policy, given the branch's own inputs, produces that very branch.
+    Its energy is then identically 0 with zero gradient, so an energy objective on such branches
+    is refused (method.md section 7)."""
 
     def eligible_forks(self, blocks: int, geometry: Geometry) -> list[int]:
-        """Blocks of a video of ``blocks`` blocks at which a window may start.  ValueError if there is none."""
+        """Blocks of a video of ``blocks`` blocks at which a window may start. ValueError if
+        there is none."""
         ...
 
     def plan(
-        self, window: Window, geometry: Geometry, num_branches: int, generator: torch.Generator, resident: Sequence[int] | None = None
+        self,
+        window: Window,
+        geometry: Geometry,
+        num_branches: int,
+        generator: torch.Generator,
+        resident: Sequence[int] | None = None,
     ) -> tuple[BranchPlan, ...]:
         """One plan per branch, the anchor not included.
 
@@ -59,7 +68,9 @@ class Explorer(Protocol):
 def check_branches(num_branches: int) -> None:
     """A group needs two branches: pi is a softmax over them, and of one branch it is constant."""
     if num_branches < 2:
-        raise ValueError(f"num_branches = {num_branches}, but a group compares at least 2 branches; raise num_branches to 2 or more")
+        raise ValueError(
+            f"num_branches = {num_branches}, but a group compares at least 2 branches; raise num_branches to 2 or more"
+        )
 
 
 def forks_from(first: int, blocks: int, window_blocks: int, why_first: str) -> list[int]:
@@ -78,7 +89,8 @@ def forks_from(first: int, blocks: int, window_blocks: int, why_first: str) -> l
 
 @dataclass(frozen=True)
 class StartNoise:
-    """Explore by mixing fresh noise into the start noise of the window's blocks; re-noising stays shared."""
+    """Explore by mixing fresh noise into the start noise of the window's blocks; re-noising
+    stays shared."""
 
     mix: float = 0.5
     """m in (0, 1]: the start noise is sqrt(1 - m^2) shared + m fresh, see `mix_noise`."""
@@ -90,29 +102,43 @@ class StartNoise:
 
     def __post_init__(self):
         if not 0.0 < self.mix <= 1.0:
-            raise ValueError(f"mix = {self.mix} must lie in (0, 1]: at 0 every branch would be the anchor")
+            raise ValueError(
+                f"mix = {self.mix} must lie in (0, 1]: at 0 every branch would be the anchor"
+            )
         if self.window_blocks < 1:
-            raise ValueError(f"window_blocks = {self.window_blocks}, but a window has at least 1 block")
+            raise ValueError(
+                f"window_blocks = {self.window_blocks}, but a window has at least 1 block"
+            )
 
     def eligible_forks(self, blocks: int, geometry: Geometry) -> list[int]:
-        """Every block after the first whose P blocks fit: a group shares a prefix, so it needs one."""
+        """Every block after the first whose P blocks fit: a group shares a prefix, so it needs
+        one."""
         return forks_from(1, blocks, self.window_blocks, "a shared prefix of 1 block")
 
     def plan(
-        self, window: Window, geometry: Geometry, num_branches: int, generator: torch.Generator, resident: Sequence[int] | None = None
+        self,
+        window: Window,
+        geometry: Geometry,
+        num_branches: int,
+        generator: torch.Generator,
+        resident: Sequence[int] | None = None,
     ) -> tuple[BranchPlan, ...]:
-        """G equal plans; the fresh noise itself comes from streams named after the branch, in the rollout."""
+        """G equal plans; the fresh noise itself comes from streams named after the branch, in
+        the rollout."""
         check_branches(num_branches)
         return (BranchPlan(noise_mix=self.mix),) * num_branches
 
 
 def mix_noise(shared: torch.Tensor, fresh: torch.Tensor, mix: float) -> torch.Tensor:
-    """sqrt(1 - mix^2) shared + mix fresh: of unit variance if both are, and correlated sqrt(1 - mix^2) with shared.
+    """sqrt(1 - mix^2) shared + mix fresh: of unit variance if both are, and correlated sqrt(1 -
+    mix^2) with shared.
 
     mix = 0 gives ``shared`` and mix = 1 gives ``fresh``, bit for bit.
     """
     if shared.shape != fresh.shape:
-        raise ValueError(f"shared noise {tuple(shared.shape)} and fresh noise {tuple(fresh.shape)} must have one shape")
+        raise ValueError(
+            f"shared noise {tuple(shared.shape)} and fresh noise {tuple(fresh.shape)} must have one shape"
+        )
     if not 0.0 <= mix <= 1.0:
         raise ValueError(f"mix = {mix} is outside [0, 1]")
     if mix in (0.0, 1.0):

@@ -1,18 +1,26 @@
-"""A group between its exploration and what is learnt from it: as a step keeps it where it is learnt from later, or again."""
+"""A group between its exploration and what is learnt from it: as a step keeps it where it is
+learnt from later, or again."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Mapping, Sequence
 
 import torch
 
 from kvpo.method.advantages import Advantage
 from kvpo.method.replay import Replay
-from kvpo.types import RewardTable, Rollout
 from kvpo.method.update import GroupUpdate
+from kvpo.types import RewardTable, Rollout
 
-OF_EACH_UPDATE = ("loss/clip_fraction", "loss/ratio_min", "loss/ratio_max", "loss/ratio_mean", "loss/approx_kl", "optim/step_norm")
+OF_EACH_UPDATE = (
+    "loss/clip_fraction",
+    "loss/ratio_min",
+    "loss/ratio_max",
+    "loss/ratio_mean",
+    "loss/approx_kl",
+    "optim/step_norm",
+)
 """Metrics that are logged for every update on one step's groups, not for the last alone."""
 
 
@@ -28,7 +36,8 @@ class Kept:
     pixels: torch.Tensor | None
     """uint8 [B, T, 3, H, W] from the fork on, where they are to be shown."""
     variances: torch.Tensor | None
-    """var_2K of its rewards, where the step's standard deviation is asked for and this group can be measured."""
+    """var_2K of its rewards, where the step's standard deviation is asked for and this group can
+    be measured."""
     metrics: Mapping[str, float]
 
     def slim(self) -> Kept:
@@ -49,8 +58,14 @@ class Learnt:
 
 
 def all_updates(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """A step's metrics from those of its updates: what the last says holds, and what differs from one to the next is there for each."""
+    """A step's metrics from those of its updates: what the last says holds, and what differs
+    from one to the next is there for each."""
     found = {name: value for update in metrics for name, value in update.items()}
     if len(metrics) > 1:
-        found |= {f"inner/{i}/{name.partition('/')[2]}": m[name] for i, m in enumerate(metrics, 1) for name in OF_EACH_UPDATE if name in m}
+        found |= {
+            f"inner/{i}/{name.partition('/')[2]}": m[name]
+            for i, m in enumerate(metrics, 1)
+            for name in OF_EACH_UPDATE
+            if name in m
+        }
     return found

@@ -8,9 +8,9 @@ A prompt file is one of
                or ``{"prompt": "a cat sleeps"}``
     JSON       one list of such objects, or objects over several lines
 
-told apart by the first line, whatever the file is called; docs/prompts.md says all of it.  Blank lines are skipped; anything
-else that does not fit is refused with its line, never dropped: a script that is silently missing, or cut in the wrong place,
-cannot be seen in a loss.
+told apart by the first line, whatever the file is called; docs/prompts.md says all of it. Blank
+lines are skipped; anything else that does not fit is refused with its line, never dropped: a script
+that is silently missing, or cut in the wrong place, cannot be seen in a loss.
 """
 
 from __future__ import annotations
@@ -18,27 +18,37 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator, Protocol, Sequence
+from typing import Any, Protocol
 
 import torch
 
 from kvpo.common.json_values import JsonFault, json_values
 from kvpo.common.rng import stream
-from kvpo.common.text_files import HARD_ENDS, SOFT_ENDS, fault_of_text, lines_of, read_text, shows_nothing
-from kvpo.types import Script
+from kvpo.common.text_files import (
+    HARD_ENDS,
+    SOFT_ENDS,
+    fault_of_text,
+    lines_of,
+    read_text,
+    shows_nothing,
+)
 from kvpo.common.wording import count_of
+from kvpo.types import Script
 
 _BRACKETED = re.compile(r"\s*(\d+\s*,\s*(\[|$)|\[)")
 """How a line of the bracketed format begins, its forgotten count included."""
 _JSON = re.compile(r"""\s*(\{\s*["'}]|\[\s*(["'{\[]|$))""")
-"""How JSON begins, single quotes and an opening bracket alone on its line included: a prompt in braces is none."""
+"""How JSON begins, single quotes and an opening bracket alone on its line included: a prompt in
+braces is none."""
 _KEYS = ("prompts", "prompt", "starts", "id")
 
 
 class ScriptSource(Protocol):
-    """Where scripts come from: a prompt file (`PromptSet`), or stories without end (`kvpo.mini.source.StorySource`)."""
+    """Where scripts come from: a prompt file (`PromptSet`), or stories without end
+    (`kvpo.mini.source.StorySource`)."""
 
     def script(self, step: int, index: int) -> Script:
         """The script of group ``index`` of a step, whichever rank asks."""
@@ -47,7 +57,8 @@ class ScriptSource(Protocol):
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Scripts in an endless shuffled order: every epoch is a permutation, and the place in it follows from the step alone."""
+    """Scripts in an endless shuffled order: every epoch is a permutation, and the place in it
+    follows from the step alone."""
 
     scripts: tuple[Script, ...]
     groups: int
@@ -62,50 +73,72 @@ class PromptSet:
 
     def script(self, step: int, index: int) -> Script:
         if step < 0 or not 0 <= index < self.groups:
-            raise ValueError(f"group {index} of step {step} does not exist: steps count from 0, and a step has groups 0 to {self.groups - 1}")
+            raise ValueError(
+                f"group {index} of step {step} does not exist: steps count from 0, and a step has groups 0 to {self.groups - 1}"
+            )
         epoch, place = divmod(step * self.groups + index, len(self.scripts))
         order = torch.randperm(len(self.scripts), generator=stream(self.seed, "order", epoch))
         return self.scripts[int(order[place])]
 
 
 def even_starts(segments: int, blocks: int) -> tuple[int, ...]:
-    """First block of every segment; segments as even as possible, lengths differing by at most one block."""
+    """First block of every segment; segments as even as possible, lengths differing by at most
+    one block."""
     if not 1 <= segments <= blocks:
-        raise ValueError(f"{segments} segments in a video of {count_of(blocks, 'block')}: every segment needs at least one block; lengthen the video or drop segments")
+        raise ValueError(
+            f"{segments} segments in a video of {count_of(blocks, 'block')}: every segment needs at least one block; lengthen the video or drop segments"
+        )
     return tuple(i * blocks // segments for i in range(segments))
 
 
 def starts_at(switches: Sequence[int], segments: int) -> tuple[int, ...]:
-    """First block of every segment from a list of switch blocks, of which a shorter script uses the first ones."""
+    """First block of every segment from a list of switch blocks, of which a shorter script uses
+    the first ones."""
     if len(switches) < segments - 1:
-        raise ValueError(f"{segments} segments need {segments - 1} switch blocks, but switches = {list(switches)}; add switches, drop segments, or leave switches out")
+        raise ValueError(
+            f"{segments} segments need {segments - 1} switch blocks, but switches = {list(switches)}; add switches, drop segments, or leave switches out"
+        )
     return (0, *switches[: segments - 1])
 
 
 def read_scripts(
-    path: str | Path, blocks: int, *, switches: Sequence[int] | None = None, max_segments: int | None = None
+    path: str | Path,
+    blocks: int,
+    *,
+    switches: Sequence[int] | None = None,
+    max_segments: int | None = None,
 ) -> tuple[Script, ...]:
     """Every script of a prompt file, for videos of ``blocks`` blocks.
 
-    ``switches``: blocks at which the second, third, ... prompt takes over, for scripts without their own ``starts``
-    (the paper's latent frames 39, 75, 111 of 147 are blocks 13, 25, 37 of 49); None: `even_starts`.
-    ``max_segments``: only the first prompts of every script are kept.
+    ``switches``: blocks at which the second, third, ... prompt takes over, for scripts without
+    their own ``starts`` (the paper's latent frames 39, 75, 111 of 147 are blocks 13, 25, 37 of 49);
+    None: `even_starts`. ``max_segments``: only the first prompts of every script are kept.
     ValueError naming file, line and column.
     """
     path = Path(path)
     if max_segments is not None and max_segments < 1:
-        raise ValueError(f"max_segments = {max_segments} would leave scripts without a prompt; set 1 or more, or leave it out")
+        raise ValueError(
+            f"max_segments = {max_segments} would leave scripts without a prompt; set 1 or more, or leave it out"
+        )
     scripts: dict[str, Script] = {}
     for where, id, texts, starts in _records(path):
         texts = texts[:max_segments]
         try:
             if starts is None:
-                starts = even_starts(len(texts), blocks) if switches is None else starts_at(switches, len(texts))
-            script = Script(id or where.id, texts, starts[:max_segments], blocks, f"{path}, line {where.line}")
+                starts = (
+                    even_starts(len(texts), blocks)
+                    if switches is None
+                    else starts_at(switches, len(texts))
+                )
+            script = Script(
+                id or where.id, texts, starts[:max_segments], blocks, f"{path}, line {where.line}"
+            )
         except ValueError as error:
             raise where.error(str(error)) from None
         if script.id in scripts:
-            raise where.error(f"the id {script.id!r} is taken by an earlier line, and ids name the random streams; give every script its own")
+            raise where.error(
+                f"the id {script.id!r} is taken by an earlier line, and ids name the random streams; give every script its own"
+            )
         scripts[script.id] = script
     if not scripts:
         raise ValueError(f"{path}: no prompts in it; write one prompt a line, N,[a],[b] or JSONL")
@@ -147,9 +180,13 @@ def _records(path: Path) -> Iterator[tuple[_Where, str | None, Texts, tuple[int,
     bracketed = bool(lines and _BRACKETED.match(lines[0].text))
     for where in lines:
         if not bracketed and _BRACKETED.match(where.text):
-            raise where.error("this looks like the format N,[a],[b], but the file begins with plain lines; keep one format a file")
+            raise where.error(
+                "this looks like the format N,[a],[b], but the file begins with plain lines; keep one format a file"
+            )
         if not bracketed and _JSON.match(where.text):
-            raise where.error("this looks like JSON, but the file begins with plain lines; keep one format a file")
+            raise where.error(
+                "this looks like JSON, but the file begins with plain lines; keep one format a file"
+            )
         yield where, None, _bracketed(where) if bracketed else (_prompt(where, where.text),), None
 
 
@@ -160,7 +197,9 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[_Where, Any]]:
 
     def place(at: int, name: str = "") -> tuple[_Where, int]:
         number = bisect(begins, at)
-        return _Where(path, number, lines[number - 1], name and f"{path.name}{name}"), at - begins[number - 1]
+        return _Where(path, number, lines[number - 1], name and f"{path.name}{name}"), at - begins[
+            number - 1
+        ]
 
     try:
         for at, name, value in json_values(text):
@@ -171,24 +210,35 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[_Where, Any]]:
 
 
 def _bracketed(where: _Where) -> Texts:
-    """Prompts of one line ``N,[a],[b]``; brackets inside a prompt must be balanced, and belong to it."""
+    """Prompts of one line ``N,[a],[b]``; brackets inside a prompt must be balanced, and belong
+    to it."""
     text = where.text
     count = re.match(r"\s*(\d+)\s*,", text)
     if not count:
-        raise where.error("the line must begin with the number of its prompts and a comma, as in 2,[a],[b] (JSONL can hold any text)", 0)
+        raise where.error(
+            "the line must begin with the number of its prompts and a comma, as in 2,[a],[b] (JSONL can hold any text)",
+            0,
+        )
     spans, stray = outer_brackets(text)
     if stray:
-        raise where.error(f"unbalanced {text[stray[0]]!r}; close it or take it out (JSONL can hold any text)", stray[0])
+        raise where.error(
+            f"unbalanced {text[stray[0]]!r}; close it or take it out (JSONL can hold any text)",
+            stray[0],
+        )
     _check_separators(where, count.end(), spans)
     if not spans:
         raise where.error("there are no prompts in it; take the line out")
     if len(spans) != int(count[1]):
-        raise where.error(f"it says {count[1]} prompts but has {len(spans)}; correct the count or the brackets", count.start(1))
+        raise where.error(
+            f"it says {count[1]} prompts but has {len(spans)}; correct the count or the brackets",
+            count.start(1),
+        )
     return tuple(_prompt(where, text[start + 1 : stop], start) for start, stop in spans)
 
 
 def outer_brackets(text: str) -> tuple[list[tuple[int, int]], list[int]]:
-    """Offsets of the outermost closed pairs (opening, closing), and of all brackets without a partner."""
+    """Offsets of the outermost closed pairs (opening, closing), and of all brackets without a
+    partner."""
     pairs, opened, stray = [], [], []
     for at, letter in enumerate(text):
         if letter == "[":
@@ -209,19 +259,28 @@ def _check_separators(where: _Where, begin: int, spans: Sequence[tuple[int, int]
         found, wanted = where.text[left:right].strip(), "," if 0 < i < len(spans) else ""
         if found != wanted:
             at = left + len(where.text[left:right]) - len(where.text[left:right].lstrip())
-            raise where.error(f"{found!r} stands outside the brackets, where there should be {'one comma' if wanted else 'nothing'}", at)
+            raise where.error(
+                f"{found!r} stands outside the brackets, where there should be {'one comma' if wanted else 'nothing'}",
+                at,
+            )
 
 
 def _json_script(where: _Where, row: Any) -> tuple[str | None, Texts, tuple[int, ...] | None]:
     """(id, prompts, starts) of one JSON value."""
     if not isinstance(row, dict) or ("prompts" in row) == ("prompt" in row):
-        raise where.error('a script must be an object with the key "prompts", a list of texts, or "prompt", one text')
+        raise where.error(
+            'a script must be an object with the key "prompts", a list of texts, or "prompt", one text'
+        )
     if unknown := sorted(set(row) - set(_KEYS)):
         raise where.error(f"unknown keys {unknown}; known are {', '.join(_KEYS)}")
-    prompts = _prompts(where, row["prompts"]) if "prompts" in row else (_prompt(where, row["prompt"]),)
+    prompts = (
+        _prompts(where, row["prompts"]) if "prompts" in row else (_prompt(where, row["prompt"]),)
+    )
     starts = _starts(where, row.get("starts"))
     if starts is not None and len(starts) != len(prompts):
-        raise where.error(f"{len(prompts)} prompts but {len(starts)} starts; give one start per prompt, or leave starts out")
+        raise where.error(
+            f"{len(prompts)} prompts but {len(starts)} starts; give one start per prompt, or leave starts out"
+        )
     return _id(where, row.get("id")), prompts, starts
 
 
@@ -240,11 +299,14 @@ def _prompt(where: _Where, text: object, at: int | None = None) -> str:
 
 
 def readable(text: object) -> str:
-    """A prompt without the blanks around it.  ValueError for what is no text, shows nothing, or can not be read as it was meant."""
+    """A prompt without the blanks around it. ValueError for what is no text, shows nothing, or
+    can not be read as it was meant."""
     if not isinstance(text, str) or shows_nothing(text):
         raise ValueError(f"a prompt must be text that is not blank, not {json.dumps(text)}")
     if fault := fault_of_text(text):
-        raise ValueError(f"the prompt {json.dumps(text if len(text) <= 60 else text[:57] + '...')} has {fault[1]}")
+        raise ValueError(
+            f"the prompt {json.dumps(text if len(text) <= 60 else text[:57] + '...')} has {fault[1]}"
+        )
     return text.strip()
 
 
@@ -252,7 +314,9 @@ def _starts(where: _Where, value: object) -> tuple[int, ...] | None:
     if value is None:
         return None
     if not isinstance(value, list) or any(type(block) is not int for block in value):
-        raise where.error(f'"starts" must be a list of whole numbers, the first block of every prompt, not {json.dumps(value)}')
+        raise where.error(
+            f'"starts" must be a list of whole numbers, the first block of every prompt, not {json.dumps(value)}'
+        )
     return tuple(value)
 
 

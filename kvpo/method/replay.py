@@ -1,22 +1,24 @@
 """Stage 5: how well does the UNPERTURBED policy explain each branch (method.md section 4).
 
-Under the weights now in the module, the stored inputs z of the window pass again, in the deployed window without
-routing.  What the later blocks of the window read as their past is the context's business.  All inputs are known
-beforehand, so branches, blocks and steps go through together: `contexts` re-encodes the past (no gradient), then
-the rows (branch, block, step) are independent of each other and are cut into as few passes as memory allows.
+Under the weights now in the module, the stored inputs z of the window pass again, in the deployed
+window without routing. What the later blocks of the window read as their past is the context's
+business. All inputs are known beforehand, so branches, blocks and steps go through together:
+`contexts` re-encodes the past (no gradient), then the rows (branch, block, step) are independent of
+each other and are cut into as few passes as memory allows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Iterator, Mapping, Protocol, Sequence
+from typing import Protocol
 
 import torch
 
-from kvpo.generators.sampler import Stream
-from kvpo.generators.flow import denoised
 from kvpo.generators.cache import FrameCache
+from kvpo.generators.flow import denoised
 from kvpo.generators.pipeline import Pipeline
+from kvpo.generators.sampler import Stream
 from kvpo.method.energies import Surrogate, squared_residual
 from kvpo.types import Rollout
 
@@ -24,8 +26,11 @@ from kvpo.types import Rollout
 class Context(Protocol):
     """The clean latents that a replayed block leaves behind as the past of the next one."""
 
-    def clean(self, rollout: Rollout, position: int, rows: Sequence[int], last_step) -> torch.Tensor:
-        """x0_BFCHW of the window's block number ``position``.  ``last_step()`` gives the replaying weights' own prediction."""
+    def clean(
+        self, rollout: Rollout, position: int, rows: Sequence[int], last_step
+    ) -> torch.Tensor:
+        """x0_BFCHW of the window's block number ``position``. ``last_step()`` gives the
+        replaying weights' own prediction."""
         ...
 
 
@@ -47,13 +52,18 @@ class AnchorContext:
 
 @dataclass(frozen=True)
 class SelfContext:
-    """What the replaying weights themselves make of the block's last step (the reference code's)."""
+    """What the replaying weights themselves make of the block's last step (the reference
+    code's)."""
 
     def clean(self, rollout, position, rows, last_step):
         return last_step()
 
 
-CONTEXTS: Mapping[str, Context] = {"branch": BranchContext(), "anchor": AnchorContext(), "self": SelfContext()}
+CONTEXTS: Mapping[str, Context] = {
+    "branch": BranchContext(),
+    "anchor": AnchorContext(),
+    "self": SelfContext(),
+}
 
 
 @dataclass(frozen=True)
@@ -70,11 +80,19 @@ class Replay:
     """A rollout's branches, to be replayed under the weights in the module."""
 
     def __init__(
-        self, pipeline: Pipeline, rollout: Rollout, embeddings: Mapping[str, torch.Tensor], context: Context, surrogate: Surrogate,
-        rows: Sequence[int] | None = None, rows_per_pass: int = 0, together: int = 0,
-    ):  # fmt: skip
-        """``rows``: rollout rows to replay (default: the G branches).  ``rows_per_pass``: most velocities in a pass, 0 = all.
-        ``together``: most rows that have their past in memory at a time, 0 = all."""
+        self,
+        pipeline: Pipeline,
+        rollout: Rollout,
+        embeddings: Mapping[str, torch.Tensor],
+        context: Context,
+        surrogate: Surrogate,
+        rows: Sequence[int] | None = None,
+        rows_per_pass: int = 0,
+        together: int = 0,
+    ):
+        """``rows``: rollout rows to replay (default: the G branches). ``rows_per_pass``: most
+        velocities in a pass, 0 = all. ``together``: most rows that have their past in memory at
+        a time, 0 = all."""
         self.pipeline, self.rollout, self.embeddings = pipeline, rollout, embeddings
         self.context, self.surrogate = context, surrogate
         self.rows = list(range(rollout.num_branches) if rows is None else rows)
@@ -86,8 +104,13 @@ class Replay:
         start = rollout.trajectory.inputs[self.rows, 0, 0]
         self.shared_start = bool((start == start[:1]).all())
         size = together or len(self.rows)
-        self.chunks = [range(first, min(first + size, len(self.rows))) for first in range(0, len(self.rows), size)]
-        self.plan = [self._parts(positions, chunk) for chunk in self.chunks for positions in self._runs()]
+        self.chunks = [
+            range(first, min(first + size, len(self.rows)))
+            for first in range(0, len(self.rows), size)
+        ]
+        self.plan = [
+            self._parts(positions, chunk) for chunk in self.chunks for positions in self._runs()
+        ]
         """Rows of every pass, chunk by chunk and in it run by run."""
 
     @torch.no_grad()
@@ -99,14 +122,18 @@ class Replay:
         return energy
 
     def passes(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """(branch [R], share of its energy [R] float64) of every pass: E_g is the sum of branch g's shares.
+        """(branch [R], share of its energy [R] float64) of every pass: E_g is the sum of branch g's
+        shares.
 
         Shares carry gradient where gradients are enabled; every pass is independent of the others.
         """
         terms = self.rollout.window.blocks * len(self.sigmas)
         for (cache, chunk), parts in zip(self.contexts(), self.plan):
             for rows in parts:
-                v, u = self._velocity(cache, rows, chunk), self._stored(self.rollout.trajectory.velocities, rows)
+                v, u = (
+                    self._velocity(cache, rows, chunk),
+                    self._stored(self.rollout.trajectory.velocities, rows),
+                )
                 weight = self.weights_S[[r.step for r in rows]].to(v.device) / terms
                 yield torch.tensor([r.branch for r in rows]), weight * squared_residual(v, u)
 
@@ -116,8 +143,9 @@ class Replay:
         return sum(len(parts) for parts in self.plan) == 1
 
     def contexts(self) -> Iterator[tuple[FrameCache, range]]:
-        """(cache, its branches) for every run of every chunk.  A new fork at every prompt switch and recording of the memory bank,
-        which would otherwise change what an earlier block has read and may have to read again in its backward pass."""
+        """(cache, its branches) for every run of every chunk. A new fork at every prompt switch
+        and recording of the memory bank, which would otherwise change what an earlier block has
+        read and may have to read again in its backward pass."""
         r, g = self.rollout, self.pipeline.geometry
         prefix = [r.prefix[None, i : i + g.block] for i in range(0, len(r.prefix), g.block)]
         for chunk in self.chunks:
@@ -126,7 +154,9 @@ class Replay:
                 left = [p for p in positions if p < r.window.blocks - 1]  # blocks that others read
                 again = len(g.reencoded(r.window.fork + positions[0])) if positions[0] > 0 else 0
                 cache = cache.fork(len(chunk), len(left) * g.block + again)
-                stream = Stream(self.pipeline.generator, g, None, [r.script], self.embeddings, None, cache, past)
+                stream = Stream(
+                    self.pipeline.generator, g, None, [r.script], self.embeddings, None, cache, past
+                )
                 if positions[0] > 0:
                     stream.switch()
                 for position in left:
@@ -136,15 +166,22 @@ class Replay:
 
     @torch.no_grad()
     def _commit(self, stream: Stream, position: int, chunk: range) -> torch.Tensor:
-        """Leave the window's block ``position`` behind as past; its clean latents [B, F, C, H, W]."""
+        """Leave the window's block ``position`` behind as past; its clean latents [B, F, C, H,
+        W]."""
         text = stream.text(self.rollout.window.fork + position)
 
         def last_step() -> torch.Tensor:
             rows = [_Row(g, position, len(self.sigmas) - 1) for g in chunk]
-            return denoised(self._stored(self.rollout.trajectory.inputs, rows), self._velocity(stream.cache, rows, chunk), self.sigmas[-1])
+            return denoised(
+                self._stored(self.rollout.trajectory.inputs, rows),
+                self._velocity(stream.cache, rows, chunk),
+                self.sigmas[-1],
+            )
 
         clean = self.context.clean(self.rollout, position, [self.rows[g] for g in chunk], last_step)
-        self.pipeline.generator.commit(clean, text, self._frames(position), stream.cache, self._past(position))
+        self.pipeline.generator.commit(
+            clean, text, self._frames(position), stream.cache, self._past(position)
+        )
         return clean
 
     def _runs(self) -> list[list[int]]:
@@ -152,16 +189,22 @@ class Replay:
         r, runs, history = self.rollout, [[0]], self.pipeline.geometry.history
         for position in range(1, r.window.blocks):
             block = r.window.fork + position
-            if r.script.segment(block) != r.script.segment(block - 1) or history.recorded(block) is not None:
+            if (
+                r.script.segment(block) != r.script.segment(block - 1)
+                or history.recorded(block) is not None
+            ):
                 runs.append([])
             runs[-1].append(position)
         return runs
 
     def _parts(self, positions: list[int], chunk: range) -> list[list[_Row]]:
-        """The rows of a run, cut into passes: as many as allowed, and all of one pass with equally many past frames."""
+        """The rows of a run, cut into passes: as many as allowed, and all of one pass with
+        equally many past frames."""
         alike: dict[int, list[_Row]] = {}
         for p in positions:
-            alike.setdefault(len(self._past(p)), []).extend(_Row(g, p, s) for s in self.steps for g in chunk)
+            alike.setdefault(len(self._past(p)), []).extend(
+                _Row(g, p, s) for s in self.steps for g in chunk
+            )
         size = self.rows_per_pass or max(map(len, alike.values()))
         return [rows[i : i + size] for rows in alike.values() for i in range(0, len(rows), size)]
 
@@ -175,20 +218,34 @@ class Replay:
         return self.pipeline.geometry.history.past(frames[0], len(frames))
 
     def _stored(self, x_BPSFCHW: torch.Tensor, rows: list[_Row]) -> torch.Tensor:
-        return x_BPSFCHW[[self.rows[r.branch] for r in rows], [r.position for r in rows], [r.step for r in rows]]
+        return x_BPSFCHW[
+            [self.rows[r.branch] for r in rows], [r.position for r in rows], [r.step for r in rows]
+        ]
 
     def _velocity(self, cache: FrameCache, rows: list[_Row], chunk: range) -> torch.Tensor:
         """v_RFCHW of rows of the chunk, which share one prompt: a run holds one segment."""
         places: dict[_Row, int] = {}
         index = [places.setdefault(self._representative(row, chunk), len(places)) for row in rows]
         distinct = list(places)
-        frames, past = [self._frames(r.position) for r in distinct], [self._past(r.position) for r in distinct]
-        text = self.embeddings[self.rollout.script.text(self.rollout.window.fork + rows[0].position)][None]
+        frames, past = (
+            [self._frames(r.position) for r in distinct],
+            [self._past(r.position) for r in distinct],
+        )
+        text = self.embeddings[
+            self.rollout.script.text(self.rollout.window.fork + rows[0].position)
+        ][None]
         sigma = torch.tensor([self.sigmas[r.step] for r in distinct])
         z = self._stored(self.rollout.trajectory.inputs, distinct)
-        v = self.pipeline.generator.velocity(z, sigma, text, frames, cache, past, [r.branch - chunk.start for r in distinct])
+        v = self.pipeline.generator.velocity(
+            z, sigma, text, frames, cache, past, [r.branch - chunk.start for r in distinct]
+        )
         return v if len(distinct) == len(rows) else v[index]
 
     def _representative(self, row: _Row, chunk: range) -> _Row:
-        """At the fork all branches start from one noise and one past: that velocity is computed once."""
-        return replace(row, branch=chunk.start) if self.shared_start and row.position == row.step == 0 else row
+        """At the fork all branches start from one noise and one past: that velocity is computed
+        once."""
+        return (
+            replace(row, branch=chunk.start)
+            if self.shared_start and row.position == row.step == 0
+            else row
+        )

@@ -1,18 +1,20 @@
-"""Stage 2: one prefix, then all branches and their anchor in one batch over one shared cache (method.md section 2).
+"""Stage 2: one prefix, then all branches and their anchor in one batch over one shared cache
+(method.md section 2).
 
-Everything but the plans is shared bit for bit: prefix, start noise, re-noise, prompts, tail noise.  The anchor is
-the row whose plan is empty; it goes through the same code in the same batch.
+Everything but the plans is shared bit for bit: prefix, start noise, re-noise, prompts, tail noise.
+The anchor is the row whose plan is empty; it goes through the same code in the same batch.
 
 Stage 2, its beginning: the past that a group's branches share; of several groups side by side.
 
-Prefixes of one step differ in length, because forks do.  Rows of the batch stand in the order of their forks, the
-latest first: who has reached its fork is always the last row, leaves, and no page is copied for it.
+Prefixes of one step differ in length, because forks do. Rows of the batch stand in the order of
+their forks, the latest first: who has reached its fork is always the last row, leaves, and no page
+is copied for it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Callable, Mapping, Sequence
 
 import torch
 
@@ -45,25 +47,62 @@ class Start:
 
 
 def start_groups(
-    pipeline: Pipeline, sampler: Sampler, scripts: Sequence[Script], windows: Sequence[Window], embeddings: Mapping[str, torch.Tensor],
-    noises: Sequence[NamedNoise], cache_frames: int, held: Sequence[Sequence[int]],
-) -> list[Start]:  # fmt: skip
-    """One a script, with the weights now in the pipeline; ``held``: blocks of each prefix whose network inputs are kept."""
+    pipeline: Pipeline,
+    sampler: Sampler,
+    scripts: Sequence[Script],
+    windows: Sequence[Window],
+    embeddings: Mapping[str, torch.Tensor],
+    noises: Sequence[NamedNoise],
+    cache_frames: int,
+    held: Sequence[Sequence[int]],
+) -> list[Start]:
+    """One a script, with the weights now in the pipeline; ``held``: blocks of each prefix whose
+    network inputs are kept."""
     order = sorted(range(len(scripts)), key=lambda i: -windows[i].fork)
-    pick = lambda values: [values[i] for i in order]  # noqa: E731
-    pasts, inputs = generate_prefixes(pipeline, sampler, pick(scripts), embeddings, pick(noises), [w.fork for w in pick(windows)], cache_frames, pick(held))
+
+    def pick(values):
+        return [values[i] for i in order]
+
+    pasts, inputs = generate_prefixes(
+        pipeline,
+        sampler,
+        pick(scripts),
+        embeddings,
+        pick(noises),
+        [w.fork for w in pick(windows)],
+        cache_frames,
+        pick(held),
+    )
     decoders = PrefixDecoders(pipeline, [latents(past) for past in pasts])
-    found = [Start(windows[i], noises[i], past, kept, lambda row=row: decoders.take(row)) for row, (i, past, kept) in enumerate(zip(order, pasts, inputs))]
+    found = [
+        Start(windows[i], noises[i], past, kept, lambda row=row: decoders.take(row))
+        for row, (i, past, kept) in enumerate(zip(order, pasts, inputs))
+    ]
     return [found[order.index(i)] for i in range(len(scripts))]
 
 
 def generate_prefixes(
-    pipeline: Pipeline, sampler: Sampler, scripts: Sequence[Script], embeddings: Mapping[str, torch.Tensor], noises: Sequence[NamedNoise],
-    forks: Sequence[int], cache_frames: int, held: Sequence[Sequence[int]],
-) -> tuple[list[Stream], list[dict[int, torch.Tensor]]]:  # fmt: skip
-    """Each script's stream up to its fork (falling ``forks``), of one row, and the inputs z_SFCHW of its ``held`` blocks.  A prompt switch at the fork itself is part of it."""
+    pipeline: Pipeline,
+    sampler: Sampler,
+    scripts: Sequence[Script],
+    embeddings: Mapping[str, torch.Tensor],
+    noises: Sequence[NamedNoise],
+    forks: Sequence[int],
+    cache_frames: int,
+    held: Sequence[Sequence[int]],
+) -> tuple[list[Stream], list[dict[int, torch.Tensor]]]:
+    """Each script's stream up to its fork (falling ``forks``), of one row, and the inputs
+    z_SFCHW of its ``held`` blocks. A prompt switch at the fork itself is part of it."""
     n = len(scripts)
-    batch = Stream(pipeline.generator, pipeline.geometry, sampler, scripts, embeddings, StackedNoise(tuple(noises)), pipeline.new_cache(cache_frames, rows=n))
+    batch = Stream(
+        pipeline.generator,
+        pipeline.geometry,
+        sampler,
+        scripts,
+        embeddings,
+        StackedNoise(tuple(noises)),
+        pipeline.new_cache(cache_frames, rows=n),
+    )
     pasts: list[Stream] = []
     kept: list[dict[int, list[torch.Tensor]]] = [{block: [] for block in blocks} for blocks in held]
     for block in range(forks[0] + 1):
@@ -73,8 +112,16 @@ def generate_prefixes(
             pasts[0].switch()
             batch = batch.part(0, n)
         if n:
-            batch.advance(observe=lambda i, x, v: [kept[row][block].append(x[row]) for row in range(n) if block in kept[row]])  # noqa: B023, called before block moves on
-    return pasts, [{block: torch.stack(inputs) for block, inputs in blocks.items()} for blocks in kept]
+            batch.advance(
+                observe=lambda i, x, v: [
+                    kept[row][block].append(x[row])  # noqa: B023, called at once
+                    for row in range(n)  # noqa: B023, called at once
+                    if block in kept[row]  # noqa: B023, called at once
+                ]
+            )
+    return pasts, [
+        {block: torch.stack(inputs) for block, inputs in blocks.items()} for blocks in kept
+    ]
 
 
 def latents(past: Stream) -> torch.Tensor:
@@ -83,7 +130,8 @@ def latents(past: Stream) -> torch.Tensor:
 
 
 class PrefixDecoders:
-    """Decoders that have seen their prefix, each handed out once.  Decoded when the first is asked for, side by side: a row alone takes a CPU as long as two."""
+    """Decoders that have seen their prefix, each handed out once. Decoded when the first is
+    asked for, side by side: a row alone takes a CPU as long as two."""
 
     def __init__(self, pipeline: Pipeline, prefixes: Sequence[torch.Tensor]):
         """``prefixes``: x0_NCHW each, none longer than the one before it."""
@@ -119,21 +167,28 @@ class RolloutConfig:
     branches: int = 8
     """G, besides the anchor."""
     cache_frames: int = 33
-    """Latent frames the prefix keeps: the pool that routing draws from, sink and nearest frames included."""
+    """Latent frames the prefix keeps: the pool that routing draws from, sink and nearest frames
+    included."""
     prefixes: int = 1
-    """Groups of a process whose prefixes are generated and decoded side by side: fewer and larger calls, and a cache of ``cache_frames`` for each of them from then on."""
+    """Groups of a process whose prefixes are generated and decoded side by side: fewer and
+    larger calls, and a cache of ``cache_frames`` for each of them from then on."""
     together: int = 0
-    """Most branches (the anchor counts) that are generated, or replayed, side by side; 0 = all.  Each holds a past of its own in the cache: lower it where memory is short."""
+    """Most branches (the anchor counts) that are generated, or replayed, side by side; 0 = all.
+    Each holds a past of its own in the cache: lower it where memory is short."""
 
     def __post_init__(self):
         if self.branches < 2:
-            raise ValueError(f"rollout.branches = {self.branches}, but a group compares at least 2 branches; set 2 or more")
+            raise ValueError(
+                f"rollout.branches = {self.branches}, but a group compares at least 2 branches; set 2 or more"
+            )
         if self.cache_frames < 1:
             raise ValueError(f"rollout.cache_frames = {self.cache_frames} must be positive")
         if self.prefixes < 1:
             raise ValueError(f"rollout.prefixes = {self.prefixes} must be 1 or more")
         if self.together < 0:
-            raise ValueError(f"rollout.together = {self.together} must be 1 or more, or 0 for all branches")
+            raise ValueError(
+                f"rollout.together = {self.together} must be 1 or more, or 0 for all branches"
+            )
 
 
 @dataclass(frozen=True)
@@ -150,75 +205,167 @@ class PlannedNoise:
         noise = self.shared.start(block)
         if block not in self.window or not any(plan.noise_mix for plan in self.plans):
             return noise
-        return torch.stack([mix_noise(noise, self._fresh(row, block), plan.noise_mix) for row, plan in enumerate(self.plans, self.first)])
+        return torch.stack(
+            [
+                mix_noise(noise, self._fresh(row, block), plan.noise_mix)
+                for row, plan in enumerate(self.plans, self.first)
+            ]
+        )
 
     def renoise(self, block: int, step: int) -> torch.Tensor:
         return self.shared.renoise(block, step)
 
     def _fresh(self, row: int, block: int) -> torch.Tensor:
-        return NamedNoise(self.shared.shape, self.shared.seed, (*self.shared.name, "branch", row)).start(block)
+        return NamedNoise(
+            self.shared.shape, self.shared.seed, (*self.shared.name, "branch", row)
+        ).start(block)
 
 
 def roll_out(
-    pipeline: Pipeline, sampler: Sampler, explorer: Explorer, config: RolloutConfig, script: Script,
-    embeddings: Mapping[str, torch.Tensor], seed: int, name: Name, phases: Phases, fork: int | None = None,
-    horizon: Callable[[Window], int] | None = None, held: Held = lambda fork: (), own: range | None = None,
-) -> Rollout:  # fmt: skip
-    """A group under ``script`` with the weights now in the pipeline.  ``name`` names its random streams.
+    pipeline: Pipeline,
+    sampler: Sampler,
+    explorer: Explorer,
+    config: RolloutConfig,
+    script: Script,
+    embeddings: Mapping[str, torch.Tensor],
+    seed: int,
+    name: Name,
+    phases: Phases,
+    fork: int | None = None,
+    horizon: Callable[[Window], int] | None = None,
+    held: Held = lambda fork: (),
+    own: range | None = None,
+) -> Rollout:
+    """A group under ``script`` with the weights now in the pipeline. ``name`` names its random
+    streams.
 
-    ``fork``: fork block (default: drawn among the eligible ones).  ``horizon``: the block to stop
-    before, but never within the window (default: the whole script).  ``held``: fork -> blocks of the prefix
-    whose network inputs are kept.  ``own``: those of the G branches that are generated here (default: all), beside the anchor.
+    ``fork``: fork block (default: drawn among the eligible ones). ``horizon``: the block to stop
+    before, but never within the window (default: the whole script). ``held``: fork -> blocks of the
+    prefix whose network inputs are kept. ``own``: those of the G branches that are generated here
+    (default: all), beside the anchor.
     """
     with phases("prefix"):
-        (start,) = starts(pipeline, sampler, explorer, config, [script], embeddings, seed, [name], [held], fork)
+        (start,) = starts(
+            pipeline, sampler, explorer, config, [script], embeddings, seed, [name], [held], fork
+        )
     return go_on(pipeline, explorer, config, start, seed, name, phases, horizon, own)
 
 
 def starts(
-    pipeline: Pipeline, sampler: Sampler, explorer: Explorer, config: RolloutConfig, scripts: Sequence[Script], embeddings: Mapping[str, torch.Tensor],
-    seed: int, names: Sequence[Name], held: Sequence[Held], fork: int | None = None,
-) -> list[Start]:  # fmt: skip
+    pipeline: Pipeline,
+    sampler: Sampler,
+    explorer: Explorer,
+    config: RolloutConfig,
+    scripts: Sequence[Script],
+    embeddings: Mapping[str, torch.Tensor],
+    seed: int,
+    names: Sequence[Name],
+    held: Sequence[Held],
+    fork: int | None = None,
+) -> list[Start]:
     """The pasts of some groups, one a script and name, generated side by side."""
     geometry = pipeline.geometry
     for script in scripts:
         check_room(explorer, config, script.blocks, geometry)
-    windows = [_window(explorer, script, geometry, seed, name, fork) for script, name in zip(scripts, names)]
-    noises = [NamedNoise(pipeline.latent_shape(geometry.block), seed, (*name, "noise")) for name in names]
-    return start_groups(pipeline, sampler, scripts, windows, embeddings, noises, config.cache_frames, [h(w.fork) for h, w in zip(held, windows)])
+    windows = [
+        _window(explorer, script, geometry, seed, name, fork)
+        for script, name in zip(scripts, names)
+    ]
+    noises = [
+        NamedNoise(pipeline.latent_shape(geometry.block), seed, (*name, "noise")) for name in names
+    ]
+    return start_groups(
+        pipeline,
+        sampler,
+        scripts,
+        windows,
+        embeddings,
+        noises,
+        config.cache_frames,
+        [h(w.fork) for h, w in zip(held, windows)],
+    )
 
 
 def go_on(
-    pipeline: Pipeline, explorer: Explorer, config: RolloutConfig, start: Start, seed: int, name: Name, phases: Phases,
-    horizon: Callable[[Window], int] | None = None, own: range | None = None,
-) -> Rollout:  # fmt: skip
+    pipeline: Pipeline,
+    explorer: Explorer,
+    config: RolloutConfig,
+    start: Start,
+    seed: int,
+    name: Name,
+    phases: Phases,
+    horizon: Callable[[Window], int] | None = None,
+    own: range | None = None,
+) -> Rollout:
     """A group from its past on; arguments as in `roll_out`."""
-    geometry, script, window, prefix, noise = pipeline.geometry, start.script, start.window, start.past, start.noise
-    plans = explorer.plan(window, geometry, config.branches, stream(seed, *name, "plan"), prefix.cache.resident)
+    geometry, script, window, prefix, noise = (
+        pipeline.geometry,
+        start.script,
+        start.window,
+        start.past,
+        start.noise,
+    )
+    plans = explorer.plan(
+        window, geometry, config.branches, stream(seed, *name, "plan"), prefix.cache.resident
+    )
     own = range(config.branches) if own is None else own
     plans = (*plans[own.start : own.stop], BranchPlan())
     stop = script.blocks if horizon is None else max(horizon(window), window.stop)
     size = config.together or len(plans)
     with phases("branches"):
-        parts = [_branches(pipeline, prefix, plans[i : i + size], PlannedNoise(noise, plans[i : i + size], window, own.start + i), window, stop) for i in range(0, len(plans), size)]
+        parts = [
+            _branches(
+                pipeline,
+                prefix,
+                plans[i : i + size],
+                PlannedNoise(noise, plans[i : i + size], window, own.start + i),
+                window,
+                stop,
+            )
+            for i in range(0, len(plans), size)
+        ]
     inputs, velocities, after = (torch.cat(x) for x in zip(*parts))
     clean = after[:, : window.blocks * geometry.block].unflatten(1, (window.blocks, geometry.block))
-    return Rollout(script, window, plans, Trajectory(inputs, velocities, clean), latents(prefix), after, prefix.cache, start.held, start.decoder)
+    return Rollout(
+        script,
+        window,
+        plans,
+        Trajectory(inputs, velocities, clean),
+        latents(prefix),
+        after,
+        prefix.cache,
+        start.held,
+        start.decoder,
+    )
 
 
-def _branches(pipeline: Pipeline, prefix: Stream, plans: tuple[BranchPlan, ...], noise: Noise, window: Window, stop: int) -> tuple[torch.Tensor, ...]:
-    """Some rows of a group from the fork to block ``stop``: the window's inputs and velocities [B, P, S, F, C, H, W], and all latents [B, N, C, H, W]."""
+def _branches(
+    pipeline: Pipeline,
+    prefix: Stream,
+    plans: tuple[BranchPlan, ...],
+    noise: Noise,
+    window: Window,
+    stop: int,
+) -> tuple[torch.Tensor, ...]:
+    """Some rows of a group from the fork to block ``stop``: the window's inputs and velocities
+    [B, P, S, F, C, H, W], and all latents [B, N, C, H, W]."""
     geometry, steps = pipeline.geometry, []
     branches = branch_out(pipeline, prefix, plans, noise, window)
     history = Routed(geometry.history, plans, window, geometry.block)
     for block in range(window.fork, stop):
-        branches.advance(*((history, lambda i, x, v: steps.append((x, v))) if block in window else ()))
-    inputs, velocities = (torch.stack(x, dim=1).unflatten(1, (window.blocks, len(geometry.sigmas))) for x in zip(*steps))
+        branches.advance(
+            *((history, lambda i, x, v: steps.append((x, v))) if block in window else ())
+        )
+    inputs, velocities = (
+        torch.stack(x, dim=1).unflatten(1, (window.blocks, len(geometry.sigmas)))
+        for x in zip(*steps)
+    )
     return inputs, velocities, torch.cat(branches.blocks[window.fork :], dim=1)
 
 
 def check_room(explorer: Explorer, config: RolloutConfig, blocks: int, geometry: Geometry) -> None:
-    """ValueError, before anything is generated, where settings and generator do not fit: no block can be a fork, or the cache is too small."""
+    """ValueError, before anything is generated, where settings and generator do not fit: no
+    block can be a fork, or the cache is too small."""
     explorer.eligible_forks(blocks, geometry)
     if config.cache_frames < (least := geometry.resident(blocks)):
         raise ValueError(
@@ -227,19 +374,36 @@ def check_room(explorer: Explorer, config: RolloutConfig, blocks: int, geometry:
         )
 
 
-def _window(explorer: Explorer, script: Script, geometry, seed: int, name: tuple, fork: int | None) -> Window:
+def _window(
+    explorer: Explorer, script: Script, geometry, seed: int, name: tuple, fork: int | None
+) -> Window:
     eligible = explorer.eligible_forks(script.blocks, geometry)
     if fork is None:
-        fork = eligible[int(torch.randint(len(eligible), (), generator=stream(seed, *name, "fork")))]
+        fork = eligible[
+            int(torch.randint(len(eligible), (), generator=stream(seed, *name, "fork")))
+        ]
     elif fork not in eligible:
-        raise ValueError(f"block {fork} can not be a fork of script {script.id!r}; eligible are {eligible}")
+        raise ValueError(
+            f"block {fork} can not be a fork of script {script.id!r}; eligible are {eligible}"
+        )
     return Window(fork, explorer.window_blocks)
 
 
-def branch_out(pipeline: Pipeline, prefix: Stream, plans: tuple[BranchPlan, ...], noise: Noise, window: Window) -> Stream:
+def branch_out(
+    pipeline: Pipeline, prefix: Stream, plans: tuple[BranchPlan, ...], noise: Noise, window: Window
+) -> Stream:
     """All rows, continuing from the prefix."""
     cache = prefix.cache.fork(len(plans), own_frames(prefix.geometry, prefix.scripts[0], window))
-    branches = Stream(pipeline.generator, prefix.geometry, prefix.sampler, prefix.scripts, prefix.embeddings, noise, cache, prefix.blocks)
+    branches = Stream(
+        pipeline.generator,
+        prefix.geometry,
+        prefix.sampler,
+        prefix.scripts,
+        prefix.embeddings,
+        noise,
+        cache,
+        prefix.blocks,
+    )
     branches.reencoded = len(prefix.blocks)
     return branches
 
@@ -247,9 +411,17 @@ def branch_out(pipeline: Pipeline, prefix: Stream, plans: tuple[BranchPlan, ...]
 def own_frames(geometry: Geometry, script: Script, window: Window) -> int:
     """Frames that each row keeps of its own: what a block can read, and the block itself.
 
-    A switch inside the window re-encodes frames that branches may have been routed to; those stay to the window's end.
+    A switch inside the window re-encodes frames that branches may have been routed to; those stay
+    to the window's end.
     """
     if geometry.window < 0:
         return script.blocks * geometry.block
-    switch = next((b for b in range(window.fork + 1, window.stop) if script.segment(b) != script.segment(b - 1)), window.stop - 1)
+    switch = next(
+        (
+            b
+            for b in range(window.fork + 1, window.stop)
+            if script.segment(b) != script.segment(b - 1)
+        ),
+        window.stop - 1,
+    )
     return geometry.window + geometry.block * (window.stop - switch)

@@ -1,4 +1,5 @@
-"""Causal history routing (CHR): a branch reads older frames in place of the rolling window's (method.md section 2).
+"""Causal history routing (CHR): a branch reads older frames in place of the rolling window's
+(method.md section 2).
 
 In every block of the window a branch reads
 
@@ -6,18 +7,21 @@ In every block of the window a branch reads
 
 which is exactly the deployment window's budget: n = window - sink - nearest - block.
 
-How routed frames are drawn: functions (pool, n, num_branches, generator) -> one sorted frame set per branch.
+How routed frames are drawn: functions (pool, n, num_branches, generator) -> one sorted frame set
+per branch.
 
-``pool`` holds absolute frame indices, ``n`` is how many of them a branch reads (method.md section 2, "Draws").
-None of them knows about the anchor: `KVRouting` redraws what would repeat the anchor or another branch.
+``pool`` holds absolute frame indices, ``n`` is how many of them a branch reads (method.md section
+2, "Draws"). None of them knows about the anchor: `KVRouting` redraws what would repeat the anchor
+or another branch.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Mapping, Protocol, Sequence
+from typing import ClassVar, Protocol
 
 import torch
 
@@ -33,9 +37,11 @@ class KVRouting:
     """Explore by routing the KV cache."""
 
     draw: str = "balanced"
-    """`balanced`, `dispersed` (the reference code's) or `independent`; see `kvpo.method.routing`."""
+    """`balanced`, `dispersed` (the reference code's) or `independent`; see
+    `kvpo.method.routing`."""
     nearest: int = 1
-    """Frames right before each block that every branch reads: without any, motion breaks at the fork."""
+    """Frames right before each block that every branch reads: without any, motion breaks at the
+    fork."""
     window_blocks: int = 3
     """P, blocks explored after the fork."""
 
@@ -45,9 +51,13 @@ class KVRouting:
         if self.draw not in DRAWS:
             raise ValueError(f"draw = {self.draw!r} is unknown; choose one of {', '.join(DRAWS)}")
         if self.nearest < 1:
-            raise ValueError(f"nearest = {self.nearest}, but a branch must keep at least the 1 frame right before each block; set nearest >= 1")
+            raise ValueError(
+                f"nearest = {self.nearest}, but a branch must keep at least the 1 frame right before each block; set nearest >= 1"
+            )
         if self.window_blocks < 1:
-            raise ValueError(f"window_blocks = {self.window_blocks}, but a window has at least 1 block")
+            raise ValueError(
+                f"window_blocks = {self.window_blocks}, but a window has at least 1 block"
+            )
 
     def routed(self, geometry: Geometry) -> int:
         """n, routed frames a branch reads.  ValueError if the window leaves no room for any."""
@@ -60,19 +70,29 @@ class KVRouting:
         return n
 
     def eligible_forks(self, blocks: int, geometry: Geometry) -> list[int]:
-        """Blocks whose pool is larger than n (at n its only choice is the anchor's window) and whose P blocks fit."""
+        """Blocks whose pool is larger than n (at n its only choice is the anchor's window) and
+        whose P blocks fit."""
         history = self.routed(geometry) + geometry.sink + self.nearest + 1
         first = -(-history // geometry.block)
-        return forks_from(first, blocks, self.window_blocks, f"routing, which needs {history} frames of history at {geometry.block} frames a block,")
+        return forks_from(
+            first,
+            blocks,
+            self.window_blocks,
+            f"routing, which needs {history} frames of history at {geometry.block} frames a block,",
+        )
 
-    def pool(self, window: Window, geometry: Geometry, resident: Sequence[int] | None = None) -> list[int]:
+    def pool(
+        self, window: Window, geometry: Geometry, resident: Sequence[int] | None = None
+    ) -> list[int]:
         """Resident frames between the sink and the nearest frames at the fork, ascending.
 
         ValueError if the sink or the nearest frames, which every branch reads, are not resident.
         """
         fork = window.fork * geometry.block
         frames = set(range(fork) if resident is None else resident)
-        locked = [f for f in (*range(geometry.sink), *range(fork - self.nearest, fork)) if f not in frames]
+        locked = [
+            f for f in (*range(geometry.sink), *range(fork - self.nearest, fork)) if f not in frames
+        ]
         if locked:
             raise ValueError(
                 f"fork at block {window.fork} (frame {fork}): frames {locked} are locked (sink {geometry.sink}, nearest {self.nearest}) but not resident; "
@@ -86,13 +106,19 @@ class KVRouting:
         return tuple(range(stop - self.routed(geometry), stop))
 
     def plan(
-        self, window: Window, geometry: Geometry, num_branches: int, generator: torch.Generator, resident: Sequence[int] | None = None
+        self,
+        window: Window,
+        geometry: Geometry,
+        num_branches: int,
+        generator: torch.Generator,
+        resident: Sequence[int] | None = None,
     ) -> tuple[BranchPlan, ...]:
-        """G plans, each different from the anchor's rolling window and, where the pool allows, from each other.
+        """G plans, each different from the anchor's rolling window and, where the pool allows, from
+        each other.
 
-        A group in which a set repeats, or equals the rolling window's, is drawn anew; after `REDRAWS` groups the
-        offending sets alone are redrawn uniformly.  Where the pool has fewer sets than branches each set is
-        used once before any is used again.
+        A group in which a set repeats, or equals the rolling window's, is drawn anew; after
+        `REDRAWS` groups the offending sets alone are redrawn uniformly. Where the pool has fewer
+        sets than branches each set is used once before any is used again.
         """
         check_branches(num_branches)
         n, pool = self.routed(geometry), self.pool(window, geometry, resident)
@@ -118,8 +144,15 @@ def _evenly_used(drawn: Sequence[Frames], choices: int) -> bool:
     return len(uses) == min(len(drawn), choices) and max(uses) - min(uses) <= 1
 
 
-def _repaired(drawn: Sequence[Frames], pool: Sequence[int], anchor: Frames, choices: int, generator: torch.Generator) -> list[Frames]:
-    """``drawn`` with repeats and the anchor's set replaced by uniform draws; ends because an unused set remains."""
+def _repaired(
+    drawn: Sequence[Frames],
+    pool: Sequence[int],
+    anchor: Frames,
+    choices: int,
+    generator: torch.Generator,
+) -> list[Frames]:
+    """``drawn`` with repeats and the anchor's set replaced by uniform draws; ends because an
+    unused set remains."""
     kept: list[Frames] = []
     used: set[Frames] = set()
     for frames in drawn:
@@ -131,46 +164,63 @@ def _repaired(drawn: Sequence[Frames], pool: Sequence[int], anchor: Frames, choi
         kept.append(frames)
     return kept
 
+
 Frames = tuple[int, ...]
 
 CANDIDATES = 32
-"""Random candidates `balanced` weighs for every branch; more lower the overlap little (14 frames, 5 drawn, 8 branches)."""
+"""Random candidates `balanced` weighs for every branch; more lower the overlap little (14
+frames, 5 drawn, 8 branches)."""
 
 
 class Draw(Protocol):
-    def __call__(self, pool: Sequence[int], n: int, num_branches: int, generator: torch.Generator) -> list[Frames]: ...
+    def __call__(
+        self, pool: Sequence[int], n: int, num_branches: int, generator: torch.Generator
+    ) -> list[Frames]: ...
 
 
 def _shuffled(pool: Sequence[int], generator: torch.Generator) -> list[int]:
     return [pool[i] for i in torch.randperm(len(pool), generator=generator).tolist()]
 
 
-def independent(pool: Sequence[int], n: int, num_branches: int, generator: torch.Generator) -> list[Frames]:
+def independent(
+    pool: Sequence[int], n: int, num_branches: int, generator: torch.Generator
+) -> list[Frames]:
     """Every branch draws uniformly without replacement, whatever the others drew."""
     return [tuple(sorted(_shuffled(pool, generator)[:n])) for _ in range(num_branches)]
 
 
-def dispersed(pool: Sequence[int], n: int, num_branches: int, generator: torch.Generator) -> list[Frames]:
-    """The reference code's draw: windows of n over one cyclic permutation, max(1, |pool| // G) apart.
+def dispersed(
+    pool: Sequence[int], n: int, num_branches: int, generator: torch.Generator
+) -> list[Frames]:
+    """The reference code's draw: windows of n over one cyclic permutation, max(1, |pool| // G)
+    apart.
 
-    Neighbouring branches overlap strongly when the pool is small (4 of 5 frames for 14 frames and 8 branches).
+    Neighbouring branches overlap strongly when the pool is small (4 of 5 frames for 14 frames and 8
+    branches).
     """
     order = _shuffled(pool, generator)
     shift = max(1, len(order) // num_branches)
-    return [tuple(sorted(order[(k * shift + i) % len(order)] for i in range(n))) for k in range(num_branches)]
+    return [
+        tuple(sorted(order[(k * shift + i) % len(order)] for i in range(n)))
+        for k in range(num_branches)
+    ]
 
 
-def balanced(pool: Sequence[int], n: int, num_branches: int, generator: torch.Generator) -> list[Frames]:
+def balanced(
+    pool: Sequence[int], n: int, num_branches: int, generator: torch.Generator
+) -> list[Frames]:
     """Use counts of any two pool frames differ by at most 1, and branches overlap little.
 
-    Each branch takes the n least used frames, ties broken at random; of several such candidates the one with
-    the smallest sum of squared overlaps with the earlier branches wins.  Taking the least used keeps all counts
-    in {c, c + 1} after every branch, whichever candidate wins.
+    Each branch takes the n least used frames, ties broken at random; of several such candidates the
+    one with the smallest sum of squared overlaps with the earlier branches wins. Taking the least
+    used keeps all counts in {c, c + 1} after every branch, whichever candidate wins.
     """
     uses = dict.fromkeys(pool, 0)
     chosen: list[Frames] = []
     for _ in range(num_branches):
-        candidates = [sorted(_shuffled(pool, generator), key=uses.__getitem__)[:n] for _ in range(CANDIDATES)]
+        candidates = [
+            sorted(_shuffled(pool, generator), key=uses.__getitem__)[:n] for _ in range(CANDIDATES)
+        ]
         best = min(candidates, key=lambda frames: _overlap(frames, chosen))
         for frame in best:
             uses[frame] += 1
@@ -182,4 +232,8 @@ def _overlap(frames: Sequence[int], chosen: Sequence[Frames]) -> int:
     return sum(len(set(frames).intersection(other)) ** 2 for other in chosen)
 
 
-DRAWS: Mapping[str, Draw] = {"balanced": balanced, "dispersed": dispersed, "independent": independent}
+DRAWS: Mapping[str, Draw] = {
+    "balanced": balanced,
+    "dispersed": dispersed,
+    "independent": independent,
+}

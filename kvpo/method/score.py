@@ -3,13 +3,14 @@
     local    the window's clip, cut where the prompt changes
     global   one clip in every prompt segment, from the fork on
 
-A segment wholly before the fork is equal in all rows: it is neither decoded for each of them nor scored.
+A segment wholly before the fork is equal in all rows: it is neither decoded for each of them nor
+scored.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Sequence
 
 import torch
 
@@ -26,23 +27,31 @@ class ScoreConfig:
     """Which clips are scored."""
 
     clip_frames: int = 36
-    """Longest clip of the global signal, pixel frames; it lies in the middle of what its segment has from the fork on."""
+    """Longest clip of the global signal, pixel frames; it lies in the middle of what its segment
+    has from the fork on."""
     min_frames: int = 12
     """Shorter stretches are not scored: too little to judge motion by."""
     segments: int | None = None
-    """Prompt segments that a group's global signal looks at, its fork's own the first; None: all of them, 0: the local signal is all.
-    What comes after is neither generated nor decoded.  Evaluations look at all."""
+    """Prompt segments that a group's global signal looks at, its fork's own the first; None: all
+    of them, 0: the local signal is all. What comes after is neither generated nor decoded.
+    Evaluations look at all."""
 
     together: int = 0
     """Most rows that are decoded side by side, 0 = all: lower it where memory is short."""
 
     def __post_init__(self):
         if self.together < 0:
-            raise ValueError(f"score.together = {self.together} must be 1 or more, or 0 for all rows")
+            raise ValueError(
+                f"score.together = {self.together} must be 1 or more, or 0 for all rows"
+            )
         if self.segments is not None and self.segments < 0:
-            raise ValueError(f"score.segments = {self.segments} must be 0 or more, or left out for all segments")
+            raise ValueError(
+                f"score.segments = {self.segments} must be 0 or more, or left out for all segments"
+            )
         if not 1 <= self.min_frames <= self.clip_frames:
-            raise ValueError(f"score.min_frames = {self.min_frames} must lie between 1 and score.clip_frames = {self.clip_frames}")
+            raise ValueError(
+                f"score.min_frames = {self.min_frames} must lie between 1 and score.clip_frames = {self.clip_frames}"
+            )
 
 
 @dataclass(frozen=True)
@@ -54,18 +63,25 @@ class Clip:
     stop: int
 
 
-def local_clips(script: Script, window: Window, geometry: Geometry, config: ScoreConfig) -> list[Clip]:
-    """The window's pixel frames, one clip per prompt in it; where all are short, the window is one clip of its last prompt."""
+def local_clips(
+    script: Script, window: Window, geometry: Geometry, config: ScoreConfig
+) -> list[Clip]:
+    """The window's pixel frames, one clip per prompt in it; where all are short, the window is
+    one clip of its last prompt."""
     segments = sorted({script.segment(b) for b in range(window.fork, window.stop)})
     clips = []
     for segment in segments:
         first, stop = script.span(segment)
-        clips.append(Clip(segment, *pixel_span((max(first, window.fork), min(stop, window.stop)), geometry)))
+        clips.append(
+            Clip(segment, *pixel_span((max(first, window.fork), min(stop, window.stop)), geometry))
+        )
     long = [c for c in clips if c.stop - c.first >= config.min_frames]
     return long or [Clip(segments[-1], clips[0].first, clips[-1].stop)]
 
 
-def global_clips(script: Script, window: Window, geometry: Geometry, config: ScoreConfig) -> list[Clip]:
+def global_clips(
+    script: Script, window: Window, geometry: Geometry, config: ScoreConfig
+) -> list[Clip]:
     """One clip in every segment from the fork on; stretches too short to be judged are left out."""
     clips = []
     for segment in range(script.segment(window.fork), len(script.texts)):
@@ -78,18 +94,29 @@ def global_clips(script: Script, window: Window, geometry: Geometry, config: Sco
     return clips
 
 
-def group_clips(script: Script, window: Window, geometry: Geometry, config: ScoreConfig) -> dict[str, list[Clip]]:
-    """A group's clips by signal; the local ones serve for both where no global clip is asked for, or long enough."""
-    local, after = local_clips(script, window, geometry, config), global_clips(script, window, geometry, config)
+def group_clips(
+    script: Script, window: Window, geometry: Geometry, config: ScoreConfig
+) -> dict[str, list[Clip]]:
+    """A group's clips by signal; the local ones serve for both where no global clip is asked
+    for, or long enough."""
+    local, after = (
+        local_clips(script, window, geometry, config),
+        global_clips(script, window, geometry, config),
+    )
     if config.segments is not None:
         after = [c for c in after if c.segment < script.segment(window.fork) + config.segments]
     return {"local": local, "global": after or local}
 
 
 def horizon(script: Script, window: Window, geometry: Geometry, config: ScoreConfig) -> int:
-    """The block before which everything lies that `score` looks at: what comes after need not be generated."""
+    """The block before which everything lies that `score` looks at: what comes after need not be
+    generated."""
     last = _last_frame(group_clips(script, window, geometry, config))
-    return next(b for b in range(window.stop, script.blocks + 1) if geometry.pixel_frames(b * geometry.block) >= last)
+    return next(
+        b
+        for b in range(window.stop, script.blocks + 1)
+        if geometry.pixel_frames(b * geometry.block) >= last
+    )
 
 
 def _last_frame(clips: dict[str, list[Clip]]) -> int:
@@ -97,17 +124,29 @@ def _last_frame(clips: dict[str, list[Clip]]) -> int:
 
 
 def decode(pipeline: Pipeline, rollout: Rollout, frames: int, together: int = 0) -> torch.Tensor:
-    """uint8 [B, T, 3, H, W] of all rows from the fork on, in main memory, at least ``frames`` pixel frames of it.
+    """uint8 [B, T, 3, H, W] of all rows from the fork on, in main memory, at least ``frames`` pixel
+    frames of it.
 
-    The prefix goes through the decoder once and leaves it in the state from which every row continues.
+    The prefix goes through the decoder once and leaves it in the state from which every row
+    continues.
     """
-    decoder = rollout.decoder() if rollout.decoder else PrefixDecoders(pipeline, [rollout.prefix]).take(0)
-    latents = -(-frames // 4)  # after the video's first latent frame every one gives four pixel frames
+    decoder = (
+        rollout.decoder() if rollout.decoder else PrefixDecoders(pipeline, [rollout.prefix]).take(0)
+    )
+    latents = -(
+        -frames // 4
+    )  # after the video's first latent frame every one gives four pixel frames
     chunks = rollout.latents[:, :latents].split(together or len(rollout.plans))
     return torch.cat([decoder.fork(len(rows))(rows).cpu() for rows in chunks])
 
 
-def score(pipeline: Pipeline, rollout: Rollout, rewards: Sequence[Reward], config: ScoreConfig, phases: Phases) -> tuple[RewardTable, torch.Tensor]:
+def score(
+    pipeline: Pipeline,
+    rollout: Rollout,
+    rewards: Sequence[Reward],
+    config: ScoreConfig,
+    phases: Phases,
+) -> tuple[RewardTable, torch.Tensor]:
     """Rewards of a group, and its decoded pixels from the fork on, uint8 [B, T, 3, H, W].
 
     ValueError where no clip is long enough, or a reward returns what it may not.
@@ -116,26 +155,48 @@ def score(pipeline: Pipeline, rollout: Rollout, rewards: Sequence[Reward], confi
     clips = group_clips(script, window, geometry, config)
     start = geometry.pixel_frames(window.fork * geometry.block)
     with phases("decode"):
-        pixels = decode(pipeline, rollout, max(_last_frame(clips), geometry.pixel_frames(window.stop * geometry.block)) - start, config.together)
+        pixels = decode(
+            pipeline,
+            rollout,
+            max(_last_frame(clips), geometry.pixel_frames(window.stop * geometry.block)) - start,
+            config.together,
+        )
     with phases("reward"):
-        scores = {c: _score_clip(pixels[:, c.first - start : c.stop - start], script, c.segment, geometry.fps, rewards) for c in {*clips["local"], *clips["global"]}}
+        scores = {
+            c: _score_clip(
+                pixels[:, c.first - start : c.stop - start],
+                script,
+                c.segment,
+                geometry.fps,
+                rewards,
+            )
+            for c in {*clips["local"], *clips["global"]}
+        }
     names = tuple(r.spec.name for r in rewards)
-    local, global_ = (torch.stack([scores[c] for c in signal]).mean(dim=0) for signal in clips.values())
+    local, global_ = (
+        torch.stack([scores[c] for c in signal]).mean(dim=0) for signal in clips.values()
+    )
     valid = (local.isfinite() & global_.isfinite()).all(dim=0)
     return RewardTable(names, local.double(), global_.double(), valid), pixels
 
 
-def _score_clip(frames: torch.Tensor, script: Script, segment: int, fps: float, rewards: Sequence[Reward]) -> torch.Tensor:
+def _score_clip(
+    frames: torch.Tensor, script: Script, segment: int, fps: float, rewards: Sequence[Reward]
+) -> torch.Tensor:
     """r_KB of one clip in all rows; NaN where a reward could not measure."""
     rows = len(frames)
-    batch = VideoBatch(frames, fps, (script.texts[segment],) * rows, (script.texts[:segment],) * rows)
+    batch = VideoBatch(
+        frames, fps, (script.texts[segment],) * rows, (script.texts[:segment],) * rows
+    )
     return torch.stack([r.score(batch).scores for r in rewards])
 
 
 def pixel_diversity(pixels_BTCHW: torch.Tensor, ranks: Ranks = Ranks()) -> float:
-    """Mean squared difference of two rows' pixels in [0, 1], over all pairs of rows, those of the other ``ranks`` included."""
+    """Mean squared difference of two rows' pixels in [0, 1], over all pairs of rows, those of
+    the other ``ranks`` included."""
     x = pixels_BTCHW.flatten(1).float() / 255.0
     B = int(ranks.sum(torch.tensor(len(x))))
-    # Sum over pairs |a - b|^2 = B sum |a|^2 - |sum a|^2, and the last sum is 0 once the mean is taken off (which also keeps the digits).
+    # Sum over pairs |a - b|^2 = B sum |a|^2 - |sum a|^2, and the last sum is 0 once the mean is
+    # taken off (which also keeps the digits).
     total = B * ranks.sum((x - ranks.sum(x.sum(dim=0)) / B).square().sum(dtype=torch.float64))
     return float(total / (B * (B - 1) / 2) / x.shape[1])

@@ -2,15 +2,16 @@
 
     y = R x,   R[c ^ mask_row, (row, c)] = +-1        x cut into rows of 4,096 weights, tensor by tensor
 
-Every weight has a random sign, every row a random shift of its places, both from hashes of the weight's number that a named
-stream has salted: nothing as large as the gradient is kept, and every device and any number of ranks has the same.  Signs are
-independent pair by pair, so E<Ra, Rb> = <a, b>; where no few weights hold all of a gradient, its standard deviation is about
+Every weight has a random sign, every row a random shift of its places, both from hashes of the
+weight's number that a named stream has salted: nothing as large as the gradient is kept, and every
+device and any number of ranks has the same. Signs are independent pair by pair, so E<Ra, Rb> = <a,
+b>; where no few weights hold all of a gradient, its standard deviation is about
 |a| |b| / 64 (a count sketch; Charikar, Chen and Farach-Colton 2002).
 """
 
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 from torch.nn.functional import pad
@@ -41,16 +42,23 @@ class Sketch:
 
 
 def _folded(x: torch.Tensor, first: int, signs: int, places: int) -> torch.Tensor:
-    """[SIZE] float64: the signed weights from number ``first`` on, a multiple of SIZE, added up at their rows' places."""
+    """[SIZE] float64: the signed weights from number ``first`` on, a multiple of SIZE, added up
+    at their rows' places."""
     rows = -(-len(x) // SIZE)
     number = torch.arange(first, first + len(x), device=x.device)
-    x = pad(torch.where(_mixed(number, signs) & 1 == 1, -x.float(), x.float()), (0, rows * SIZE - len(x))).view(rows, SIZE)
+    x = pad(
+        torch.where(_mixed(number, signs) & 1 == 1, -x.float(), x.float()),
+        (0, rows * SIZE - len(x)),
+    ).view(rows, SIZE)
     mask = _mixed(torch.arange(first // SIZE, first // SIZE + rows, device=x.device), places) % SIZE
-    return x.gather(1, torch.arange(SIZE, device=x.device) ^ mask[:, None]).sum(dim=0, dtype=torch.float64)
+    return x.gather(1, torch.arange(SIZE, device=x.device) ^ mask[:, None]).sum(
+        dim=0, dtype=torch.float64
+    )
 
 
 def _mixed(x: torch.Tensor, salt: int) -> torch.Tensor:
-    """A hash of 32 bits: every bit of the input turns over about half of them.  Held in int64, in which no product overflows."""
+    """A hash of 32 bits: every bit of the input turns over about half of them. Held in int64, in
+    which no product overflows."""
     x = (x + salt) & 0xFFFFFFFF
     for factor in (0x45D9F3B, 0x119DE1F3):
         x = ((x ^ (x >> 16)) * factor) & 0xFFFFFFFF

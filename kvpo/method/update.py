@@ -1,28 +1,31 @@
-"""Stage 7: energies and objective to gradients, a finite check, and the optimizer's step (method.md section 5).
+"""Stage 7: energies and objective to gradients, a finite check, and the optimizer's step (method.md
+section 5).
 
-The loss is a function of G numbers, so its cotangents are too: replay with gradient goes pass by pass, each
-multiplied by its branches' numbers and freed.  The gradient is the same whatever the size of a pass;
-it is that of the energies with pages held still (method.md section 5), which at P = 1 is all of it.
+The loss is a function of G numbers, so its cotangents are too: replay with gradient goes pass by
+pass, each multiplied by its branches' numbers and freed. The gradient is the same whatever the size
+of a pass; it is that of the energies with pages held still (method.md section 5), which at P = 1 is
+all of it.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Callable, Iterable, Literal, Mapping
+from typing import Literal
 
 import torch
 
-from kvpo.method.advantages import Advantage, UnsafePolicy
-from kvpo.distributed.ranks import Ranks
 from kvpo.common.finite import finite
+from kvpo.common.timing import Phases
+from kvpo.distributed.ranks import Ranks
+from kvpo.method.advantages import Advantage, UnsafePolicy
+from kvpo.method.energies import Temperature, squared_residual
 from kvpo.method.loss import ClippedObjective, entropy
-from kvpo.policy.policy import Policy
 from kvpo.method.replay import Replay
 from kvpo.method.sketch import Sketch
-from kvpo.method.energies import Temperature, squared_residual
-from kvpo.common.timing import Phases
 from kvpo.method.velocity_penalty import VelocityPenalty
+from kvpo.policy.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -31,26 +34,33 @@ class OptimizerConfig:
 
     lr: float = 1e-5
     warmup: int = 5
-    """Updates over which the rate rises linearly to ``lr``; the first one already moves (lr / warmup)."""
+    """Updates over which the rate rises linearly to ``lr``; the first one already moves (lr /
+    warmup)."""
     weight_decay: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
-    """Added to the root mean square that a weight's step is divided by.  Where most of a gradient is noise, AdamW moves every weight by about
-    ``lr`` whichever way it falls; an ``eps`` of the gradients' own size lets weights of little gradient rest."""
+    """Added to the root mean square that a weight's step is divided by. Where most of a gradient
+    is noise, AdamW moves every weight by about ``lr`` whichever way it falls; an ``eps`` of the
+    gradients' own size lets weights of little gradient rest."""
     clip: float = 1.0
-    """Largest gradient norm of one group.  Groups differ a hundredfold (`auto` temperature divides by the spread of their energies): clipped
-    together, one group would speak for all."""
+    """Largest gradient norm of one group. Groups differ a hundredfold (`auto` temperature
+    divides by the spread of their energies): clipped together, one group would speak for all."""
     clip_of: Literal["group", "step"] = "group"
-    """What ``clip`` bounds: the gradient of each group, so that every group above it counts alike, or the step's sum, where a group weighs what
-    its gradient does, the velocity penalty's included.  A step's sum is the mean over its groups.  With `advantages.std: step` take `step`:
+    """What ``clip`` bounds: the gradient of each group, so that every group above it counts
+    alike, or the step's sum, where a group weighs what its gradient does, the velocity penalty's
+    included. A step's sum is the mean over its groups. With `advantages.std: step` take `step`:
     a clip of each group undoes what that does."""
 
     def __post_init__(self):
         if not (self.lr > 0.0 and self.eps > 0.0 and self.clip > 0.0 and self.warmup >= 1):
-            raise ValueError(f"optimizer.lr = {self.lr}, eps = {self.eps} and clip = {self.clip} must be positive, warmup = {self.warmup} at least 1")
+            raise ValueError(
+                f"optimizer.lr = {self.lr}, eps = {self.eps} and clip = {self.clip} must be positive, warmup = {self.warmup} at least 1"
+            )
         if self.clip_of not in ("group", "step"):
-            raise ValueError(f"optimizer.clip_of = {self.clip_of!r} is unknown; choose group or step")
+            raise ValueError(
+                f"optimizer.clip_of = {self.clip_of!r} is unknown; choose group or step"
+            )
 
 
 @dataclass(frozen=True)
@@ -58,33 +68,57 @@ class GroupUpdate:
     """What one group added."""
 
     energy: torch.Tensor
-    """E_M float64 of the group's members under the current weights; NaN where the group was skipped."""
+    """E_M float64 of the group's members under the current weights; NaN where the group was
+    skipped."""
     pi: torch.Tensor
     """pi_old_M, the behaviour policy's share of every member; likewise."""
     metrics: Mapping[str, float]
     old: torch.Tensor | None = None
-    """E_M under the behaviour weights, and under the reference's: both stay for the further updates on the same group.  None where it was skipped;
-    the second also where the KL is to the behaviour policy."""
+    """E_M under the behaviour weights, and under the reference's: both stay for the further
+    updates on the same group. None where it was skipped; the second also where the KL is to the
+    behaviour policy."""
     reference: torch.Tensor | None = None
     sketch: torch.Tensor | None = None
-    """Of the group's gradient before its clip, of length 1; None where its branches are tied, or nobody asked."""
+    """Of the group's gradient before its clip, of length 1; None where its branches are tied, or
+    nobody asked."""
 
 
 class Updater:
     """Accumulates the gradients of a step's groups, then updates the policy."""
 
     def __init__(
-        self, policy: Policy, config: OptimizerConfig, objective: ClippedObjective, temperature: Temperature, unsafe: UnsafePolicy, groups: int, row: Ranks = Ranks(),
+        self,
+        policy: Policy,
+        config: OptimizerConfig,
+        objective: ClippedObjective,
+        temperature: Temperature,
+        unsafe: UnsafePolicy,
+        groups: int,
+        row: Ranks = Ranks(),
         sketch: Sketch | None = None,
-    ):  # fmt: skip
-        """``row``: the ranks that share a group with this one, each with members of its own.  ``sketch``: takes one of every group's gradient."""
+    ):
+        """``row``: the ranks that share a group with this one, each with members of its own.
+        ``sketch``: takes one of every group's gradient."""
         self.row, self.sketch = row, sketch
         self.policy, self.config, self.objective = policy, config, objective
         self.temperature, self.unsafe, self.groups = temperature, unsafe, groups
-        self.optimizer = torch.optim.AdamW(policy.parameters, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, weight_decay=config.weight_decay)
+        self.optimizer = torch.optim.AdamW(
+            policy.parameters,
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+        )
 
-    def accumulate(self, replay: Replay, advantage: Advantage, phases: Phases, before: GroupUpdate | None = None) -> GroupUpdate:
-        """Add the clipped gradient of one group's loss.  ``replay``: of this rank's members.  ``before``: of an earlier update on the same group.
+    def accumulate(
+        self,
+        replay: Replay,
+        advantage: Advantage,
+        phases: Phases,
+        before: GroupUpdate | None = None,
+    ) -> GroupUpdate:
+        """Add the clipped gradient of one group's loss. ``replay``: of this rank's members.
+        ``before``: of an earlier update on the same group.
 
         ValueError naming quantity and branch where a number is not finite.
         """
@@ -96,36 +130,64 @@ class Updater:
             return GroupUpdate(unknown, unknown, metrics)
         old_G, reference_G = (None, None) if before is None else (before.old, before.reference)
         with phases("replay_old"):
-            moved = self.policy.updates > 0 and self.objective.kl_to == "initial"  # also where kl_beta is 0: the drift is to be seen
+            moved = (
+                self.policy.updates > 0 and self.objective.kl_to == "initial"
+            )  # also where kl_beta is 0: the drift is to be seen
             if before is None and moved:
                 reference_G = self._energies_under(self.policy.reference, replay)
             if before is None and not self.policy.on_policy:
                 old_G = self._energies_under(self.policy.behaviour, replay)
         with phases("replay_grad"):
             shares = self.row.together(lambda: list(replay.passes()) if replay.single_pass else [])
-            energy_G = self._of_all(lambda: _sum(shares, len(replay.rows)) if shares else replay.energies())
-            old_G = energy_G if old_G is None else old_G  # the same weights: the old scores are the detached new ones
+            energy_G = self._of_all(
+                lambda: _sum(shares, len(replay.rows)) if shares else replay.energies()
+            )
+            old_G = (
+                energy_G if old_G is None else old_G
+            )  # the same weights: the old scores are the detached new ones
             tau = self.temperature.resolve(old_G)
             reference_G = energy_G if self.policy.updates == 0 else reference_G
             logits = [None if e is None else -e / tau for e in (energy_G, old_G, reference_G)]
             loss = self.objective(*logits, advantage.values, share)
             first = self.row.stretch(len(advantage.fused)).start
-            cotangent_G = (-loss.cotangent / tau)[first : first + len(replay.rows)]  # dL / dE of the members here
-            passes = (torch.dot(cotangent_G[branch].to(energy.device), energy) for branch, energy in shares or replay.passes())
-            wanted = self.sketch if before is None and bool(advantage.values.any()) else None  # a tied group's gradient is the KL's, or rounding
+            cotangent_G = (-loss.cotangent / tau)[
+                first : first + len(replay.rows)
+            ]  # dL / dE of the members here
+            passes = (
+                torch.dot(cotangent_G[branch].to(energy.device), energy)
+                for branch, energy in shares or replay.passes()
+            )
+            wanted = (
+                self.sketch if before is None and bool(advantage.values.any()) else None
+            )  # a tied group's gradient is the KL's, or rounding
             norm, sketch = self._add_clipped(passes, share, self.row, wanted)
         log_pi = torch.log_softmax(-old_G / tau, dim=0)
-        metrics |= {"energy/mean": float(energy_G.mean()), "energy/std": float(energy_G.std()), "policy/tau": tau, "policy/lag": self.policy.lag}
-        metrics |= {"policy/entropy": float(entropy(log_pi)), "policy/evenness": float(entropy(log_pi)) / math.log(len(log_pi)), "policy/top": float(log_pi.max().exp())}
+        metrics |= {
+            "energy/mean": float(energy_G.mean()),
+            "energy/std": float(energy_G.std()),
+            "policy/tau": tau,
+            "policy/lag": self.policy.lag,
+        }
+        metrics |= {
+            "policy/entropy": float(entropy(log_pi)),
+            "policy/evenness": float(entropy(log_pi)) / math.log(len(log_pi)),
+            "policy/top": float(log_pi.max().exp()),
+        }
         metrics |= {"optim/grad_norm": norm}
         if self.config.clip_of == "group":
             metrics["optim/grad_clipped"] = float(norm > self.config.clip)
-        return GroupUpdate(energy_G, log_pi.exp(), metrics | loss.metrics, old_G, reference_G, sketch)
+        return GroupUpdate(
+            energy_G, log_pi.exp(), metrics | loss.metrics, old_G, reference_G, sketch
+        )
 
-    def hold(self, penalty: VelocityPenalty, velocities: Callable[[], list[torch.Tensor]], phases: Phases) -> dict[str, float]:
-        """Add the clipped gradient of the penalty on one group's held blocks, given their velocities under the weights in the module.  One rank of a row does.
+    def hold(
+        self, penalty: VelocityPenalty, velocities: Callable[[], list[torch.Tensor]], phases: Phases
+    ) -> dict[str, float]:
+        """Add the clipped gradient of the penalty on one group's held blocks, given their
+        velocities under the weights in the module. One rank of a row does.
 
-        Nothing where there are none, and before the first update, when both velocities are the same.
+        Nothing where there are none, and before the first update, when both velocities are the
+        same.
         """
         if self.policy.updates == 0:
             return {}
@@ -135,20 +197,29 @@ class Updater:
             if not reference:
                 return {}
             distance = squared_residual(torch.cat(velocities()), torch.cat(reference)).mean()
-            norm, _ = self._add_clipped([penalty.weight / self.groups * distance], 1.0 / self.groups, Ranks())
+            norm, _ = self._add_clipped(
+                [penalty.weight / self.groups * distance], 1.0 / self.groups, Ranks()
+            )
         return {"hold/distance": float(distance.detach()), "hold/grad_norm": norm}
 
     def step(self, last: bool = True) -> dict[str, float]:
         """One optimizer update, the ``last`` on this step's groups or not.
 
         FloatingPointError, before anything has changed, where a gradient is not finite; and where
-        the update itself has made numbers that are not, after which `Policy.broken` forbids to save.
+        the update itself has made numbers that are not, after which `Policy.broken` forbids to
+        save.
         """
         rate = self.config.lr * min(1.0, (self.policy.updates + 1) / self.config.warmup)
-        if all(p.grad is None for p in self.policy.parameters):  # every group of the step was skipped
+        if all(
+            p.grad is None for p in self.policy.parameters
+        ):  # every group of the step was skipped
             return {"optim/lr": rate, "optim/grad_norm": 0.0, "optim/grad_clipped": 0.0}
-        if not (norm := self.policy.layout.total(_norm(self.policy.parameters).double().square()).sqrt()).isfinite():
-            faults = self.policy.layout.total(torch.stack([_fault(p) for p in self.policy.parameters]))
+        if not (
+            norm := self.policy.layout.total(_norm(self.policy.parameters).double().square()).sqrt()
+        ).isfinite():
+            faults = self.policy.layout.total(
+                torch.stack([_fault(p) for p in self.policy.parameters])
+            )
             bad = [n for n, fault in zip(self.policy.names, faults) if fault]
             raise FloatingPointError(
                 f"gradient norm is {float(norm)} at update {self.policy.updates}; not finite in {len(bad)} tensors, first {', '.join(bad[:3])}; nothing was updated. "
@@ -167,10 +238,15 @@ class Updater:
         return metrics | {"optim/drift": self.policy.drift()}
 
     def _refuse_broken(self) -> None:
-        """FloatingPointError where the update has left a weight or a moment that is not finite; all ranks enter."""
+        """FloatingPointError where the update has left a weight or a moment that is not finite;
+        all ranks enter."""
         policy, state = self.policy, self.optimizer.state
-        found = [[p.detach(), *(x for x in state[p].values() if x.dim())] for p in policy.parameters]
-        faults = policy.layout.total(torch.stack([(~torch.stack([finite(x) for x in xs]).all()).float() for xs in found]))
+        found = [
+            [p.detach(), *(x for x in state[p].values() if x.dim())] for p in policy.parameters
+        ]
+        faults = policy.layout.total(
+            torch.stack([(~torch.stack([finite(x) for x in xs]).all()).float() for xs in found])
+        )
         if bad := [name for name, fault in zip(policy.names, faults) if fault]:
             policy.broken = True
             raise FloatingPointError(
@@ -178,10 +254,14 @@ class Updater:
                 "not saved. The checkpoints before it are whole: go on from the newest by --resume, or start a new run with a lower optimizer.lr or a larger optimizer.eps"
             )
 
-    def _add_clipped(self, losses: Iterable[torch.Tensor], share: float, row: Ranks, sketch: Sketch | None = None) -> tuple[float, torch.Tensor | None]:
-        """Add the gradient of the losses' sum over the ranks of ``row`` to the step's, clipped by itself where groups are; its norm and its sketch before that.
+    def _add_clipped(
+        self, losses: Iterable[torch.Tensor], share: float, row: Ranks, sketch: Sketch | None = None
+    ) -> tuple[float, torch.Tensor | None]:
+        """Add the gradient of the losses' sum over the ranks of ``row`` to the step's, clipped by
+        itself where groups are; its norm and its sketch before that.
 
-        The losses are ``share`` of a whole group's.  A gradient that is not finite is left for `step` to name.
+        The losses are ``share`` of a whole group's. A gradient that is not finite is left for
+        `step` to name.
         """
         collecting = self.policy.layout.collecting
         earlier = [p.grad for p in collecting]
@@ -190,7 +270,11 @@ class Updater:
         row.together(lambda: [loss.backward() for loss in losses])
         row.add_gradients(collecting)
         norm = _norm(collecting)
-        taken = sketch([p.grad for p in collecting]) / float(norm) if sketch and norm.isfinite() and norm > 0.0 else None
+        taken = (
+            sketch([p.grad for p in collecting]) / float(norm)
+            if sketch and norm.isfinite() and norm > 0.0
+            else None
+        )
         if norm.isfinite() and self.config.clip_of == "group":
             torch.nn.utils.clip_grads_with_norm_(collecting, self.config.clip * share, norm)
         for p, before in zip(collecting, earlier):
@@ -205,7 +289,8 @@ class Updater:
             return self._of_all(replay.energies)
 
     def _of_all(self, energies: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """E_M of a group from every rank's own members: its branches in order, then the anchor where that is one."""
+        """E_M of a group from every rank's own members: its branches in order, then the anchor
+        where that is one."""
         return torch.cat(self.row.gather(self.row.together(energies)))
 
 
@@ -215,7 +300,11 @@ def _norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
 
 def _fault(parameter: torch.nn.Parameter) -> torch.Tensor:
     """1 where its gradient is not finite."""
-    return torch.zeros((), device=parameter.device) if parameter.grad is None else (~parameter.grad.isfinite()).any().float()
+    return (
+        torch.zeros((), device=parameter.device)
+        if parameter.grad is None
+        else (~parameter.grad.isfinite()).any().float()
+    )
 
 
 def _sum(shares: list[tuple[torch.Tensor, torch.Tensor]], branches: int) -> torch.Tensor:
@@ -229,4 +318,8 @@ def _sum(shares: list[tuple[torch.Tensor, torch.Tensor]], branches: int) -> torc
 def group_means(groups: list[Mapping[str, float]]) -> dict[str, float]:
     """Mean over a step's groups of every metric, over the groups that have it."""
     names = {name for metrics in groups for name in metrics}
-    return {name: sum(values) / len(values) for name in sorted(names) if (values := [m[name] for m in groups if name in m])}
+    return {
+        name: sum(values) / len(values)
+        for name in sorted(names)
+        if (values := [m[name] for m in groups if name in m])
+    }

@@ -1,4 +1,5 @@
-"""The miniature: a small world with known truth, and a generator trained on it; a size of the program, not another one."""
+"""The miniature: a small world with known truth, and a generator trained on it; a size of the
+program, not another one."""
 
 from pathlib import Path
 

@@ -1,19 +1,21 @@
-"""Habits of the videos that the miniature learns from, as captured videos have them, and no caption names them.
+"""Habits of the videos that the miniature learns from, as captured videos have them, and no caption
+names them.
 
 Two habits, drawn block by block, so that a block's past shows them:
 
     sloppy   the object is faded (OPACITY) and stutters: it stands still for a latent frame's four pixel frames and
-             then jumps.  A chain over blocks: it begins with a probability of BEGINS and goes on with one of GOES_ON.
+             then jumps. A chain over blocks: it begins with a probability of BEGINS and goes on
+             with one of GOES_ON.
     late     a prompt switch is obeyed at once, a block late, or not before the next switch (OBEYED).
 
-They are what alignment has to remove: a generator that has learnt from such videos does both the good and the bad, and
-the rewards, which see pixels and prompts only, prefer the good.
+They are what alignment has to remove: a generator that has learnt from such videos does both the
+good and the bad, and the rewards, which see pixels and prompts only, prefer the good.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Sequence
 
 import torch
 
@@ -22,7 +24,8 @@ from kvpo.mini.world import Truth
 OPACITY = 0.55
 """Opacity of a sloppy block's object."""
 BEGINS, GOES_ON = 0.25, 0.75
-"""Probability that a block is sloppy after a clean one, and after a sloppy one.  The first block of a video is clean."""
+"""Probability that a block is sloppy after a clean one, and after a sloppy one. The first block
+of a video is clean."""
 OBEYED = (("at once", 0.45), ("late", 0.25), ("ignored", 0.30))
 """What becomes of a prompt switch, and how often."""
 
@@ -65,7 +68,8 @@ def changes(shown: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def stuttered(truth: Truth, sloppy: Sequence[bool], block: int) -> Truth:
-    """The truth with the sloppy blocks faded and stuttering.  ``block``: latent frames of a block."""
+    """The truth with the sloppy blocks faded and stuttering. ``block``: latent frames of a
+    block."""
     frames = torch.arange(len(truth.scene))
     latent = (frames + 3) // 4
     held = torch.tensor(sloppy)[latent // block]

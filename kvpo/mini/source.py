@@ -20,7 +20,8 @@ MEMORY_SEGMENTS = 3
 
 @dataclass(frozen=True)
 class StorySource:
-    """Story ``index`` of step ``step`` is drawn from the stream of that name alone, whichever rank asks, so a run never sees one twice."""
+    """Story ``index`` of step ``step`` is drawn from the stream of that name alone, whichever
+    rank asks, so a run never sees one twice."""
 
     seed: int
     split: str = "train"
@@ -34,13 +35,19 @@ class StorySource:
     def __post_init__(self):
         most = MAX_SEGMENTS if self.segments is None else self.segments
         if not 1 <= most <= MAX_SEGMENTS:
-            raise ValueError(f"segments = {self.segments}, but a story has 1 to {MAX_SEGMENTS}; None draws one of them")
+            raise ValueError(
+                f"segments = {self.segments}, but a story has 1 to {MAX_SEGMENTS}; None draws one of them"
+            )
         if self.blocks < most:
-            raise ValueError(f"blocks = {self.blocks} is too short for stories of up to {most} segments; lengthen the video or set segments")
+            raise ValueError(
+                f"blocks = {self.blocks} is too short for stories of up to {most} segments; lengthen the video or set segments"
+            )
         if not 0.0 <= self.memory <= 1.0:
             raise ValueError(f"memory = {self.memory} is a share of all stories, from 0 to 1")
         if self.memory > 0.0 and most < MEMORY_SEGMENTS:
-            raise ValueError(f"segments = {self.segments} leaves no room for hide and seek, which takes {MEMORY_SEGMENTS}; set memory = 0 or more segments")
+            raise ValueError(
+                f"segments = {self.segments} leaves no room for hide and seek, which takes {MEMORY_SEGMENTS}; set memory = 0 or more segments"
+            )
 
     def story(self, step: int, index: int) -> Story:
         """The script with its truth."""
@@ -48,14 +55,19 @@ class StorySource:
             raise ValueError(f"group {index} of step {step} does not exist; both count from 0")
         name = (self.split, step, index)
         memory = chance(self.memory, stream(self.seed, "memory", *name))
-        return write_story(self.seed, *name, blocks=self.blocks, segments=self.segments, memory=memory)
+        return write_story(
+            self.seed, *name, blocks=self.blocks, segments=self.segments, memory=memory
+        )
 
     def script(self, step: int, index: int) -> Script:
         return self.story(step, index).script
 
 
-def story_clips(count: int, pillar: bool = False, seed: int = 7, frames: int = FRAMES) -> list[VideoBatch]:
-    """``count`` true clips of the miniature's world, in batches of 8: the first ``frames`` of every prompt segment of stories that no training draws."""
+def story_clips(
+    count: int, pillar: bool = False, seed: int = 7, frames: int = FRAMES
+) -> list[VideoBatch]:
+    """``count`` true clips of the miniature's world, in batches of 8: the first ``frames`` of
+    every prompt segment of stories that no training draws."""
     rows, i = [], 0
     while len(rows) < count:
         story = write_story(seed, "rewards", i, blocks=12, memory=pillar)
@@ -63,8 +75,15 @@ def story_clips(count: int, pillar: bool = False, seed: int = 7, frames: int = F
         for k in range(len(story.scenes)):
             first, stop = (pixel_frames(3 * block) for block in story.script.span(k))
             if first + frames <= stop and story.scenes[0].pillar == pillar:
-                rows.append((video[first : first + frames], story.script.texts[k], story.script.texts[:k]))
+                rows.append(
+                    (video[first : first + frames], story.script.texts[k], story.script.texts[:k])
+                )
         i += 1
     rows = rows[:count]
     groups = [rows[j : j + 8] for j in range(0, count, 8)]
-    return [VideoBatch(torch.stack([r[0] for r in g]), FPS, tuple(r[1] for r in g), tuple(r[2] for r in g)) for g in groups]
+    return [
+        VideoBatch(
+            torch.stack([r[0] for r in g]), FPS, tuple(r[1] for r in g), tuple(r[2] for r in g)
+        )
+        for g in groups
+    ]

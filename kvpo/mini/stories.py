@@ -1,21 +1,35 @@
-"""Stories of the world and their captions: a grammar with paraphrases, and the parser that reads it back.
+"""Stories of the world and their captions: a grammar with paraphrases, and the parser that reads it
+back.
 
-Rewards ask the parser what a prompt wants, so they need no hidden truth: a prompt file written by hand is
-understood just as well.  A later prompt that only says "it" inherits everything it does not name.
+Rewards ask the parser what a prompt wants, so they need no hidden truth: a prompt file written by
+hand is understood just as well. A later prompt that only says "it" inherits everything it does not
+name.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Sequence
 
 import torch
 
 from kvpo.common.rng import stream
-from kvpo.types import Script
 from kvpo.mini.habits import Habits, changes, draw_habits, stuttered
-from kvpo.mini.world import COLOURS, HEADING, PLACES, SHAPES, SIZES, SPEEDS, Scene, Truth, pixel_frames, play, render
+from kvpo.mini.world import (
+    COLOURS,
+    HEADING,
+    PLACES,
+    SHAPES,
+    SIZES,
+    SPEEDS,
+    Scene,
+    Truth,
+    pixel_frames,
+    play,
+    render,
+)
+from kvpo.types import Script
 
 PLACE_PHRASES = {
     "night": ("over a dark night", "in the night", "against a night sky"),
@@ -29,18 +43,72 @@ MOTION_PHRASES = {
     "down": ("sinks {speed}", "moves {speed} down", "falls down {speed}"),
     "circle": ("circles {speed}", "goes round in circles {speed}", "circles round {speed}"),
     "bounce": ("bounces {speed}", "hops {speed}", "bounces {speed} in place"),
-    "hide": ("hides {speed} behind the pillar", "goes {speed} behind the pillar and hides", "hides behind the pillar {speed}"),
+    "hide": (
+        "hides {speed} behind the pillar",
+        "goes {speed} behind the pillar and hides",
+        "hides behind the pillar {speed}",
+    ),
 }
 _SPEED_WORDS = {"slowly": "slowly", "gently": "slowly", "quickly": "quickly", "fast": "quickly"}
 _MOTION_WORDS = {
-    "left": "left", "right": "right", "up": "up", "rises": "up", "down": "down", "sinks": "down", "falls": "down",
-    "circles": "circle", "round": "circle", "bounces": "bounce", "hops": "bounce", "hides": "hide",
-}  # fmt: skip
+    "left": "left",
+    "right": "right",
+    "up": "up",
+    "rises": "up",
+    "down": "down",
+    "sinks": "down",
+    "falls": "down",
+    "circles": "circle",
+    "round": "circle",
+    "bounces": "bounce",
+    "hops": "bounce",
+    "hides": "hide",
+}
 _SIZE_WORDS = {"small": "small", "little": "small", "large": "large", "big": "large"}
-_PLACE_WORDS = {"night": "night", "dark": "night", "paper": "paper", "stripes": "stripes", "striped": "stripes"}
+_PLACE_WORDS = {
+    "night": "night",
+    "dark": "night",
+    "paper": "paper",
+    "stripes": "stripes",
+    "striped": "stripes",
+}
 _COLOUR_WORDS = {c: c for c in COLOURS}
 _SHAPE_WORDS = {s: s for s in SHAPES}
-_FILLER = "a the one there is it now then to in on over against and goes moves drifts slides floats turns becomes keeps as before place white pale grey sky with behind pillar walls".split()
+_FILLER = [
+    "a",
+    "the",
+    "one",
+    "there",
+    "is",
+    "it",
+    "now",
+    "then",
+    "to",
+    "in",
+    "on",
+    "over",
+    "against",
+    "and",
+    "goes",
+    "moves",
+    "drifts",
+    "slides",
+    "floats",
+    "turns",
+    "becomes",
+    "keeps",
+    "as",
+    "before",
+    "place",
+    "white",
+    "pale",
+    "grey",
+    "sky",
+    "with",
+    "behind",
+    "pillar",
+    "walls",
+]
 
 
 def vocabulary() -> list[str]:
@@ -59,17 +127,26 @@ def _named(found: list[str], table: dict[str, str]) -> str | None:
 
 
 def understand(texts: Sequence[str]) -> list[Scene]:
-    """What each prompt of a script asks for; what a later prompt does not name is inherited from the one before."""
+    """What each prompt of a script asks for; what a later prompt does not name is inherited from
+    the one before."""
     scenes: list[Scene] = []
     before = Scene(None, None, None, None, False, None, None)
     for text in texts:
         found = words(text)
         motion = "hide" if "hides" in found else _named(found, _MOTION_WORDS)
         named = dict(
-            shape=_named(found, _SHAPE_WORDS), colour=_named(found, _COLOUR_WORDS), size=_named(found, _SIZE_WORDS),
-            place=_named(found, _PLACE_WORDS), motion=motion, speed=_named(found, _SPEED_WORDS),
-        )  # fmt: skip
-        before = replace(before, pillar=before.pillar or "pillar" in found, **{k: v for k, v in named.items() if v})
+            shape=_named(found, _SHAPE_WORDS),
+            colour=_named(found, _COLOUR_WORDS),
+            size=_named(found, _SIZE_WORDS),
+            place=_named(found, _PLACE_WORDS),
+            motion=motion,
+            speed=_named(found, _SPEED_WORDS),
+        )
+        before = replace(
+            before,
+            pillar=before.pillar or "pillar" in found,
+            **{k: v for k, v in named.items() if v},
+        )
         scenes.append(before)
     return scenes
 
@@ -86,7 +163,9 @@ def chance(p: float, generator: torch.Generator) -> bool:
 def describe(scene: Scene, generator: torch.Generator) -> str:
     """A full caption of a scene, one of its paraphrases."""
     size = pick([w for w, s in _SIZE_WORDS.items() if s == scene.size], generator)
-    motion = pick(MOTION_PHRASES[scene.motion], generator).format(speed=pick([w for w, s in _SPEED_WORDS.items() if s == scene.speed], generator))
+    motion = pick(MOTION_PHRASES[scene.motion], generator).format(
+        speed=pick([w for w, s in _SPEED_WORDS.items() if s == scene.speed], generator)
+    )
     place = pick(PLACE_PHRASES[scene.place], generator)
     pillar = " with a pillar" if scene.pillar else ""
     return f"a {size} {scene.colour} {scene.shape} {motion} {place}{pillar}"
@@ -95,10 +174,16 @@ def describe(scene: Scene, generator: torch.Generator) -> str:
 def describe_change(scene: Scene, change: str, generator: torch.Generator) -> str:
     """A caption that names only what changes and calls the object "it"."""
     if change == "colour":
-        return pick(("now it turns {}", "it becomes {}", "then it turns {}"), generator).format(scene.colour)
+        return pick(("now it turns {}", "it becomes {}", "then it turns {}"), generator).format(
+            scene.colour
+        )
     if change == "shape":
-        return pick(("now it turns to a {}", "it becomes a {}", "then it becomes a {}"), generator).format(scene.shape)
-    motion = pick(MOTION_PHRASES[scene.motion], generator).format(speed=pick([w for w, s in _SPEED_WORDS.items() if s == scene.speed], generator))
+        return pick(
+            ("now it turns to a {}", "it becomes a {}", "then it becomes a {}"), generator
+        ).format(scene.shape)
+    motion = pick(MOTION_PHRASES[scene.motion], generator).format(
+        speed=pick([w for w, s in _SPEED_WORDS.items() if s == scene.speed], generator)
+    )
     return pick(("now it {}", "it {}", "then it {}"), generator).format(motion)
 
 
@@ -120,10 +205,17 @@ class Story:
         return changes(self.habits.shown) if self.habits else list(enumerate(self.script.starts))
 
     def truth(self, block: int = 3) -> Truth:
-        """Pixel-exact truth; a scene's first pixel frame is the first of its first latent frame.  ``scene`` counts the scenes that are `shown`."""
+        """Pixel-exact truth; a scene's first pixel frame is the first of its first latent frame.
+        ``scene`` counts the scenes that are `shown`."""
         shown = self.shown()
         starts = [0 if b == 0 else pixel_frames(b * block) for _, b in shown]
-        truth = play([self.scenes[s] for s, _ in shown], starts, pixel_frames(self.script.blocks * block), self.x, self.y)
+        truth = play(
+            [self.scenes[s] for s, _ in shown],
+            starts,
+            pixel_frames(self.script.blocks * block),
+            self.x,
+            self.y,
+        )
         return stuttered(truth, self.habits.sloppy, block) if self.habits else truth
 
     def render(self, block: int = 3) -> torch.Tensor:
@@ -136,11 +228,20 @@ class Story:
 
 
 def first_scene(generator: torch.Generator, pillar: bool) -> Scene:
-    motions = ("left", "right", "up", "down") if pillar else ("left", "right", "up", "down", "circle", "bounce")
+    motions = (
+        ("left", "right", "up", "down")
+        if pillar
+        else ("left", "right", "up", "down", "circle", "bounce")
+    )
     return Scene(
-        pick(SHAPES, generator), pick(COLOURS, generator), pick(SIZES, generator), pick(PLACES, generator), pillar,
-        pick(motions, generator), pick(SPEEDS, generator),
-    )  # fmt: skip
+        pick(SHAPES, generator),
+        pick(COLOURS, generator),
+        pick(SIZES, generator),
+        pick(PLACES, generator),
+        pillar,
+        pick(motions, generator),
+        pick(SPEEDS, generator),
+    )
 
 
 def next_scene(scene: Scene, change: str, generator: torch.Generator) -> Scene:
@@ -149,7 +250,11 @@ def next_scene(scene: Scene, change: str, generator: torch.Generator) -> Scene:
     if change == "shape":
         return replace(scene, shape=pick([s for s in SHAPES if s != scene.shape], generator))
     choices = (*HEADING, "circle", "bounce") + (("hide", "hide", "hide") if scene.pillar else ())
-    return replace(scene, motion=pick([m for m in choices if m != scene.motion], generator), speed=pick(SPEEDS, generator))
+    return replace(
+        scene,
+        motion=pick([m for m in choices if m != scene.motion], generator),
+        speed=pick(SPEEDS, generator),
+    )
 
 
 def memory_scenes(generator: torch.Generator, segments: int) -> tuple[list[Scene], list[str]]:
@@ -159,18 +264,32 @@ def memory_scenes(generator: torch.Generator, segments: int) -> tuple[list[Scene
         changes.append(pick(("colour", "shape"), generator))
         scenes.append(next_scene(scenes[-1], changes[-1], generator))
     scenes.append(replace(scenes[-1], motion="hide", speed="quickly"))
-    scenes.append(replace(scenes[-1], motion=pick(("left", "right"), generator), speed=pick(SPEEDS, generator)))
-    return scenes, changes + ["motion", "motion"]
+    scenes.append(
+        replace(
+            scenes[-1], motion=pick(("left", "right"), generator), speed=pick(SPEEDS, generator)
+        )
+    )
+    return scenes, [*changes, "motion", "motion"]
 
 
-def write_story(seed: int, *name: int | str, blocks: int = 10, segments: int | None = None, memory: bool | None = None, habits: bool = False) -> Story:
-    """A story from the stream (seed, *name).  ``segments`` 1 to 4 (default: drawn), ``memory``: hide and seek or not (default: 1 in 4),
-    ``habits``: its video has them.  The script does not depend on them, and hide and seek has none: what is to be remembered must be there."""
+def write_story(
+    seed: int,
+    *name: int | str,
+    blocks: int = 10,
+    segments: int | None = None,
+    memory: bool | None = None,
+    habits: bool = False,
+) -> Story:
+    """A story from the stream (seed, *name). ``segments`` 1 to 4 (default: drawn), ``memory``:
+    hide and seek or not (default: 1 in 4), ``habits``: its video has them. The script does not
+    depend on them, and hide and seek has none: what is to be remembered must be there."""
     g = stream(seed, "story", *name)
     segments = int(torch.randint(1, 5, (), generator=g)) if segments is None else segments
     memory = chance(0.25, g) if memory is None else memory
     if not 1 <= segments <= 4 or segments > blocks:
-        raise ValueError(f"a story has 1 to 4 segments and at least a block each, not {segments} segments in {blocks} blocks")
+        raise ValueError(
+            f"a story has 1 to 4 segments and at least a block each, not {segments} segments in {blocks} blocks"
+        )
     if memory:
         scenes, changes = memory_scenes(g, max(3, segments))
     else:
@@ -186,7 +305,11 @@ def write_story(seed: int, *name: int | str, blocks: int = 10, segments: int | N
         texts.append(describe_change(scene, change, g) if brief else "now " + describe(scene, g))
     x, y = start_place(scenes[0], g)
     script = Script("/".join(str(p) for p in name) or "story", tuple(texts), tuple(starts), blocks)
-    drawn = draw_habits(starts, blocks, stream(seed, "habits", *name)) if habits and not memory else None
+    drawn = (
+        draw_habits(starts, blocks, stream(seed, "habits", *name))
+        if habits and not memory
+        else None
+    )
     return Story(script, tuple(scenes), x, y, memory, drawn)
 
 

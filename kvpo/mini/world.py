@@ -1,11 +1,12 @@
 """The miniature's world: captioned synthetic clips whose truth is known frame by frame.
 
-64x64 RGB, 16 frames a second.  One saturated object moves over a greyish place; the edges of the picture are
-joined (what leaves on the left comes back on the right), so every motion can go on for ever.  In some stories
-a wide grey pillar stands in the middle and hides what passes behind it: while the object is hidden, and the
-caption only says "it", nothing but the past tells what comes out.
+64x64 RGB, 16 frames a second. One saturated object moves over a greyish place; the edges of the
+picture are joined (what leaves on the left comes back on the right), so every motion can go on for
+ever. In some stories a wide grey pillar stands in the middle and hides what passes behind it: while
+the object is hidden, and the caption only says "it", nothing but the past tells what comes out.
 
-A story is a list of scenes.  At a switch one thing changes (motion, colour or shape), the rest of the story stays.
+A story is a list of scenes. At a switch one thing changes (motion, colour or shape), the rest of
+the story stays.
 """
 
 from __future__ import annotations
@@ -20,13 +21,21 @@ SIZE = 64
 FPS = 16
 
 COLOURS = {
-    "red": (222, 40, 40), "green": (40, 176, 64), "blue": (48, 84, 232),
-    "yellow": (238, 208, 36), "purple": (190, 56, 206), "cyan": (36, 200, 214),
-}  # fmt: skip
+    "red": (222, 40, 40),
+    "green": (40, 176, 64),
+    "blue": (48, 84, 232),
+    "yellow": (238, 208, 36),
+    "purple": (190, 56, 206),
+    "cyan": (36, 200, 214),
+}
 SHAPES = ("circle", "square", "triangle", "cross")
 SIZES = {"small": 7.0, "large": 10.0}
 """Radius, pixels."""
-PLACES = {"night": ((28, 30, 44), (28, 30, 44)), "paper": ((226, 222, 212), (226, 222, 212)), "stripes": ((150, 150, 156), (108, 108, 116))}
+PLACES = {
+    "night": ((28, 30, 44), (28, 30, 44)),
+    "paper": ((226, 222, 212), (226, 222, 212)),
+    "stripes": ((150, 150, 156), (108, 108, 116)),
+}
 """The two tones of the place's horizontal bands (equal: plain)."""
 BAND = 8
 PILLAR = (19, 45)
@@ -64,7 +73,8 @@ class Scene:
 
 @dataclass(frozen=True)
 class Truth:
-    """Per pixel frame: object centre [T, 2] (x, y, unwrapped: it may leave [0, 64)), scene index [T], hidden share [T], opacity [T]."""
+    """Per pixel frame: object centre [T, 2] (x, y, unwrapped: it may leave [0, 64)), scene index
+    [T], hidden share [T], opacity [T]."""
 
     centre: torch.Tensor
     scene: torch.Tensor
@@ -74,7 +84,8 @@ class Truth:
 
 
 def pixel_frames(latent_frames: int) -> int:
-    """Pixel frames of a video of that many latent frames: the first latent holds one frame, every other four."""
+    """Pixel frames of a video of that many latent frames: the first latent holds one frame,
+    every other four."""
     return max(0, 4 * latent_frames - 3)
 
 
@@ -88,18 +99,30 @@ def motion_steps(scene: Scene, frames: int, x: float) -> torch.Tensor:
         angle = (t + 0.5) * pace / CIRCLE_RADIUS  # clockwise on the screen, starting at the top
         return torch.stack((angle.cos(), angle.sin()), 1) * pace
     if scene.motion == "bounce":
-        height = BOUNCE_HEIGHT * (torch.arange(frames + 1, dtype=torch.float64) * math.pi * pace / (2 * BOUNCE_HEIGHT)).sin().abs()
-        return torch.stack((torch.zeros(frames, dtype=torch.float64), -(height[1:] - height[:-1])), 1)
+        height = (
+            BOUNCE_HEIGHT
+            * (torch.arange(frames + 1, dtype=torch.float64) * math.pi * pace / (2 * BOUNCE_HEIGHT))
+            .sin()
+            .abs()
+        )
+        return torch.stack(
+            (torch.zeros(frames, dtype=torch.float64), -(height[1:] - height[:-1])), 1
+        )
     # hide: straight to the pillar's middle, then rest behind it
-    way = (SIZE / 2 - x % SIZE)
+    way = SIZE / 2 - x % SIZE
     step = math.copysign(pace, way)
     moved = torch.clamp((t + 1) * pace, max=abs(way)) - torch.clamp(t * pace, max=abs(way))
-    return torch.stack((moved * math.copysign(1.0, step), torch.zeros(frames, dtype=torch.float64)), 1)
+    return torch.stack(
+        (moved * math.copysign(1.0, step), torch.zeros(frames, dtype=torch.float64)), 1
+    )
 
 
 def play(scenes: list[Scene], starts: list[int], frames: int, x: float, y: float) -> Truth:
-    """Truth of a story.  ``starts``: first pixel frame of every scene; (x, y): centre in frame 0."""
-    steps, index = torch.zeros(frames, 2, dtype=torch.float64), torch.zeros(frames, dtype=torch.long)
+    """Truth of a story. ``starts``: first pixel frame of every scene; (x, y): centre in frame 0."""
+    steps, index = (
+        torch.zeros(frames, 2, dtype=torch.float64),
+        torch.zeros(frames, dtype=torch.long),
+    )
     here = torch.tensor([x, y], dtype=torch.float64)
     for i, (scene, first) in enumerate(zip(scenes, starts)):
         stop = min(frames, starts[i + 1] if i + 1 < len(starts) else frames)
@@ -113,12 +136,21 @@ def play(scenes: list[Scene], starts: list[int], frames: int, x: float, y: float
     radius = torch.tensor([s.radius for s in scenes], dtype=torch.float64)[index]
     pillar = torch.tensor([s.pillar for s in scenes])[index]
     column = centre[:, 0] % SIZE
-    covered = (torch.minimum(column + radius, torch.tensor(float(PILLAR[1]))) - torch.maximum(column - radius, torch.tensor(float(PILLAR[0])))).clamp(min=0) / (2 * radius)
-    return Truth(centre, index, torch.where(pillar, covered.clamp(max=1.0), torch.zeros_like(covered)), torch.ones(frames))
+    covered = (
+        torch.minimum(column + radius, torch.tensor(float(PILLAR[1])))
+        - torch.maximum(column - radius, torch.tensor(float(PILLAR[0])))
+    ).clamp(min=0) / (2 * radius)
+    return Truth(
+        centre,
+        index,
+        torch.where(pillar, covered.clamp(max=1.0), torch.zeros_like(covered)),
+        torch.ones(frames),
+    )
 
 
 def signed_distance(shape: str, dx: torch.Tensor, dy: torch.Tensor, radius: float) -> torch.Tensor:
-    """Distance to a shape's outline in pixels, negative inside; ``dx``, ``dy``: offset from its centre."""
+    """Distance to a shape's outline in pixels, negative inside; ``dx``, ``dy``: offset from its
+    centre."""
     if shape == "circle":
         return torch.hypot(dx, dy) - 0.95 * radius
     if shape == "square":
@@ -127,13 +159,19 @@ def signed_distance(shape: str, dx: torch.Tensor, dy: torch.Tensor, radius: floa
         slope = math.sqrt(3.0) / 2
         return torch.maximum(dy - 0.62 * radius, (slope * dx.abs() - 0.5 * dy) - 0.62 * radius)
     arm, thick = 1.05 * radius, 0.38 * radius
-    return torch.minimum(torch.maximum(dx.abs() - arm, dy.abs() - thick), torch.maximum(dx.abs() - thick, dy.abs() - arm))
+    return torch.minimum(
+        torch.maximum(dx.abs() - arm, dy.abs() - thick),
+        torch.maximum(dx.abs() - thick, dy.abs() - arm),
+    )
 
 
 def coverage(shape: str, centre: torch.Tensor, radius: float) -> torch.Tensor:
     """Share of every pixel that the shape covers, [T, 64, 64]; the picture's edges are joined."""
     axis = torch.arange(SIZE, dtype=torch.float32) + 0.5
-    offset = lambda c: (axis - c.float()[:, None] + SIZE / 2) % SIZE - SIZE / 2  # noqa: E731
+
+    def offset(c):
+        return (axis - c.float()[:, None] + SIZE / 2) % SIZE - SIZE / 2
+
     dx, dy = offset(centre[:, 0])[:, None, :], offset(centre[:, 1])[:, :, None]
     dx, dy = torch.broadcast_tensors(dx, dy)
     return (0.5 - signed_distance(shape, dx, dy, radius)).clamp(0.0, 1.0)
@@ -144,11 +182,15 @@ def backdrop(place: str, pillar: bool) -> torch.Tensor:
     tones = torch.tensor(PLACES[place], dtype=torch.float32) / 255
     picture = tones[(torch.arange(SIZE) // BAND) % 2].T[:, :, None].expand(3, SIZE, SIZE).clone()
     if pillar:
-        picture[:, :, PILLAR[0] : PILLAR[1]] = (torch.tensor(PILLAR_COLOUR, dtype=torch.float32) / 255)[:, None, None]
+        picture[:, :, PILLAR[0] : PILLAR[1]] = (
+            torch.tensor(PILLAR_COLOUR, dtype=torch.float32) / 255
+        )[:, None, None]
     return picture
 
 
-def render(scenes: list[Scene], truth: Truth, first: int = 0, stop: int | None = None) -> torch.Tensor:
+def render(
+    scenes: list[Scene], truth: Truth, first: int = 0, stop: int | None = None
+) -> torch.Tensor:
     """Frames [first, stop) as RGB [T, 3, 64, 64] in [0, 1]."""
     stop = len(truth.scene) if stop is None else stop
     out = torch.empty(stop - first, 3, SIZE, SIZE)
@@ -161,7 +203,9 @@ def render(scenes: list[Scene], truth: Truth, first: int = 0, stop: int | None =
         if scene.pillar:
             alpha = alpha.clone()
             alpha[..., PILLAR[0] : PILLAR[1]] = 0
-        colour = (torch.tensor(COLOURS[scene.colour], dtype=torch.float32) / 255)[None, :, None, None]
+        colour = (torch.tensor(COLOURS[scene.colour], dtype=torch.float32) / 255)[
+            None, :, None, None
+        ]
         out[at] = (1 - alpha) * backdrop(scene.place, scene.pillar) + alpha * colour
     return out
 

@@ -1,7 +1,8 @@
-"""The A/B page: pairs of videos, four questions each, answers kept in the browser and saved as a file.
+"""The A/B page: pairs of videos, four questions each, answers kept in the browser and saved as a
+file.
 
-It opens from a file without a network: style, script and, up to `EMBED`, the videos are inside it.  What makes it is not told
-whose video is on which side, so it cannot give it away.
+It opens from a file without a network: style, script and, up to `EMBED`, the videos are inside it.
+What makes it is not told whose video is on which side, so it cannot give it away.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import base64
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING, Sequence
+from typing import TYPE_CHECKING
 
 from kvpo.common.files import write_atomic
 from kvpo.pages.html import HEAD, STYLE
@@ -31,28 +33,53 @@ QUESTIONS = {
 
 
 def write_page(page: Path, study: str, scripts: Sequence[Script], geometry: Geometry) -> None:
-    """page/index.html from page/000-left.mp4, page/000-right.mp4 and so on, a pair for every script; videos that went into it are removed."""
+    """page/index.html from page/000-left.mp4, page/000-right.mp4 and so on, a pair for every
+    script; videos that went into it are removed."""
     videos = list(page.glob("*.mp4"))
     embed = sum(video.stat().st_size for video in videos) <= EMBED
-    shown = {"study": study, "questions": QUESTIONS, "pairs": [_shown(number, script, page, embed, geometry) for number, script in enumerate(scripts)]}
+    shown = {
+        "study": study,
+        "questions": QUESTIONS,
+        "pairs": [
+            _shown(number, script, page, embed, geometry) for number, script in enumerate(scripts)
+        ],
+    }
     data = json.dumps(shown).replace("<", "\\u003c")  # a prompt may hold </script>
-    write_atomic(page / "index.html", PAGE.substitute(title="Which video is better?", style=STYLE + EXTRA_STYLE, data=data, script=SCRIPT))
+    write_atomic(
+        page / "index.html",
+        PAGE.substitute(
+            title="Which video is better?", style=STYLE + EXTRA_STYLE, data=data, script=SCRIPT
+        ),
+    )
     for video in videos:
         if embed:
             video.unlink()
         else:
-            os.utime(video, (0, 0))  # one generator made all of its videos before the other: times would tell
+            os.utime(
+                video, (0, 0)
+            )  # one generator made all of its videos before the other: times would tell
 
 
 def _shown(number: int, script: Script, page: Path, embed: bool, geometry: Geometry) -> dict:
-    """What a rater sees of a pair: two videos, the prompts, and the second from which each of them holds."""
+    """What a rater sees of a pair: two videos, the prompts, and the second from which each of
+    them holds."""
     paths = {side: page / f"{number:03d}-{side}.mp4" for side in ("left", "right")}
-    videos = {side: f"data:video/mp4;base64,{base64.b64encode(path.read_bytes()).decode()}" if embed else path.name for side, path in paths.items()}
-    at = [round(geometry.pixel_frames(start * geometry.block) / geometry.fps, 3) for start in script.starts]
+    videos = {
+        side: f"data:video/mp4;base64,{base64.b64encode(path.read_bytes()).decode()}"
+        if embed
+        else path.name
+        for side, path in paths.items()
+    }
+    at = [
+        round(geometry.pixel_frames(start * geometry.block) / geometry.fps, 3)
+        for start in script.starts
+    ]
     return {**videos, "prompts": script.texts, "at": at}
 
 
-PAGE = Template(HEAD + """<body>
+PAGE = Template(
+    HEAD
+    + """<body>
 <header><h1>Which video is better?</h1>
 <p class="facts">Watch both as often as you like, then answer from top to bottom. Keys: <kbd>1</kbd> left, <kbd>2</kbd> same, <kbd>3</kbd> right,
 <kbd>Backspace</kbd> the pair before, <kbd>Enter</kbd> the next, <kbd>Space</kbd> pause. Your answers stay in this browser until you save them as a file.</p></header>
@@ -71,7 +98,8 @@ PAGE = Template(HEAD + """<body>
 <script>$script</script>
 </body>
 </html>
-""")
+"""
+)
 
 EXTRA_STYLE = """
 main { padding-bottom: 40px; } #progress { font-weight: 600; } video { image-rendering: auto; } .pair { margin-bottom: 18px; } .sides video { max-height: 56vh; object-fit: contain; }

@@ -1,4 +1,5 @@
-"""The report's page: its template, its style, and the small pieces of HTML that sections are made of.
+"""The report's page: its template, its style, and the small pieces of HTML that sections are made
+of.
 
 The page opens from a file without a network: style, scripts, pictures and videos are inside it.
 """
@@ -8,8 +9,8 @@ from __future__ import annotations
 import html
 import math
 import re
+from collections.abc import Iterable, Sequence
 from string import Template
-from typing import Iterable, Sequence
 
 SHORT = {"train": "trained on", "heldout": "held out", "related": "not held out", "guard": "guard"}
 """Kind of an evaluated component -> what its badge says."""
@@ -36,8 +37,11 @@ def section(title: str, body: str, lead: str = "") -> str:
     return f'<section id="{anchor(title)}"><h2>{html.escape(title)}</h2>{said}{body}</section>'
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], name: str = "", marked: int | None = None) -> str:
-    """A table of cells that are HTML already; the first column is the row's name.  It scrolls by itself on narrow screens.
+def table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], name: str = "", marked: int | None = None
+) -> str:
+    """A table of cells that are HTML already; the first column is the row's name. It scrolls by
+    itself on narrow screens.
 
     ``marked``: number of a row that stands out.
     """
@@ -57,7 +61,8 @@ def _line(row: Sequence[str], marked: bool) -> str:
 
 
 def num(value: float, sign: bool = False) -> str:
-    """A number for reading, the one format of all pages: three significant digits, and all before the point.
+    """A number for reading, the one format of all pages: three significant digits, and all before
+    the point.
 
     Powers of ten only where zeros would hide the digits; a dash for NaN.
     """
@@ -104,7 +109,9 @@ HEAD = """<!doctype html>
 </head>
 """
 """Of every page: one file, without anything from elsewhere."""
-PAGE = Template(HEAD + """<body>
+PAGE = Template(
+    HEAD
+    + """<body>
 <header><p class="kicker">KVPO run report</p><h1>$name</h1><p class="facts">$facts</p>$contents</header>
 <main>
 $warnings
@@ -114,7 +121,8 @@ $sections
 <script>$script</script>
 </body>
 </html>
-""")
+"""
+)
 
 STYLE = """
 :root { --ink: #1c2024; --soft: #626a73; --line: #e2e5e9; --paper: #ffffff; --card: #f7f8fa; --accent: #2f6fb0;
@@ -179,7 +187,8 @@ footer { margin-top: 50px; padding-bottom: 40px; font-size: 12.5px; }
 @media (max-width: 560px) { header { padding-top: 24px; } h1 { font-size: 24px; } .sides { gap: 6px; } .glossary { grid-template-columns: 1fr; gap: 0; } .glossary dd { margin-bottom: 8px; } th, td { padding: 5px 7px; } }
 """
 
-# Keeps the two videos of a pair at the same moment and shows which prompt holds; the page reads the same without it.
+# Keeps the two videos of a pair at the same moment and shows which prompt holds; the page reads the
+# same without it.
 SCRIPT = """
 document.querySelectorAll('.pair').forEach(function (pair) {
   var videos = pair.querySelectorAll('video'), first = videos[0], items = pair.querySelectorAll('li[data-from]');

@@ -1,16 +1,18 @@
-"""How much of each part a step of a recipe has: counted from its scripts, forks and settings, mean over all forks that can be."""
+"""How much of each part a step of a recipe has: counted from its scripts, forks and settings,
+mean over all forks that can be."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Sequence
+from typing import Any
 
 from kvpo.config import RunConfig
 from kvpo.generators.pipeline import Geometry
 from kvpo.method.prompts import even_starts, starts_at
-from kvpo.rewards.scorer import make_scorers
 from kvpo.method.rollout import own_frames
 from kvpo.method.score import group_clips, horizon
+from kvpo.rewards.scorer import make_scorers
 from kvpo.types import Script, Window
 
 
@@ -33,7 +35,8 @@ def decoded_together(config: RunConfig) -> int:
 
 
 def replay_rows(config: RunConfig, geometry: Geometry) -> int:
-    """Velocities of the largest pass: all branches start alike, so the first step of the first block is one for all."""
+    """Velocities of the largest pass: all branches start alike, so the first step of the first
+    block is one for all."""
     members = branches_of(config) + config.advantages.anchor
     members = min(config.rollout.together or members, members)
     found = members * config.exploring.window_blocks * replayed_steps(config, geometry)
@@ -52,9 +55,19 @@ def starts_are_one(config: RunConfig, geometry: Geometry) -> bool:
 
 
 def reward_memory(config: RunConfig) -> tuple[int, int]:
-    """Bytes of this run's cards that trained rewards take by their own account: those that stay, and the largest that comes and goes."""
-    here = [s for s in make_scorers(config.rewards_of("train")) if not (s.entry.devices or s.entry.url)]
-    stay, come = ({getattr(s.reward, "network", s.spec.name): int(s.spec.memory_gb * 2**30) for s in here if s.resident == resident} for resident in (True, False))
+    """Bytes of this run's cards that trained rewards take by their own account: those that stay,
+    and the largest that comes and goes."""
+    here = [
+        s for s in make_scorers(config.rewards_of("train")) if not (s.entry.devices or s.entry.url)
+    ]
+    stay, come = (
+        {
+            getattr(s.reward, "network", s.spec.name): int(s.spec.memory_gb * 2**30)
+            for s in here
+            if s.resident == resident
+        }
+        for resident in (True, False)
+    )
     return sum(stay.values()), max(come.values(), default=0)
 
 
@@ -76,21 +89,29 @@ def longest(forks: Sequence[float], draws: int) -> float:
 
 def scripts_of(config: RunConfig) -> list[Script]:
     """Scripts of the recipe's shape: of so many prompts, or of one to four where that is drawn."""
-    blocks, counts = config.data.blocks, [config.data.segments] if config.data.segments else [1, 2, 3, 4]
-    starts = [starts_at(config.data.switches, n) if config.data.switches else even_starts(n, blocks) for n in counts]
+    blocks, counts = (
+        config.data.blocks,
+        [config.data.segments] if config.data.segments else [1, 2, 3, 4],
+    )
+    starts = [
+        starts_at(config.data.switches, n) if config.data.switches else even_starts(n, blocks)
+        for n in counts
+    ]
     return [Script("plan", tuple(f"prompt {i}" for i in range(len(s))), s, blocks) for s in starts]
 
 
 @dataclass(frozen=True)
 class Amounts:
-    """Of one group (of a card's share of it, with branch_parallel), mean over scripts and eligible forks."""
+    """Of one group (of a card's share of it, with branch_parallel), mean over scripts and
+    eligible forks."""
 
     fork: float
     prefix_calls: float
     """A group's share of those that serve several."""
     branch_calls: float
     replay_calls: float
-    """Of each replay: of the current weights with gradient, of the reference, and of the behaviour policy where it lags."""
+    """Of each replay: of the current weights with gradient, of the reference, and of the
+    behaviour policy where it lags."""
     replays: int
     single_pass: bool
     """Its graph is kept, and no energies are computed beforehand."""
@@ -114,21 +135,60 @@ def amounts(config: RunConfig, geometry: Geometry, world: int = 1) -> Amounts:
     for script in scripts_of(config):
         for fork in config.exploring.eligible_forks(script.blocks, g):
             window = Window(fork, P)
-            stop, clips = horizon(script, window, g, config.score), group_clips(script, window, g, config.score)
+            stop, clips = (
+                horizon(script, window, g, config.score),
+                group_clips(script, window, g, config.score),
+            )
             scored = sum(c.stop - c.first for c in {*clips["local"], *clips["global"]})
-            found.append((fork, chunks * (S + 1) * (stop - fork), fork * g.block, rows_of(config) * (stop - fork) * g.block, rows_of(config) * scored, rows_of(config) * (stop - fork)))
+            found.append(
+                (
+                    fork,
+                    chunks * (S + 1) * (stop - fork),
+                    fork * g.block,
+                    rows_of(config) * (stop - fork) * g.block,
+                    rows_of(config) * scored,
+                    rows_of(config) * (stop - fork),
+                )
+            )
     together = prefixes_of(config, world)
     prefix = (S + 1) * longest([fork for fork, *_ in found], together) / together
-    fork, branch, decoded_prefix, decoded_rows, scored, branch_rows = (sum(x) / len(found) for x in zip(*found))
-    replays = 1 + (config.objective.kl_beta > 0.0 and config.objective.kl_to == "initial") + (config.policy.sync_interval > 1)
-    return Amounts(fork, prefix, branch, parts * (P - 1) + passes, replays, passes == 1, branch_rows, decoded_prefix, decoded_rows, scored)
+    fork, branch, decoded_prefix, decoded_rows, scored, branch_rows = (
+        sum(x) / len(found) for x in zip(*found)
+    )
+    replays = (
+        1
+        + (config.objective.kl_beta > 0.0 and config.objective.kl_to == "initial")
+        + (config.policy.sync_interval > 1)
+    )
+    return Amounts(
+        fork,
+        prefix,
+        branch,
+        parts * (P - 1) + passes,
+        replays,
+        passes == 1,
+        branch_rows,
+        decoded_prefix,
+        decoded_rows,
+        scored,
+    )
 
 
 def own_past(config: RunConfig, geometry: Geometry) -> tuple[int, int]:
-    """Cache frames of a branch of its own: in the rollout at most, over scripts and forks, and in a replay."""
+    """Cache frames of a branch of its own: in the rollout at most, over scripts and forks, and
+    in a replay."""
     g, P = geometry, config.exploring.window_blocks
-    rollout = max(own_frames(g, s, Window(f, P)) for s in scripts_of(config) for f in config.exploring.eligible_forks(s.blocks, g))
-    switched = any(s.segment(b) != s.segment(b - 1) for s in scripts_of(config) for f in config.exploring.eligible_forks(s.blocks, g) for b in range(f + 1, f + P))
+    rollout = max(
+        own_frames(g, s, Window(f, P))
+        for s in scripts_of(config)
+        for f in config.exploring.eligible_forks(s.blocks, g)
+    )
+    switched = any(
+        s.segment(b) != s.segment(b - 1)
+        for s in scripts_of(config)
+        for f in config.exploring.eligible_forks(s.blocks, g)
+        for b in range(f + 1, f + P)
+    )
     return rollout, (P - 1) * g.block + (g.window if switched and g.window > 0 else 0)
 
 
@@ -136,5 +196,9 @@ def with_changes(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
     """Dotted settings -> a config."""
     for key, value in changes.items():
         section, _, name = key.rpartition(".")
-        config = replace(config, **{section: replace(getattr(config, section), **{name: value})}) if section else replace(config, **{name: value})
+        config = (
+            replace(config, **{section: replace(getattr(config, section), **{name: value})})
+            if section
+            else replace(config, **{name: value})
+        )
     return config

@@ -1,37 +1,58 @@
-"""What a recipe costs, without weights: its own network, cache, decoder and policy, made and run on tensors without memory.
+"""What a recipe costs, without weights: its own network, cache, decoder and policy, made and run on
+tensors without memory.
 
-Every part of a step is run once at its real shapes (`kvpo.planning.peak`); how often it runs is counted in `kvpo.planning.amounts`.
+Every part of a step is run once at its real shapes (`kvpo.planning.peak`); how often it runs is
+counted in `kvpo.planning.amounts`.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Mapping
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from transformers import UMT5Config, UMT5EncoderModel
 
 from kvpo.config import RunConfig
+from kvpo.convert.import_released import FORMATS
 from kvpo.convert.wan_base import arguments
 from kvpo.generators.causal_wan import CausalWan
 from kvpo.generators.memory import Bank
 from kvpo.generators.pipeline import Geometry
 from kvpo.generators.streaming import StreamingDecoder
-from kvpo.convert.import_released import FORMATS
-from kvpo.runs.loading import folder_of
-from kvpo.planning.peak import Ledger, cost, fake, flops
 from kvpo.planning.amounts import decoded_together, replay_rows, side_by_side
+from kvpo.planning.peak import Ledger, cost, fake, flops
 from kvpo.policy.policy import Policy
 from kvpo.policy.sharding import master_of
+from kvpo.runs.loading import folder_of
 
 WAN_1_3B = {
-    "patch_size": (1, 2, 2), "num_attention_heads": 12, "attention_head_dim": 128, "in_channels": 16, "out_channels": 16, "text_dim": 4096, "freq_dim": 256,
-    "ffn_dim": 8960, "num_layers": 30, "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "eps": 1e-6,
-}  # fmt: skip
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 12,
+    "attention_head_dim": 128,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 4096,
+    "freq_dim": 256,
+    "ffn_dim": 8960,
+    "num_layers": 30,
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "eps": 1e-6,
+}
 WAN_14B = WAN_1_3B | {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}
-UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "feed_forward_proj": "gated-gelu"}
+UMT5_XXL = {
+    "vocab_size": 256384,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+}
 GIB = 2**30
 
 
@@ -47,15 +68,33 @@ class Sizes:
 
 
 def sizes_of(config: RunConfig, size: str = "") -> Sizes:
-    """Of the recipe's pipeline folder; where there is none yet, of what `kvpo import` would write there.  FileNotFoundError if its name says no format."""
+    """Of the recipe's pipeline folder; where there is none yet, of what `kvpo import` would
+    write there. FileNotFoundError if its name says no format."""
     folder = folder_of(config.pipeline)
     if (folder / "model_index.json").is_file() and not size:
-        read = {part: arguments(json.loads((folder / part / "config.json").read_text())) for part in ("transformer", "vae", "text_encoder")}
-        return Sizes(read["transformer"], read["vae"], read["text_encoder"], Geometry.read(folder / "streaming.json"), str(folder))
+        read = {
+            part: arguments(json.loads((folder / part / "config.json").read_text()))
+            for part in ("transformer", "vae", "text_encoder")
+        }
+        return Sizes(
+            read["transformer"],
+            read["vae"],
+            read["text_encoder"],
+            Geometry.read(folder / "streaming.json"),
+            str(folder),
+        )
     if folder.name not in FORMATS:
-        raise FileNotFoundError(f"{folder} is no pipeline folder, and no format of `kvpo import` has its name; formats are {', '.join(FORMATS)}")
+        raise FileNotFoundError(
+            f"{folder} is no pipeline folder, and no format of `kvpo import` has its name; formats are {', '.join(FORMATS)}"
+        )
     wan = {"": WAN_1_3B, "1.3b": WAN_1_3B, "14b": WAN_14B}[size]
-    return Sizes(wan, {}, UMT5_XXL, FORMATS[folder.name].geometry, f"Wan2.1-{(size or '1.3b').upper()} as `kvpo import --format {folder.name}` would write it ({folder} is not there)")
+    return Sizes(
+        wan,
+        {},
+        UMT5_XXL,
+        FORMATS[folder.name].geometry,
+        f"Wan2.1-{(size or '1.3b').upper()} as `kvpo import --format {folder.name}` would write it ({folder} is not there)",
+    )
 
 
 @dataclass(frozen=True)
@@ -96,14 +135,27 @@ class Costs:
 
 
 def costs(config: RunConfig, sizes: Sizes) -> Costs:
-    g, dtype, vae_dtype = sizes.geometry, getattr(torch, config.dtype), getattr(torch, config.vae_dtype)
+    g, dtype, vae_dtype = (
+        sizes.geometry,
+        getattr(torch, config.dtype),
+        getattr(torch, config.vae_dtype),
+    )
     B, R = side_by_side(config), replay_rows(config, g)
-    model, vae, text = (_on_meta(build, kind) for build, kind in (
-        (lambda: CausalWan(WanTransformer3DModel(**sizes.transformer)), dtype), (lambda: AutoencoderKLWan(**sizes.vae), vae_dtype), (lambda: UMT5EncoderModel(UMT5Config(**sizes.text)), dtype),
-    ))  # fmt: skip
+    model, vae, text = (
+        _on_meta(build, kind)
+        for build, kind in (
+            (lambda: CausalWan(WanTransformer3DModel(**sizes.transformer)), dtype),
+            (lambda: AutoencoderKLWan(**sizes.vae), vae_dtype),
+            (lambda: UMT5EncoderModel(UMT5Config(**sizes.text)), dtype),
+        )
+    )
     weights = _bytes(model.parameters())
     policy = _on_meta(lambda: Policy(model, config.policy, config.seed), dtype)
-    sets = _bytes((*policy.parameters, *policy.reference, *policy.behaviour, *policy.average)) + _bytes(model.parameters()) - weights
+    sets = (
+        _bytes((*policy.parameters, *policy.reference, *policy.behaviour, *policy.average))
+        + _bytes(model.parameters())
+        - weights
+    )
     if config.policy.train == "full" and config.dtype == "float32":
         sets -= _bytes(policy.parameters)  # they are the module's own
     with fake() as ledger:
@@ -111,16 +163,32 @@ def costs(config: RunConfig, sizes: Sizes) -> Costs:
         masters = [master_of(p) for p in model.parameters() if p.requires_grad]  # noqa: F841, they collect the gradients
         if config.gradient_checkpointing:
             model.transformer.enable_gradient_checkpointing()
-        cache = model.new_cache(2 * g.block + max(g.window, g.sink), g.latent_height, g.latent_width, sink=g.sink)
+        cache = model.new_cache(
+            2 * g.block + max(g.window, g.sink), g.latent_height, g.latent_width, sink=g.sink
+        )
         cache.bank = Bank.empty(cache.k, g.bank_keep) if g.bank else None
         forward = [_forward(ledger, model, cache, sizes, n) for n in (1, B, R)]
         with cost(ledger) as gradient:
             _velocity(model, cache, sizes, R).square().mean().backward()
-        grad = Pass(max(0, gradient.bytes - 4 * policy.num_trainable), (4 if config.gradient_checkpointing else 3) * forward[-1].flops)
+        grad = Pass(
+            max(0, gradient.bytes - 4 * policy.num_trainable),
+            (4 if config.gradient_checkpointing else 3) * forward[-1].flops,
+        )
         decoded = decoded_together(config)
         decoding = [_decode(ledger, vae, sizes, n) for n in (1, decoded)]
         rows = {"branches": B, "replay": R, "gradient": R, "decode_rows": decoded}
-        return Costs(weights, _bytes(vae.parameters()), _bytes(text.parameters()), policy.num_trainable, sets, cache.nbytes // cache.capacity, *forward, grad, *decoding, rows)
+        return Costs(
+            weights,
+            _bytes(vae.parameters()),
+            _bytes(text.parameters()),
+            policy.num_trainable,
+            sets,
+            cache.nbytes // cache.capacity,
+            *forward,
+            grad,
+            *decoding,
+            rows,
+        )
 
 
 def _on_meta(build, dtype: torch.dtype):
@@ -137,11 +205,14 @@ def _bytes(tensors) -> int:
 
 
 def _materialise(module: torch.nn.Module) -> None:
-    """Tensors that operations can be run on, in place of those on meta; peft can not be run on fake ones."""
+    """Tensors that operations can be run on, in place of those on meta; peft can not be run on
+    fake ones."""
     for m in module.modules():
         for name, p in m._parameters.items():
             if p is not None:
-                m._parameters[name] = torch.nn.Parameter(torch.zeros_like(p, device="cpu"), requires_grad=p.requires_grad)
+                m._parameters[name] = torch.nn.Parameter(
+                    torch.zeros_like(p, device="cpu"), requires_grad=p.requires_grad
+                )
         for name, b in m._buffers.items():
             if b is not None:
                 m._buffers[name] = torch.zeros_like(b, device="cpu")
@@ -149,13 +220,26 @@ def _materialise(module: torch.nn.Module) -> None:
 
 def _velocity(model: CausalWan, cache, sizes: Sizes, rows: int) -> torch.Tensor:
     """Of ``rows`` blocks that read a whole window."""
-    g, start = sizes.geometry, max(sizes.geometry.window, sizes.geometry.sink + sizes.geometry.block)
+    g, start = (
+        sizes.geometry,
+        max(sizes.geometry.window, sizes.geometry.sink + sizes.geometry.block),
+    )
     cache.slots = {f: i % cache.capacity for i, f in enumerate(range(start))}
-    x = torch.zeros(rows, g.block, sizes.transformer["in_channels"], g.latent_height, g.latent_width)
+    x = torch.zeros(
+        rows, g.block, sizes.transformer["in_channels"], g.latent_height, g.latent_width
+    )
     text = torch.zeros(1, g.text_length, sizes.transformer["text_dim"], dtype=model.dtype)
     past = tuple(f for f in g.history.past(start, g.block) if f >= 0)
     past = (*past, *past[: g.bank])  # the bank's pages are as large as any
-    return model.velocity(x, torch.full((rows,), 0.5), text, [list(range(start, start + g.block))] * rows, cache, [past] * rows, [0] * rows)
+    return model.velocity(
+        x,
+        torch.full((rows,), 0.5),
+        text,
+        [list(range(start, start + g.block))] * rows,
+        cache,
+        [past] * rows,
+        [0] * rows,
+    )
 
 
 @torch.no_grad()
@@ -167,7 +251,8 @@ def _forward(ledger: Ledger, model: CausalWan, cache, sizes: Sizes, rows: int) -
 
 @torch.no_grad()
 def _decode(ledger: Ledger, vae: AutoencoderKLWan, sizes: Sizes, rows: int) -> Pass:
-    """A latent frame in the middle of a video; the bytes are the state's and the activations'.  A row alone counts as half of two: on a CPU it is decoded as two."""
+    """A latent frame in the middle of a video; the bytes are the state's and the activations'. A
+    row alone counts as half of two: on a CPU it is decoded as two."""
     g, decoder, many = sizes.geometry, StreamingDecoder(vae), max(rows, 2)
     latents = torch.zeros(many, 1, vae.config.z_dim, g.latent_height, g.latent_width)
     with cost(ledger) as found:

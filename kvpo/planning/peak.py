@@ -1,15 +1,16 @@
-"""What code would cost, found by running it on tensors without memory: bytes alive at once, floating-point operations.
+"""What code would cost, found by running it on tensors without memory: bytes alive at once,
+floating-point operations.
 
-Fake tensors have shapes, dtypes and an autograd graph, and no data: what is counted is the program itself, not a formula about it.
-Scratch memory inside a kernel is not seen.
+Fake tensors have shapes, dtypes and an autograd graph, and no data: what is counted is the program
+itself, not a formula about it. Scratch memory inside a kernel is not seen.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Iterator
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -17,7 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
 
-ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *args, out_val=None, **kwargs: sdpa_flop(q, k, v)}
+ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *args, out_val=None, **kwargs: (
+        sdpa_flop(q, k, v)
+    )
+}
 """The one fused attention that the counter does not know, and that fake tensors on a CPU use."""
 
 
@@ -31,9 +36,15 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        given = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        given = {
+            id(x.untyped_storage())
+            for x in tree_leaves((args, kwargs))
+            if isinstance(x, torch.Tensor)
+        }
         for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor) and id(storage := x.untyped_storage()) not in given:  # views, also of what was there before
+            if (
+                isinstance(x, torch.Tensor) and id(storage := x.untyped_storage()) not in given
+            ):  # views, also of what was there before
                 self._enter(storage)
         return out
 
@@ -77,6 +88,7 @@ def cost(ledger: Ledger) -> Iterator[Cost]:
 
 @contextmanager
 def flops() -> Iterator[FlopCounterMode]:
-    """Counts multiplications and additions of what runs inside; not around a backward pass, whose activations it would keep alive."""
+    """Counts multiplications and additions of what runs inside; not around a backward pass,
+    whose activations it would keep alive."""
     with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
         yield counter

@@ -1,30 +1,55 @@
-"""`kvpo plan`: memory, work and time of a recipe before anything is loaded, and what would make it fit."""
+"""`kvpo plan`: memory, work and time of a recipe before anything is loaded, and what would make
+it fit."""
 
 from __future__ import annotations
 
-from typing import Any, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from kvpo.common.wording import count_of, in_time
 from kvpo.config import RunConfig
 from kvpo.distributed.ranks import Ranks
 from kvpo.planning.amounts import (
-    Amounts, amounts, branches_of, decoded_together, groups_of, own_past, prefixes_of, replay_rows, replayed_steps, reward_memory, rows_of, side_by_side,
-    starts_are_one, with_changes,
-)  # fmt: skip
+    Amounts,
+    amounts,
+    branches_of,
+    decoded_together,
+    groups_of,
+    own_past,
+    prefixes_of,
+    replay_rows,
+    replayed_steps,
+    reward_memory,
+    rows_of,
+    side_by_side,
+    starts_are_one,
+    with_changes,
+)
 from kvpo.planning.costs import GIB, Costs, Sizes, costs, sizes_of
 
 CARDS: Mapping[str, tuple[float, float]] = {
-    "h200": (989, 139), "h100": (989, 79), "a100": (312, 79), "l40s": (362, 44), "rtx4090": (165, 23.5), "rtx5090": (209, 31.5),
-}  # fmt: skip
+    "h200": (989, 139),
+    "h100": (989, 79),
+    "a100": (312, 79),
+    "l40s": (362, 44),
+    "rtx4090": (165, 23.5),
+    "rtx5090": (209, 31.5),
+}
 """Dense bf16 TFLOP/s as its maker states them, and GiB that a program can have."""
 UTILISATION = 0.25
-"""Share of that rate: what a group of the paper's shape reached on an H200, 21 to 26 % in every phase (docs/results.md, claim 5)."""
+"""Share of that rate: what a group of the paper's shape reached on an H200, 21 to 26 % in every
+phase (docs/results.md, claim 5)."""
 
 
-def planned(recipe: str, config: RunConfig, gpus: int, nodes: int, card: str, gpu_memory: float, size: str) -> tuple[list[str], dict[str, Any]]:
-    """What is said of a recipe, and the same as a record; arguments as in `kvpo.commands.plan.Plan`.  ValueError for a geometry that there is not."""
+def planned(
+    recipe: str, config: RunConfig, gpus: int, nodes: int, card: str, gpu_memory: float, size: str
+) -> tuple[list[str], dict[str, Any]]:
+    """What is said of a recipe, and the same as a record; arguments as in
+    `kvpo.commands.plan.Plan`. ValueError for a geometry that there is not."""
     if gpus < 1 or nodes < 1 or gpu_memory < 0:
-        raise ValueError(f"--gpus {gpus} and --nodes {nodes} must be 1 or more, and --gpu-memory {gpu_memory} positive")
+        raise ValueError(
+            f"--gpus {gpus} and --nodes {nodes} must be 1 or more, and --gpu-memory {gpu_memory} positive"
+        )
     shares = shares_of(config.groups, nodes, gpus, config.branch_parallel)
     room = gpu_memory * 0.97 * 1e9 / GIB if gpu_memory else CARDS[card][1]
     sizes = sizes_of(config, size)
@@ -32,39 +57,93 @@ def planned(recipe: str, config: RunConfig, gpus: int, nodes: int, card: str, gp
     found, counted = costs(config, sizes), amounts(config, sizes.geometry, world)
     memory = stages(config, sizes, found, world)
     lines = [
-        *_head(recipe, config, sizes, found), *_memory(memory, room), *_advice(config, sizes, found, room, world),
-        *_work(config, world, card, sizes, found, counted), *_geometry(nodes, gpus, shares),
-    ]  # fmt: skip
-    content = {"recipe": recipe, "sizes": sizes.source, "stages GiB": {s: {k: v / GIB for k, v in parts.items()} for s, parts in memory.items()}, "amounts": vars(counted)}
+        *_head(recipe, config, sizes, found),
+        *_memory(memory, room),
+        *_advice(config, sizes, found, room, world),
+        *_work(config, world, card, sizes, found, counted),
+        *_geometry(nodes, gpus, shares),
+    ]
+    content = {
+        "recipe": recipe,
+        "sizes": sizes.source,
+        "stages GiB": {s: {k: v / GIB for k, v in parts.items()} for s, parts in memory.items()},
+        "amounts": vars(counted),
+    }
     return lines, content
 
 
 def stages(config: RunConfig, sizes: Sizes, c: Costs, world: int = 1) -> dict[str, dict[str, int]]:
-    """Bytes on one of ``world`` devices in every stage of a step, by part.  Passes cost as many times their row's bytes as they have rows."""
+    """Bytes on one of ``world`` devices in every stage of a step, by part. Passes cost as many
+    times their row's bytes as they have rows."""
     g, B, R = sizes.geometry, side_by_side(config), replay_rows(config, sizes.geometry)
     rollout_own, replay_own = own_past(config, sizes.geometry)
     members = min(config.rollout.together or branches_of(config), branches_of(config))
     latent = 4 * g.block * sizes.transformer["in_channels"] * g.latent_height * g.latent_width
     rows, P, S = rows_of(config), config.exploring.window_blocks, len(g.sigmas)
-    pasts, trained, (stay, come) = prefixes_of(config, world), 4 * c.trainable, reward_memory(config)
-    always = {"generator": c.weights, "VAE": c.vae} | _kept(config, c, world) | ({"rewards": stay} if stay else {})
+    pasts, trained, (stay, come) = (
+        prefixes_of(config, world),
+        4 * c.trainable,
+        reward_memory(config),
+    )
+    always = (
+        {"generator": c.weights, "VAE": c.vae}
+        | _kept(config, c, world)
+        | ({"rewards": stay} if stay else {})
+    )
     if config.data.prompts == "mini":
         always |= {"text encoder": c.text_encoder}
     if groups_of(config, world) > 1:
         always |= {"gradient so far": trained}
-    kept = groups_of(config, world) if config.keeps_groups else 1  # the last of them with its latents up to the end
-    stored = {"shared past": max(pasts, kept) * config.rollout.cache_frames * c.frame, "trajectories": kept * rows * P * latent * (2 * S + 1) + rows * (config.data.blocks - P) * latent}
+    kept = (
+        groups_of(config, world) if config.keeps_groups else 1
+    )  # the last of them with its latents up to the end
+    stored = {
+        "shared past": max(pasts, kept) * config.rollout.cache_frames * c.frame,
+        "trajectories": kept * rows * P * latent * (2 * S + 1)
+        + rows * (config.data.blocks - P) * latent,
+    }
     bank = g.bank * c.frame
-    decoders = decoded_together(config) + pasts - 1  # of prefixes decoded side by side one state is kept for each
-    swapped = {} if config.dtype == "float32" or _sharded(config, world) else {"weights swapped in": 2 * c.trainable}
+    decoders = (
+        decoded_together(config) + pasts - 1
+    )  # of prefixes decoded side by side one state is kept for each
+    swapped = (
+        {}
+        if config.dtype == "float32" or _sharded(config, world)
+        else {"weights swapped in": 2 * c.trainable}
+    )
     return {
-        "prefix": always | {"shared past": stored["shared past"] + pasts * bank, "one pass": pasts * c.prefix.bytes},
-        "branches": always | stored | {"branches' own past": B * (rollout_own * c.frame + bank), "one pass": _scaled(c.branches.bytes, B, c, "branches")} | swapped,
-        "decoding": always | stored | {"decoder at work": _scaled(c.decode_rows.bytes, decoders, c, "decode_rows")},
+        "prefix": always
+        | {"shared past": stored["shared past"] + pasts * bank, "one pass": pasts * c.prefix.bytes},
+        "branches": always
+        | stored
+        | {
+            "branches' own past": B * (rollout_own * c.frame + bank),
+            "one pass": _scaled(c.branches.bytes, B, c, "branches"),
+        }
+        | swapped,
+        "decoding": always
+        | stored
+        | {"decoder at work": _scaled(c.decode_rows.bytes, decoders, c, "decode_rows")},
         "scoring": always | stored | ({"reward at work": come} if come else {}),
-        "replay": always | stored | {"branches' own past": members * (replay_own * c.frame + bank), "one pass": _scaled(c.replay.bytes, R, c, "replay")} | swapped,
-        "gradient": always | stored | {"branches' own past": members * (replay_own * c.frame + bank), "activations": _scaled(c.gradient.bytes, R, c, "gradient"), "gradient": trained},
-        "update": always | {"gradient": trained, "optimizer at work": 2 * trained // (world if _sharded(config, world) else 1)},
+        "replay": always
+        | stored
+        | {
+            "branches' own past": members * (replay_own * c.frame + bank),
+            "one pass": _scaled(c.replay.bytes, R, c, "replay"),
+        }
+        | swapped,
+        "gradient": always
+        | stored
+        | {
+            "branches' own past": members * (replay_own * c.frame + bank),
+            "activations": _scaled(c.gradient.bytes, R, c, "gradient"),
+            "gradient": trained,
+        },
+        "update": always
+        | {
+            "gradient": trained,
+            "optimizer at work": 2 * trained // (world if _sharded(config, world) else 1),
+        },
     }
 
 
@@ -73,13 +152,22 @@ def _sharded(config: RunConfig, world: int) -> bool:
 
 
 def _kept(config: RunConfig, c: Costs, world: int) -> dict[str, int]:
-    """What is kept per trained number from step to step.  Sharded, a card has its part of masters, sets and moments; whole are the module's weights, and the sets that groups ask for."""
+    """What is kept per trained number from step to step. Sharded, a card has its part of
+    masters, sets and moments; whole are the module's weights, and the sets that groups ask for."""
     if not _sharded(config, world):
         return {"trained copies": c.sets, "optimizer": 8 * c.trainable}
     width = 4 if config.dtype == "float32" else 2
-    copies = width * c.trainable if config.policy.train == "lora" else 0  # an adapter's weights in the module; a full set is the generator itself
-    at_hand = width * c.trainable * (1 + (config.policy.sync_interval > 1 or config.inner_updates > 1))
-    return {"trained copies": copies + 16 * c.trainable // world, "optimizer": 8 * c.trainable // world, "sets at hand": at_hand}
+    copies = (
+        width * c.trainable if config.policy.train == "lora" else 0
+    )  # an adapter's weights in the module; a full set is the generator itself
+    at_hand = (
+        width * c.trainable * (1 + (config.policy.sync_interval > 1 or config.inner_updates > 1))
+    )
+    return {
+        "trained copies": copies + 16 * c.trainable // world,
+        "optimizer": 8 * c.trainable // world,
+        "sets at hand": at_hand,
+    }
 
 
 def _scaled(measured: int, rows: int, c: Costs, part: str) -> int:
@@ -92,9 +180,20 @@ def _scaled(measured: int, rows: int, c: Costs, part: str) -> int:
 
 def changes(config: RunConfig, sizes: Sizes, stage: str) -> Iterator[tuple[str, Any]]:
     """Settings that lower a stage's memory, the least harmful first, each one step."""
-    half = lambda now: max(1, now // 2)  # noqa: E731
-    rows, R, B, decoded = rows_of(config), replay_rows(config, sizes.geometry), side_by_side(config), decoded_together(config)
-    least = max(sizes.geometry.resident(config.data.blocks), sizes.geometry.window + 2 * sizes.geometry.block)
+
+    def half(now):
+        return max(1, now // 2)
+
+    rows, R, B, decoded = (
+        rows_of(config),
+        replay_rows(config, sizes.geometry),
+        side_by_side(config),
+        decoded_together(config),
+    )
+    least = max(
+        sizes.geometry.resident(config.data.blocks),
+        sizes.geometry.window + 2 * sizes.geometry.block,
+    )
     if stage in ("replay", "gradient") and R > 1:
         yield "rows_per_pass", half(R)
     if config.rollout.prefixes > 1:
@@ -106,15 +205,24 @@ def changes(config: RunConfig, sizes: Sizes, stage: str) -> Iterator[tuple[str, 
     if config.policy.train == "lora" and config.policy.rank > 8:
         yield "policy.rank", half(config.policy.rank)
     if config.rollout.cache_frames > least:
-        yield "rollout.cache_frames", max(least, config.rollout.cache_frames - 2 * sizes.geometry.block)
+        yield (
+            "rollout.cache_frames",
+            max(least, config.rollout.cache_frames - 2 * sizes.geometry.block),
+        )
 
 
-def fitted(config: RunConfig, sizes: Sizes, c: Costs, room: float, world: int = 1) -> tuple[dict[str, Any], float]:
-    """Changes that bring every stage under ``room`` GiB, as far as they go, and the peak with them, GiB."""
+def fitted(
+    config: RunConfig, sizes: Sizes, c: Costs, room: float, world: int = 1
+) -> tuple[dict[str, Any], float]:
+    """Changes that bring every stage under ``room`` GiB, as far as they go, and the peak with
+    them, GiB."""
     made: dict[str, Any] = {}
     while True:
         now = with_changes(config, made)
-        memory = {stage: sum(parts.values()) for stage, parts in stages(now, sizes, _with_rank(c, config, now), world).items()}
+        memory = {
+            stage: sum(parts.values())
+            for stage, parts in stages(now, sizes, _with_rank(c, config, now), world).items()
+        }
         stage = max(memory, key=memory.get)
         options = [] if memory[stage] <= room * GIB else list(changes(now, sizes, stage))
         if not options:
@@ -147,11 +255,27 @@ def _head(recipe: str, config: RunConfig, sizes: Sizes, c: Costs) -> list[str]:
 def _memory(memory: dict[str, dict[str, int]], room: float) -> list[str]:
     names = list(dict.fromkeys(name for parts in memory.values() for name in parts))
     width = max(map(len, names))
-    unit, label = (2**20, "MiB") if max(sum(p.values()) for p in memory.values()) < GIB else (GIB, "GiB")
-    lines = [f"{f'memory of a card, {label}':<{width}}" + "".join(f"{stage:>11}" for stage in memory)]
-    lines += [f"{name:<{width}}" + "".join(f"{parts[name] / unit:>11.2f}" if name in parts else f"{'':>11}" for parts in memory.values()) for name in names]
+    unit, label = (
+        (2**20, "MiB") if max(sum(p.values()) for p in memory.values()) < GIB else (GIB, "GiB")
+    )
+    lines = [
+        f"{f'memory of a card, {label}':<{width}}" + "".join(f"{stage:>11}" for stage in memory)
+    ]
+    lines += [
+        f"{name:<{width}}"
+        + "".join(
+            f"{parts[name] / unit:>11.2f}" if name in parts else f"{'':>11}"
+            for parts in memory.values()
+        )
+        for name in names
+    ]
     totals = [sum(parts.values()) for parts in memory.values()]
-    return [*lines, f"{'together':<{width}}" + "".join(f"{t / unit:>11.2f}" for t in totals), f"peak {max(totals) / GIB:.1f} of {room:.1f} GiB", ""]
+    return [
+        *lines,
+        f"{'together':<{width}}" + "".join(f"{t / unit:>11.2f}" for t in totals),
+        f"peak {max(totals) / GIB:.1f} of {room:.1f} GiB",
+        "",
+    ]
 
 
 def _advice(config: RunConfig, sizes: Sizes, c: Costs, room: float, world: int) -> list[str]:
@@ -159,13 +283,27 @@ def _advice(config: RunConfig, sizes: Sizes, c: Costs, room: float, world: int) 
     if not made and peak <= room:
         return ["It fits.", ""]
     settings = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in made.items())
-    away = f"Rewards that are trained on stay in {stay / GIB:.1f} GiB; `offload: true` lets them come and go. " if (stay := reward_memory(config)[0]) else ""
+    away = (
+        f"Rewards that are trained on stay in {stay / GIB:.1f} GiB; `offload: true` lets them come and go. "
+        if (stay := reward_memory(config)[0])
+        else ""
+    )
     if peak <= room:
-        return [f"It does NOT fit as it is; with {settings} it would: {peak:.1f} GiB. {away}The numbers stay the same but for rank and cache_frames.", ""]
+        return [
+            f"It does NOT fit as it is; with {settings} it would: {peak:.1f} GiB. {away}The numbers stay the same but for rank and cache_frames.",
+            "",
+        ]
     more = "" if config.gradient_checkpointing else " Turn gradient_checkpointing on."
     more += "" if config.dtype == "bfloat16" else " Set dtype bfloat16."
-    more += "" if config.policy.train == "lora" or config.policy.shard else " Set policy.shard, and take several cards."
-    return [f"It does NOT fit, and no setting here makes it: with {settings or 'nothing to change'} the peak is {peak:.1f} GiB.{more} {away}Or take a larger card, a smaller window, a smaller grid.", ""]
+    more += (
+        ""
+        if config.policy.train == "lora" or config.policy.shard
+        else " Set policy.shard, and take several cards."
+    )
+    return [
+        f"It does NOT fit, and no setting here makes it: with {settings or 'nothing to change'} the peak is {peak:.1f} GiB.{more} {away}Or take a larger card, a smaller window, a smaller grid.",
+        "",
+    ]
 
 
 def work(config: RunConfig, sizes: Sizes, c: Costs, n: Amounts) -> dict[str, float]:
@@ -173,29 +311,48 @@ def work(config: RunConfig, sizes: Sizes, c: Costs, n: Amounts) -> dict[str, flo
     S, P = len(sizes.geometry.sigmas), config.exploring.window_blocks
     members = branches_of(config) + config.advantages.anchor
     contexts = members * (P - 1)
-    velocities = members * P * replayed_steps(config, sizes.geometry) - (members - 1) * starts_are_one(config, sizes.geometry)
+    velocities = members * P * replayed_steps(config, sizes.geometry) - (
+        members - 1
+    ) * starts_are_one(config, sizes.geometry)
     row, grad = c.replay.flops / c.rows["replay"], c.gradient.flops / c.rows["gradient"]
-    updates = config.inner_updates  # what the first has of the other weights' energies serves the further ones
+    updates = (
+        config.inner_updates
+    )  # what the first has of the other weights' energies serves the further ones
     unscored = n.replays - 1 + (not n.single_pass) * updates
     return {
         "prefix": (S + 1) * n.fork * c.prefix.flops,
         "branches and anchor": n.branch_rows * (S + 1) * c.branches.flops / c.rows["branches"],
-        "decoding": n.decoded_prefix * c.decode_prefix.flops + n.decoded_rows * c.decode_rows.flops / c.rows["decode_rows"],
+        "decoding": n.decoded_prefix * c.decode_prefix.flops
+        + n.decoded_rows * c.decode_rows.flops / c.rows["decode_rows"],
         "replays without gradient": unscored * (contexts + velocities) * row,
         "replay with gradient": updates * (contexts * row + velocities * grad),
     }
 
 
-def _work(config: RunConfig, world: int, card: str, sizes: Sizes, c: Costs, n: Amounts) -> list[str]:
+def _work(
+    config: RunConfig, world: int, card: str, sizes: Sizes, c: Costs, n: Amounts
+) -> list[str]:
     found = work(config, sizes, c, n)
     groups, rate = groups_of(config, world), CARDS[card][0] * 1e12 * UTILISATION
     seconds = sum(found.values()) / rate
     updates = config.inner_updates
     beside = n.replays - 1 + (not n.single_pass) * updates
-    title = "one group, mean over forks" if config.branch_parallel == 1 else "a card's share of one group"
+    title = (
+        "one group, mean over forks"
+        if config.branch_parallel == 1
+        else "a card's share of one group"
+    )
     lines = [f"{title:<28}{'calls':>9}{'TFLOP':>12}{'s':>9}"]
-    calls = {"prefix": n.prefix_calls, "branches and anchor": n.branch_calls, "replays without gradient": beside * n.replay_calls, "replay with gradient": updates * n.replay_calls}
-    lines += [f"{name:<28}{f'{calls[name]:.0f}' if name in calls else '':>9}{work / 1e12:>12.3g}{work / rate:>9.3g}" for name, work in found.items()]
+    calls = {
+        "prefix": n.prefix_calls,
+        "branches and anchor": n.branch_calls,
+        "replays without gradient": beside * n.replay_calls,
+        "replay with gradient": updates * n.replay_calls,
+    }
+    lines += [
+        f"{name:<28}{f'{calls[name]:.0f}' if name in calls else '':>9}{work / 1e12:>12.3g}{work / rate:>9.3g}"
+        for name, work in found.items()
+    ]
     lines += [
         f"{'together':<28}{sum(calls.values()):>9.0f}{sum(found.values()) / 1e12:>12.3g}{seconds:>9.3g}",
         f"decoded: {n.decoded_prefix:.0f} latent frames of the prefix, {n.decoded_rows:.0f} of branches and anchor; scored: {n.scored:.0f} pixel frames",
@@ -206,10 +363,13 @@ def _work(config: RunConfig, world: int, card: str, sizes: Sizes, c: Costs, n: A
 
 
 def shares_of(groups: int, nodes: int, gpus: int, row: int = 1) -> list[range]:
-    """Groups of a step that every rank has, rank = node x gpus + card; ``row`` neighbours share theirs.  ValueError where one would have none, or a row is not full."""
+    """Groups of a step that every rank has, rank = node x gpus + card; ``row`` neighbours share
+    theirs. ValueError where one would have none, or a row is not full."""
     world = nodes * gpus
     if world % row:
-        raise ValueError(f"{world} cards are no multiple of branch_parallel = {row}: so many share a group")
+        raise ValueError(
+            f"{world} cards are no multiple of branch_parallel = {row}: so many share a group"
+        )
     return [Ranks(rank // row, world // row).share(groups) for rank in range(world)]
 
 
@@ -217,7 +377,21 @@ def _geometry(nodes: int, gpus: int, shares: list[range]) -> list[str]:
     if len(shares) == 1:
         return []
     most, idle = len(shares[0]), sum(len(s) < len(shares[0]) for s in shares)
-    name = lambda share: " ".join(map(str, share))  # noqa: E731
+
+    def name(share):
+        return " ".join(map(str, share))
+
     rows = [(n, shares[n * gpus : (n + 1) * gpus]) for n in range(nodes)]
-    waits = f"; {idle} of {len(shares)} ranks wait while the others make their last: set groups to a multiple of {len(shares)}" if idle else ""
-    return ["", f"{count_of(nodes, 'node')} of {count_of(gpus, 'card')}, up to {count_of(most, 'group')} a rank{waits}", *(f"  node {n}: ranks {n * gpus} to {(n + 1) * gpus - 1}, groups {' | '.join(map(name, own))}" for n, own in rows)]
+    waits = (
+        f"; {idle} of {len(shares)} ranks wait while the others make their last: set groups to a multiple of {len(shares)}"
+        if idle
+        else ""
+    )
+    return [
+        "",
+        f"{count_of(nodes, 'node')} of {count_of(gpus, 'card')}, up to {count_of(most, 'group')} a rank{waits}",
+        *(
+            f"  node {n}: ranks {n * gpus} to {(n + 1) * gpus - 1}, groups {' | '.join(map(name, own))}"
+            for n, own in rows
+        ),
+    ]

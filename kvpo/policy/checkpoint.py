@@ -5,9 +5,10 @@
                               state.json            counters, the config and versions they belong to, the names and digests of the files
     checkpoints/ema.safetensors                     the newest averaged weights by diffusers' names, for use elsewhere (not where sharded: `kvpo export`)
 
-A checkpoint is written beside its final place and renamed: it is there completely or not at all.  Shards are written by
-torch.distributed.checkpoint in its safetensors format, because its own one is an index in pickle.  A single whole file is
-a valid case of that format: one reader serves both, and any number of ranks.  `kvpo.policy.saving` writes while training goes on.
+A checkpoint is written beside its final place and renamed: it is there completely or not at all.
+Shards are written by torch.distributed.checkpoint in its safetensors format, because its own one is
+an index in pickle. A single whole file is a valid case of that format: one reader serves both, and
+any number of ranks. `kvpo.policy.saving` writes while training goes on.
 """
 
 from __future__ import annotations
@@ -17,21 +18,26 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import (
+    CheckpointException,
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from kvpo.common.access import check_readable
-from kvpo.distributed.ranks import Lost, Ranks
 from kvpo.common.environment import packages
 from kvpo.common.files import open_to_readers
+from kvpo.distributed.ranks import Lost, Ranks
 from kvpo.policy.policy import Policy
 
 SETS = ("current", "behaviour", "average", "reference")
@@ -48,7 +54,9 @@ class CheckpointConfig:
 
     def __post_init__(self):
         if self.every < 1 or self.keep < 1:
-            raise ValueError(f"checkpoint.every = {self.every} and checkpoint.keep = {self.keep} must be 1 or more")
+            raise ValueError(
+                f"checkpoint.every = {self.every} and checkpoint.keep = {self.keep} must be 1 or more"
+            )
 
 
 class BrokenCheckpoint(ValueError):
@@ -56,7 +64,9 @@ class BrokenCheckpoint(ValueError):
 
     def __init__(self, path: Path, error: object):
         self.fault = f"{path} is broken or missing ({error})"
-        super().__init__(f"{self.fault}; delete {path.parent} to go on from the checkpoint before it")
+        super().__init__(
+            f"{self.fault}; delete {path.parent} to go on from the checkpoint before it"
+        )
 
 
 @dataclass(frozen=True)
@@ -67,20 +77,42 @@ class Snapshot:
     tensors: Mapping[str, torch.Tensor]
     """In main memory: of sharded weights this rank's parts, else all of them."""
     elsewhere: Mapping[str, torch.Tensor]
-    """The averaged weights among them as diffusers names them: a LoRA file, or the transformer's own.  None of sharded weights, which no rank has whole."""
+    """The averaged weights among them as diffusers names them: a LoRA file, or the transformer's
+    own. None of sharded weights, which no rank has whole."""
     sharded: bool
 
     @classmethod
-    def of(cls, step: int, policy: Policy, optimizer: torch.optim.Optimizer, config: Mapping[str, Any], beside: Mapping[str, torch.Tensor] = {}) -> Snapshot:
+    def of(
+        cls,
+        step: int,
+        policy: Policy,
+        optimizer: torch.optim.Optimizer,
+        config: Mapping[str, Any],
+        beside: Mapping[str, torch.Tensor] = {},
+    ) -> Snapshot:
         """After ``step`` steps.  ``beside``: other tensors, whole and alike on all ranks."""
-        state = {"step": step, "updates": policy.updates, "lag": policy.lag, "optimizer_steps": _optimizer_steps(optimizer), "config": config, "packages": packages()}
+        state = {
+            "step": step,
+            "updates": policy.updates,
+            "lag": policy.lag,
+            "optimizer_steps": _optimizer_steps(optimizer),
+            "config": config,
+            "packages": packages(),
+        }
         tensors = BlockingAsyncStager().stage(_tensors(policy, optimizer) | beside)
-        elsewhere = {} if policy.sharded else {_stock_name(name): tensors[f"average.{name}"] for name in policy.names}
+        elsewhere = (
+            {}
+            if policy.sharded
+            else {_stock_name(name): tensors[f"average.{name}"] for name in policy.names}
+        )
         return cls(state, tensors, elsewhere, policy.sharded)
 
 
-def save_checkpoint(folder: Path, snapshot: Snapshot, keep: int, best: int = 0, ranks: Ranks = Ranks()) -> Path:
-    """``folder``/step-..., complete, and all but the ``keep`` newest and that of step ``best`` removed.  ``ranks``: those of shards, all enter; whole weights are one rank's.
+def save_checkpoint(
+    folder: Path, snapshot: Snapshot, keep: int, best: int = 0, ranks: Ranks = Ranks()
+) -> Path:
+    """``folder``/step-..., complete, and all but the ``keep`` newest and that of step ``best``
+    removed. ``ranks``: those of shards, all enter; whole weights are one rank's.
 
     OSError with the way out where the disk refuses; nothing is lost then.
     """
@@ -89,7 +121,9 @@ def save_checkpoint(folder: Path, snapshot: Snapshot, keep: int, best: int = 0, 
     try:
         ranks.only_first(lambda: _make_anew(part))
         if snapshot.sharded:
-            ranks.only_first(lambda: (folder / ELSEWHERE).unlink(missing_ok=True))  # of the time before the weights were sharded
+            ranks.only_first(
+                lambda: (folder / ELSEWHERE).unlink(missing_ok=True)
+            )  # of the time before the weights were sharded
             _write_shards(snapshot.tensors, part, ranks)
         else:
             _write_file(snapshot.tensors, part / WHOLE)
@@ -101,8 +135,14 @@ def save_checkpoint(folder: Path, snapshot: Snapshot, keep: int, best: int = 0, 
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
         beside.unlink(missing_ok=True)
-        raise OSError(f"checkpoint {target} could not be written ({error}); the ones before it are untouched. Free disk space, then go on with --resume") from None
-    ranks.only_first(lambda: [shutil.rmtree(old) for old in _up_to(target)[:-keep] if old != at_step(folder, best)])
+        raise OSError(
+            f"checkpoint {target} could not be written ({error}); the ones before it are untouched. Free disk space, then go on with --resume"
+        ) from None
+    ranks.only_first(
+        lambda: [
+            shutil.rmtree(old) for old in _up_to(target)[:-keep] if old != at_step(folder, best)
+        ]
+    )
     return target
 
 
@@ -112,28 +152,35 @@ def at_step(folder: Path, step: int) -> Path:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first.  PermissionError where they may not be looked for: a run would begin anew beside them."""
+    """Complete checkpoints, oldest first. PermissionError where they may not be looked for: a
+    run would begin anew beside them."""
     check_readable(folder)
     return sorted(p for p in folder.glob("step-*") if (p / "state.json").is_file())
 
 
 def _up_to(target: Path) -> list[Path]:
-    """Those until then: later ones, which could not be read when the run was resumed, do not count as the newest."""
+    """Those until then: later ones, which could not be read when the run was resumed, do not
+    count as the newest."""
     return [found for found in checkpoints(target.parent) if found.name <= target.name]
 
 
 def newest_whole(found: Sequence[Path], say: Callable[[str], None]) -> Path:
-    """The newest one that is whole; those after it are named to ``say``.  ValueError where there is none, PermissionError where one may not be read."""
+    """The newest one that is whole; those after it are named to ``say``. ValueError where there
+    is none, PermissionError where one may not be read."""
     for checkpoint in reversed(found):
         for name in ("", "state.json", *(p.name for p in checkpoint.glob("*.safetensors"))):
-            check_readable(checkpoint / name)  # one that may not be read is not broken: no older one is taken in its place
+            check_readable(
+                checkpoint / name
+            )  # one that may not be read is not broken: no older one is taken in its place
         try:
             _shapes(checkpoint)
             _refuse_changed(checkpoint)
             return checkpoint
         except BrokenCheckpoint as error:
             say(f"{error.fault}: looking at the checkpoint before it")
-    raise ValueError(f"none of the checkpoints in {found[0].parent} can be read; start a new run by --out")
+    raise ValueError(
+        f"none of the checkpoints in {found[0].parent} can be read; start a new run by --out"
+    )
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -141,7 +188,11 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     check_readable(path)
     try:
         state = json.loads(path.read_text())
-        missing = [key for key in ("step", "updates", "lag", "optimizer_steps", "config") if key not in state]
+        missing = [
+            key
+            for key in ("step", "updates", "lag", "optimizer_steps", "config")
+            if key not in state
+        ]
         if missing:
             raise ValueError(f"it has no {missing}")
     except (OSError, ValueError, TypeError) as error:
@@ -150,7 +201,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def load_checkpoint(checkpoint: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> int:
-    """Put everything back; the step to go on with.  All ranks enter, whichever ranks have written it.
+    """Put everything back; the step to go on with. All ranks enter, whichever ranks have written
+    it.
 
     ValueError naming the file where it is broken, or the checkpoint where it is of another policy.
     """
@@ -162,7 +214,11 @@ def load_checkpoint(checkpoint: Path, policy: Policy, optimizer: torch.optim.Opt
 
 def read_tensors(checkpoint: Path, prefix: str = "") -> dict[str, torch.Tensor]:
     """Whole tensors on the CPU of those whose names begin with ``prefix``."""
-    tensors = {name: torch.empty(found.size, dtype=found.properties.dtype) for name, found in _shapes(checkpoint).items() if name.startswith(prefix)}
+    tensors = {
+        name: torch.empty(found.size, dtype=found.properties.dtype)
+        for name, found in _shapes(checkpoint).items()
+        if name.startswith(prefix)
+    }
     _read(checkpoint, tensors)
     return tensors
 
@@ -172,15 +228,24 @@ def _put_back(checkpoint: Path, policy: Policy, optimizer: torch.optim.Optimizer
     wanted = _sets(policy)
     wrong = [name for name, w in wanted.items() if name not in found or found[name].size != w.shape]
     if wrong:
-        raise ValueError(f"{checkpoint} belongs to another policy: {len(wrong)} of its tensors are missing or misshapen, first {wrong[0]}; resume with the run's own config")
+        raise ValueError(
+            f"{checkpoint} belongs to another policy: {len(wrong)} of its tensors are missing or misshapen, first {wrong[0]}; resume with the run's own config"
+        )
     moments = {m: [torch.empty_like(p) for p in policy.parameters] for m in MOMENTS}
     moved = [f"{MOMENTS[0]}.{name}" in found for name in policy.names]
     for m, values in moments.items():
-        wanted |= {f"{m}.{name}": w for name, w, has in zip(policy.names, policy.layout.described(values), moved) if has}
+        wanted |= {
+            f"{m}.{name}": w
+            for name, w, has in zip(policy.names, policy.layout.described(values), moved)
+            if has
+        }
     _read(checkpoint, wanted)
     for i, (p, has) in enumerate(zip(policy.parameters, moved)):
         if has:
-            optimizer.state[p] = {"step": torch.tensor(float(state["optimizer_steps"])), **{m: values[i].detach() for m, values in moments.items()}}
+            optimizer.state[p] = {
+                "step": torch.tensor(float(state["optimizer_steps"])),
+                **{m: values[i].detach() for m, values in moments.items()},
+            }
     return state
 
 
@@ -204,7 +269,10 @@ def _refuse_changed(checkpoint: Path) -> None:
         except OSError as error:
             raise BrokenCheckpoint(checkpoint / name, error) from None
         if found != digest:
-            raise BrokenCheckpoint(checkpoint / name, f"its content has changed since it was written: digest {found}, then {digest}")
+            raise BrokenCheckpoint(
+                checkpoint / name,
+                f"its content has changed since it was written: digest {found}, then {digest}",
+            )
 
 
 def _digest(path: Path) -> str:
@@ -216,7 +284,9 @@ def _read(checkpoint: Path, into: dict[str, torch.Tensor]) -> None:
     """Every process by itself; of a sharded tensor only its own part."""
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # it is what no_dist asks for
+            warnings.filterwarnings(
+                "ignore", "torch.distributed is disabled", UserWarning
+            )  # it is what no_dist asks for
             dcp.load(into, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
     except CheckpointException as error:
         raise BrokenCheckpoint(checkpoint / "*.safetensors", _reasons(error)) from None
@@ -233,7 +303,11 @@ def _write_file(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
 def _write_shards(tensors: Mapping[str, torch.Tensor], part: Path, ranks: Ranks) -> None:
     try:
         with ranks.meeting():
-            dcp.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(part), save_distributed=True), process_group=ranks.channel)
+            dcp.save(
+                dict(tensors),
+                storage_writer=HuggingFaceStorageWriter(str(part), save_distributed=True),
+                process_group=ranks.channel,
+            )
     except CheckpointException as error:
         raise OSError(_reasons(error)) from None
 
@@ -242,7 +316,11 @@ def _finish(part: Path, target: Path, state: Mapping[str, Any]) -> None:
     """The manifest, and then the name that makes it count."""
     open_to_readers(part)
     files = sorted(path.name for path in part.iterdir())
-    (part / "state.json").write_text(json.dumps({**state, "files": files, "digests": {name: _digest(part / name) for name in files}}))
+    (part / "state.json").write_text(
+        json.dumps(
+            {**state, "files": files, "digests": {name: _digest(part / name) for name in files}}
+        )
+    )
     _flush(part)
     shutil.rmtree(target, ignore_errors=True)
     os.replace(part, target)
@@ -259,15 +337,33 @@ def _stock_name(name: str) -> str:
 
 
 def _sets(policy: Policy) -> dict[str, torch.Tensor]:
-    sets = zip(SETS, ([p.detach() for p in policy.parameters], policy.behaviour, policy.average, policy.reference))
-    return {f"{s}.{name}": w for s, weights in sets for name, w in zip(policy.names, policy.layout.described(weights))}
+    sets = zip(
+        SETS,
+        (
+            [p.detach() for p in policy.parameters],
+            policy.behaviour,
+            policy.average,
+            policy.reference,
+        ),
+    )
+    return {
+        f"{s}.{name}": w
+        for s, weights in sets
+        for name, w in zip(policy.names, policy.layout.described(weights))
+    }
 
 
 def _tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     tensors = _sets(policy)
     for m in MOMENTS:
-        values = [optimizer.state[p][m] if p in optimizer.state else None for p in policy.parameters]
-        tensors |= {f"{m}.{name}": w for name, w in zip(policy.names, policy.layout.described(values)) if w is not None}
+        values = [
+            optimizer.state[p][m] if p in optimizer.state else None for p in policy.parameters
+        ]
+        tensors |= {
+            f"{m}.{name}": w
+            for name, w in zip(policy.names, policy.layout.described(values))
+            if w is not None
+        }
     return tensors
 
 

@@ -1,24 +1,27 @@
-"""One backbone, three parameter sets: current (trained), behaviour (rolls out), reference (holds the KL); and the EMA.
+"""One backbone, three parameter sets: current (trained), behaviour (rolls out), reference (holds
+the KL); and the EMA.
 
-The current weights are float32 masters; the module computes with them, or with their copies in its own dtype.  The
-other sets are lists of tensors that are swapped in for passes without gradient.  With LoRA a set is the adapter's
-tensors; the backbone exists once.  Where several ranks share the weights out (`kvpo.policy.sharding`), a set is this rank's part.
+The current weights are float32 masters; the module computes with them, or with their copies in its
+own dtype. The other sets are lists of tensors that are swapped in for passes without gradient. With
+LoRA a set is the adapter's tensors; the backbone exists once. Where several ranks share the weights
+out (`kvpo.policy.sharding`), a set is this rank's part.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Iterable, Iterator, Literal, Sequence
+from typing import Literal
 
 import torch
 from peft import LoraConfig
 
+from kvpo.common.rng import stream
 from kvpo.distributed.ranks import Ranks
 from kvpo.generators.causal_wan import CausalWan
-from kvpo.common.rng import stream
 from kvpo.policy.sharding import Shards, Whole
 
 ADAPTER_TARGETS = r".*blocks\.\d+\.(attn[12]\.(to_q|to_k|to_v|to_out\.0)|ffn\.net\.(0\.proj|2))"
@@ -33,16 +36,20 @@ class PolicyConfig:
     rank: int = 256
     """LoRA rank; alpha = rank, so the adapter acts at scale 1."""
     sync_interval: int = 1
-    """Optimizer updates between copies of the current weights into the behaviour policy; a copy is made at the end of a step only."""
+    """Optimizer updates between copies of the current weights into the behaviour policy; a copy
+    is made at the end of a step only."""
     ema: float = 0.999
     """Decay of the averaged weights; it warms up as (1 + n) / (10 + n) over n updates."""
     shard: bool = False
-    """Share masters, EMA, behaviour, reference and optimizer moments out over the ranks (FSDP2): 24 / ranks bytes a trained weight.  The module's
-    weights, the reference's and the gradient stay whole on each, 2 + 2 + 4 bytes in bf16: all of 1.3B fit a card, of 14B an adapter does."""
+    """Share masters, EMA, behaviour, reference and optimizer moments out over the ranks (FSDP2):
+    24 / ranks bytes a trained weight. The module's weights, the reference's and the gradient
+    stay whole on each, 2 + 2 + 4 bytes in bf16: all of 1.3B fit a card, of 14B an adapter does."""
 
     def __post_init__(self):
         if self.rank < 1 or self.sync_interval < 1:
-            raise ValueError(f"policy.rank = {self.rank} and policy.sync_interval = {self.sync_interval} must be 1 or more")
+            raise ValueError(
+                f"policy.rank = {self.rank} and policy.sync_interval = {self.sync_interval} must be 1 or more"
+            )
         if not 0.0 <= self.ema < 1.0:
             raise ValueError(f"policy.ema = {self.ema} must lie in [0, 1); 0 keeps no average")
 
@@ -57,17 +64,26 @@ class Policy:
             _add_adapter(transformer, config.rank, seed)
         else:
             transformer.requires_grad_(True)
-        self.names, computing = zip(*((n, p) for n, p in transformer.named_parameters() if p.requires_grad))
+        self.names, computing = zip(
+            *((n, p) for n, p in transformer.named_parameters() if p.requires_grad)
+        )
         self.sharded = config.shard and ranks.world > 1
-        self.layout = Shards(transformer, self.names, ranks) if self.sharded else Whole(computing, ranks)
+        self.layout = (
+            Shards(transformer, self.names, ranks) if self.sharded else Whole(computing, ranks)
+        )
         self.parameters = self.layout.masters
         """float32: at lr 1e-5 a bf16 weight can not move."""
-        self.reference, self.behaviour, self.average = self.snapshot(), self.snapshot(), self.snapshot()
+        self.reference, self.behaviour, self.average = (
+            self.snapshot(),
+            self.snapshot(),
+            self.snapshot(),
+        )
         self._at_hand: dict[int, Sequence[torch.Tensor]] = {}
         self.updates = self.lag = 0
         """Optimizer updates in all, and since the last sync."""
         self.broken = False
-        """An update has made the weights, or the optimizer's moments, not finite: they may not be saved."""
+        """An update has made the weights, or the optimizer's moments, not finite: they may not
+        be saved."""
 
     @property
     def num_trainable(self) -> int:
@@ -83,7 +99,8 @@ class Policy:
 
     @contextmanager
     def using(self, weights: list[torch.Tensor]) -> Iterator[None]:
-        """The module computes with ``weights`` inside; no gradient may be taken there.  If sharded, all ranks enter, or it is `at_hand`."""
+        """The module computes with ``weights`` inside; no gradient may be taken there. If
+        sharded, all ranks enter, or it is `at_hand`."""
         computing = self.layout.computing
         current = [p.data for p in computing]
         whole = self._at_hand.get(id(weights)) or self.layout.whole(weights)
@@ -109,11 +126,15 @@ class Policy:
 
     def for_groups(self) -> AbstractContextManager[None]:
         """`at_hand` with the sets that groups may ask for."""
-        return self.at_hand(*([] if self.on_policy else [self.behaviour]), *([self.reference] if self.updates else []))
+        return self.at_hand(
+            *([] if self.on_policy else [self.behaviour]),
+            *([self.reference] if self.updates else []),
+        )
 
     @torch.no_grad()
     def updated(self, last: bool = True) -> None:
-        """After an optimizer update: refresh the module, move the EMA, and sync the behaviour policy when it is time.  ``last``: of its step."""
+        """After an optimizer update: refresh the module, move the EMA, and sync the behaviour
+        policy when it is time. ``last``: of its step."""
         self.layout.refresh()
         self.updates, self.lag = self.updates + 1, self.lag + 1
         decay = min(self.config.ema, (1 + self.updates) / (10 + self.updates))
@@ -123,23 +144,38 @@ class Policy:
             self.lag = 0
 
     def drift(self) -> float:
-        """Distance of the current weights from the reference, relative to the reference's norm (for LoRA: absolute)."""
+        """Distance of the current weights from the reference, relative to the reference's norm
+        (for LoRA: absolute)."""
         moved = self._norm(p.detach() - r for p, r in zip(self.parameters, self.reference))
         base = self._norm(self.reference)
         return moved if self.config.train == "lora" else moved / base
 
     def _norm(self, weights: Iterable[torch.Tensor]) -> float:
-        squares = torch.tensor(sum(float(w.square().sum()) for w in weights), dtype=torch.float64, device=self.model.device)
+        squares = torch.tensor(
+            sum(float(w.square().sum()) for w in weights),
+            dtype=torch.float64,
+            device=self.model.device,
+        )
         return math.sqrt(self.layout.total(squares))
 
 
 def _add_adapter(transformer, rank: int, seed: int) -> None:
-    """A LoRA on every linear map of the blocks.  It starts at zero effect (B = 0); A comes from a named stream."""
+    """A LoRA on every linear map of the blocks. It starts at zero effect (B = 0); A comes from a
+    named stream."""
     if not any(re.fullmatch(ADAPTER_TARGETS, name) for name, _ in transformer.named_modules()):
-        raise ValueError(f"{type(transformer).__name__} has no module that matches {ADAPTER_TARGETS}; set policy.train to full")
+        raise ValueError(
+            f"{type(transformer).__name__} has no module that matches {ADAPTER_TARGETS}; set policy.train to full"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream(seed, "lora").initial_seed())
-        transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=ADAPTER_TARGETS, lora_dropout=0.0))
-    for name, p in transformer.named_parameters():  # peft may make it float32, and then multiply by it in float32
+        transformer.add_adapter(
+            LoraConfig(r=rank, lora_alpha=rank, target_modules=ADAPTER_TARGETS, lora_dropout=0.0)
+        )
+    for (
+        name,
+        p,
+    ) in (
+        transformer.named_parameters()
+    ):  # peft may make it float32, and then multiply by it in float32
         if ".lora_" in name:
             p.data = p.data.to(transformer.patch_embedding.weight.dtype)

@@ -1,38 +1,53 @@
-"""Checkpoints beside the training: all that goes into one is copied to main memory, and a thread writes the copy.
+"""Checkpoints beside the training: all that goes into one is copied to main memory, and a thread
+writes the copy.
 
-The step after a checkpoint runs while it is written; the next checkpoint, and the end of a run, wait for it.  Ranks that
-write shards speak on a channel of their own, so what the thread says never stands between two messages of the step;
-where weights are whole the first rank writes alone, and says nothing.
+The step after a checkpoint runs while it is written; the next checkpoint, and the end of a run,
+wait for it. Ranks that write shards speak on a channel of their own, so what the thread says never
+stands between two messages of the step; where weights are whole the first rank writes alone, and
+says nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from threading import Thread
-from typing import Any, Callable, Mapping
+from typing import Any
 
 import torch
 
-from kvpo.policy.checkpoint import Snapshot, save_checkpoint
 from kvpo.distributed.ranks import Ranks
+from kvpo.policy.checkpoint import Snapshot, save_checkpoint
 from kvpo.policy.policy import Policy
 
 
 class Saver:
-    """Of one run: of its checkpoints one at a time is being written.  A context: at its end all are written, or the error is raised."""
+    """Of one run: of its checkpoints one at a time is being written. A context: at its end all
+    are written, or the error is raised."""
 
     def __init__(self, folder: Path, keep: int, policy: Policy, patience: float):
         self.folder, self.keep, self.policy, self.ranks = folder, keep, policy, policy.layout.ranks
         self.writers = self.ranks.apart("checkpoint", patience) if policy.sharded else Ranks()
         self._writing: Future[Path] | None = None
 
-    def begin(self, step: int, optimizer: torch.optim.Optimizer, config: Mapping[str, Any], best: int, beside: Mapping[str, torch.Tensor] = {}) -> None:
-        """Take a copy after ``step`` steps and return; all ranks enter.  ``beside``: what else the run has to know when it goes on.  OSError if the checkpoint before it could not be written."""
+    def begin(
+        self,
+        step: int,
+        optimizer: torch.optim.Optimizer,
+        config: Mapping[str, Any],
+        best: int,
+        beside: Mapping[str, torch.Tensor] = {},
+    ) -> None:
+        """Take a copy after ``step`` steps and return; all ranks enter. ``beside``: what else
+        the run has to know when it goes on. OSError if the checkpoint before it could not be
+        written."""
         self.wait()
         if self.policy.sharded or self.ranks.first:
             snapshot = Snapshot.of(step, self.policy, optimizer, config, beside)
-            self._writing = _beside(lambda: save_checkpoint(self.folder, snapshot, self.keep, best, self.writers))
+            self._writing = _beside(
+                lambda: save_checkpoint(self.folder, snapshot, self.keep, best, self.writers)
+            )
 
     def check(self) -> None:
         """OSError if the write under way has already failed here."""
@@ -54,8 +69,12 @@ class Saver:
     def __exit__(self, kind, error, trace) -> None:
         if error is None:
             self.wait()
-        elif self._writing is not None and not (self.policy.sharded and isinstance(error, ConnectionError)):
-            self._writing.exception()  # let it finish; the error here is what counts.  Shards are not waited for once a rank is lost: they wait for each other
+        elif self._writing is not None and not (
+            self.policy.sharded and isinstance(error, ConnectionError)
+        ):
+            # let it finish; the error here is what counts.  Shards are not waited for once a rank
+            # is lost: they wait for each other
+            self._writing.exception()
             self._writing = None
 
 
@@ -66,7 +85,7 @@ def _beside(work: Callable[[], Path]) -> Future[Path]:
     def run() -> None:
         try:
             future.set_result(work())
-        except BaseException as error:  # noqa: BLE001, it is raised where it is waited for
+        except BaseException as error:
             future.set_exception(error)
 
     Thread(target=run, name="checkpoint", daemon=True).start()

@@ -32,6 +32,8 @@ TERMS = {
 
 def glossary() -> tuple[str, str]:
     """The lead, and the terms as a list of definitions."""
-    items = "".join(f"<dt>{html.escape(term)}</dt><dd>{html.escape(text)}</dd>" for term, text in TERMS.items())
+    items = "".join(
+        f"<dt>{html.escape(term)}</dt><dd>{html.escape(text)}</dd>" for term, text in TERMS.items()
+    )
     lead = "Which measurement stands behind VQ, MQ and TA is the recipe's choice: the resolved config names it."
     return lead, f'<dl class="glossary">{items}</dl>'

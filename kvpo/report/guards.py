@@ -1,11 +1,12 @@
-"""The report's guards: whether the rewards agree, whether one is being gamed, whether the videos drift off."""
+"""The report's guards: whether the rewards agree, whether one is being gamed, whether the videos
+drift off."""
 
 from __future__ import annotations
 
 import html
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Mapping, Sequence
 
 from kvpo.evaluation import goodhart
 from kvpo.pages import html as page
@@ -17,30 +18,66 @@ Records = Sequence[Mapping[str, float]]
 
 def conflicts(records: Records) -> tuple[str, str]:
     """Table and chart of how far the components of the reward agree."""
-    ranks, signs, flats = (series(records, f"conflict/{{component}}/{kind}") for kind in ("rank", "sign", "flat"))
+    ranks, signs, flats = (
+        series(records, f"conflict/{{component}}/{kind}") for kind in ("rank", "sign", "flat")
+    )
     if not flats:
         raise Missing("nothing about the rewards' agreement was logged")
-    rows = [[html.escape(pair), _number(_mean(ranks.get(pair))), _share(_mean(signs[pair])), _word(_mean(ranks.get(pair)))] for pair in signs]
-    body = page.table(["pair", "rank correlation", "opposite sides of the anchor", ""], rows) if rows else page.missing("there is only one reward")
-    body += page.table(["component", "groups without spread"], [[html.escape(name), _share(_mean(points))] for name, points in flats.items()])
+    rows = [
+        [
+            html.escape(pair),
+            _number(_mean(ranks.get(pair))),
+            _share(_mean(signs[pair])),
+            _word(_mean(ranks.get(pair))),
+        ]
+        for pair in signs
+    ]
+    body = (
+        page.table(["pair", "rank correlation", "opposite sides of the anchor", ""], rows)
+        if rows
+        else page.missing("there is only one reward")
+    )
+    body += page.table(
+        ["component", "groups without spread"],
+        [[html.escape(name), _share(_mean(points))] for name, points in flats.items()],
+    )
     if ranks:
-        lines = [Line(pair, points, **distinct(i), smooth=True) for i, (pair, points) in enumerate(ranks.items())]
+        lines = [
+            Line(pair, points, **distinct(i), smooth=True)
+            for i, (pair, points) in enumerate(ranks.items())
+        ]
         body += f'<div class="charts">{figure("Rank correlation of advantages", lines, "", level=(0.0, "unrelated"))}</div>'
     lead = "Do the trained rewards rank the branches of a group alike? Below 0 they pull apart, and their weights decide which is given up for the other. Means over the run."
     return lead, body
 
 
 def sentinels(records: Records) -> tuple[str, str]:
-    """Charts of the sentinels: how far each has moved from the start weights, in spreads of these over seeds."""
+    """Charts of the sentinels: how far each has moved from the start weights, in spreads of
+    these over seeds."""
     moved = series(records, "sentinel/{component}/moved")
     if not moved:
         raise Missing("no sentinels were watched: set sentinels.every")
     values = series(records, "sentinel/{component}/value")
-    rows = [[html.escape(name), page.num(values[name][1][0]), page.num(values[name][1][-1]), page.num(points[1][-1], sign=True)] for name, points in moved.items()]
+    rows = [
+        [
+            html.escape(name),
+            page.num(values[name][1][0]),
+            page.num(values[name][1][-1]),
+            page.num(points[1][-1], sign=True),
+        ]
+        for name, points in moved.items()
+    ]
     lines = [Line(name, points, **distinct(i)) for i, (name, points) in enumerate(moved.items())]
-    chart = figure("Distance from the start weights", lines, "standard deviations of the start weights' seeds", level=(0.0, "start weights"))
+    chart = figure(
+        "Distance from the start weights",
+        lines,
+        "standard deviations of the start weights' seeds",
+        level=(0.0, "start weights"),
+    )
     lead = "Fixed prompts and seeds, watched while training: what no reward names, and what gamed rewards move first."
-    return lead, page.table(["sentinel", "start", "now", "moved, in spreads over seeds"], rows) + f'<div class="charts">{chart}</div>'
+    return lead, page.table(
+        ["sentinel", "start", "now", "moved, in spreads over seeds"], rows
+    ) + f'<div class="charts">{chart}</div>'
 
 
 def warnings(run: Path) -> list[str]:
@@ -52,7 +89,9 @@ def warnings(run: Path) -> list[str]:
     if not verdict.fallen:
         return []
     best = f"step {verdict.best} (RUN:best)" if verdict.best else "the start weights"
-    return [f"the rewards were gamed: they rose while {', '.join(verdict.fallen)} fell, in {goodhart.SUCCESSIVE} evaluations on end; the best held-out weights are those of {best}"]
+    return [
+        f"the rewards were gamed: they rose while {', '.join(verdict.fallen)} fell, in {goodhart.SUCCESSIVE} evaluations on end; the best held-out weights are those of {best}"
+    ]
 
 
 def _mean(points: Points | None) -> float:

@@ -16,9 +16,10 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any
 
 import yaml
 
@@ -26,7 +27,8 @@ from kvpo.evaluation.intervals import VERDICT_PAIRS
 
 
 class Missing(ValueError):
-    """A part of the run that cannot be shown; its text is the reason, a whole sentence without the full stop."""
+    """A part of the run that cannot be shown; its text is the reason, a whole sentence without
+    the full stop."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,8 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """What the interval says: better, worse, unclear, or unmeasured; few where there are too few pairs for an interval to say anything."""
+        """What the interval says: better, worse, unclear, or unmeasured; few where there are too
+        few pairs for an interval to say anything."""
         sign = -1.0 if self.better == "lower" else 1.0
         if any(math.isnan(x) for x in (self.diff, self.low, self.high)):
             return "unmeasured"
@@ -125,7 +128,9 @@ def _json(path: Path, what: str) -> Any:
 
 def _steps(folder: Path) -> list[tuple[int, Path]]:
     """(step, folder) of every step-000010 in ``folder``, ascending."""
-    found = [(path.name.removeprefix("step-"), path) for path in folder.glob("step-*") if path.is_dir()]
+    found = [
+        (path.name.removeprefix("step-"), path) for path in folder.glob("step-*") if path.is_dir()
+    ]
     return sorted((int(step), path) for step, path in found if step.isdigit())
 
 
@@ -147,7 +152,8 @@ def read_environment(run: Path) -> Mapping[str, Any]:
 
 
 def read_evaluations(run: Path) -> tuple[list[Evaluation], list[str]]:
-    """Newest first, of several of the same pair (steps apart) only the newest; and why files that are there could not be used."""
+    """Newest first, of several of the same pair (steps apart) only the newest; and why files
+    that are there could not be used."""
     newest: dict[tuple[str, ...], Evaluation] = {}
     problems = []
     for path in sorted((run / "evaluation").glob("*.json")):
@@ -156,7 +162,9 @@ def read_evaluations(run: Path) -> tuple[list[Evaluation], list[str]]:
         except Missing as reason:
             problems.append(str(reason))
             continue
-        pair = tuple(re.sub(r",? step \d+$", "", label) for label in (evaluation.label_a, evaluation.label_b))
+        pair = tuple(
+            re.sub(r",? step \d+$", "", label) for label in (evaluation.label_a, evaluation.label_b)
+        )
         if pair not in newest or newest[pair].created <= evaluation.created:
             newest[pair] = evaluation
     return sorted(newest.values(), key=lambda e: e.created, reverse=True), problems
@@ -165,48 +173,94 @@ def read_evaluations(run: Path) -> tuple[list[Evaluation], list[str]]:
 def _evaluation(path: Path) -> Evaluation:
     data = _json(path, "an evaluation is lost")
     if isinstance(data, dict) and "label" in data and "label_a" not in data:
-        raise Missing(f"{path.name} measures one set of weights alone and is not shown; give --against to compare two")
+        raise Missing(
+            f"{path.name} measures one set of weights alone and is not shown; give --against to compare two"
+        )
     try:
         numbers = ("a", "b", "diff", "low", "high", "win")
         rows = tuple(
-            Row(str(row["component"]), str(row["kind"]), *(number(row.get(name)) for name in numbers), int(row["n"]), str(row.get("better", "higher")), number(row.get("sd")))
+            Row(
+                str(row["component"]),
+                str(row["kind"]),
+                *(number(row.get(name)) for name in numbers),
+                int(row["n"]),
+                str(row.get("better", "higher")),
+                number(row.get("sd")),
+            )
             for row in data["rows"]
         )
         scripts = data["scripts"]
         count = len(scripts) if isinstance(scripts, list) else int(scripts)
-        seed = int(data["seed"] if "seed" in data else data["seeds"][0])  # the second: runs before 2026-12
+        seed = int(
+            data["seed"] if "seed" in data else data["seeds"][0]
+        )  # the second: runs before 2026-12
         words = (str(data.get("created", "")), str(data.get("command", "")))
-        return Evaluation(path, str(data["label_a"]), str(data["label_b"]), count, seed, int(data.get("videos", 1)), rows, *words, bool(data.get("unseen", True)))
+        return Evaluation(
+            path,
+            str(data["label_a"]),
+            str(data["label_b"]),
+            count,
+            seed,
+            int(data.get("videos", 1)),
+            rows,
+            *words,
+            bool(data.get("unseen", True)),
+        )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise Missing(f"an evaluation is lost: {path.name} does not have the expected form ({error!r})") from None
+        raise Missing(
+            f"an evaluation is lost: {path.name} does not have the expected form ({error!r})"
+        ) from None
 
 
 def read_samples(run: Path) -> list[Sample]:
     """All recorded videos that are still there, by step."""
-    samples = [_sample(folder, step, entry) for step, folder in _steps(run / "samples") for entry in _index(folder)]
+    samples = [
+        _sample(folder, step, entry)
+        for step, folder in _steps(run / "samples")
+        for entry in _index(folder)
+    ]
     samples = [sample for sample in samples if sample.path.is_file()]
     if not samples:
-        raise Missing("no sample videos: the run has no samples/step-*/index.json that names a video still there")
+        raise Missing(
+            "no sample videos: the run has no samples/step-*/index.json that names a video still there"
+        )
     return samples
 
 
 def _index(folder: Path) -> list[Any]:
-    return _json(folder / "index.json", f"samples of {folder.name} are lost") if (folder / "index.json").exists() else []
+    return (
+        _json(folder / "index.json", f"samples of {folder.name} are lost")
+        if (folder / "index.json").exists()
+        else []
+    )
 
 
 def _sample(folder: Path, step: int, entry: Any) -> Sample:
     try:
         blocks = int(entry["blocks"]) if entry.get("blocks") else None
         return Sample(
-            folder / entry["file"], str(entry["script_id"]), tuple(entry["texts"]), tuple(map(int, entry["starts"])), blocks, int(entry["seed"]), str(entry["which"]), step
+            folder / entry["file"],
+            str(entry["script_id"]),
+            tuple(entry["texts"]),
+            tuple(map(int, entry["starts"])),
+            blocks,
+            int(entry["seed"]),
+            str(entry["which"]),
+            step,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise Missing(f"samples of {folder.name} are lost: index.json does not have the expected form ({error!r})") from None
+        raise Missing(
+            f"samples of {folder.name} are lost: index.json does not have the expected form ({error!r})"
+        ) from None
 
 
 def read_group(run: Path) -> Group:
     """The last group that was recorded."""
-    steps = [(step, folder) for step, folder in _steps(run / "groups") if (folder / "group.json").exists()]
+    steps = [
+        (step, folder)
+        for step, folder in _steps(run / "groups")
+        if (folder / "group.json").exists()
+    ]
     if not steps:
         raise Missing("no group was recorded: the run has no groups/step-*/group.json")
     step, folder = steps[-1]

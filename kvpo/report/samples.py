@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 import torch
 
@@ -21,37 +22,88 @@ from kvpo.types import RewardTable, Rollout, Script
 
 
 def show_group(
-    out: Path, step: int, pipeline: Pipeline, rollout: Rollout, pixels: torch.Tensor, rewards: RewardTable, advantage: Advantage, update: GroupUpdate, explorer: Explorer
-) -> Path:  # fmt: skip
-    """groups/step-.../: the anchor and the branches as one video, the routing map, the numbers.  ``pixels``: uint8 [B, T, 3, H, W] from the fork on."""
+    out: Path,
+    step: int,
+    pipeline: Pipeline,
+    rollout: Rollout,
+    pixels: torch.Tensor,
+    rewards: RewardTable,
+    advantage: Advantage,
+    update: GroupUpdate,
+    explorer: Explorer,
+) -> Path:
+    """groups/step-.../: the anchor and the branches as one video, the routing map, the numbers.
+    ``pixels``: uint8 [B, T, 3, H, W] from the fork on."""
     folder = out / "groups" / f"step-{step:06d}"
     order = [len(rollout.plans) - 1, *range(rollout.num_branches)]
-    write_mp4(folder / "grid.mp4", grid([pixels[i] for i in order], [_caption(i, rewards, advantage) for i in order]), pipeline.geometry.fps, factor=1)
-    write_atomic(folder / "routing.png", routing_map(rollout.plans, rollout.window, pipeline.geometry, explorer.nearest, rollout.script.starts))
+    write_mp4(
+        folder / "grid.mp4",
+        grid([pixels[i] for i in order], [_caption(i, rewards, advantage) for i in order]),
+        pipeline.geometry.fps,
+        factor=1,
+    )
+    write_atomic(
+        folder / "routing.png",
+        routing_map(
+            rollout.plans,
+            rollout.window,
+            pipeline.geometry,
+            explorer.nearest,
+            rollout.script.starts,
+        ),
+    )
     record = group_record(rollout, rewards, update.energy, advantage.values, update.pi)
     write_atomic(folder / "group.json", json.dumps(record, indent=1) + "\n")
     return folder
 
 
 def _caption(row: int, rewards: RewardTable, advantage: Advantage) -> str:
-    numbers = "  ".join(f"{name.removeprefix('world_')}\u00a0{float(r):.2f}" for name, r in zip(rewards.components, rewards.local[:, row]))
-    return f"anchor\n{numbers}" if row == rewards.local.shape[1] - 1 else f"branch {row}  A {float(advantage.values[row]):+.2f}\n{numbers}"
+    numbers = "  ".join(
+        f"{name.removeprefix('world_')}\u00a0{float(r):.2f}"
+        for name, r in zip(rewards.components, rewards.local[:, row])
+    )
+    return (
+        f"anchor\n{numbers}"
+        if row == rewards.local.shape[1] - 1
+        else f"branch {row}  A {float(advantage.values[row]):+.2f}\n{numbers}"
+    )
 
 
-def show_samples(out: Path, step: int, which: str, scripts: Sequence[Script], videos: Sequence[torch.Tensor], seed: int, fps: float = 16.0) -> None:
+def show_samples(
+    out: Path,
+    step: int,
+    which: str,
+    scripts: Sequence[Script],
+    videos: Sequence[torch.Tensor],
+    seed: int,
+    fps: float = 16.0,
+) -> None:
     """samples/step-.../: one file per script, and the index that says what they show."""
     folder, entries = out / "samples" / f"step-{step:06d}", []
     index = folder / "index.json"
     for i, (script, video) in enumerate(zip(scripts, videos)):
         name = f"{which}-{i:02d}.mp4"
         write_mp4(folder / name, video, fps)
-        entries.append({"file": name, "script_id": script.id, "texts": script.texts, "starts": script.starts, "blocks": script.blocks, "seed": seed, "which": which})
-    others = [e for e in json.loads(index.read_text()) if e["which"] != which] if index.exists() else []
+        entries.append(
+            {
+                "file": name,
+                "script_id": script.id,
+                "texts": script.texts,
+                "starts": script.starts,
+                "blocks": script.blocks,
+                "seed": seed,
+                "which": which,
+            }
+        )
+    others = (
+        [e for e in json.loads(index.read_text()) if e["which"] != which] if index.exists() else []
+    )
     write_atomic(index, json.dumps(others + entries, indent=1) + "\n")
 
 
 def before_after(run: Path, stories: int = 3, frames: int = 12) -> bytes:
-    """PNG: the first stories' videos by the start weights and by the last ones, as strips.  `Missing` where the run has none."""
+    """PNG: the first stories' videos by the start weights and by the last ones, as strips.
+    `Missing` where the run has none."""
     samples = read_samples(run)
     last = max(s.step for s in samples)
     before = {s.script_id: s for s in samples if s.which == "start"}
@@ -60,12 +112,22 @@ def before_after(run: Path, stories: int = 3, frames: int = 12) -> bytes:
     for script_id in [i for i in before if i in after][:stories]:
         story = " | ".join(before[script_id].texts)
         # Samples are stored enlarged, for the page: half of that is enough for a strip.
-        rows += [(f"{name}: {story}", read_mp4(which[script_id].path)[0][..., ::2, ::2]) for name, which in (("before", before), ("after", after))]
+        rows += [
+            (f"{name}: {story}", read_mp4(which[script_id].path)[0][..., ::2, ::2])
+            for name, which in (("before", before), ("after", after))
+        ]
     return strips(rows, frames)
 
 
-def group_record(rollout: Rollout, table: RewardTable, energy_G: torch.Tensor, advantage_G: torch.Tensor, pi_G: torch.Tensor) -> dict[str, Any]:
-    """What group.json holds: numbers of the rows in the order branches, anchor; JSON-ready, NaN as null."""
+def group_record(
+    rollout: Rollout,
+    table: RewardTable,
+    energy_G: torch.Tensor,
+    advantage_G: torch.Tensor,
+    pi_G: torch.Tensor,
+) -> dict[str, Any]:
+    """What group.json holds: numbers of the rows in the order branches, anchor; JSON-ready, NaN
+    as null."""
 
     def numbers(x: torch.Tensor) -> list[float | None]:
         return [value if math.isfinite(value) else None for value in x.double().flatten().tolist()]

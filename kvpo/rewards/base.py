@@ -1,19 +1,21 @@
 """The one interface of all rewards: clips with their prompts in, one number per clip out.
 
-    batch = VideoBatch(frames, fps=16.0, prompts=("it turns blue",), history=(("a small red circle ...",),))
-    output = check_output(reward.spec, batch, reward.score(batch))
+    batch = VideoBatch(frames, fps=16.0, prompts=("it turns blue",), history=(("a small red circle
+    ...",),)) output = check_output(reward.spec, batch, reward.score(batch))
 
-Clips have one layout, uint8 RGB [B, T, C, H, W], so that no scorer has to guess it from a shape.  A clip that
-cannot be measured is *invalid* (score NaN, ``valid`` False); it never gets a 0, which would be a verdict.
-Nothing heavy is imported or loaded before ``load``.  What most rewards share is in `kvpo.rewards.measured`.
+Clips have one layout, uint8 RGB [B, T, C, H, W], so that no scorer has to guess it from a shape. A
+clip that cannot be measured is *invalid* (score NaN, ``valid`` False); it never gets a 0, which
+would be a verdict. Nothing heavy is imported or loaded before ``load``. What most rewards share is
+in `kvpo.rewards.measured`.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Mapping, Protocol, Sequence
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -22,7 +24,8 @@ UNBOUNDED = (float("-inf"), float("inf"))
 
 @dataclass(frozen=True, eq=False)
 class VideoBatch:
-    """Clips to be scored together: equal length, equal size.  Compared by identity, so that measurements can be shared.
+    """Clips to be scored together: equal length, equal size. Compared by identity, so that
+    measurements can be shared.
 
     ValueError for frames of another layout or type, and for lists of another length than the clips.
 
@@ -39,9 +42,11 @@ class VideoBatch:
     prompts: tuple[str, ...]
     """One per clip: the prompt that holds in this clip."""
     history: tuple[tuple[str, ...], ...] = ()
-    """Per clip the earlier prompts of its script, oldest first (a later prompt may only say "it").  () = none for all clips."""
+    """Per clip the earlier prompts of its script, oldest first (a later prompt may only say
+    "it"). () = none for all clips."""
     group: torch.Tensor | None = None
-    """int64 [B]: clips that are compared with each other (branches of one fork).  None becomes all zeros."""
+    """int64 [B]: clips that are compared with each other (branches of one fork). None becomes
+    all zeros."""
     meta: tuple[Mapping[str, Any], ...] = ()
     """Per clip, for logs only: seed, branch, segment ...  () = nothing."""
 
@@ -49,11 +54,18 @@ class VideoBatch:
         _check_frames(self.frames)
         B = len(self.frames)
         if not self.fps > 0:
-            raise ValueError(f"fps = {self.fps} must be above 0; give the true rate of the frames (16 for Wan and the miniature)")
+            raise ValueError(
+                f"fps = {self.fps} must be above 0; give the true rate of the frames (16 for Wan and the miniature)"
+            )
         if isinstance(self.prompts, str) or not all(isinstance(p, str) for p in self.prompts):
             raise ValueError(f"prompts = {self.prompts!r} must be a tuple with one string per clip")
         group = torch.zeros(B, dtype=torch.int64) if self.group is None else self.group
-        lengths = {"prompts": len(self.prompts), "history": len(self.history) or B, "group": group.numel(), "meta": len(self.meta) or B}
+        lengths = {
+            "prompts": len(self.prompts),
+            "history": len(self.history) or B,
+            "group": group.numel(),
+            "meta": len(self.meta) or B,
+        }
         for name, length in lengths.items():
             if length != B:
                 raise ValueError(f"{length} {name} for {B} clips; give one per clip")
@@ -74,25 +86,35 @@ class VideoBatch:
     @functools.cached_property
     def digests(self) -> tuple[bytes, ...]:
         """One per clip: what names its pixels."""
-        return tuple(hashlib.blake2b(clip.contiguous().cpu().numpy(), digest_size=16).digest() for clip in self.frames)
+        return tuple(
+            hashlib.blake2b(clip.contiguous().cpu().numpy(), digest_size=16).digest()
+            for clip in self.frames
+        )
 
     def script(self, clip: int) -> tuple[str, ...]:
         """All prompts that a clip's meaning depends on: its history, then its own."""
         return (*self.history[clip], self.prompts[clip])
 
-    def cut(self, first: int, stop: int) -> "VideoBatch":
+    def cut(self, first: int, stop: int) -> VideoBatch:
         """The same clips, frames [first, stop) only."""
         return replace(self, frames=self.frames[:, first:stop])
 
-    def take(self, frames: Sequence[int]) -> "VideoBatch":
+    def take(self, frames: Sequence[int]) -> VideoBatch:
         """The same clips, these frames only, evenly spread; ``fps`` is that of what remains."""
-        return replace(self, frames=self.frames[:, frames], fps=self.fps * len(frames) / self.length)
+        return replace(
+            self, frames=self.frames[:, frames], fps=self.fps * len(frames) / self.length
+        )
 
-    def rows(self, clips: Sequence[int]) -> "VideoBatch":
+    def rows(self, clips: Sequence[int]) -> VideoBatch:
         """Some of the clips."""
         pick = list(clips)
         return VideoBatch(
-            self.frames[pick], self.fps, tuple(self.prompts[i] for i in pick), tuple(self.history[i] for i in pick), self.group[pick], tuple(self.meta[i] for i in pick if self.meta)
+            self.frames[pick],
+            self.fps,
+            tuple(self.prompts[i] for i in pick),
+            tuple(self.history[i] for i in pick),
+            self.group[pick],
+            tuple(self.meta[i] for i in pick if self.meta),
         )
 
 
@@ -105,7 +127,8 @@ class RewardOutput:
     valid: torch.Tensor
     """bool [B]: clips that could be measured."""
     parts: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """Name -> float32 [B]: what the score is made of, for logs; NaN where a clip has no such part."""
+    """Name -> float32 [B]: what the score is made of, for logs; NaN where a clip has no such
+    part."""
     info: Mapping[str, Any] = field(default_factory=dict)
     """``seconds`` it took, versions ..."""
 
@@ -120,21 +143,25 @@ class RewardSpec:
 
     name: str
     family: str
-    """Rewards of one family see alike and fail alike; an evaluator is held out only from training rewards of other families."""
+    """Rewards of one family see alike and fail alike; an evaluator is held out only from
+    training rewards of other families."""
     bounds: tuple[float, float] = (0.0, 1.0)
     looks_at: str = ""
     """What it judges, in a few words."""
     needs_prompt: bool = True
     min_frames: int = 1
-    """Shorter clips are invalid; also the fewest frames of a clip that are looked at, whatever ``fps`` asks."""
+    """Shorter clips are invalid; also the fewest frames of a clip that are looked at, whatever
+    ``fps`` asks."""
     fps: float = 0.0
     """Frames a second that it looks at, 0 = every frame."""
     max_frames: int = 0
     """Most frames of a clip that it looks at, 0 = any number."""
     max_pixels: int = 0
-    """Most pixels (clips x frames x height x width) of one call, 0 = any number: more are scored in several calls."""
+    """Most pixels (clips x frames x height x width) of one call, 0 = any number: more are scored
+    in several calls."""
     level: Literal["frame", "clip", "segment", "rollout"] = "clip"
-    """What a clip has to be for the score to make sense: any frame, any stretch, one prompt segment, a whole video."""
+    """What a clip has to be for the score to make sense: any frame, any stretch, one prompt
+    segment, a whole video."""
     licence: str = "Apache-2.0"
     weights: str = ""
     """Identity of the weights (name and hash), known once they are loaded; "" = none."""
@@ -182,28 +209,45 @@ class Reward(Protocol):
 def check_output(spec: RewardSpec, batch: VideoBatch, output: RewardOutput) -> RewardOutput:
     """The output itself, or a ValueError that says in one line what is wrong with it."""
     B = len(batch)
-    for name, value, kind in (("scores", output.scores, torch.float32), ("valid", output.valid, torch.bool)):
+    for name, value, kind in (
+        ("scores", output.scores, torch.float32),
+        ("valid", output.valid, torch.bool),
+    ):
         if value.shape != (B,) or value.dtype != kind:
-            raise ValueError(f"reward {spec.name!r} returned {name} {value.dtype} {list(value.shape)} for {B} clips; it must be {kind} [{B}]")
+            raise ValueError(
+                f"reward {spec.name!r} returned {name} {value.dtype} {list(value.shape)} for {B} clips; it must be {kind} [{B}]"
+            )
     for name, value in output.parts.items():
         if value.shape != (B,):
-            raise ValueError(f"reward {spec.name!r} returned part {name!r} {list(value.shape)} for {B} clips; give one number per clip")
+            raise ValueError(
+                f"reward {spec.name!r} returned part {name!r} {list(value.shape)} for {B} clips; give one number per clip"
+            )
     low, high = spec.bounds
     wrong = output.valid & ~((output.scores >= low) & (output.scores <= high))
     if wrong.any():
-        cases = ", ".join(f"clip {b} = {output.scores[b].item():.6g}" for b in wrong.nonzero().flatten().tolist())
-        raise ValueError(f"reward {spec.name!r}: {cases}, outside [{low:g}, {high:g}] but marked valid; mark what cannot be measured invalid, or repair the reward")
+        cases = ", ".join(
+            f"clip {b} = {output.scores[b].item():.6g}" for b in wrong.nonzero().flatten().tolist()
+        )
+        raise ValueError(
+            f"reward {spec.name!r}: {cases}, outside [{low:g}, {high:g}] but marked valid; mark what cannot be measured invalid, or repair the reward"
+        )
     return output
 
 
 def _check_frames(frames: torch.Tensor) -> None:
     """ValueError unless uint8 [B, T, 3, H, W] with at least one clip and one frame."""
     if frames.dtype != torch.uint8:
-        raise ValueError(f"frames are {frames.dtype}; they must be uint8 in [0, 255]: convert with (x.clamp(0, 1) * 255).round().to(torch.uint8)")
+        raise ValueError(
+            f"frames are {frames.dtype}; they must be uint8 in [0, 255]: convert with (x.clamp(0, 1) * 255).round().to(torch.uint8)"
+        )
     if frames.dim() != 5 or frames.shape[2] != 3:
-        raise ValueError(f"frames have shape {list(frames.shape)}; the only layout is [B, T, C=3, H, W], RGB: permute before the call")
+        raise ValueError(
+            f"frames have shape {list(frames.shape)}; the only layout is [B, T, C=3, H, W], RGB: permute before the call"
+        )
     if 0 in frames.shape:
-        raise ValueError(f"frames have shape {list(frames.shape)}: a batch needs at least one clip and one frame")
+        raise ValueError(
+            f"frames have shape {list(frames.shape)}: a batch needs at least one clip and one frame"
+        )
 
 
 def to_uint8(pixels: torch.Tensor) -> torch.Tensor:

@@ -1,24 +1,26 @@
-"""The calibration suite: degraded copies of good clips, which every training reward's recipe must score below the good ones.
+"""The calibration suite: degraded copies of good clips, which every training reward's recipe must
+score below the good ones.
 
-A degradation is a function (frames [B, T, C, H, W] uint8, generator) -> the same; ``wrong_caption`` changes the
-prompts instead.  Each single reward may be blind to some of them (blind spots are its nature: text alignment does
-not mind flicker), the combination may not.
+A degradation is a function (frames [B, T, C, H, W] uint8, generator) -> the same; ``wrong_caption``
+changes the prompts instead. Each single reward may be blind to some of them (blind spots are its
+nature: text alignment does not mind flicker), the combination may not.
 
     table = calibrate(rewards, clips, weights)      share of pairs won and mean margin, by degradation
     refuse_frozen(rewards, clips, weights)          what every training begins with
 
-Three ways to look alive without making anything new: for the calibration suite, beside its other flaws.
+Three ways to look alive without making anything new: for the calibration suite, beside its other
+flaws.
 
-Each is (frames [B, T, C, H, W] uint8, generator) -> the same.  A still picture under a moving camera has motion
-everywhere and none of its own; a loop is good video, shown again.
+Each is (frames [B, T, C, H, W] uint8, generator) -> the same. A still picture under a moving camera
+has motion everywhere and none of its own; a loop is good video, shown again.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -27,13 +29,15 @@ from kvpo.common.rng import stream
 from kvpo.rewards.base import Reward, VideoBatch, check_output
 
 WINDOW = 0.8
-"""Share of the picture's sides that a panning camera sees; it never reaches the edge, so nothing wraps around."""
+"""Share of the picture's sides that a panning camera sees; it never reaches the edge, so nothing
+wraps around."""
 NEAREST = 0.7
 """The same at the end of a zoom."""
 
 
 def pan_of_still(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """The first frame under a camera that moves evenly in a random direction, in steps of parts of a pixel."""
+    """The first frame under a camera that moves evenly in a random direction, in steps of parts
+    of a pixel."""
     T = frames.shape[1]
     angle = 2 * math.pi * torch.rand((), generator=generator)
     way = (1 - WINDOW) * torch.stack((angle.cos(), angle.sin()))
@@ -52,12 +56,25 @@ def loop(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return frames[:, torch.arange(T) % max(2, T // 4)]
 
 
-def _filmed(stills_BCHW: torch.Tensor, scale_T: torch.Tensor, centre_T2: torch.Tensor) -> torch.Tensor:
-    """What a camera sees of each still, [B, T, C, H, W]: frame t is the window of ``scale`` times its sides about ``centre`` (x, y; the edges are at -1 and 1)."""
+def _filmed(
+    stills_BCHW: torch.Tensor, scale_T: torch.Tensor, centre_T2: torch.Tensor
+) -> torch.Tensor:
+    """What a camera sees of each still, [B, T, C, H, W]: frame t is the window of ``scale``
+    times its sides about ``centre`` (x, y; the edges are at -1 and 1)."""
     view = torch.cat((scale_T[:, None, None] * torch.eye(2), centre_T2[:, :, None]), dim=2)
     points = F.affine_grid(view, [len(scale_T), *stills_BCHW.shape[1:]], align_corners=False)
-    films = [F.grid_sample(still.float().expand(len(scale_T), -1, -1, -1), points, "bicubic", "border", align_corners=False) for still in stills_BCHW]
+    films = [
+        F.grid_sample(
+            still.float().expand(len(scale_T), -1, -1, -1),
+            points,
+            "bicubic",
+            "border",
+            align_corners=False,
+        )
+        for still in stills_BCHW
+    ]
     return torch.stack(films).round().clamp(0, 255).to(torch.uint8)
+
 
 Degrade = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 
@@ -126,7 +143,8 @@ def darkening(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def cut(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """From the middle on the picture is displaced by 20 to 44 pixels, both ways: the object jumps, the place breaks or stays."""
+    """From the middle on the picture is displaced by 20 to 44 pixels, both ways: the object
+    jumps, the place breaks or stays."""
     by = torch.randint(20, 45, (2,), generator=generator).tolist()
     half = frames.shape[1] // 2
     return torch.cat((frames[:, :half], frames[:, half:].roll(by, (-2, -1))), 1)
@@ -166,24 +184,46 @@ def static(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 DEGRADATIONS: dict[str, Degrade] = {
     f.__name__: f
     for f in (
-        frozen, pan_of_still, zoom_of_still, loop, stutter, noise, shuffle, backwards, flicker, blur, colour_drift, oversaturation, darkening, cut, vanish, twin, jitter, grey, static,
+        frozen,
+        pan_of_still,
+        zoom_of_still,
+        loop,
+        stutter,
+        noise,
+        shuffle,
+        backwards,
+        flicker,
+        blur,
+        colour_drift,
+        oversaturation,
+        darkening,
+        cut,
+        vanish,
+        twin,
+        jitter,
+        grey,
+        static,
     )
 }
 
 
 def wrong_captions(prompts: Sequence[str], generator: torch.Generator) -> tuple[str, ...]:
-    """Every clip gets the prompt of another one: a cyclic shift by a random amount of clips with different prompts."""
+    """Every clip gets the prompt of another one: a cyclic shift by a random amount of clips with
+    different prompts."""
     n = len(prompts)
     start = int(torch.randint(1, n, (), generator=generator)) if n > 1 else 0
     for shift in ((start + i - 1) % (n - 1) + 1 for i in range(n - 1)):
         moved = tuple(prompts[(b + shift) % n] for b in range(n))
         if all(a != b for a, b in zip(prompts, moved)):
             return moved
-    raise ValueError(f"no shift of {n} prompts gives every clip another one; calibrate on clips with more different prompts")
+    raise ValueError(
+        f"no shift of {n} prompts gives every clip another one; calibrate on clips with more different prompts"
+    )
 
 
 def degrade(batch: VideoBatch, name: str, seed: int) -> VideoBatch:
-    """A copy of the batch with one flaw: a name of DEGRADATIONS, or ``wrong_caption`` (which also drops the history)."""
+    """A copy of the batch with one flaw: a name of DEGRADATIONS, or ``wrong_caption`` (which
+    also drops the history)."""
     if name == "wrong_caption":
         (wrong,) = miscaptioned([batch], seed)
         return wrong
@@ -191,9 +231,18 @@ def degrade(batch: VideoBatch, name: str, seed: int) -> VideoBatch:
 
 
 def miscaptioned(batches: Sequence[VideoBatch], seed: int) -> list[VideoBatch]:
-    """Copies in which every clip has the prompt of another clip of any of the batches, and no history."""
-    moved = iter(wrong_captions([prompt for batch in batches for prompt in batch.prompts], stream(seed, "degrade", "wrong_caption")))
-    return [replace(batch, prompts=tuple(itertools.islice(moved, len(batch))), history=()) for batch in batches]
+    """Copies in which every clip has the prompt of another clip of any of the batches, and no
+    history."""
+    moved = iter(
+        wrong_captions(
+            [prompt for batch in batches for prompt in batch.prompts],
+            stream(seed, "degrade", "wrong_caption"),
+        )
+    )
+    return [
+        replace(batch, prompts=tuple(itertools.islice(moved, len(batch))), history=())
+        for batch in batches
+    ]
 
 
 @dataclass(frozen=True)
@@ -201,33 +250,57 @@ class Verdict:
     """How the good clips fare against one degradation under one score."""
 
     won: float
-    """Share of clips scored above their own degraded copy (ties and invalid scores count as lost)."""
+    """Share of clips scored above their own degraded copy (ties and invalid scores count as
+    lost)."""
     margin: float
-    """Mean of good minus degraded over the pairs that have both scores: reward units of a reward; of ``all``, standard deviations."""
+    """Mean of good minus degraded over the pairs that have both scores: reward units of a
+    reward; of ``all``, standard deviations."""
 
 
 FLAWS = (*DEGRADATIONS, "wrong_caption")
 """All of them."""
 
 
-def calibrate(rewards: Sequence[Reward], batches: Sequence[VideoBatch], weights: Mapping[str, float], seed: int = 0, flaws: Sequence[str] = FLAWS) -> dict[str, dict[str, Verdict]]:
-    """Flaw -> score name, or ``all`` -> verdict, over all clips of the batches (each batch of clips of one length).
+def calibrate(
+    rewards: Sequence[Reward],
+    batches: Sequence[VideoBatch],
+    weights: Mapping[str, float],
+    seed: int = 0,
+    flaws: Sequence[str] = FLAWS,
+) -> dict[str, dict[str, Verdict]]:
+    """Flaw -> score name, or ``all`` -> verdict, over all clips of the batches (each batch of clips
+    of one length).
 
-    ``all`` is what training would see: rewards over their spread, here that of the good and the spoilt clips, times their weights, summed.
-    ValueError where no clip can be given a wrong caption."""
+    ``all`` is what training would see: rewards over their spread, here that of the good and the
+    spoilt clips, times their weights, summed. ValueError where no clip can be given a wrong
+    caption."""
     good = _scores(rewards, batches)
     table = {}
     for flaw in flaws:
-        bad = _scores(rewards, miscaptioned(batches, seed) if flaw == "wrong_caption" else [degrade(batch, flaw, seed + i) for i, batch in enumerate(batches)])
+        bad = _scores(
+            rewards,
+            miscaptioned(batches, seed)
+            if flaw == "wrong_caption"
+            else [degrade(batch, flaw, seed + i) for i, batch in enumerate(batches)],
+        )
         gaps = {name: good[name] - bad[name] for name in good}
         spread = {name: torch.cat((good[name], bad[name])) for name in good}
-        gaps["all"] = sum(weights[name] * gap / max(_std(spread[name]), SPREAD_FLOOR) for name, gap in gaps.items()) / sum(weights[name] for name in good)
-        table[flaw] = {name: Verdict((gap > 0).float().mean().item(), gap.nanmean().item()) for name, gap in gaps.items()}
+        gaps["all"] = sum(
+            weights[name] * gap / max(_std(spread[name]), SPREAD_FLOOR)
+            for name, gap in gaps.items()
+        ) / sum(weights[name] for name in good)
+        table[flaw] = {
+            name: Verdict((gap > 0).float().mean().item(), gap.nanmean().item())
+            for name, gap in gaps.items()
+        }
     return table
 
 
-def refuse_frozen(rewards: Sequence[Reward], batches: Sequence[VideoBatch], weights: Mapping[str, float]) -> None:
-    """ValueError where a still picture wins: the first thing that training on such rewards would find."""
+def refuse_frozen(
+    rewards: Sequence[Reward], batches: Sequence[VideoBatch], weights: Mapping[str, float]
+) -> None:
+    """ValueError where a still picture wins: the first thing that training on such rewards would
+    find."""
     if not batches:
         return
     won = calibrate(rewards, batches, weights, flaws=("frozen",))["frozen"]["all"].won
@@ -240,7 +313,8 @@ def refuse_frozen(rewards: Sequence[Reward], batches: Sequence[VideoBatch], weig
 
 
 MUST_WIN = 0.9
-"""Share of good clips that the combination must score above their frozen copy; some clips hardly move."""
+"""Share of good clips that the combination must score above their frozen copy; some clips hardly
+move."""
 MAY_PASS = ("backwards",)
 """Flaws that are none in many good clips: what swings or stands looks the same backwards."""
 SPREAD_FLOOR = 1e-6
@@ -249,7 +323,12 @@ SPREAD_FLOOR = 1e-6
 
 def _scores(rewards: Sequence[Reward], batches: Sequence[VideoBatch]) -> dict[str, torch.Tensor]:
     """Name -> scores of all clips."""
-    return {r.spec.name: torch.cat([check_output(r.spec, batch, r.score(batch)).scores for batch in batches]) for r in rewards}
+    return {
+        r.spec.name: torch.cat(
+            [check_output(r.spec, batch, r.score(batch)).scores for batch in batches]
+        )
+        for r in rewards
+    }
 
 
 def _std(scores: torch.Tensor) -> float:

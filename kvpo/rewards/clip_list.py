@@ -4,8 +4,9 @@ where it does not fit."""
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator, NamedTuple
+from typing import NamedTuple
 
 from kvpo.common.text_files import fault_of_text, lines_of, read_text, shows_nothing
 

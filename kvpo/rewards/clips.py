@@ -1,6 +1,7 @@
-"""Good clips to calibrate rewards on: the miniature's true ones, or a folder of anyone's own videos.
+"""Good clips to calibrate rewards on: the miniature's true ones, or a folder of anyone's own
+videos.
 
-    folder/clips.csv    file,prompt      one line a video; paths from the folder
+folder/clips.csv    file,prompt      one line a video; paths from the folder
 """
 
 from __future__ import annotations
@@ -16,13 +17,18 @@ FRAMES = 36
 
 
 def folder_clips(folder: Path, seconds: float = FRAMES / FPS) -> list[VideoBatch]:
-    """A batch of one clip per line of ``folder/clips.csv``: the middle ``seconds`` of its video.  ValueError or FileNotFoundError that names file and line."""
+    """A batch of one clip per line of ``folder/clips.csv``: the middle ``seconds`` of its video.
+    ValueError or FileNotFoundError that names file and line."""
     path = Path(folder) / "clips.csv"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: list the clips in it, a line `file,prompt` each after the head line `file,prompt`")
+        raise FileNotFoundError(
+            f"{path} is missing: list the clips in it, a line `file,prompt` each after the head line `file,prompt`"
+        )
     rows = clip_rows(path)
     if absent := next((row for row in rows if not (path.parent / row.file).is_file()), None):
-        raise FileNotFoundError(f"{path}, line {absent.line}: there is no file {path.parent / absent.file}; correct the name, or take the line out")
+        raise FileNotFoundError(
+            f"{path}, line {absent.line}: there is no file {path.parent / absent.file}; correct the name, or take the line out"
+        )
     return [_middle(path.parent / row.file, row.prompt, seconds) for row in rows]
 
 

@@ -4,14 +4,16 @@
     Pretrained    one with a network: made once, moved to the device by ``load``, to main memory by ``offload``
     FrameScorer   a Pretrained that judges single frames: stride, and how frames become one number
 
-Which frames a scorer looks at is decided here, from the clip's true rate and the scorer's ``spec``, and nowhere else.
+Which frames a scorer looks at is decided here, from the clip's true rate and the scorer's ``spec``,
+and nowhere else.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import time
-from typing import Any, Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -19,9 +21,11 @@ from kvpo.rewards.base import RewardOutput, RewardSpec, VideoBatch
 
 
 def sampled(length: int, fps: float, spec: RewardSpec) -> list[int]:
-    """Which of a clip's ``length`` frames at ``fps`` a scorer looks at: evenly spread from the first on, at ``spec.fps``, within [min_frames, max_frames].
+    """Which of a clip's ``length`` frames at ``fps`` a scorer looks at: evenly spread from the
+    first on, at ``spec.fps``, within [min_frames, max_frames].
 
-    36 frames at 16 a second and a scorer of 2 a second give 4 frames, or 8 where it needs at least 8."""
+    36 frames at 16 a second and a scorer of 2 a second give 4 frames, or 8 where it needs at
+    least 8."""
     count = max(round(length * spec.fps / fps), spec.min_frames) if spec.fps else length
     if spec.max_frames:
         count = min(count, spec.max_frames)
@@ -30,7 +34,8 @@ def sampled(length: int, fps: float, spec: RewardSpec) -> list[int]:
 
 
 class Measured:
-    """A reward that is one function, ``measure``: what has nothing to load needs no more than that and its ``spec``."""
+    """A reward that is one function, ``measure``: what has nothing to load needs no more than
+    that and its ``spec``."""
 
     spec: RewardSpec
 
@@ -47,7 +52,8 @@ class Measured:
 
 
 class Pretrained(Measured):
-    """A reward with a network.  A dataclass of its parameters with ``model: Any = field(init=False, default=None, repr=False)``; it writes ``build`` and ``measure``."""
+    """A reward with a network. A dataclass of its parameters with ``model: Any =
+    field(init=False, default=None, repr=False)``; it writes ``build`` and ``measure``."""
 
     model: Any
 
@@ -57,7 +63,8 @@ class Pretrained(Measured):
         return id(self)
 
     def build(self) -> torch.nn.Module:
-        """The network in main memory.  May set ``self.spec = replace(self.spec, weights=...)``, now that they are known."""
+        """The network in main memory. May set ``self.spec = replace(self.spec, weights=...)``,
+        now that they are known."""
         raise NotImplementedError(f"{type(self).__name__} has no build()")
 
     def load(self, device: str | torch.device = "cpu") -> None:
@@ -74,20 +81,25 @@ class Pretrained(Measured):
     def device(self) -> torch.device:
         """Where the network is.  RuntimeError before ``load``."""
         if self.model is None:
-            raise RuntimeError(f"{self.spec.name} is not loaded; call load(device) before score(batch)")
+            raise RuntimeError(
+                f"{self.spec.name} is not loaded; call load(device) before score(batch)"
+            )
         return next(self.model.parameters()).device
 
 
 REDUCTIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "mean": lambda s_BT: s_BT.mean(dim=1),
     "top": lambda s_BT: s_BT.topk(max(1, round(0.3 * s_BT.shape[1])), dim=1).values.mean(dim=1),
-    "worst": lambda s_BT: s_BT.topk(max(1, round(0.3 * s_BT.shape[1])), dim=1, largest=False).values.mean(dim=1),
+    "worst": lambda s_BT: s_BT.topk(
+        max(1, round(0.3 * s_BT.shape[1])), dim=1, largest=False
+    ).values.mean(dim=1),
 }
 """How the scores of a clip's frames become one: their mean, or that of the best or worst 30 %."""
 
 
 class FrameScorer(Pretrained):
-    """A reward that judges single frames: a dataclass that also has the parameters ``stride`` (every how many frames one is judged) and ``reduce``."""
+    """A reward that judges single frames: a dataclass that also has the parameters ``stride``
+    (every how many frames one is judged) and ``reduce``."""
 
     stride: int
     reduce: str
@@ -99,36 +111,59 @@ class FrameScorer(Pretrained):
     def measure(self, batch: VideoBatch) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
         frames = batch.frames[:, :: self.stride]
         B, T = frames.shape[:2]
-        s_BT = self.score_frames(frames.flatten(0, 1), [prompt for prompt in batch.prompts for _ in range(T)]).float().view(B, T)
+        s_BT = (
+            self.score_frames(
+                frames.flatten(0, 1), [prompt for prompt in batch.prompts for _ in range(T)]
+            )
+            .float()
+            .view(B, T)
+        )
         return REDUCTIONS[self.reduce](s_BT), {"first": s_BT[:, 0], "last": s_BT[:, -1]}
 
 
 def check_frame_options(stride: int, reduce: str) -> None:
-    """ValueError for a stride or a reduction that does not exist; a FrameScorer's ``__post_init__`` calls it."""
+    """ValueError for a stride or a reduction that does not exist; a FrameScorer's
+    ``__post_init__`` calls it."""
     if stride < 1:
-        raise ValueError(f"stride = {stride} must be 1 or more: every how many frames one is judged")
+        raise ValueError(
+            f"stride = {stride} must be 1 or more: every how many frames one is judged"
+        )
     if reduce not in REDUCTIONS:
         raise ValueError(f"reduce = {reduce!r} is unknown; choose one of {', '.join(REDUCTIONS)}")
 
 
 def missing_packages(spec: RewardSpec) -> list[str]:
     """Those of ``spec.packages`` that can not be imported; nothing is imported for it."""
-    return [name for name in spec.packages if importlib.util.find_spec(name.partition(".")[0]) is None]
+    return [
+        name for name in spec.packages if importlib.util.find_spec(name.partition(".")[0]) is None
+    ]
 
 
 def require(spec: RewardSpec) -> None:
     """ValueError with the way out where a package is missing."""
     if missing := missing_packages(spec):
-        raise ValueError(f"reward {spec.name!r} needs {', '.join(missing)}: pip install 'kvpo[{spec.extra}]'")
+        raise ValueError(
+            f"reward {spec.name!r} needs {', '.join(missing)}: pip install 'kvpo[{spec.extra}]'"
+        )
 
 
-def scored(spec: RewardSpec, batch: VideoBatch, measure: Callable[[VideoBatch], tuple[torch.Tensor, Mapping[str, torch.Tensor]]]) -> RewardOutput:
-    """``measure(batch) -> (scores [B], parts)`` with what every reward owes: its frames, no gradient, the clock, invalid clips, float32 on the CPU."""
+def scored(
+    spec: RewardSpec,
+    batch: VideoBatch,
+    measure: Callable[[VideoBatch], tuple[torch.Tensor, Mapping[str, torch.Tensor]]],
+) -> RewardOutput:
+    """``measure(batch) -> (scores [B], parts)`` with what every reward owes: its frames, no
+    gradient, the clock, invalid clips, float32 on the CPU."""
     begin = time.perf_counter()
     if batch.length < spec.min_frames:
         nothing = torch.full((len(batch),), float("nan"))
         reason = f"{spec.name} needs {spec.min_frames} frames, the clips have {batch.length}"
-        return RewardOutput(nothing, torch.zeros(len(batch), dtype=torch.bool), {}, {"seconds": 0.0, "invalid": reason})
+        return RewardOutput(
+            nothing,
+            torch.zeros(len(batch), dtype=torch.bool),
+            {},
+            {"seconds": 0.0, "invalid": reason},
+        )
     looked_at = sampled(batch.length, batch.fps, spec)
     if len(looked_at) < batch.length:
         batch = batch.take(looked_at)
@@ -136,4 +171,9 @@ def scored(spec: RewardSpec, batch: VideoBatch, measure: Callable[[VideoBatch], 
         scores, parts = measure(batch)
     scores = scores.float().cpu()
     seconds = time.perf_counter() - begin
-    return RewardOutput(scores, scores.isfinite(), {k: v.float().cpu() for k, v in parts.items()}, {"seconds": seconds, "frames": len(looked_at)})
+    return RewardOutput(
+        scores,
+        scores.isfinite(),
+        {k: v.float().cpu() for k, v in parts.items()},
+        {"seconds": seconds, "frames": len(looked_at)},
+    )

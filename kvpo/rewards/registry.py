@@ -1,6 +1,8 @@
-"""Rewards by name: shipped, of an installed package (entry point ``kvpo.rewards``), or anyone's own class or function.
+"""Rewards by name: shipped, of an installed package (entry point ``kvpo.rewards``), or anyone's own
+class or function.
 
-Nothing of a reward is imported before it is asked for, and nothing is loaded before `kvpo.rewards.scorer` does.
+Nothing of a reward is imported before it is asked for, and nothing is loaded before
+`kvpo.rewards.scorer` does.
 """
 
 from __future__ import annotations
@@ -11,10 +13,11 @@ import importlib
 import inspect
 import os
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import entry_points
-from typing import Any, Callable, Literal, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 
@@ -59,21 +62,24 @@ class RewardEntry:
     """One reward of a recipe."""
 
     name: str
-    """A shipped name (`kvpo rewards list`), that of an entry point, or ``package.module:Class`` or ``package.module:function``;
-    isolated also a scorer file or that of a shipped environment (docs/isolated_rewards.md)."""
+    """A shipped name (`kvpo rewards list`), that of an entry point, or ``package.module:Class``
+    or ``package.module:function``; isolated also a scorer file or that of a shipped environment
+    (docs/isolated_rewards.md)."""
     weight: float = 1.0
     """Of its advantages; 0 = logged, not trained on."""
     role: Literal["train", "eval", "guard"] = "train"
-    """`eval`: held out, only ever used by evaluations, and of another family than the trained ones; `guard`: likewise used, but it may
-    see as the trained ones do: it must not fall."""
+    """`eval`: held out, only ever used by evaluations, and of another family than the trained
+    ones; `guard`: likewise used, but it may see as the trained ones do: it must not fall."""
     params: Mapping[str, Any] = field(default_factory=dict)
     """What its class or function takes."""
     offload: bool = False
     """Leave the device's memory between two uses; evaluators always do."""
     isolation: Literal["inline", "process", "http"] = "inline"
-    """Where it runs: in this process, in a worker with an environment of its own, or on a server."""
+    """Where it runs: in this process, in a worker with an environment of its own, or on a
+    server."""
     environment: str = ""
-    """`process`: the environment (`kvpo reward-env create`) or the Python whose worker runs it; empty = this Python."""
+    """`process`: the environment (`kvpo reward-env create`) or the Python whose worker runs it;
+    empty = this Python."""
     devices: str = ""
     """`process`: cards of its own, as in CUDA_VISIBLE_DEVICES; empty = the run's."""
     url: str = ""
@@ -83,11 +89,17 @@ class RewardEntry:
 
     def __post_init__(self):
         if (self.isolation == "http") != bool(self.url):
-            raise ValueError(f"reward {self.name!r}: isolation http and url belong together; isolation = {self.isolation!r}, url = {self.url!r}")
+            raise ValueError(
+                f"reward {self.name!r}: isolation http and url belong together; isolation = {self.isolation!r}, url = {self.url!r}"
+            )
         if (self.environment or self.devices) and self.isolation != "process":
-            raise ValueError(f"reward {self.name!r}: environment = {self.environment!r} and devices = {self.devices!r} need isolation: process")
+            raise ValueError(
+                f"reward {self.name!r}: environment = {self.environment!r} and devices = {self.devices!r} need isolation: process"
+            )
         if self.timeout <= 0:
-            raise ValueError(f"reward {self.name!r}: timeout = {self.timeout} must be above 0 seconds")
+            raise ValueError(
+                f"reward {self.name!r}: timeout = {self.timeout} must be above 0 seconds"
+            )
 
 
 class Function(Measured):
@@ -97,7 +109,9 @@ class Function(Measured):
         try:
             inspect.signature(function).bind(None, **params)
         except TypeError as error:
-            raise ValueError(f"reward {name!r} can not be called with a VideoBatch and params {dict(params)} ({error}); write it as def f(batch, ...) -> one number per clip") from None
+            raise ValueError(
+                f"reward {name!r} can not be called with a VideoBatch and params {dict(params)} ({error}); write it as def f(batch, ...) -> one number per clip"
+            ) from None
         self.function = partial(function, **params)
         short = name.rpartition(":")[2]
         self.spec = RewardSpec(short, f"function {name}", UNBOUNDED, licence="its author's")
@@ -115,20 +129,29 @@ def give(reward: Any) -> str:
     object under the same name takes its place.  ValueError for what can be no reward.
     """
     if not callable(reward) and not _is_reward(reward):
-        raise ValueError(f"reward {reward!r} is a {type(reward).__name__}; give a name, a function of a VideoBatch, or an object with {', '.join(INTERFACE)}")
+        raise ValueError(
+            f"reward {reward!r} is a {type(reward).__name__}; give a name, a function of a VideoBatch, or an object with {', '.join(INTERFACE)}"
+        )
     module, name = getattr(reward, "__module__", None), getattr(reward, "__qualname__", "")
     if name and module != "__main__" and getattr(sys.modules.get(module), name, None) is reward:
         return f"{module}:{name}"
     if inspect.isclass(reward):
-        raise ValueError(f"reward {name} is a class that can not be imported by its name; give an object of it, {reward.__name__}(...), or write it into a file")
+        raise ValueError(
+            f"reward {name} is a class that can not be imported by its name; give an object of it, {reward.__name__}(...), or write it into a file"
+        )
     plain = getattr(reward, "__name__", type(reward).__name__).strip("<>")  # <lambda>
-    name = f"{GIVEN}{reward.spec.name}:{reward.spec.family}" if _is_reward(reward) else f"{GIVEN}{plain}"
+    name = (
+        f"{GIVEN}{reward.spec.name}:{reward.spec.family}"
+        if _is_reward(reward)
+        else f"{GIVEN}{plain}"
+    )
     _given[name] = reward
     return name
 
 
 def given_family(name: str) -> str:
-    """Family of a reward that was given as an object, also in another process; "" for one with a name of its own."""
+    """Family of a reward that was given as an object, also in another process; "" for one with a
+    name of its own."""
     if not name.startswith(GIVEN):
         return ""
     _, _, *family = name.split(":", 2)
@@ -144,50 +167,71 @@ def _is_reward(found: Any) -> bool:
 
 
 def find(name: str) -> Any:
-    """The class, function or object of that name.  ValueError with the known names for an unknown one."""
+    """The class, function or object of that name. ValueError with the known names for an unknown
+    one."""
     if name.startswith(GIVEN):
         if name not in _given:
-            raise ValueError(f"reward {name!r} was given as a Python object to another process, and only that one has it; give it again, or write it into a file and name it module:name")
+            raise ValueError(
+                f"reward {name!r} was given as a Python object to another process, and only that one has it; give it again, or write it into a file and name it module:name"
+            )
         return _given[name]
     path = SHIPPED.get(name) or _offered().get(name) or name
     module, _, attribute = path.partition(":")
     if not attribute:
         known = [*SHIPPED, *_offered()]
         near = difflib.get_close_matches(name, known, n=1)
-        raise ValueError(f"reward {name!r} is unknown" + (f"; did you mean {near[0]}? Known" if near else "; known") + f" are {', '.join(known)}; your own is written package.module:Class")
+        raise ValueError(
+            f"reward {name!r} is unknown"
+            + (f"; did you mean {near[0]}? Known" if near else "; known")
+            + f" are {', '.join(known)}; your own is written package.module:Class"
+        )
     if path == name and (here := os.getcwd()) not in sys.path:
-        sys.path.append(here)  # as `python -m kvpo` has it: a reward in a file of the working folder need not be installed
+        sys.path.append(
+            here
+            # as `python -m kvpo` has it: a reward in a file of the working folder need not be installed
+        )
     try:
         found = getattr(importlib.import_module(module), attribute, None)
     except (ImportError, SyntaxError) as error:
         raise ValueError(f"reward {name!r} can not be imported from {path}: {error}") from None
     if found is None:
-        raise ValueError(f"reward {name!r} can not be imported: module {module!r} has no {attribute!r}")
+        raise ValueError(
+            f"reward {name!r} can not be imported: module {module!r} has no {attribute!r}"
+        )
     return found
 
 
 def make_reward(name: str, params: Mapping[str, Any] = {}) -> Reward:
-    """The reward, not yet loaded.  ValueError for a name, parameter or class that can not be one."""
+    """The reward, not yet loaded. ValueError for a name, parameter or class that can not be one."""
     found = find(name)
     if _is_reward(found):
         if params:
-            raise ValueError(f"reward {name!r} is an object, which is made already: params = {dict(params)} come too late; give them to its class")
+            raise ValueError(
+                f"reward {name!r} is an object, which is made already: params = {dict(params)} come too late; give them to its class"
+            )
         return found
     if not callable(found):
-        raise ValueError(f"reward {name!r} is a {type(found).__name__}; it must be a class, a function, or an object with {', '.join(INTERFACE)}")
+        raise ValueError(
+            f"reward {name!r} is a {type(found).__name__}; it must be a class, a function, or an object with {', '.join(INTERFACE)}"
+        )
     if not inspect.isclass(found):
         return Function(found, name, params)
     _refuse_unknown_params(name, found, params)
     reward = found(**params)
     missing = [attribute for attribute in INTERFACE if not hasattr(reward, attribute)]
     if missing:
-        raise ValueError(f"reward {name!r} has no {', '.join(missing)}; derive it from kvpo.rewards.measured.Measured, or write a plain function of a VideoBatch")
+        raise ValueError(
+            f"reward {name!r} has no {', '.join(missing)}; derive it from kvpo.rewards.measured.Measured, or write a plain function of a VideoBatch"
+        )
     return reward
 
 
 def check_held_out(entries: Sequence[RewardEntry], specs: Sequence[RewardSpec]) -> None:
-    """ValueError where an evaluator sees as a trained reward does: its gain would be the training's own, not a second opinion."""
-    trained = {spec.family: spec.name for entry, spec in zip(entries, specs) if entry.role == "train"}
+    """ValueError where an evaluator sees as a trained reward does: its gain would be the
+    training's own, not a second opinion."""
+    trained = {
+        spec.family: spec.name for entry, spec in zip(entries, specs) if entry.role == "train"
+    }
     for entry, spec in zip(entries, specs):
         if entry.role == "eval" and spec.family in trained:
             raise ValueError(
@@ -207,8 +251,19 @@ def known() -> dict[str, str]:
 
 
 def _refuse_unknown_params(name: str, kind: type, params: Mapping[str, Any]) -> None:
-    takes = [f.name for f in dataclasses.fields(kind) if f.init and f.name != "spec"] if dataclasses.is_dataclass(kind) else list(inspect.signature(kind).parameters)
+    takes = (
+        [f.name for f in dataclasses.fields(kind) if f.init and f.name != "spec"]
+        if dataclasses.is_dataclass(kind)
+        else list(inspect.signature(kind).parameters)
+    )
     for key in params:
         if key not in takes:
             near = difflib.get_close_matches(key, takes, n=1)
-            raise ValueError(f"reward {name!r} has no parameter {key!r}" + (f"; did you mean {near[0]}?" if near else f"; it takes {', '.join(takes) or 'none'}"))
+            raise ValueError(
+                f"reward {name!r} has no parameter {key!r}"
+                + (
+                    f"; did you mean {near[0]}?"
+                    if near
+                    else f"; it takes {', '.join(takes) or 'none'}"
+                )
+            )

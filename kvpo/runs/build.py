@@ -1,32 +1,37 @@
-"""What a recipe names: rewards and their weights, the scripts that are trained on, those of evaluations."""
+"""What a recipe names: rewards and their weights, the scripts that are trained on, those of
+evaluations."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Sequence
 
 import torch
 
-from kvpo.method.advantages import Advantages
 from kvpo.config import RunConfig
-from kvpo.runs.loading import is_run, named, run_config
-from kvpo.mini.source import StorySource
+from kvpo.method.advantages import Advantages
 from kvpo.method.prompts import PromptSet, ScriptSource, read_scripts
+from kvpo.mini.source import StorySource, story_clips
 from kvpo.rewards.base import VideoBatch
 from kvpo.rewards.clips import folder_clips
 from kvpo.rewards.registry import given_family
-from kvpo.mini.source import story_clips
 from kvpo.rewards.scorer import Scorer, load_rewards, make_scorers
+from kvpo.runs.loading import is_run, named, run_config
 from kvpo.types import Script
 
 
 def judges(config: RunConfig, device: torch.device) -> tuple[list[Scorer], Advantages]:
-    """All rewards of a recipe, loaded, and the advantage rule with the weights of those that are trained on."""
+    """All rewards of a recipe, loaded, and the advantage rule with the weights of those that are
+    trained on."""
     if not config.rewards_of("train"):
-        raise ValueError("no reward has role `train`: there is nothing to align to; list one under `rewards`, a shipped one (`kvpo rewards list`) or your own (package.module:Class)")
+        raise ValueError(
+            "no reward has role `train`: there is nothing to align to; list one under `rewards`, a shipped one (`kvpo rewards list`) or your own (package.module:Class)"
+        )
     scorers = load_rewards(config.rewards, device)
-    return scorers, replace(config.advantages, weights={s.spec.name: s.entry.weight for s in trained(scorers)})
+    return scorers, replace(
+        config.advantages, weights={s.spec.name: s.entry.weight for s in trained(scorers)}
+    )
 
 
 def trained(scorers: Sequence[Scorer]) -> list[Scorer]:
@@ -35,14 +40,16 @@ def trained(scorers: Sequence[Scorer]) -> list[Scorer]:
 
 
 def calibration_clips(config: RunConfig, count: int = 16) -> list[VideoBatch]:
-    """Good clips to try the recipe's rewards on: its folder's, the miniature's true ones, or none."""
+    """Good clips to try the recipe's rewards on: its folder's, the miniature's true ones, or
+    none."""
     if config.calibration_clips:
         return folder_clips(Path(config.calibration_clips))
     return story_clips(count) if config.data.prompts == "mini" else []
 
 
 def trained_families(generator: str) -> set[str]:
-    """Families of the rewards that made these weights; none for a pipeline folder, whose past is not known here."""
+    """Families of the rewards that made these weights; none for a pipeline folder, whose past is
+    not known here."""
     run, _ = named(generator)
     if not generator or not is_run(run):
         return set()
@@ -54,22 +61,29 @@ def trained_families(generator: str) -> set[str]:
 def script_source(config: RunConfig) -> ScriptSource:
     """The scripts to train on."""
     if config.data.prompts == "mini":
-        return StorySource(config.seed, "train", config.data.blocks, config.data.memory, config.data.segments)
+        return StorySource(
+            config.seed, "train", config.data.blocks, config.data.memory, config.data.segments
+        )
     return PromptSet(_scripts(config.data.prompts, config), config.groups, config.seed)
 
 
 def evaluation_scripts(config: RunConfig) -> list[Script]:
-    """Those of `evaluate.prompts`; else unseen stories of the miniature, or the training prompts (see `unseen`)."""
+    """Those of `evaluate.prompts`; else unseen stories of the miniature, or the training prompts
+    (see `unseen`)."""
     prompts = config.evaluate.prompts or config.data.prompts
     if prompts == "mini":
-        source = StorySource(config.evaluate.seed, "evaluate", config.data.blocks, config.data.memory)
+        source = StorySource(
+            config.evaluate.seed, "evaluate", config.data.blocks, config.data.memory
+        )
         return [source.script(0, i) for i in range(config.evaluate.scripts)]
     return list(_scripts(prompts, config))[: config.evaluate.scripts]
 
 
 def _scripts(path: str, config: RunConfig) -> tuple[Script, ...]:
     data = config.data
-    return read_scripts(path, data.blocks, switches=data.switches or None, max_segments=data.segments)
+    return read_scripts(
+        path, data.blocks, switches=data.switches or None, max_segments=data.segments
+    )
 
 
 def unseen(config: RunConfig) -> bool:

@@ -1,4 +1,5 @@
-"""A generator by its name: a pipeline folder, `mini`, or the weights of a run (`RUN`, `RUN:ema`, `RUN:online`, `RUN:start`, `RUN:best`)."""
+"""A generator by its name: a pipeline folder, `mini`, or the weights of a run (`RUN`, `RUN:ema`,
+`RUN:online`, `RUN:start`, `RUN:best`)."""
 
 from __future__ import annotations
 
@@ -7,19 +8,24 @@ from pathlib import Path
 import torch
 import yaml
 
-from kvpo.policy.checkpoint import at_step, checkpoints, read_tensors
-from kvpo.config import RunConfig, from_dict
 from kvpo.common.finite import check_finite
-from kvpo.generators.pipeline import Pipeline
+from kvpo.config import RunConfig, from_dict
 from kvpo.evaluation.goodhart import history, judge
+from kvpo.generators.pipeline import Pipeline
 from kvpo.mini import WEIGHTS
+from kvpo.policy.checkpoint import at_step, checkpoints, read_tensors
 from kvpo.policy.policy import Policy
 
 SETS = {"ema": "average", "online": "current", "start": "reference", "best": "average"}
 """Weights of a run -> their name in a checkpoint."""
 
 
-def load_pipeline(name: str, device: torch.device | str = "cpu", vae_dtype: str = "float32", dtype: str = "float32") -> Pipeline:
+def load_pipeline(
+    name: str,
+    device: torch.device | str = "cpu",
+    vae_dtype: str = "float32",
+    dtype: str = "float32",
+) -> Pipeline:
     """A pipeline folder, or `mini`."""
     return Pipeline.load(folder_of(name), device, getattr(torch, dtype), getattr(torch, vae_dtype))
 
@@ -29,19 +35,29 @@ def folder_of(name: str) -> Path:
     return Path(WEIGHTS if name == "mini" else name)
 
 
-def load_generator(spec: str, device: torch.device | str = "cpu", vae_dtype: str = "float32", dtype: str = "") -> tuple[Pipeline, str]:
-    """The generator and a label for it.  ``dtype``: default the run's own, float32 for a folder.  FileNotFoundError or ValueError that names what is missing."""
+def load_generator(
+    spec: str, device: torch.device | str = "cpu", vae_dtype: str = "float32", dtype: str = ""
+) -> tuple[Pipeline, str]:
+    """The generator and a label for it. ``dtype``: default the run's own, float32 for a folder.
+    FileNotFoundError or ValueError that names what is missing."""
     folder, which = named(spec)
     if not is_run(folder):
         return load_pipeline(spec, device, vae_dtype, dtype or "float32"), spec
     run, which = str(folder), which or "ema"
     if which not in SETS:
-        raise ValueError(f"{spec!r} names weights {which!r} of a run; choose one of {', '.join(SETS)}")
+        raise ValueError(
+            f"{spec!r} names weights {which!r} of a run; choose one of {', '.join(SETS)}"
+        )
     checkpoint = _checkpoint(Path(run), which)
     config = run_config(Path(run))
     pipeline = load_pipeline(config.pipeline, device, vae_dtype, dtype or config.dtype)
-    policy, tensors = Policy(pipeline.generator, config.policy, config.seed), read_tensors(checkpoint, f"{SETS[which]}.")
-    check_finite(tensors.items(), str(checkpoint), "go back to a checkpoint before it, or export RUN:start")
+    policy, tensors = (
+        Policy(pipeline.generator, config.policy, config.seed),
+        read_tensors(checkpoint, f"{SETS[which]}."),
+    )
+    check_finite(
+        tensors.items(), str(checkpoint), "go back to a checkpoint before it, or export RUN:start"
+    )
     for name, p in zip(policy.names, policy.parameters):
         p.data.copy_(tensors[f"{SETS[which]}.{name}"])
     policy.layout.refresh()
@@ -50,15 +66,16 @@ def load_generator(spec: str, device: torch.device | str = "cpu", vae_dtype: str
 
 
 def precision(spec: str, device: torch.device, dtype: str = "") -> str:
-    """``dtype``, or where none is asked for a run's own (""), bfloat16 for a folder on a GPU, and a folder's own ("") on a CPU."""
+    """``dtype``, or where none is asked for a run's own (""), bfloat16 for a folder on a GPU,
+    and a folder's own ("") on a CPU."""
     return dtype or ("bfloat16" if device.type == "cuda" and not is_run(named(spec)[0]) else "")
 
 
 def named(spec: str) -> tuple[Path, str]:
     """(folder, weights asked of it, "" for none) of a generator's name.
 
-    A file or folder of the whole name wins.  Else what follows the last colon names weights of a run; every other colon is
-    the path's, as in runs/2026-01-01T12:30.
+    A file or folder of the whole name wins. Else what follows the last colon names weights of a
+    run; every other colon is the path's, as in runs/2026-01-01T12:30.
     """
     run, colon, which = spec.rpartition(":")
     if Path(spec).exists() or not colon or not (which in SETS or is_run(Path(run))):
@@ -76,12 +93,21 @@ def _checkpoint(run: Path, which: str) -> Path:
     """The newest; for `best` that of the best held-out evaluation."""
     found = checkpoints(run / "checkpoints")
     if not found:
-        raise FileNotFoundError(f"{run} has no complete checkpoint; let the run go on until its first one")
+        raise FileNotFoundError(
+            f"{run} has no complete checkpoint; let the run go on until its first one"
+        )
     if which != "best":
         return found[-1]
     best = judge(history(run / "evaluation", "ema")).best
     if at_step(run / "checkpoints", best) not in found:
-        raise FileNotFoundError(f"{run} has no checkpoint of its best held-out evaluation (step {best}); " + ("the start weights are the best: RUN:start" if not best else "evaluate.every keeps one"))
+        raise FileNotFoundError(
+            f"{run} has no checkpoint of its best held-out evaluation (step {best}); "
+            + (
+                "the start weights are the best: RUN:start"
+                if not best
+                else "evaluate.every keeps one"
+            )
+        )
     return at_step(run / "checkpoints", best)
 
 

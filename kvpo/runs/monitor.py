@@ -1,32 +1,42 @@
-"""What a run is asked while it trains: evaluations against its start weights, sentinels, and whether it has to stop.
+"""What a run is asked while it trains: evaluations against its start weights, sentinels, and
+whether it has to stop.
 
-A run stops where its rewards are being gamed: by `kvpo.evaluation.goodhart`, or by a sentinel beyond its limit.  Everything is
-decided from the run's own files and fixed seeds, so a resumed run decides alike.
+A run stops where its rewards are being gamed: by `kvpo.evaluation.goodhart`, or by a sentinel
+beyond its limit. Everything is decided from the run's own files and fixed seeds, so a resumed run
+decides alike.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Mapping, Sequence
 
 import torch
 
-from kvpo.evaluation import goodhart
-from kvpo.config import RunConfig
-from kvpo.generators.sampler import SAMPLERS
-from kvpo.distributed.ranks import Ranks
 from kvpo.common.environment import command
-from kvpo.evaluation.evaluate import Scored, compare, enough_scripts, evaluate, kinds_of, table, write_comparison
-from kvpo.generators.pipeline import Pipeline
 from kvpo.common.metrics import MetricLog, NoLog
-from kvpo.runs.build import unseen
-from kvpo.policy.policy import Policy
 from kvpo.common.progress import Progress
-from kvpo.rewards.scorer import Scorer
-from kvpo.evaluation.sentinels import Verdict, Watch, recent_kl
-from kvpo.report.samples import show_samples
 from kvpo.common.timing import Phases
+from kvpo.config import RunConfig
+from kvpo.distributed.ranks import Ranks
+from kvpo.evaluation import goodhart
+from kvpo.evaluation.evaluate import (
+    Scored,
+    compare,
+    enough_scripts,
+    evaluate,
+    kinds_of,
+    table,
+    write_comparison,
+)
+from kvpo.evaluation.sentinels import Verdict, Watch, recent_kl
+from kvpo.generators.pipeline import Pipeline
+from kvpo.generators.sampler import SAMPLERS
+from kvpo.policy.policy import Policy
+from kvpo.report.samples import show_samples
+from kvpo.rewards.scorer import Scorer
+from kvpo.runs.build import unseen
 from kvpo.types import Script
 
 
@@ -34,78 +44,173 @@ class Trials:
     """Of one run."""
 
     def __init__(
-        self, config: RunConfig, out: Path, progress: Progress, ranks: Ranks, phases: Phases, pipeline: Pipeline, policy: Policy, scripts: Sequence[Script], judges: Sequence[Scorer]
-    ):  # fmt: skip
-        self.config, self.out, self.progress, self.ranks, self.phases = config, out, progress, ranks, phases
+        self,
+        config: RunConfig,
+        out: Path,
+        progress: Progress,
+        ranks: Ranks,
+        phases: Phases,
+        pipeline: Pipeline,
+        policy: Policy,
+        scripts: Sequence[Script],
+        judges: Sequence[Scorer],
+    ):
+        self.config, self.out, self.progress, self.ranks, self.phases = (
+            config,
+            out,
+            progress,
+            ranks,
+            phases,
+        )
         self.pipeline, self.policy, self.scripts, self.judges = pipeline, policy, scripts, judges
         self.sampler = SAMPLERS[config.sampler]
-        self.watch = Watch(pipeline, self.sampler, policy, scripts, config.sentinels, config.evaluate.seed)
+        self.watch = Watch(
+            pipeline, self.sampler, policy, scripts, config.sentinels, config.evaluate.seed
+        )
 
     def due(self, done: int) -> bool:
         """Whether training pauses here to be evaluated; the last evaluation follows it."""
-        return self.config.evaluate.every > 0 and 0 < done < self.config.steps and done % self.config.evaluate.every == 0
+        return (
+            self.config.evaluate.every > 0
+            and 0 < done < self.config.steps
+            and done % self.config.evaluate.every == 0
+        )
 
     def missing(self, done: int) -> bool:
-        return self.due(done) and not self.ranks.gather(self._comparison("ema", done).exists())[0]  # as the first rank sees it: shared folders lag
+        return (
+            self.due(done) and not self.ranks.gather(self._comparison("ema", done).exists())[0]
+        )  # as the first rank sees it: shared folders lag
 
     def best(self, done: int) -> int:
         """Step of the best held-out evaluation so far; 0 = the start weights."""
         return goodhart.judge(self._history(done)).best
 
     def evaluate(self, done: int) -> dict[str, float]:
-        """Online and EMA weights against the start weights, on fixed scripts; the metrics of the comparison."""
-        sets = {"start": self.policy.reference, "online": self.policy.snapshot(), "ema": self.policy.average}
+        """Online and EMA weights against the start weights, on fixed scripts; the metrics of the
+        comparison."""
+        sets = {
+            "start": self.policy.reference,
+            "online": self.policy.snapshot(),
+            "ema": self.policy.average,
+        }
         scored = {which: self._scored(which, weights) for which, weights in sets.items()}
         metrics: dict[str, float] = {}
-        self.ranks.only_first(lambda: metrics.update(self._compared(done, scored, kinds_of(self.judges, self.config.evaluate.seeds))))
+        self.ranks.only_first(
+            lambda: metrics.update(
+                self._compared(done, scored, kinds_of(self.judges, self.config.evaluate.seeds))
+            )
+        )
         return metrics | self.phases.take()
 
     def _scored(self, which: str, weights: list[torch.Tensor]) -> Scored:
         """One set of weights on all scripts, this rank's share of them here."""
         share = self.ranks.stretch(len(self.scripts))
         scripts = [self.scripts[i] for i in share]
-        with self.policy.using(weights), self.phases("evaluate"), self.progress.bar(f"evaluate {which}", len(scripts)) as bar:
-            own = self.ranks.together(lambda: evaluate(self.pipeline, self.sampler, scripts, self.judges, self.config.score, self.config.evaluate, bar.move_to))
-        found = self.ranks.gather((own.r_KN, own.videos[: max(0, self.config.evaluate.videos - share.start)]))
-        return replace(own, r_KN=torch.cat([r_KN for r_KN, _ in found], dim=1), videos=tuple(video for _, videos in found for video in videos))
+        with (
+            self.policy.using(weights),
+            self.phases("evaluate"),
+            self.progress.bar(f"evaluate {which}", len(scripts)) as bar,
+        ):
+            own = self.ranks.together(
+                lambda: evaluate(
+                    self.pipeline,
+                    self.sampler,
+                    scripts,
+                    self.judges,
+                    self.config.score,
+                    self.config.evaluate,
+                    bar.move_to,
+                )
+            )
+        found = self.ranks.gather(
+            (own.r_KN, own.videos[: max(0, self.config.evaluate.videos - share.start)])
+        )
+        return replace(
+            own,
+            r_KN=torch.cat([r_KN for r_KN, _ in found], dim=1),
+            videos=tuple(video for _, videos in found for video in videos),
+        )
 
-    def _compared(self, done: int, scored: Mapping[str, Scored], kinds: Sequence[str]) -> dict[str, float]:
+    def _compared(
+        self, done: int, scored: Mapping[str, Scored], kinds: Sequence[str]
+    ) -> dict[str, float]:
         """Samples, tables and metrics of an evaluation."""
         metrics: dict[str, float] = {}
         for which, found in scored.items():
-            show_samples(self.out, 0 if which == "start" else done, which, self.scripts, found.videos, self.config.evaluate.seed)
+            show_samples(
+                self.out,
+                0 if which == "start" else done,
+                which,
+                self.scripts,
+                found.videos,
+                self.config.evaluate.seed,
+            )
             if which == "start":
                 continue
             rows = compare(found, scored["start"], kinds)
             self.progress.say(f"{table(rows, which, 'start')}\n{enough_scripts(rows)}")
-            write_comparison(self._comparison(which, done), rows, f"{which} step {done}", "start", self.scripts, self.config.evaluate, command(), unseen(self.config), (found, scored["start"]))
+            write_comparison(
+                self._comparison(which, done),
+                rows,
+                f"{which} step {done}",
+                "start",
+                self.scripts,
+                self.config.evaluate,
+                command(),
+                unseen(self.config),
+                (found, scored["start"]),
+            )
             for row in rows:
                 slug = row["component"].replace(" ", "_")
-                metrics |= {f"eval/{which}/{slug}/{k}": row[k] for k in ("diff", "low", "high", "win") if row[k] is not None}
+                metrics |= {
+                    f"eval/{which}/{slug}/{k}": row[k]
+                    for k in ("diff", "low", "high", "win")
+                    if row[k] is not None
+                }
                 if row["a"] is not None:
-                    metrics |= {f"eval/{which}/{slug}/mean": row["a"], f"eval/start/{slug}/mean": row["b"]}
+                    metrics |= {
+                        f"eval/{which}/{slug}/mean": row["a"],
+                        f"eval/start/{slug}/mean": row["b"],
+                    }
         return metrics
 
     def must_stop(self, done: int, log: MetricLog | NoLog) -> bool:
-        """Whether the evaluations or the sentinels say that the rewards are being gamed; then says so, with the way out."""
+        """Whether the evaluations or the sentinels say that the rewards are being gamed; then
+        says so, with the way out."""
         reason = self._gamed(done) or self._drifted(done, log)
         if reason:
             best = self.best(done)
-            self.progress.say(f"stopped after {done} steps: {reason}. Best held-out weights: {f'{self.out}:best, of step {best}' if best else 'those of the start'}")
+            self.progress.say(
+                f"stopped after {done} steps: {reason}. Best held-out weights: {f'{self.out}:best, of step {best}' if best else 'those of the start'}"
+            )
         return bool(reason)
 
     def _gamed(self, done: int) -> str:
         if not self.config.evaluate.stop_when_gamed or not self.due(done):
             return ""
         verdict = self.ranks.gather(goodhart.judge(self._history(done)))[0]
-        return f"trained rewards rose while {', '.join(verdict.fallen)} fell, in {goodhart.SUCCESSIVE} evaluations on end" if verdict.fallen else ""
+        return (
+            f"trained rewards rose while {', '.join(verdict.fallen)} fell, in {goodhart.SUCCESSIVE} evaluations on end"
+            if verdict.fallen
+            else ""
+        )
 
     def _drifted(self, done: int, log: MetricLog | NoLog) -> str:
         every = self.config.sentinels.every
         if not every or not done or done % every:
             return ""
-        with self.phases("sentinels"), self.policy.at_hand(self.policy.reference), self.progress.bar("sentinels", self.config.sentinels.scripts) as bar:
-            found = self.ranks.together(lambda: self.watch(self._kl(done, every), bar.move_to) if self.ranks.first else Verdict())
+        with (
+            self.phases("sentinels"),
+            self.policy.at_hand(self.policy.reference),
+            self.progress.bar("sentinels", self.config.sentinels.scripts) as bar,
+        ):
+            found = self.ranks.together(
+                lambda: (
+                    self.watch(self._kl(done, every), bar.move_to)
+                    if self.ranks.first
+                    else Verdict()
+                )
+            )
         verdict = self.ranks.gather(found)[0]
         log.write(done - 1, verdict.metrics | self.phases.take())
         for line in verdict.warnings:
@@ -117,8 +222,13 @@ class Trials:
         return recent_kl(self.out, done, steps) if self.config.objective.kl_to == "initial" else 0.0
 
     def _history(self, done: int) -> dict[int, goodhart.Rows]:
-        """Evaluations up to now; a run that was killed and resumed from before them may have later ones."""
-        return {step: rows for step, rows in goodhart.history(self.out / "evaluation", "ema").items() if step <= done}
+        """Evaluations up to now; a run that was killed and resumed from before them may have
+        later ones."""
+        return {
+            step: rows
+            for step, rows in goodhart.history(self.out / "evaluation", "ema").items()
+            if step <= done
+        }
 
     def _comparison(self, which: str, done: int) -> Path:
         return self.out / "evaluation" / f"{which}-step-{done:06d}.json"

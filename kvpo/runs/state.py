@@ -1,7 +1,8 @@
-"""A run as its folder has it: begun there or gone on with, saved there, and refused where it is another run's.
+"""A run as its folder has it: begun there or gone on with, saved there, and refused where it is
+another run's.
 
-    config.resolved.yaml, environment.json     before the first step
-    checkpoints/                               `kvpo.policy.checkpoint`, written beside the training by `kvpo.policy.saving`
+config.resolved.yaml, environment.json     before the first step
+checkpoints/                               `kvpo.policy.checkpoint`, written beside the training by `kvpo.policy.saving`
 """
 
 from __future__ import annotations
@@ -10,44 +11,82 @@ import functools
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Any
 
 import torch
 import yaml
 
-from kvpo.method.agreement import Agreement
-from kvpo.policy.checkpoint import checkpoints, load_checkpoint, newest_whole, read_state, read_tensors
-from kvpo.config import RunConfig, differences, from_dict, to_dict
-from kvpo.distributed.ranks import Ranks, restarted
 from kvpo.common.environment import environment, packages
 from kvpo.common.files import only_writer, write_atomic
-from kvpo.generators.pipeline import Pipeline
-from kvpo.policy.policy import Policy
 from kvpo.common.progress import Progress
+from kvpo.config import RunConfig, differences, from_dict, to_dict
+from kvpo.distributed.ranks import Ranks, restarted
+from kvpo.generators.pipeline import Pipeline
+from kvpo.method.agreement import Agreement
 from kvpo.method.prompts import PromptSet, ScriptSource
+from kvpo.policy.checkpoint import (
+    checkpoints,
+    load_checkpoint,
+    newest_whole,
+    read_state,
+    read_tensors,
+)
+from kvpo.policy.policy import Policy
 from kvpo.policy.saving import Saver
 
-MAY_CHANGE = ("steps: ", "show_every", "patience", "evaluate.", "sentinels.", "agreement.", "checkpoint.", "branch_parallel", "policy.shard")
-"""Settings that a resumed run may change, because training does not depend on them: how far it goes (``steps``) freely, the others by ``--override``."""
+MAY_CHANGE = (
+    "steps: ",
+    "show_every",
+    "patience",
+    "evaluate.",
+    "sentinels.",
+    "agreement.",
+    "checkpoint.",
+    "branch_parallel",
+    "policy.shard",
+)
+"""Settings that a resumed run may change, because training does not depend on them: how far it
+goes (``steps``) freely, the others by ``--override``."""
 
 
 def restarted_here(out: Path) -> bool:
-    """Whether torchrun starts these processes again after a failure, and the run in ``out`` is what it had started: not one that was there before."""
+    """Whether torchrun starts these processes again after a failure, and the run in ``out`` is
+    what it had started: not one that was there before."""
     if not restarted() or not (out / "config.resolved.yaml").exists():
         return False
     begun = json.loads((out / "environment.json").read_text())
-    return os.environ.get("TORCHELASTIC_RUN_ID") in (facts.get("torchrun") for facts in (begun, *begun.get("resumed", [])))
+    return os.environ.get("TORCHELASTIC_RUN_ID") in (
+        facts.get("torchrun") for facts in (begun, *begun.get("resumed", []))
+    )
 
 
 class RunState:
-    """How far a run is, in memory and in its folder.  A context: inside, and once begun, no other process writes there."""
+    """How far a run is, in memory and in its folder. A context: inside, and once begun, no other
+    process writes there."""
 
-    def __init__(self, config: RunConfig, out: Path, progress: Progress, ranks: Ranks, pipeline: Pipeline, policy: Policy, optimizer: torch.optim.Optimizer, source: ScriptSource, agreement: Agreement):
+    def __init__(
+        self,
+        config: RunConfig,
+        out: Path,
+        progress: Progress,
+        ranks: Ranks,
+        pipeline: Pipeline,
+        policy: Policy,
+        optimizer: torch.optim.Optimizer,
+        source: ScriptSource,
+        agreement: Agreement,
+    ):
         self.config, self.out, self.progress, self.ranks = config, out, progress, ranks
-        self.pipeline, self.policy, self.optimizer, self.source = pipeline, policy, optimizer, source
+        self.pipeline, self.policy, self.optimizer, self.source = (
+            pipeline,
+            policy,
+            optimizer,
+            source,
+        )
         self.agreement = agreement
         self.saver = Saver(out / "checkpoints", config.checkpoint.keep, policy, config.patience)
         self._held = ExitStack()
@@ -59,12 +98,14 @@ class RunState:
         self.done = self.saved = 0
         """Steps in all, and in the last checkpoint."""
         self.midway = False
-        """The weights are between two updates of one step: what they are now belongs to no step, and is not saved."""
+        """The weights are between two updates of one step: what they are now belongs to no step,
+        and is not saved."""
 
     def begin(self, resume: bool, override: bool) -> int:
-        """Make the folder, or read its newest checkpoint; the steps that are done.  All ranks enter.
+        """Make the folder, or read its newest checkpoint; the steps that are done. All ranks enter.
 
-        ``override``: all settings in `MAY_CHANGE` may be others than the run's, not ``steps`` alone.  ValueError where the folder is another run's.
+        ``override``: all settings in `MAY_CHANGE` may be others than the run's, not ``steps``
+        alone. ValueError where the folder is another run's.
         """
         self.done = self.saved = self._resumed(override) if resume else 0
         if not resume:
@@ -79,75 +120,124 @@ class RunState:
         return self._held.__exit__(*error)
 
     def save(self, best: int) -> None:
-        """Begin a checkpoint, unless the last one is of now, or the weights are broken; ``best``: step of one that stays."""
+        """Begin a checkpoint, unless the last one is of now, or the weights are broken;
+        ``best``: step of one that stays."""
         if self.done > self.saved and not self.policy.broken:
-            self.saver.begin(self.done, self.optimizer, self._identity, best, self.agreement.state())
+            self.saver.begin(
+                self.done, self.optimizer, self._identity, best, self.agreement.state()
+            )
             self.saved = self.done
 
     def save_what_is_left(self, best: int) -> None:
-        """And wait until it is written.  Nothing where the weights are no step's: the run goes on from the checkpoint before."""
+        """And wait until it is written. Nothing where the weights are no step's: the run goes on
+        from the checkpoint before."""
         if self.midway:
-            self.progress.say(f"step {self.done} ended between its inner updates, and its weights are not saved: what is there is the checkpoint after step {self.saved}")
+            self.progress.say(
+                f"step {self.done} ended between its inner updates, and its weights are not saved: what is there is the checkpoint after step {self.saved}"
+            )
         else:
             self.save(best)
         self.saver.wait()
 
     def _resumed(self, override: bool) -> int:
         if not self.ranks.gather((self.out / "config.resolved.yaml").exists())[0]:
-            raise FileNotFoundError(f"{self.out} holds no run to resume; start one without --resume")
+            raise FileNotFoundError(
+                f"{self.out} holds no run to resume; start one without --resume"
+            )
         self.ranks.only_first(self._lock)
         self.moved = self.ranks.gather(self._moved() if self.ranks.first else ())[0]
-        self._override(self._changed(yaml.safe_load((self.out / "config.resolved.yaml").read_text()), to_dict(self.config)), override)
+        self._override(
+            self._changed(
+                yaml.safe_load((self.out / "config.resolved.yaml").read_text()),
+                to_dict(self.config),
+            ),
+            override,
+        )
         step = self._load()
         self.ranks.only_first(lambda: self._write_start(step))
         return step
 
     def _load(self) -> int:
         """Of the newest checkpoint that can be read."""
-        if not (found := self.ranks.gather(checkpoints(self.out / "checkpoints"))[0]):  # as the first rank sees them: shared folders lag
+        if not (
+            found := self.ranks.gather(checkpoints(self.out / "checkpoints"))[0]
+        ):  # as the first rank sees them: shared folders lag
             self.progress.say(f"{self.out} has no checkpoint yet: starting again from step 0")
             return 0
-        newest = self.ranks.gather(self.ranks.together(lambda: newest_whole(found, self.progress.say) if self.ranks.first else None))[0]
+        newest = self.ranks.gather(
+            self.ranks.together(
+                lambda: newest_whole(found, self.progress.say) if self.ranks.first else None
+            )
+        )[0]
         state = read_state(newest)
         self._changed(state["config"], self._identity)
         if state["step"] > self.config.steps:
-            raise ValueError(f"{newest} is beyond steps = {self.config.steps}; set steps to {state['step']} or more, or start a new run by --out")
-        step, others = load_checkpoint(newest, self.policy, self.optimizer), differences(state.get("packages", packages()), packages())
+            raise ValueError(
+                f"{newest} is beyond steps = {self.config.steps}; set steps to {state['step']} or more, or start a new run by --out"
+            )
+        step, others = (
+            load_checkpoint(newest, self.policy, self.optimizer),
+            differences(state.get("packages", packages()), packages()),
+        )
         self.agreement.restore(read_tensors(newest, "agreement."))
-        self.progress.say(f"resumed from {newest}" + (f", which was written with other versions, {'; '.join(others)}: numbers may round otherwise" if others else ""))
+        self.progress.say(
+            f"resumed from {newest}"
+            + (
+                f", which was written with other versions, {'; '.join(others)}: numbers may round otherwise"
+                if others
+                else ""
+            )
+        )
         return step
 
     def _moved(self) -> tuple[str, ...]:
-        """Prompt files that have another name than when the run was begun, or last gone on with, and the same content."""
+        """Prompt files that have another name than when the run was begun, or last gone on with,
+        and the same content."""
         path = self.out / "environment.json"
         begun = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         stored = [facts.get("prompt_files") for facts in (begun, *begun.get("resumed", []))]
         stored = next((files for files in reversed(stored) if files), None)
-        return tuple(name for name, digest in _prompt_files(self.config).items() if digest == stored.get(name)) if stored else self._moved_of_old_run()
+        return (
+            tuple(
+                name
+                for name, digest in _prompt_files(self.config).items()
+                if digest == stored.get(name)
+            )
+            if stored
+            else self._moved_of_old_run()
+        )
 
     def _moved_of_old_run(self) -> tuple[str, ...]:
-        """Likewise for a run that is older than the digests of files: its checkpoints have one of the scripts."""
-        if not isinstance(self.source, PromptSet) or not (found := checkpoints(self.out / "checkpoints")):
+        """Likewise for a run that is older than the digests of files: its checkpoints have one
+        of the scripts."""
+        if not isinstance(self.source, PromptSet) or not (
+            found := checkpoints(self.out / "checkpoints")
+        ):
             return ()
         digest = read_state(found[-1])["config"].get("prompts")
         return ("data.prompts",) if digest == _digest_of_text(repr(self.source.scripts)) else ()
 
     def _write_beginning(self) -> None:
         if (self.out / "config.resolved.yaml").exists():
-            raise ValueError(f"{self.out} already holds a run; go on with it by --resume, or choose another folder by --out")
+            raise ValueError(
+                f"{self.out} already holds a run; go on with it by --resume, or choose another folder by --out"
+            )
         self.out.mkdir(parents=True, exist_ok=True)
         self._lock()
         self._write_start(0)
 
     def _write_start(self, step: int) -> None:
-        """The settings, and by what the run goes on from this step: its code and versions may not be those it was begun with."""
+        """The settings, and by what the run goes on from this step: its code and versions may
+        not be those it was begun with."""
         path, facts = self.out / "environment.json", environment(self.pipeline.generator.device)
         facts["prompt_files"] = _prompt_files(self.config)
         if step and path.exists():
             begun = json.loads(path.read_text())
             facts = begun | {"resumed": [*begun.get("resumed", []), {"step": step, **facts}]}
         write_atomic(path, json.dumps(facts, indent=1) + "\n")
-        write_atomic(self.out / "config.resolved.yaml", yaml.safe_dump(to_dict(self.config), sort_keys=False))
+        write_atomic(
+            self.out / "config.resolved.yaml", yaml.safe_dump(to_dict(self.config), sort_keys=False)
+        )
 
     def _lock(self) -> None:
         self._held.enter_context(only_writer(self.out))
@@ -155,34 +245,63 @@ class RunState:
     def _override(self, changed: list[str], override: bool) -> None:
         asked = [d for d in changed if not d.startswith("steps: ")]
         if asked and not override:
-            raise ValueError(f"{self.out} was run with other settings, {'; '.join(asked)}; resume with its own, or let them change from here on by --override")
+            raise ValueError(
+                f"{self.out} was run with other settings, {'; '.join(asked)}; resume with its own, or let them change from here on by --override"
+            )
         if changed:
             self.progress.say(f"from here on {'; '.join(changed)}")
 
     def _changed(self, stored: dict[str, Any], new: dict[str, Any]) -> list[str]:
         """What differs and may; ValueError where something differs that may not."""
-        settings, others = ({k: v for k, v in stored.items() if (k in self.config.__dataclass_fields__) == wanted} for wanted in (True, False))
-        old = to_dict(from_dict(settings)) | others  # a setting that is newer than the run has its default: what the run did
+        settings, others = (
+            {k: v for k, v in stored.items() if (k in self.config.__dataclass_fields__) == wanted}
+            for wanted in (True, False)
+        )
+        old = (
+            to_dict(from_dict(settings)) | others
+        )  # a setting that is newer than the run has its default: what the run did
         changed = differences(old, {name: value for name, value in new.items() if name in old})
-        changed = [d for d in changed if not d.startswith(tuple(f"{setting}: " for setting in self.moved))]
+        changed = [
+            d for d in changed if not d.startswith(tuple(f"{setting}: " for setting in self.moved))
+        ]
         if fixed := [d for d in changed if not d.startswith(MAY_CHANGE)]:
-            raise ValueError(f"{self.out} was run with other settings, {'; '.join(fixed)}; resume with its own, or start a new run by --out")
+            raise ValueError(
+                f"{self.out} was run with other settings, {'; '.join(fixed)}; resume with its own, or start a new run by --out"
+            )
         return changed
 
     @functools.cached_property
     def _identity(self) -> dict[str, Any]:
-        """What a checkpoint belongs to: the settings, the world its scripts come from, the weights it started from (an adapter's own say nothing of the backbone below it), what makes pixels of its latents.  All ranks enter."""
-        prompts = {"prompts": _digest_of_text(repr(self.source.scripts))} if isinstance(self.source, PromptSet) else {}
+        """What a checkpoint belongs to: the settings, the world its scripts come from, the
+        weights it started from (an adapter's own say nothing of the backbone below it), what
+        makes pixels of its latents. All ranks enter."""
+        prompts = (
+            {"prompts": _digest_of_text(repr(self.source.scripts))}
+            if isinstance(self.source, PromptSet)
+            else {}
+        )
         trained = (w.float() for w in self.policy.layout.whole(self.policy.reference))
         frozen = (p.detach() for p in self.pipeline.generator.parameters() if not p.requires_grad)
-        weights = {"start_weights": _digest(chain(trained, frozen)), "decoder": _digest(p.detach() for p in self.pipeline.vae.parameters())}
-        return to_dict(self.config) | prompts | weights | {"first_script": _digest_of_text(repr(self.source.script(0, 0)))}
+        weights = {
+            "start_weights": _digest(chain(trained, frozen)),
+            "decoder": _digest(p.detach() for p in self.pipeline.vae.parameters()),
+        }
+        return (
+            to_dict(self.config)
+            | prompts
+            | weights
+            | {"first_script": _digest_of_text(repr(self.source.script(0, 0)))}
+        )
 
 
 def _prompt_files(config: RunConfig) -> dict[str, str]:
     """Setting -> digest of the file that it names."""
     named = {"data.prompts": config.data.prompts, "evaluate.prompts": config.evaluate.prompts}
-    return {name: hashlib.blake2b(Path(path).read_bytes(), digest_size=8).hexdigest() for name, path in named.items() if Path(path).is_file()}
+    return {
+        name: hashlib.blake2b(Path(path).read_bytes(), digest_size=8).hexdigest()
+        for name, path in named.items()
+        if Path(path).is_file()
+    }
 
 
 def _digest(weights: Iterable[torch.Tensor]) -> str:

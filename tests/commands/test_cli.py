@@ -1,4 +1,5 @@
-"""The command line: every option in the help, every mistake in one line, and the right exit code."""
+"""The command line: every option in the help, every mistake in one line, and the right exit
+code."""
 
 from __future__ import annotations
 
@@ -28,7 +29,11 @@ def options(kind: type, prefix: str = "") -> list[str]:
     found, hints = [], get_type_hints(kind)
     for field in fields(kind):
         name = prefix + field.name.replace("_", "-")
-        found += options(hints[field.name], f"{name}.") if is_dataclass(hints[field.name]) else [f"--{name.rstrip('-')}"]
+        found += (
+            options(hints[field.name], f"{name}.")
+            if is_dataclass(hints[field.name])
+            else [f"--{name.rstrip('-')}"]
+        )
     return found
 
 
@@ -46,7 +51,9 @@ def test_a_reader_that_has_seen_enough_is_no_error():
     """`kvpo --help | head -1` once ended in a traceback."""
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run([sys.executable, "-m", "kvpo", "--help"], stdout=write, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "kvpo", "--help"], stdout=write, stderr=subprocess.PIPE, text=True
+    )
     os.close(write)
     assert done.returncode == 141 and done.stderr == ""
 
@@ -54,7 +61,9 @@ def test_a_reader_that_has_seen_enough_is_no_error():
 @pytest.mark.parametrize("argv", [("--help",), ("-h",)])
 def test_help_lists_the_commands(capsys, argv):
     code, out, _ = run(capsys, *argv)
-    assert code == 0 and all(f"  {name} " in out and summary in out for name, summary in cli.COMMANDS.items())
+    assert code == 0 and all(
+        f"  {name} " in out and summary in out for name, summary in cli.COMMANDS.items()
+    )
 
 
 def test_no_command(capsys):
@@ -62,7 +71,9 @@ def test_no_command(capsys):
     assert code == 2 and not out and err.startswith("usage: kvpo COMMAND")
 
 
-@pytest.mark.parametrize(("name", "near"), [("alin", "align"), ("evalute", "evaluate"), ("reprot", "report")])
+@pytest.mark.parametrize(
+    ("name", "near"), [("alin", "align"), ("evalute", "evaluate"), ("reprot", "report")]
+)
 def test_a_mistyped_command(capsys, name, near):
     code, _, err = run(capsys, name, "mini")
     assert code == 2 and f"there is no command {name!r}; did you mean {near}?" in err
@@ -73,15 +84,27 @@ def test_help_mentions_every_option(capsys, name):
     code, out, _ = run(capsys, name, "--help")
     command = cli.find(name)
     hints = get_type_hints(command, include_extras=True)
-    wanted = [f"--{f.name.replace('_', '-')}" for f in fields(command) if hints[f.name] != Settings and f.name not in (*positional(command), "do")]
+    wanted = [
+        f"--{f.name.replace('_', '-')}"
+        for f in fields(command)
+        if hints[f.name] != Settings and f.name not in (*positional(command), "do")
+    ]
     if Settings in hints.values():
-        wanted += [o for o in options(RunConfig) if not o.startswith(("--rewards", "--advantages.weights"))]
+        wanted += [
+            o for o in options(RunConfig) if not o.startswith(("--rewards", "--advantages.weights"))
+        ]
     assert code == 0 and not [o for o in wanted if o not in out]
     assert ("positional arguments" in out) == bool(positional(command))
 
 
 def positional(command: type) -> list[str]:
-    return [f.name for f in fields(command) if f.name in ("recipe", "generator", "run", "out", "paths", "a", "b", "name", "answers", "action") and str(f.type).startswith("Positional")]
+    return [
+        f.name
+        for f in fields(command)
+        if f.name
+        in ("recipe", "generator", "run", "out", "paths", "a", "b", "name", "answers", "action")
+        and str(f.type).startswith("Positional")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -99,7 +122,9 @@ def test_a_mistyped_option_gets_a_suggestion(capsys, tmp_path, folder, argv, nea
     assert code == 2 and near in out + err
 
 
-@pytest.mark.parametrize("argv", [("--steps", "many"), ("--sampler", "euler"), ("--policy.train", "all")])
+@pytest.mark.parametrize(
+    "argv", [("--steps", "many"), ("--sampler", "euler"), ("--policy.train", "all")]
+)
 def test_a_value_of_the_wrong_kind(capsys, tmp_path, folder, argv):
     recipe = write_recipe(tmp_path / "tiny.yaml", settings(folder))
     code, out, err = run(capsys, "align", recipe, "--out", str(tmp_path / "run"), *argv)
@@ -109,16 +134,29 @@ def test_a_value_of_the_wrong_kind(capsys, tmp_path, folder, argv):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (("--explorer", "start_noise"), "explorer start_noise and surrogate velocity_energy can not be paired"),
-        (("--rollout.branches", "1"), "rollout.branches = 1, but a group compares at least 2 branches"),
-        (("--rollout.branches", "0"), "rollout.branches = 0, but a group compares at least 2 branches"),
+        (
+            ("--explorer", "start_noise"),
+            "explorer start_noise and surrogate velocity_energy can not be paired",
+        ),
+        (
+            ("--rollout.branches", "1"),
+            "rollout.branches = 1, but a group compares at least 2 branches",
+        ),
+        (
+            ("--rollout.branches", "0"),
+            "rollout.branches = 0, but a group compares at least 2 branches",
+        ),
         (("--steps", "0"), "steps = 0 must be 1 or more"),
     ],
 )
 def test_an_illegal_value(capsys, tmp_path, folder, argv, message):
     recipe = write_recipe(tmp_path / "tiny.yaml", settings(folder))
     code, out, err = run(capsys, "align", recipe, "--out", str(tmp_path / "run"), *argv)
-    assert code in (1, 2) and message in " ".join((out + err).replace("│", " ").split()) and not (tmp_path / "run").exists()
+    assert (
+        code in (1, 2)
+        and message in " ".join((out + err).replace("│", " ").split())
+        and not (tmp_path / "run").exists()
+    )
 
 
 @pytest.mark.parametrize(
@@ -129,8 +167,14 @@ def test_an_illegal_value(capsys, tmp_path, folder, argv, message):
         (("report", "nowhere"), "kvpo report: nowhere is no run folder"),
         (("generate", "nowhere", "--prompt", RED), "kvpo generate: nowhere is no pipeline folder"),
         (("generate", "nowhere"), "kvpo generate: give either --prompt"),
-        (("generate", "mini", "--prompt", RED, BLUE, "--blocks", "1"), "kvpo generate: 2 segments in a video of 1 block: "),
-        (("evaluate", "nowhere:ema", "--scripts", "2"), "kvpo evaluate: nowhere:ema is no pipeline folder"),
+        (
+            ("generate", "mini", "--prompt", RED, BLUE, "--blocks", "1"),
+            "kvpo generate: 2 segments in a video of 1 block: ",
+        ),
+        (
+            ("evaluate", "nowhere:ema", "--scripts", "2"),
+            "kvpo evaluate: nowhere:ema is no pipeline folder",
+        ),
     ],
 )
 def test_errors_are_one_line(capsys, argv, message):
@@ -140,7 +184,10 @@ def test_errors_are_one_line(capsys, argv, message):
 
 def test_a_recipe_that_is_wrong(capsys, tmp_path):
     path = write_recipe(tmp_path / "bad.yaml", {"optimizer": {"lrr": 1}})
-    assert run(capsys, "align", path)[::2] == (1, f"kvpo align: {path}: unknown key optimizer.lrr; did you mean optimizer.lr?\n")
+    assert run(capsys, "align", path)[::2] == (
+        1,
+        f"kvpo align: {path}: unknown key optimizer.lrr; did you mean optimizer.lr?\n",
+    )
 
 
 def test_a_run_says_in_one_line_what_it_will_do(capsys, tmp_path, folder):
@@ -148,8 +195,15 @@ def test_a_run_says_in_one_line_what_it_will_do(capsys, tmp_path, folder):
     recipe = write_recipe(tmp_path / "r.yaml", settings(folder, steps=1))
     assert align(recipe, tmp_path / "run") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0][9:] == f"kvpo align {recipe} in {tmp_path / 'run'} on cpu: 1 step of 1 group with 3 branches, videos of 6 blocks, evaluated at the end, saved every 1 step"
-    assert lines[1][9:].startswith("step 1/1  Change ") and "  Warmth " in lines[1] and lines[-1].startswith("report: ")
+    assert (
+        lines[0][9:]
+        == f"kvpo align {recipe} in {tmp_path / 'run'} on cpu: 1 step of 1 group with 3 branches, videos of 6 blocks, evaluated at the end, saved every 1 step"
+    )
+    assert (
+        lines[1][9:].startswith("step 1/1  Change ")
+        and "  Warmth " in lines[1]
+        and lines[-1].startswith("report: ")
+    )
 
 
 def test_interrupted(capsys, monkeypatch):
@@ -164,34 +218,70 @@ def test_interrupted(capsys, monkeypatch):
 
 
 def test_generate(capsys, tmp_path, folder):
-    code, out, _ = run(capsys, "generate", str(folder), "--prompt", RED, BLUE, "--blocks", "4", "--out", str(tmp_path), "--device", "cpu")
+    code, out, _ = run(
+        capsys,
+        "generate",
+        str(folder),
+        "--prompt",
+        RED,
+        BLUE,
+        "--blocks",
+        "4",
+        "--out",
+        str(tmp_path),
+        "--device",
+        "cpu",
+    )
     assert code == 0 and (tmp_path / "000.mp4").stat().st_size > 500 and f"{RED} | {BLUE}" in out
 
 
 def test_generate_from_a_file(capsys, tmp_path, folder):
     (tmp_path / "p.txt").write_text(f"{RED}\n{BLUE}\n")
-    code, *_ = run(capsys, "generate", str(folder), "--prompts", str(tmp_path / "p.txt"), "--blocks", "2", "--out", str(tmp_path / "videos"), "--sampler", "ode")
-    assert code == 0 and sorted(p.name for p in (tmp_path / "videos").iterdir()) == ["000.json", "000.mp4", "001.json", "001.mp4"]
+    code, *_ = run(
+        capsys,
+        "generate",
+        str(folder),
+        "--prompts",
+        str(tmp_path / "p.txt"),
+        "--blocks",
+        "2",
+        "--out",
+        str(tmp_path / "videos"),
+        "--sampler",
+        "ode",
+    )
+    assert code == 0 and sorted(p.name for p in (tmp_path / "videos").iterdir()) == [
+        "000.json",
+        "000.mp4",
+        "001.json",
+        "001.mp4",
+    ]
 
 
 @pytest.fixture(scope="module")
 def trained(folder, tmp_path_factory):
     """A short run and its recipe."""
     home = tmp_path_factory.mktemp("trained")
-    recipe = write_recipe(home / "tiny.yaml", settings(folder, steps=1, policy={"train": "lora", "rank": 2}))
+    recipe = write_recipe(
+        home / "tiny.yaml", settings(folder, steps=1, policy={"train": "lora", "rank": 2})
+    )
     assert align(recipe, home / "run") == 0
     return home / "run", recipe
 
 
 def test_weights_of_a_run_by_name(trained, folder):
     run_folder, _ = trained
-    start, online, ema = (load_generator(f"{run_folder}:{which}")[0].generator for which in ("start", "online", "ema"))
+    start, online, ema = (
+        load_generator(f"{run_folder}:{which}")[0].generator for which in ("start", "online", "ema")
+    )
     base, label = load_generator(str(folder))
     x, text = torch.ones(1, 2, 4, 4, 4), base.encode_text([RED])
     v = [m.velocity(x, 0.5, text, [0, 1]).detach() for m in (base.generator, start, online, ema)]
     assert torch.equal(v[0], v[1]) and not torch.equal(v[1], v[2]) and not torch.equal(v[2], v[3])
     assert load_generator(str(run_folder))[1] == "run:ema step-000001" and label == str(folder)
-    with pytest.raises(ValueError, match="names weights 'emma' of a run; choose one of ema, online, start"):
+    with pytest.raises(
+        ValueError, match="names weights 'emma' of a run; choose one of ema, online, start"
+    ):
         load_generator(f"{run_folder}:emma")
 
 
@@ -204,18 +294,50 @@ def test_a_run_without_a_checkpoint(trained, tmp_path):
 
 def test_evaluate_against(capsys, tmp_path, trained, folder):
     run_folder, recipe = trained
-    code, out, _ = run(capsys, "evaluate", str(run_folder), "--against", str(folder), "--recipe", recipe, "--scripts", "3", "--out", str(tmp_path / "e.json"))
+    code, out, _ = run(
+        capsys,
+        "evaluate",
+        str(run_folder),
+        "--against",
+        str(folder),
+        "--recipe",
+        recipe,
+        "--scripts",
+        "3",
+        "--out",
+        str(tmp_path / "e.json"),
+    )
     record = json.loads((tmp_path / "e.json").read_text())
     assert code == 0 and "mean of trained" in out and "3 scripts, 1 video of each, seed 1000" in out
-    assert [r["component"] for r in record["rows"]] == ["mean of trained", "Warmth", "Change"] and record["rows"][1]["n"] == 3
+    assert [r["component"] for r in record["rows"]] == [
+        "mean of trained",
+        "Warmth",
+        "Change",
+    ] and record["rows"][1]["n"] == 3
     assert set(record["values"]) == set(record["values_against"]) == {"Warmth", "Change"}
 
 
 def test_evaluate_alone(capsys, tmp_path, trained, folder):
-    code, out, _ = run(capsys, "evaluate", str(folder), "--recipe", trained[1], "--scripts", "2", "--out", str(tmp_path / "e.json"))
+    code, out, _ = run(
+        capsys,
+        "evaluate",
+        str(folder),
+        "--recipe",
+        trained[1],
+        "--scripts",
+        "2",
+        "--out",
+        str(tmp_path / "e.json"),
+    )
     record = json.loads((tmp_path / "e.json").read_text())
-    assert code == 0 and set(record["means"]) == {"mean of trained", "Warmth", "Change"} and "95 % interval" in out
-    assert [len(values) for values in record["values"].values()] == [2, 2] and len(record["scripts"]) == 2
+    assert (
+        code == 0
+        and set(record["means"]) == {"mean of trained", "Warmth", "Change"}
+        and "95 % interval" in out
+    )
+    assert [len(values) for values in record["values"].values()] == [2, 2] and len(
+        record["scripts"]
+    ) == 2
 
 
 def explored(out, name: str) -> dict:
@@ -223,7 +345,8 @@ def explored(out, name: str) -> dict:
 
 
 def test_explorers_that_are_compared_leave_the_story_at_one_block(capsys, tmp_path, trained):
-    """`--by start_noise` once drew another fork than the routing it was to be compared with, and overwrote its files."""
+    """`--by start_noise` once drew another fork than the routing it was to be compared with, and
+    overwrote its files."""
     for by in ("recipe", "start_noise"):
         assert run(capsys, "explore", trained[1], "--by", by, "--out", str(tmp_path))[0] == 0
     routed, noisy = (explored(tmp_path, f"script-0-{by}") for by in ("kv_routing", "start_noise"))
@@ -232,11 +355,14 @@ def test_explorers_that_are_compared_leave_the_story_at_one_block(capsys, tmp_pa
 
 
 def test_the_fork_that_is_shown_is_the_most_telling_of_a_few():
-    """The README's story showed nine equal pictures: its objects were behind the pillar throughout the window drawn."""
+    """The README's story showed nine equal pictures: its objects were behind the pillar
+    throughout the window drawn."""
     seen = {4: 0.0, 5: 0.0, 6: 0.02, 7: 0.01, 8: 0.0, 9: 0.5}
     best, said = widest_fork(list(seen), 3, seen.__getitem__)
     assert best == 6 and "4: 0, 6: 0.02, 8: 0" in said
-    assert widest_fork([4, 5], 9, seen.__getitem__)[0] == 4, "no more tries than forks; of equals the first"
+    assert widest_fork([4, 5], 9, seen.__getitem__)[0] == 4, (
+        "no more tries than forks; of equals the first"
+    )
     with pytest.raises(ValueError, match="--tries 0 must be 1 or more"):
         widest_fork([4], 0, seen.__getitem__)
 
@@ -244,7 +370,9 @@ def test_the_fork_that_is_shown_is_the_most_telling_of_a_few():
 @pytest.mark.parametrize("by", ["recipe", "start_noise"])
 def test_explore(capsys, tmp_path, trained, by):
     code, out, _ = run(capsys, "explore", trained[1], "--by", by, "--out", str(tmp_path))
-    group = explored(tmp_path, "script-0-start_noise" if by == "start_noise" else "script-0-kv_routing")
+    group = explored(
+        tmp_path, "script-0-start_noise" if by == "start_noise" else "script-0-kv_routing"
+    )
     assert code == 0 and "branch 2" in out and "anchor" in out and len(group["plans"]) == 4
     if by == "start_noise":
         assert group["pi"] == pytest.approx([1 / 3] * 3) and "other noise" in out
@@ -252,15 +380,30 @@ def test_explore(capsys, tmp_path, trained, by):
 
 def test_explore_judges_as_training_does(capsys, tmp_path, folder):
     """A recipe's rewards bring their own weights; `explore` once counted all of them 1."""
-    recipe = write_recipe(tmp_path / "w.yaml", settings(folder, rewards=[{"name": "tiny:Warmth", "weight": 0.0}, {"name": "tiny:Change", "weight": 0.0}]))
+    recipe = write_recipe(
+        tmp_path / "w.yaml",
+        settings(
+            folder,
+            rewards=[
+                {"name": "tiny:Warmth", "weight": 0.0},
+                {"name": "tiny:Change", "weight": 0.0},
+            ],
+        ),
+    )
     code, _, _ = run(capsys, "explore", recipe, "--out", str(tmp_path))
     group = explored(tmp_path, "script-0-kv_routing")
-    assert code == 0 and group["advantages"] == [0.0] * 3 and len(set(group["rewards"]["local"]["Warmth"])) > 1
+    assert (
+        code == 0
+        and group["advantages"] == [0.0] * 3
+        and len(set(group["rewards"]["local"]["Warmth"])) > 1
+    )
 
 
 def test_explore_names_what_exists(capsys, trained):
     code, _, err = run(capsys, "explore", trained[1], "--script", "9")
-    assert code == 1 and "--script 9 does not exist: the recipe has evaluation scripts 0 to 1" in err
+    assert (
+        code == 1 and "--script 9 does not exist: the recipe has evaluation scripts 0 to 1" in err
+    )
     code, _, err = run(capsys, "explore", trained[1], "--fork", "1")
     assert code == 1 and "block 1 can not be a fork of script" in err
 
@@ -269,12 +412,17 @@ def test_report(capsys, trained):
     run_folder, _ = trained
     (run_folder / "report.html").unlink()
     code, out, _ = run(capsys, "report", str(run_folder))
-    assert code == 0 and out.strip() == f"report: {(run_folder / 'report.html').resolve()}" and (run_folder / "report.html").stat().st_size > 10_000
+    assert (
+        code == 0
+        and out.strip() == f"report: {(run_folder / 'report.html').resolve()}"
+        and (run_folder / "report.html").stat().st_size > 10_000
+    )
 
 
 @pytest.mark.parametrize("train", ["full", "lora"])
 def test_doctor(capsys, tmp_path, folder, train):
-    """All invariants hold on the tiny generator, each with its number; nothing is left in the working folder."""
+    """All invariants hold on the tiny generator, each with its number; nothing is left in the
+    working folder."""
     recipe = write_recipe(tmp_path / "d.yaml", settings(folder, policy={"train": train, "rank": 2}))
     before = set(Path.cwd().iterdir())
     code, out, err = run(capsys, "doctor", recipe)
@@ -283,11 +431,14 @@ def test_doctor(capsys, tmp_path, folder, train):
 
 
 def test_doctor_says_what_fails(capsys, tmp_path, folder, monkeypatch):
-    """A policy whose later replays are off by a little: the doctor must see it, say where, and fail."""
+    """A policy whose later replays are off by a little: the doctor must see it, say where, and
+    fail."""
     from kvpo.method.replay import Replay
 
     energies = Replay.energies
-    monkeypatch.setattr(Replay, "energies", lambda self: energies(self) + 1e-3 * (self.rows_per_pass == 1) + 1e-6)
+    monkeypatch.setattr(
+        Replay, "energies", lambda self: energies(self) + 1e-3 * (self.rows_per_pass == 1) + 1e-6
+    )
     recipe = write_recipe(tmp_path / "d.yaml", settings(folder))
     code, out, err = run(capsys, "doctor", recipe)
     failed = [line for line in out.splitlines() if line.startswith("FAILED")]
@@ -305,7 +456,9 @@ def _break_page(monkeypatch):
     from kvpo.generators import attention
 
     store = attention.store
-    monkeypatch.setattr(attention, "store", lambda pages, row, slots, x: store(pages, row, slots, 1.01 * x))
+    monkeypatch.setattr(
+        attention, "store", lambda pages, row, slots, x: store(pages, row, slots, 1.01 * x)
+    )
 
 
 def _break_eviction(monkeypatch):
@@ -313,7 +466,9 @@ def _break_eviction(monkeypatch):
     from kvpo.generators.cache import FrameCache
 
     free = FrameCache._free_slot
-    monkeypatch.setattr(FrameCache, "_free_slot", lambda self, frames: free(self, frames) * (not self.evicted))
+    monkeypatch.setattr(
+        FrameCache, "_free_slot", lambda self, frames: free(self, frames) * (not self.evicted)
+    )
 
 
 def _break_rotary_offset(monkeypatch):
@@ -321,12 +476,17 @@ def _break_rotary_offset(monkeypatch):
     from kvpo.generators import causal_wan
 
     angles = causal_wan.frame_angles
-    monkeypatch.setattr(causal_wan, "frame_angles", lambda rope, frames, grid: angles(rope, frames % 2, grid))
+    monkeypatch.setattr(
+        causal_wan, "frame_angles", lambda rope, frames, grid: angles(rope, frames % 2, grid)
+    )
 
 
 @pytest.mark.parametrize("damage", [_break_page, _break_eviction, _break_rotary_offset])
-def test_doctor_sees_a_past_that_is_not_the_uncached_one(capsys, tmp_path, folder, monkeypatch, damage):
-    """Once the cache was never read for this line: one block without a past holds whatever is wrong with pages."""
+def test_doctor_sees_a_past_that_is_not_the_uncached_one(
+    capsys, tmp_path, folder, monkeypatch, damage
+):
+    """Once the cache was never read for this line: one block without a past holds whatever is
+    wrong with pages."""
     damage(monkeypatch)
     lines = diagnosed(capsys, write_recipe(tmp_path / "d.yaml", settings(folder)))
     assert lines["one block without a past == the stock model's forward"]
@@ -334,9 +494,17 @@ def test_doctor_sees_a_past_that_is_not_the_uncached_one(capsys, tmp_path, folde
 
 
 def test_doctor_knows_a_memory_bank(capsys, tmp_path):
-    """Prototypes are read twice where the window holds their frame too, and by every head whatever `bank_keep` says."""
+    """Prototypes are read twice where the window holds their frame too, and by every head
+    whatever `bank_keep` says."""
     folder = save_pipeline(tmp_path / "p", bank=3, bank_every=1, bank_keep=2)
-    assert all(diagnosed(capsys, write_recipe(tmp_path / "d.yaml", settings(folder, rollout={"branches": 3, "cache_frames": 12}))).values())
+    assert all(
+        diagnosed(
+            capsys,
+            write_recipe(
+                tmp_path / "d.yaml", settings(folder, rollout={"branches": 3, "cache_frames": 12})
+            ),
+        ).values()
+    )
 
 
 def _break_lookup(monkeypatch):
@@ -369,15 +537,20 @@ def _break_prefix(monkeypatch):
 
 
 @pytest.mark.parametrize("damage", [_break_lookup, _break_prefix])
-def test_doctor_sees_a_prefix_that_is_not_the_same_in_all_rows(capsys, tmp_path, folder, monkeypatch, damage):
+def test_doctor_sees_a_prefix_that_is_not_the_same_in_all_rows(
+    capsys, tmp_path, folder, monkeypatch, damage
+):
     damage(monkeypatch)
     lines = diagnosed(capsys, write_recipe(tmp_path / "d.yaml", settings(folder)))
     assert not lines["pages of the prefix that a row reads otherwise than left"]
 
 
 @pytest.mark.parametrize("which", ["rows", "state"])
-def test_doctor_sees_a_decoder_that_goes_on_from_another_prefix(capsys, tmp_path, folder, monkeypatch, which):
-    """In one row from an empty state; or in all rows, of the second set, from what the first has left."""
+def test_doctor_sees_a_decoder_that_goes_on_from_another_prefix(
+    capsys, tmp_path, folder, monkeypatch, which
+):
+    """In one row from an empty state; or in all rows, of the second set, from what the first has
+    left."""
     from kvpo.generators.streaming import StreamingDecoder
 
     fork = StreamingDecoder.fork
@@ -385,18 +558,23 @@ def test_doctor_sees_a_decoder_that_goes_on_from_another_prefix(capsys, tmp_path
     def wrong(self, rows):
         other = fork(self, rows)
         if which == "rows":
-            other._cache = other._each(lambda x: x * torch.arange(len(x)).clamp(max=1).view(-1, *[1] * (x.dim() - 1)))
+            other._cache = other._each(
+                lambda x: x * torch.arange(len(x)).clamp(max=1).view(-1, *[1] * (x.dim() - 1))
+            )
         else:
             self._each(lambda x: x.mul_(0.5))
         return other
 
     monkeypatch.setattr(StreamingDecoder, "fork", wrong)
     lines = diagnosed(capsys, write_recipe(tmp_path / "d.yaml", settings(folder)))
-    assert [name for name, holds in lines.items() if not holds] == ["rows decoded on from the prefix: equal latents differ by"]
+    assert [name for name, holds in lines.items() if not holds] == [
+        "rows decoded on from the prefix: equal latents differ by"
+    ]
 
 
 def test_doctor_sees_a_gradient_that_is_wrong_by_a_factor(capsys, tmp_path, folder, monkeypatch):
-    """Once every group was clipped, gradients were compared after the clip, which makes any factor equal."""
+    """Once every group was clipped, gradients were compared after the clip, which makes any
+    factor equal."""
     from kvpo.method.replay import Replay
 
     passes = Replay.passes
@@ -406,6 +584,10 @@ def test_doctor_sees_a_gradient_that_is_wrong_by_a_factor(capsys, tmp_path, fold
             yield branch, share if self.single_pass else 2 * share - share.detach()
 
     monkeypatch.setattr(Replay, "passes", doubled)
-    code, out, _ = run(capsys, "doctor", write_recipe(tmp_path / "d.yaml", settings(folder, optimizer={"clip": 1e-6})))
+    code, out, _ = run(
+        capsys,
+        "doctor",
+        write_recipe(tmp_path / "d.yaml", settings(folder, optimizer={"clip": 1e-6})),
+    )
     failed = [line for line in out.splitlines() if line.startswith("FAILED")]
     assert code == 1 and len(failed) == 1 and "a few velocities at a time" in failed[0]

@@ -6,9 +6,9 @@ import os
 import shutil
 import stat
 import tempfile
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator
 
 import pytest
 import torch
@@ -18,9 +18,9 @@ from tiny import RED, new_pipeline
 
 from kvpo.commands import main as cli
 from kvpo.common.access import check_readable
-from kvpo.policy.checkpoint import checkpoints
 from kvpo.common.files import open_to_readers
 from kvpo.common.video import read_mp4
+from kvpo.policy.checkpoint import checkpoints
 
 NOBODY = 65534
 ADVICE = (

@@ -16,8 +16,8 @@ from test_align import align, equal, final, records, settings, write_recipe
 from tiny import RED, draw, new_pipeline
 
 from kvpo.commands import main as cli
-from kvpo.policy.checkpoint import checkpoints
 from kvpo.common.finite import check_finite, is_finite, not_finite
+from kvpo.policy.checkpoint import checkpoints
 
 BAD = [float("nan"), float("inf"), float("-inf")]
 

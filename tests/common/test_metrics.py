@@ -12,9 +12,18 @@ import pytest
 import torch
 
 from kvpo.common import metrics
+from kvpo.common.metrics import (
+    DECLARED,
+    MetricLog,
+    console_line,
+    declaration,
+    pick,
+    read_metrics,
+    render_docs,
+    truncate_after,
+)
 from kvpo.method.advantages import Advantages
 from kvpo.method.loss import ClippedObjective
-from kvpo.common.metrics import DECLARED, MetricLog, console_line, declaration, pick, read_metrics, render_docs, truncate_after
 from kvpo.types import RewardTable
 
 
@@ -22,34 +31,63 @@ def examples(pattern: str) -> list[str]:
     """Names that the pattern declares, one for every choice of its first placeholder."""
     name = pattern.replace("{component}", "VQ")
     found = re.search(r"\{(\w+)\}", name)
-    return [name.replace(found[0], value) for value in metrics.PLACEHOLDERS[found[1]]] if found else [name]
+    return (
+        [name.replace(found[0], value) for value in metrics.PLACEHOLDERS[found[1]]]
+        if found
+        else [name]
+    )
 
 
 def test_docs_are_what_the_declarations_say():
     committed = Path(__file__).parents[2] / "docs/metrics.md"
-    assert committed.read_text() == render_docs(), "docs/metrics.md is out of date: python -m kvpo.common.metrics > docs/metrics.md"
+    assert committed.read_text() == render_docs(), (
+        "docs/metrics.md is out of date: python -m kvpo.common.metrics > docs/metrics.md"
+    )
 
 
 def test_every_name_has_exactly_one_declaration():
     for metric in DECLARED:
-        assert metric.meaning.endswith(".") and metric.unit and metric.better in ("higher", "lower", "")
+        assert (
+            metric.meaning.endswith(".")
+            and metric.unit
+            and metric.better in ("higher", "lower", "")
+        )
         for name in examples(metric.pattern):
             assert [m for m in DECLARED if metrics._regex(m.pattern).fullmatch(name)] == [metric]
 
 
 def test_stages_log_declared_names_only():
-    table = RewardTable(("VQ", "TA"), torch.rand(2, 5).double(), torch.rand(2, 5).double(), torch.ones(5, dtype=torch.bool))
+    table = RewardTable(
+        ("VQ", "TA"),
+        torch.rand(2, 5).double(),
+        torch.rand(2, 5).double(),
+        torch.ones(5, dtype=torch.bool),
+    )
     logits = torch.linspace(0.0, 1.0, 4)
     loss = ClippedObjective()(logits, logits, None, torch.tensor([1.0, -1.0, 0.5, -0.5]))
     for name in (*Advantages()(table).metrics, *loss.metrics):
         declaration(name)
 
 
-@pytest.mark.parametrize("name", ["loss/klx", "reward/lokal/VQ/mean", "time/replay", "reward/local/V Q/mean", "eval/ema/VQ/median", "kl", "", "reward/local//mean"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "loss/klx",
+        "reward/lokal/VQ/mean",
+        "time/replay",
+        "reward/local/V Q/mean",
+        "eval/ema/VQ/median",
+        "kl",
+        "",
+        "reward/local//mean",
+    ],
+)
 def test_undeclared_name_is_an_error_and_writes_nothing(tmp_path, name):
-    with MetricLog(tmp_path, tensorboard=False) as log:
-        with pytest.raises(ValueError, match="is not declared"):
-            log.write(0, {"loss/kl": 0.0, name: 1.0})
+    with (
+        MetricLog(tmp_path, tensorboard=False) as log,
+        pytest.raises(ValueError, match="is not declared"),
+    ):
+        log.write(0, {"loss/kl": 0.0, name: 1.0})
     assert read_metrics(tmp_path / "metrics.jsonl") == []
 
 
@@ -60,17 +98,37 @@ def test_misspelling_names_the_nearest():
 
 def test_numbers_come_back(tmp_path):
     with MetricLog(tmp_path, tensorboard=False) as log:
-        log.write(0, {"loss/kl": math.nan, "loss/policy": math.inf, "loss/weight": -math.inf, "energy/mean": torch.tensor(0.1, dtype=torch.float64)})
+        log.write(
+            0,
+            {
+                "loss/kl": math.nan,
+                "loss/policy": math.inf,
+                "loss/weight": -math.inf,
+                "energy/mean": torch.tensor(0.1, dtype=torch.float64),
+            },
+        )
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    strict = json.loads(line, parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON"))
-    assert strict["loss/kl"] == "NaN" and strict["loss/weight"] == "-Infinity" and list(strict)[:2] == ["step", "unix_time"]
+    strict = json.loads(
+        line, parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON")
+    )
+    assert (
+        strict["loss/kl"] == "NaN"
+        and strict["loss/weight"] == "-Infinity"
+        and list(strict)[:2] == ["step", "unix_time"]
+    )
     (record,) = read_metrics(tmp_path / "metrics.jsonl")
-    assert math.isnan(record["loss/kl"]) and record["loss/policy"] == math.inf and record["energy/mean"] == 0.1 and record["step"] == 0
+    assert (
+        math.isnan(record["loss/kl"])
+        and record["loss/policy"] == math.inf
+        and record["energy/mean"] == 0.1
+        and record["step"] == 0
+    )
 
 
 @pytest.mark.parametrize("cut", [1, 5, 20])
 def test_torn_last_line_is_left_out_and_repaired(tmp_path, cut):
-    """kill -9 while a line was written: readers see the lines before it, and a resumed run does not glue its own to it."""
+    """kill -9 while a line was written: readers see the lines before it, and a resumed run does
+    not glue its own to it."""
     path = tmp_path / "metrics.jsonl"
     with MetricLog(tmp_path, tensorboard=False) as log:
         for step in range(3):
@@ -82,7 +140,9 @@ def test_torn_last_line_is_left_out_and_repaired(tmp_path, cut):
     assert [r["loss/kl"] for r in read_metrics(path)] == [0.0, 1.0, 9.0]
 
 
-@pytest.mark.parametrize("after, left", [(-1, []), (0, [0]), (1, [0, 1, 1]), (2, [0, 1, 1, 2]), (9, [0, 1, 1, 2])])
+@pytest.mark.parametrize(
+    "after, left", [(-1, []), (0, [0]), (1, [0, 1, 1]), (2, [0, 1, 1, 2]), (9, [0, 1, 1, 2])]
+)
 def test_truncate_after_keeps_whole_steps(tmp_path, after, left):
     path = tmp_path / "metrics.jsonl"
     with MetricLog(tmp_path, tensorboard=False) as log:
@@ -132,13 +192,21 @@ def test_tensorboard_has_the_numbers_and_forgets_steps_that_are_run_again(tmp_pa
 
 
 def test_console_line_shows_the_main_metrics():
-    values = {"reward/local/VQ/mean": 0.8124, "reward/local/TA/mean": torch.tensor(0.5), "loss/clip_fraction": 0.125, "time/total": 9.06, "loss/weight": 1.0}
+    values = {
+        "reward/local/VQ/mean": 0.8124,
+        "reward/local/TA/mean": torch.tensor(0.5),
+        "loss/clip_fraction": 0.125,
+        "time/total": 9.06,
+        "loss/weight": 1.0,
+    }
     assert console_line(3, values, 60) == "step 3/60  VQ 0.812  TA 0.500  clip 12%  seconds 9.1"
     assert console_line(0, {}) == "step 0"
 
 
 def test_every_console_pattern_is_declared():
-    assert {pattern.replace("local", "{signal}") for pattern, _, _ in metrics.CONSOLE} <= {m.pattern for m in DECLARED} | {"time/total"}
+    assert {pattern.replace("local", "{signal}") for pattern, _, _ in metrics.CONSOLE} <= {
+        m.pattern for m in DECLARED
+    } | {"time/total"}
 
 
 def test_pick_keys_by_placeholder():

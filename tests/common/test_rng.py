@@ -13,12 +13,16 @@ def test_a_name_always_gives_the_same_draws():
 
 
 def test_streams_are_pinned():
-    """Locked: changing these numbers changes every run and every shipped weight; do so only by decision."""
+    """Locked: changing these numbers changes every run and every shipped weight; do so only by
+    decision."""
     assert stream(0, "order", 0).initial_seed() == 8092615236773915655
     assert stream(17, 3, "train/3/0", "noise", 12).initial_seed() == 6983879369011893842
 
 
-@pytest.mark.parametrize("other", [(1, "a", 2), (0, "b", 2), (0, "a", 3), (0, "a"), (0, "a", 2, 0), (0, "a", "2"), (0, 2, "a")])
+@pytest.mark.parametrize(
+    "other",
+    [(1, "a", 2), (0, "b", 2), (0, "a", 3), (0, "a"), (0, "a", 2, 0), (0, "a", "2"), (0, 2, "a")],
+)
 def test_any_other_name_is_another_stream(other):
     assert stream(0, "a", 2).initial_seed() != stream(*other).initial_seed()
 
@@ -45,6 +49,7 @@ def test_global_state_is_neither_used_nor_changed():
 
 @pytest.mark.parametrize("part", [1.0, True, None, torch.tensor(3)])
 def test_a_name_that_would_print_differently_is_refused(part):
-    """A step that arrives as a numpy or tensor integer once named another stream than the int it equals."""
+    """A step that arrives as a numpy or tensor integer once named another stream than the int it
+    equals."""
     with pytest.raises(TypeError, match="named by int and str"):
         stream(0, "noise", part)

@@ -8,16 +8,26 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
-from tiny import RED, SMALL, draw, embed, new_pipeline, new_rollout, new_stream, story, with_geometry
+from tiny import (
+    RED,
+    SMALL,
+    draw,
+    embed,
+    new_pipeline,
+    new_rollout,
+    new_stream,
+    story,
+    with_geometry,
+)
 
-from kvpo.generators.sampler import NamedNoise
 from kvpo.generators.causal_wan import CausalWan
 from kvpo.generators.history import MemoryBank, Routed, SinkWindow
 from kvpo.generators.pipeline import Pipeline
-from kvpo.runs.loading import load_pipeline
+from kvpo.generators.sampler import NamedNoise
+from kvpo.method.energies import VelocityEnergy
 from kvpo.method.replay import CONTEXTS, Replay
 from kvpo.method.rollout import own_frames
-from kvpo.method.energies import VelocityEnergy
+from kvpo.runs.loading import load_pipeline
 from kvpo.types import BranchPlan, Window
 
 CLOSE = {"atol": 3e-5, "rtol": 0}
@@ -67,7 +77,12 @@ def next_block(pipeline: Pipeline, stream):
     stream.switch()
     block, F = len(stream.blocks), pipeline.geometry.block
     frames = list(range(block * F, (block + 1) * F))
-    return frames, pipeline.geometry.history.past(frames[0], F), stream.text(block), draw(stream.rows, *pipeline.latent_shape(F), seed=3)
+    return (
+        frames,
+        pipeline.geometry.history.past(frames[0], F),
+        stream.text(block),
+        draw(stream.rows, *pipeline.latent_shape(F), seed=3),
+    )
 
 
 def contents(cache) -> list[torch.Tensor]:
@@ -93,29 +108,54 @@ class CountedAttention(WanAttnProcessor):
         return super().__call__(attn, hidden, encoder, self.mask, rotary)
 
 
-def flat(model: CausalWan, x_NCHW: torch.Tensor, time_N: torch.Tensor, reads: list[list[list[int]]], text: torch.Tensor) -> torch.Tensor:
-    """One forward of the stock model over all frames at once; in layer l frame f attends to the frames ``reads[l][f]``."""
+def flat(
+    model: CausalWan,
+    x_NCHW: torch.Tensor,
+    time_N: torch.Tensor,
+    reads: list[list[list[int]]],
+    text: torch.Tensor,
+) -> torch.Tensor:
+    """One forward of the stock model over all frames at once; in layer l frame f attends to the
+    frames ``reads[l][f]``."""
     stock, N = copy.deepcopy(model.transformer), len(x_NCHW)
     rows, columns = model.grid(*x_NCHW.shape[-2:])
     for layer, block in zip(reads, stock.blocks):
         counts = torch.tensor([[frames.count(k) for k in range(N)] for frames in layer])
-        block.attn1.set_processor(CountedAttention(counts.repeat_interleave(rows * columns, 0).repeat_interleave(rows * columns, 1)))
+        block.attn1.set_processor(
+            CountedAttention(
+                counts.repeat_interleave(rows * columns, 0).repeat_interleave(rows * columns, 1)
+            )
+        )
         block.attn2.set_processor(WanAttnProcessor())
-    return stock(x_NCHW.transpose(0, 1)[None], time_N.repeat_interleave(rows * columns)[None], text, return_dict=False)[0][0].transpose(0, 1)
+    return stock(
+        x_NCHW.transpose(0, 1)[None],
+        time_N.repeat_interleave(rows * columns)[None],
+        text,
+        return_dict=False,
+    )[0][0].transpose(0, 1)
 
 
-@pytest.mark.parametrize("history", [h for h in HISTORIES if "SMA" not in h])  # whose choice hangs on the queries; golden memflow_sma has it
+@pytest.mark.parametrize(
+    "history", [h for h in HISTORIES if "SMA" not in h]
+)  # whose choice hangs on the queries; golden memflow_sma has it
 @torch.no_grad()
 def test_cached_is_uncached(generator, history):
     pipeline = with_geometry(generator, **HISTORIES[history])
-    g, L, F = pipeline.geometry, pipeline.generator.transformer.config.num_layers, pipeline.geometry.block
+    g, L, F = (
+        pipeline.geometry,
+        pipeline.generator.transformer.config.num_layers,
+        pipeline.geometry.block,
+    )
     stream = new_stream(pipeline, story(BLOCKS))
     reads: list[list[list[int]]] = [[] for _ in range(L)]
 
     def note(block: int) -> None:
         frames = list(range(block * F, (block + 1) * F))
         for layer in range(L):
-            past = [f if f >= 0 else int(stream.cache.bank.frames[layer, 0, -1 - f]) for f in g.history.past(frames[0], F)]
+            past = [
+                f if f >= 0 else int(stream.cache.bank.frames[layer, 0, -1 - f])
+                for f in g.history.past(frames[0], F)
+            ]
             reads[layer] += [[*past, *frames]] * F
 
     for block in range(BLOCKS - 1):
@@ -126,7 +166,9 @@ def test_cached_is_uncached(generator, history):
     note(BLOCKS - 1)
     v = pipeline.generator.velocity(noise, 0.625, text, frames, stream.cache, past)
     times = torch.tensor([0.0] * frames[0] + [625.0] * F)
-    expected = flat(pipeline.generator, torch.cat((*stream.blocks, noise), dim=1)[0], times, reads, text)
+    expected = flat(
+        pipeline.generator, torch.cat((*stream.blocks, noise), dim=1)[0], times, reads, text
+    )
     torch.testing.assert_close(v[0], expected[-F:], **CLOSE)
     assert v.std() > 0.1, "an output near zero would agree with anything"
 
@@ -145,7 +187,8 @@ def test_velocity_leaves_the_cache_as_it_was(pipeline):
 
 @torch.no_grad()
 def test_a_fork_is_a_snapshot(pipeline):
-    """What forks do leaves their parent as it was, pages are shared and not copied, and going on from any of them is going on without a fork, bit for bit."""
+    """What forks do leaves their parent as it was, pages are shared and not copied, and going on
+    from any of them is going on without a fork, bit for bit."""
     script, window = story(BLOCKS + 3, BLOCKS + 1), Window(BLOCKS, 2)
     straight = streamed(pipeline, script, blocks=BLOCKS + 3)[1]
     parent, _ = streamed(pipeline, script)
@@ -153,9 +196,17 @@ def test_a_fork_is_a_snapshot(pipeline):
     before = contents(parent.cache)
     for _ in range(2):
         fork = copy.copy(parent)
-        fork.cache, fork.blocks = parent.cache.fork(1, own_frames(pipeline.geometry, script, window) + 3 * pipeline.geometry.block), list(parent.blocks)
+        fork.cache, fork.blocks = (
+            parent.cache.fork(
+                1, own_frames(pipeline.geometry, script, window) + 3 * pipeline.geometry.block
+            ),
+            list(parent.blocks),
+        )
         assert fork.cache.bank is parent.cache.bank
-        assert torch.equal(torch.cat([fork.advance() for _ in range(3)], dim=1), straight[:, -3 * pipeline.geometry.block :])
+        assert torch.equal(
+            torch.cat([fork.advance() for _ in range(3)], dim=1),
+            straight[:, -3 * pipeline.geometry.block :],
+        )
         assert same(before, contents(parent.cache))
 
 
@@ -164,17 +215,29 @@ def test_a_fork_is_a_snapshot(pipeline):
 
 @torch.no_grad()
 def test_a_batch_is_its_rows_one_by_one_through_switches(pipeline):
-    scripts = (story(BLOCKS, 4, id="a"), story(BLOCKS, 2, 5, id="b"), story(BLOCKS, id="c"), story(BLOCKS, 4, texts=(SMALL, RED), id="d"))
+    scripts = (
+        story(BLOCKS, 4, id="a"),
+        story(BLOCKS, 2, 5, id="b"),
+        story(BLOCKS, id="c"),
+        story(BLOCKS, 4, texts=(SMALL, RED), id="d"),
+    )
     _, together = streamed(pipeline, *scripts)
     for row, script in enumerate(scripts):
-        torch.testing.assert_close(together[row : row + 1], streamed(pipeline, script)[1], **STREAMED)
+        torch.testing.assert_close(
+            together[row : row + 1], streamed(pipeline, script)[1], **STREAMED
+        )
 
 
 @torch.no_grad()
 def test_a_switch_changes_what_follows(pipeline):
     F = pipeline.geometry.block
-    (_, plain), (_, switched) = (streamed(pipeline, story(BLOCKS, *starts, id="s")) for starts in ((), (BLOCKS - 1,)))
-    assert torch.equal(plain[:, :-F], switched[:, :-F]) and (plain[:, -F:] - switched[:, -F:]).abs().max() > 1e-2
+    (_, plain), (_, switched) = (
+        streamed(pipeline, story(BLOCKS, *starts, id="s")) for starts in ((), (BLOCKS - 1,))
+    )
+    assert (
+        torch.equal(plain[:, :-F], switched[:, :-F])
+        and (plain[:, -F:] - switched[:, -F:]).abs().max() > 1e-2
+    )
 
 
 # --- Routing ---
@@ -182,7 +245,8 @@ def test_a_switch_changes_what_follows(pipeline):
 
 @torch.no_grad()
 def test_routed_is_gathered_by_hand(routable):
-    """A plan takes the place of the rolling window only: sink and bank are read as ever, whatever SMA makes of them."""
+    """A plan takes the place of the rolling window only: sink and bank are read as ever,
+    whatever SMA makes of them."""
     g = routable.geometry
     stream, _ = streamed(routable, story(BLOCKS + 1))
     frames, _, text, noise = next_block(routable, stream)
@@ -193,24 +257,40 @@ def test_routed_is_gathered_by_hand(routable):
     plans = (BranchPlan(frames=routed), BranchPlan())
     past = Routed(g.history, plans, Window(BLOCKS, 1), g.block).past(frames[0], g.block)
     assert past == [by_hand, g.history.past(frames[0], g.block)]
-    both = routable.generator.velocity(noise.expand(2, *noise.shape[1:]), 0.5, text, frames, stream.cache, past)
-    alone = [routable.generator.velocity(noise, 0.5, text, frames, stream.cache, row) for row in past]
+    both = routable.generator.velocity(
+        noise.expand(2, *noise.shape[1:]), 0.5, text, frames, stream.cache, past
+    )
+    alone = [
+        routable.generator.velocity(noise, 0.5, text, frames, stream.cache, row) for row in past
+    ]
     torch.testing.assert_close(both, torch.cat(alone), **CLOSE)
     assert (alone[0] - alone[1]).abs().max() > 1e-3, "another choice must matter"
 
 
 def test_a_group(routable):
-    """Rollout and replay over the history: the anchor is the deployed stream, its own weights explain it, passes of any size agree."""
+    """Rollout and replay over the history: the anchor is the deployed stream, its own weights
+    explain it, passes of any size agree."""
     g, script = routable.geometry, story(BLOCKS + 2, BLOCKS - 1, BLOCKS + 1)
     rollout = new_rollout(routable, script, fork=BLOCKS - 2)
     alone = new_stream(routable, script)
     alone.noise = NamedNoise(routable.latent_shape(g.block), 0, ("group", "noise"))
     straight = torch.cat([alone.advance() for _ in range(script.blocks)], dim=1)
-    torch.testing.assert_close(rollout.latents[-1:], straight[:, g.block * rollout.window.fork :], **STREAMED)
-    args = (routable, rollout, embed(routable, script), CONTEXTS["branch"], VelocityEnergy(), range(rollout.num_branches + 1))
+    torch.testing.assert_close(
+        rollout.latents[-1:], straight[:, g.block * rollout.window.fork :], **STREAMED
+    )
+    args = (
+        routable,
+        rollout,
+        embed(routable, script),
+        CONTEXTS["branch"],
+        VelocityEnergy(),
+        range(rollout.num_branches + 1),
+    )
     energy = Replay(*args).energies()
     assert energy[-1] < 1e-9 < 1e-6 < energy[:-1].min()
-    torch.testing.assert_close(Replay(*args, rows_per_pass=1).energies(), energy, rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(
+        Replay(*args, rows_per_pass=1).energies(), energy, rtol=1e-4, atol=1e-9
+    )
 
 
 # --- Gradients and precision ---
@@ -222,12 +302,22 @@ def test_gradient_checkpointing_changes_nothing(pipeline):
     own = replace(pipeline, generator=model)
     found = []
     for checkpointing in (False, True):
-        (model.transformer.enable_gradient_checkpointing if checkpointing else model.transformer.disable_gradient_checkpointing)()
+        (
+            model.transformer.enable_gradient_checkpointing
+            if checkpointing
+            else model.transformer.disable_gradient_checkpointing
+        )()
         stream, _ = streamed(own, story(BLOCKS + 1))
         frames, past, text, noise = next_block(own, stream)
         v = model.velocity(noise, 0.5, text, frames, stream.cache, past)
         if stream.cache.bank is not None:
-            stream.cache.bank = stream.cache.bank.recorded(frames[0] - 1, lambda layer: stream.cache.page(frames[0] - 1, layer), model.mean_text_keys(text), own.geometry.bank, own.geometry.bank)  # noqa: B023, called at once
+            stream.cache.bank = stream.cache.bank.recorded(
+                frames[0] - 1,
+                lambda layer: stream.cache.page(frames[0] - 1, layer),  # noqa: B023, called at once
+                model.mean_text_keys(text),
+                own.geometry.bank,
+                own.geometry.bank,
+            )
         found.append(torch.autograd.grad(v.square().mean(), list(model.parameters())))
     assert same(*found) and any(g.any() for g in found[0])
 
@@ -236,14 +326,20 @@ def test_gradient_checkpointing_changes_nothing(pipeline):
 def test_bf16_within_tolerance(generator, pipeline, tmp_path):
     """One pass over the same past: sampling amplifies rounding, so whole streams may part."""
     pipeline.generator.transformer.save_pretrained(tmp_path)
-    low = CausalWan(type(pipeline.generator.transformer).from_pretrained(tmp_path, torch_dtype=torch.bfloat16))
+    low = CausalWan(
+        type(pipeline.generator.transformer).from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    )
     stream, _ = streamed(pipeline, story(BLOCKS + 1))
     frames, past, text, noise = next_block(pipeline, stream)
     exact = pipeline.generator.velocity(noise, 0.5, text, frames, stream.cache, past)
     for name in ("k", "v"):
         setattr(stream.cache, name, [t.bfloat16() for t in getattr(stream.cache, name)])
     if stream.cache.bank is not None:
-        stream.cache.bank = replace(stream.cache.bank, k=tuple(t.bfloat16() for t in stream.cache.bank.k), v=tuple(t.bfloat16() for t in stream.cache.bank.v))
+        stream.cache.bank = replace(
+            stream.cache.bank,
+            k=tuple(t.bfloat16() for t in stream.cache.bank.k),
+            v=tuple(t.bfloat16() for t in stream.cache.bank.v),
+        )
     v = low.velocity(noise, 0.5, text, frames, stream.cache, past)
     assert v.dtype == torch.float32 and (v - exact).norm() / exact.norm() < 1e-2
 
@@ -271,13 +367,23 @@ def test_a_full_bank_gives_up_what_agrees_least_with_the_text(generators):
         if block > 2:
             for layer, text_RHD in enumerate(keys):
                 for row in range(2):
-                    scores = [float((text_RHD[row] * before.k[layer][row, slot].mean(dim=0)).sum()) for slot in range(2)]
+                    scores = [
+                        float((text_RHD[row] * before.k[layer][row, slot].mean(dim=0)).sum())
+                        for slot in range(2)
+                    ]
                     stays = scores.index(max(scores))
-                    assert after.frames[layer, row].tolist() == [int(before.frames[layer, row, stays]), 2 * (block - 1)]
+                    assert after.frames[layer, row].tolist() == [
+                        int(before.frames[layer, row, stays]),
+                        2 * (block - 1),
+                    ]
                     assert torch.equal(after.k[layer][row, 0], before.k[layer][row, stays])
-                    assert torch.equal(after.v[layer][row, 1], stream.cache.page(2 * (block - 1), layer)[1][row])
+                    assert torch.equal(
+                        after.v[layer][row, 1], stream.cache.page(2 * (block - 1), layer)[1][row]
+                    )
         stream.advance()
-    assert after.rows == 2 and len({tuple(f) for f in after.frames.flatten(0, 1).tolist()}) > 1, "layers and rows choose for themselves"
+    assert after.rows == 2 and len({tuple(f) for f in after.frames.flatten(0, 1).tolist()}) > 1, (
+        "layers and rows choose for themselves"
+    )
 
 
 def test_a_slot_that_is_empty_is_named(generators):
@@ -286,7 +392,15 @@ def test_a_slot_that_is_empty_is_named(generators):
         stream.cache.find((-2,), 1)
 
 
-@pytest.mark.parametrize(("changes", "message"), [({"bank": 2, "window": -1}, "would only repeat frames"), ({"bank_keep": 2}, "there is no bank"), ({"bank": -1}, "bank = -1 must be"), ({"bank": 1, "bank_every": 0}, "bank_every = 0")])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bank": 2, "window": -1}, "would only repeat frames"),
+        ({"bank_keep": 2}, "there is no bank"),
+        ({"bank": -1}, "bank = -1 must be"),
+        ({"bank": 1, "bank_every": 0}, "bank_every = 0"),
+    ],
+)
 def test_banks_that_can_not_be(generators, changes, message):
     with pytest.raises(ValueError, match=message):
         with_geometry(generators["tiny"], **changes)
@@ -298,17 +412,21 @@ def test_banks_that_can_not_be(generators, changes, message):
 def test_a_switch_reads_the_whole_bank():
     """The re-encoding once read as many slots as the bank had at the oldest re-encoded frame.
 
-    Blocks of 3, sink 3, window 12, a bank of 3 with every block recorded; a switch at block 6 re-encodes frames 6 to 17.
-    Block 2, where these begin, had 2 recordings; before block 6 there are 6, so all 3 slots are filled, best first.
+    Blocks of 3, sink 3, window 12, a bank of 3 with every block recorded; a switch at block 6
+    re-encodes frames 6 to 17. Block 2, where these begin, had 2 recordings; before block 6 there
+    are 6, so all 3 slots are filled, best first.
     """
     bank = MemoryBank(SinkWindow(3, 12), size=3, every=1, block=3)
     assert bank.kept(6) == (0, 1, 2, -1, -2) and bank.kept_at_switch(6, 6) == (0, 1, 2, -1, -2, -3)
     assert bank.kept_at_switch(3, 1) == (0, 1, 2, -1), "no more slots than are filled"
-    assert SinkWindow(3, 12).kept_at_switch(6, 6) == (0, 1, 2) and SinkWindow(3, 12).kept_at_switch(2, 1) == (0, 1)
+    assert SinkWindow(3, 12).kept_at_switch(6, 6) == (0, 1, 2) and SinkWindow(3, 12).kept_at_switch(
+        2, 1
+    ) == (0, 1)
 
 
 def test_the_order_of_a_banks_slots_does_not_matter_at_a_switch(generators):
-    """What is read is a set; of two of three slots it was whichever two scored best in that layer."""
+    """What is read is a set; of two of three slots it was whichever two scored best in that
+    layer."""
     pipeline = with_geometry(generators["tiny"], sink=3, window=9, bank=3, bank_every=1)
     script = story(6, 5, texts=(SMALL, RED))
     streams = [new_stream(pipeline, script) for _ in range(2)]

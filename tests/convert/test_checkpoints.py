@@ -11,8 +11,13 @@ from safetensors.torch import save_file
 from tiny import draw
 
 from kvpo.common.weights import account, read_checkpoint
-from kvpo.convert.wan_names import diffusers_to_original, generator_state, keeps_float32, original_to_diffusers
 from kvpo.convert.lora import adapter_of, is_adapter, merge
+from kvpo.convert.wan_names import (
+    diffusers_to_original,
+    generator_state,
+    keeps_float32,
+    original_to_diffusers,
+)
 
 # --- Names ---
 
@@ -42,9 +47,21 @@ def test_names_by_hand(original, diffusers):
     assert list(diffusers_to_original({diffusers: torch.zeros(1)})) == [original]
 
 
-@pytest.mark.parametrize("wrapper", ["_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module._orig_mod."])
+@pytest.mark.parametrize(
+    "wrapper",
+    [
+        "_fsdp_wrapped_module.",
+        "_orig_mod.",
+        "_checkpoint_wrapped_module.",
+        "_fsdp_wrapped_module._orig_mod.",
+    ],
+)
 def test_wrappers_of_training_are_taken_off(wrapper):
-    assert list(original_to_diffusers({f"model.{wrapper}blocks.0.{wrapper}self_attn.q.weight": torch.zeros(1)})) == ["blocks.0.attn1.to_q.weight"]
+    assert list(
+        original_to_diffusers(
+            {f"model.{wrapper}blocks.0.{wrapper}self_attn.q.weight": torch.zeros(1)}
+        )
+    ) == ["blocks.0.attn1.to_q.weight"]
 
 
 def test_the_reader_s_own_mapping_is_left_alone():
@@ -59,10 +76,16 @@ def test_the_reader_s_own_mapping_is_left_alone():
 
 
 def test_the_preferred_key_is_taken(tmp_path):
-    content = {"generator": released_state(new_wan(0)), "generator_ema": released_state(new_wan(1)), "step": 600}
+    content = {
+        "generator": released_state(new_wan(0)),
+        "generator_ema": released_state(new_wan(1)),
+        "step": 600,
+    }
     for prefer, seed in ((("generator_ema", "generator"), 1), (("generator", "generator_ema"), 0)):
         state, key = generator_state(content, tmp_path, prefer)
-        assert key == prefer[0] and torch.equal(state["proj_out.weight"], new_wan(seed).proj_out.weight)
+        assert key == prefer[0] and torch.equal(
+            state["proj_out.weight"], new_wan(seed).proj_out.weight
+        )
 
 
 def test_a_bare_state_is_a_generator(tmp_path):
@@ -72,13 +95,22 @@ def test_a_bare_state_is_a_generator(tmp_path):
 
 
 def test_no_generator(tmp_path):
-    with pytest.raises(ValueError, match=r"x.pt holds no generator: none of generator, .* its top holds \['critic', 'step'\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"x.pt holds no generator: none of generator, .* its top holds \['critic', 'step'\]",
+    ):
         generator_state({"critic": {}, "step": 3}, tmp_path / "x.pt")
 
 
 def test_every_fault_is_listed():
-    found, wanted = {"a": torch.zeros(2), "b": torch.zeros(2), "x": torch.zeros(1)}, {"a": torch.Size([2]), "b": torch.Size([3]), "c": torch.Size([1])}
-    with pytest.raises(ValueError, match=r"f.pt does not fit the base: 1 missing: c; 1 surplus: x; 1 misshapen: b \[2\] for \[3\]"):
+    found, wanted = (
+        {"a": torch.zeros(2), "b": torch.zeros(2), "x": torch.zeros(1)},
+        {"a": torch.Size([2]), "b": torch.Size([3]), "c": torch.Size([1])},
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"f.pt does not fit the base: 1 missing: c; 1 surplus: x; 1 misshapen: b \[2\] for \[3\]",
+    ):
         account(found, wanted, "f.pt", "the base")
 
 
@@ -88,32 +120,62 @@ def test_every_fault_is_listed():
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("default", ["", "default."])
 def test_an_adapter_is_its_pairs(tmp_path, nested, default):
-    lora = {n.replace(".weight", f".{default}weight"): t for n, t in released_lora(new_wan()).items()}
+    lora = {
+        n.replace(".weight", f".{default}weight"): t for n, t in released_lora(new_wan()).items()
+    }
     content = {"generator_lora": lora} if nested else lora
     assert is_adapter(content)
     adapter = adapter_of(content, tmp_path)
-    assert len(adapter) == 20 and adapter["blocks.1.attn2.to_out.0"][0].shape == (4, 24) and adapter["blocks.1.ffn.net.2"][1].shape == (24, 4)
+    assert (
+        len(adapter) == 20
+        and adapter["blocks.1.attn2.to_out.0"][0].shape == (4, 24)
+        and adapter["blocks.1.ffn.net.2"][1].shape == (24, 4)
+    )
 
 
 def test_merging_by_hand(tmp_path):
-    state = {"m.weight": torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.bfloat16), "m.bias": torch.zeros(2)}
+    state = {
+        "m.weight": torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.bfloat16),
+        "m.bias": torch.zeros(2),
+    }
     merge(state, {"m": (torch.tensor([[1.0, 0.5]]), torch.tensor([[0.001], [2.0]]))}, 0.5, "f")
-    torch.testing.assert_close(state["m.weight"], torch.tensor([[1.0005, 2.00025], [4.0, 4.5]]), rtol=0, atol=1e-7)
+    torch.testing.assert_close(
+        state["m.weight"], torch.tensor([[1.0005, 2.00025], [4.0, 4.5]]), rtol=0, atol=1e-7
+    )
 
 
 def test_an_adapter_of_another_base(tmp_path):
     state, adapter = new_wan(dim=32).state_dict(), adapter_of(released_lora(new_wan()), tmp_path)
-    with pytest.raises(ValueError, match=r"f is the LoRA of another base: 20 of its 20 modules do not fit, first blocks\.0\."):
+    with pytest.raises(
+        ValueError,
+        match=r"f is the LoRA of another base: 20 of its 20 modules do not fit, first blocks\.0\.",
+    ):
         merge(state, adapter, 1.0, "f")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.pop("base_model.model.blocks.0.ffn.0.lora_B.weight"), r"the LoRA of blocks\.0\.ffn\.net\.0\.proj has \{'A': \[4, 24\]\}"),
-        (lambda s: s.update({"base_model.model.blocks.0.ffn.0.lora_B.weight": torch.zeros(32, 3)}), "must share their rank"),
-        (lambda s: s.update({"base_model.model.blocks.0.ffn.0.lora_magnitude_vector": torch.zeros(32)}), "is a DoRA, which also rescales"),
-        (lambda s: s.update({"base_model.model.blocks.0.ffn.0.strange": torch.zeros(32)}), "no half of a LoRA"),
+        (
+            lambda s: s.pop("base_model.model.blocks.0.ffn.0.lora_B.weight"),
+            r"the LoRA of blocks\.0\.ffn\.net\.0\.proj has \{'A': \[4, 24\]\}",
+        ),
+        (
+            lambda s: s.update(
+                {"base_model.model.blocks.0.ffn.0.lora_B.weight": torch.zeros(32, 3)}
+            ),
+            "must share their rank",
+        ),
+        (
+            lambda s: s.update(
+                {"base_model.model.blocks.0.ffn.0.lora_magnitude_vector": torch.zeros(32)}
+            ),
+            "is a DoRA, which also rescales",
+        ),
+        (
+            lambda s: s.update({"base_model.model.blocks.0.ffn.0.strange": torch.zeros(32)}),
+            "no half of a LoRA",
+        ),
     ],
 )
 def test_adapters_that_are_refused(tmp_path, change, message):
@@ -144,7 +206,9 @@ def test_a_pickle_with_code_is_refused_unread(tmp_path, capsys):
     torch.save({"x": torch.zeros(1), "y": Evil()}, tmp_path / "torch.pt")
     (tmp_path / "plain.pt").write_bytes(pickle.dumps({"y": Evil()}))
     for name in ("torch.pt", "plain.pt"):
-        with pytest.raises(ValueError, match=rf"{name} holds more than tensors \(.*\); reading it would run code"):
+        with pytest.raises(
+            ValueError, match=rf"{name} holds more than tensors \(.*\); reading it would run code"
+        ):
             read_checkpoint(tmp_path / name)
     assert "code from a file" not in capsys.readouterr().out
 
@@ -152,9 +216,13 @@ def test_a_pickle_with_code_is_refused_unread(tmp_path, capsys):
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_a_truncated_file(tmp_path, suffix):
     path = tmp_path / f"w{suffix}"
-    save_file({"x": draw(100)}, path) if suffix == ".safetensors" else torch.save({"x": draw(100)}, path)
+    save_file({"x": draw(100)}, path) if suffix == ".safetensors" else torch.save(
+        {"x": draw(100)}, path
+    )
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=rf"w{suffix} is not a whole checkpoint \(.*\); copy it again"):
+    with pytest.raises(
+        ValueError, match=rf"w{suffix} is not a whole checkpoint \(.*\); copy it again"
+    ):
         read_checkpoint(path)
 
 
@@ -168,5 +236,17 @@ def test_no_file_and_no_names(tmp_path):
 
 def test_what_stays_float32():
     kept = {n for n in new_wan().state_dict() if keeps_float32(n)}
-    assert {"scale_shift_table", "blocks.0.scale_shift_table", "blocks.0.norm2.weight", "condition_embedder.time_embedder.linear_1.weight"} <= kept
-    assert not {"blocks.0.attn1.norm_q.weight", "proj_out.weight", "condition_embedder.time_proj.weight"} & kept
+    assert {
+        "scale_shift_table",
+        "blocks.0.scale_shift_table",
+        "blocks.0.norm2.weight",
+        "condition_embedder.time_embedder.linear_1.weight",
+    } <= kept
+    assert (
+        not {
+            "blocks.0.attn1.norm_q.weight",
+            "proj_out.weight",
+            "condition_embedder.time_proj.weight",
+        }
+        & kept
+    )

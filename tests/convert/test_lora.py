@@ -6,8 +6,8 @@ What comes out equals what `WanPipeline.load_lora_weights` and `fuse_lora` make 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Callable, Iterator
 
 import pytest
 import torch
@@ -18,9 +18,8 @@ from tiny import RED, draw, new_pipeline, new_transformer, save_pipeline
 
 from kvpo.commands import main as cli
 from kvpo.common.video import read_mp4
-from kvpo.convert.lora import add_lora
+from kvpo.convert.lora import add_lora, merge, read_lora
 from kvpo.convert.wan_names import diffusers_to_original
-from kvpo.convert.lora import merge, read_lora
 from kvpo.policy.policy import Policy, PolicyConfig
 
 CASES = Path(__file__).resolve().parents[3] / "shared" / "cases" / "lora"
@@ -97,7 +96,9 @@ def comfy_form(
 
 
 def kohya_form(path: Path) -> Path:
-    flat = lambda module: f"lora_unet_{original(module).replace('.', '_')}"  # noqa: E731
+    def flat(module):
+        return f"lora_unet_{original(module).replace('.', '_')}"
+
     state = {
         f"{flat(m)}.{n}.weight": t
         for m, A, B in halves()

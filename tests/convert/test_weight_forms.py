@@ -5,8 +5,8 @@ And what a checkpoint leaves unsaid is said.
 
 from __future__ import annotations
 
-from dataclasses import replace
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,11 +19,11 @@ from test_align import align, settings, write_recipe
 from tiny import draw, new_pipeline, new_stream, story, with_geometry
 
 from kvpo.commands import main as cli
-from kvpo.generators.causal_wan import CausalWan
-from kvpo.convert.wan_names import diffusers_to_original, original_to_diffusers
-from kvpo.generators.pipeline import Geometry, Pipeline
-from kvpo.convert.import_released import FORMATS
 from kvpo.commands.import_ import Import
+from kvpo.convert.import_released import FORMATS
+from kvpo.convert.wan_names import diffusers_to_original, original_to_diffusers
+from kvpo.generators.causal_wan import CausalWan
+from kvpo.generators.pipeline import Geometry, Pipeline
 
 GRID = ("--latent-height", "4", "--latent-width", "4", "--dtype", "float32")
 
@@ -407,7 +407,7 @@ def test_the_first_block_has_steps_of_its_own(tmp_path):
         [],
     )
     for block in range(3):
-        stream.advance(observe=lambda i, x, v: seen.append((block, i)))  # noqa: B023
+        stream.advance(observe=lambda i, x, v: seen.append((block, i)))  # noqa: B023, called at once
     assert [sum(b == block for b, _ in seen) for block in range(3)] == [4, 2, 2]
     with pytest.raises(ValueError, match="first_steps = -1 must be a whole number, 0 or more"):
         replace(geometry, first_steps=-1)

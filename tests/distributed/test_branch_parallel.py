@@ -1,6 +1,7 @@
 """One group over a row of ranks: the numbers of one rank, and an error of one rank is everyone's.
 
-Run by torchrun this file is a rank that works through `CASES`; as a test it compares with a single process.
+Run by torchrun this file is a rank that works through `CASES`; as a test it compares with a single
+process.
 """
 
 from __future__ import annotations
@@ -17,32 +18,71 @@ from test_align import CLOCK, align, records, settings, write_recipe
 from test_distributed import launch_python
 from tiny import Warmth, draw
 
-from kvpo.train import Alignment
-from kvpo.distributed.branches import all_rewards
-from kvpo.config import from_dict
-from kvpo.distributed.ranks import Ranks, leave
-from kvpo.distributed.process_end import end_by
 from kvpo.common.progress import Progress
-from kvpo.types import RewardTable
+from kvpo.config import from_dict
+from kvpo.distributed.branches import all_rewards
+from kvpo.distributed.process_end import end_by
+from kvpo.distributed.ranks import Ranks, leave
 from kvpo.method.update import Updater
+from kvpo.train import Alignment
+from kvpo.types import RewardTable
 
-ALONE = {"groups": 2, "optimizer": {"lr": 1e-3, "warmup": 1, "eps": 1e-3}, "rollout": {"branches": 4, "cache_frames": 12, "together": 1}, "score": {"clip_frames": 8, "min_frames": 4, "together": 1}}
-"""Rows generated, decoded and replayed one at a time: then a row of ranks has the bits of one rank, and only sums have another order.
-In batches of other sizes a pixel may be rounded to the next of its 256 values, which a reward of little spread shows: there rewards are given."""
-TOGETHER = {"rollout": {"branches": 3, "cache_frames": 12}, "score": {"clip_frames": 8, "min_frames": 4}}
-LORA, FULL = {"policy": {"train": "lora", "rank": 2, "sync_interval": 2}}, {"policy": {"train": "full", "sync_interval": 2}}
+ALONE = {
+    "groups": 2,
+    "optimizer": {"lr": 1e-3, "warmup": 1, "eps": 1e-3},
+    "rollout": {"branches": 4, "cache_frames": 12, "together": 1},
+    "score": {"clip_frames": 8, "min_frames": 4, "together": 1},
+}
+"""Rows generated, decoded and replayed one at a time: then a row of ranks has the bits of one
+rank, and only sums have another order. In batches of other sizes a pixel may be rounded to the
+next of its 256 values, which a reward of little spread shows: there rewards are given."""
+TOGETHER = {
+    "rollout": {"branches": 3, "cache_frames": 12},
+    "score": {"clip_frames": 8, "min_frames": 4},
+}
+LORA, FULL = (
+    {"policy": {"train": "lora", "rank": 2, "sync_interval": 2}},
+    {"policy": {"train": "full", "sync_interval": 2}},
+)
 SHARDED = {"policy": {"train": "full", "sync_interval": 2, "shard": True}}
 """Over all ranks, those of a row included."""
-HELD = {"advantages": {"anchor": True}, "velocity_penalty": {"weight": 1.0, "blocks": 2}, "context": "anchor"}
-SKIP = {"groups": 4, "unsafe": {"kind": "skip"}, "rollout": {"branches": 2, "cache_frames": 12, "together": 1}}
-TWICE = {"inner_updates": 2, "advantages": {"std": "step"}, "velocity_energy": {"weights": (0.0, 1.0, 1.0, 3.0)}, "optimizer": {"lr": 1e-3, "warmup": 1, "eps": 1e-3, "clip_of": "step"}}
-"""Rewards given, as in batches: two updates amplify a rounding to a pixel.  Two updates a step, one standard deviation for its groups, one clip of their sum, a step that is not replayed."""
+HELD = {
+    "advantages": {"anchor": True},
+    "velocity_penalty": {"weight": 1.0, "blocks": 2},
+    "context": "anchor",
+}
+SKIP = {
+    "groups": 4,
+    "unsafe": {"kind": "skip"},
+    "rollout": {"branches": 2, "cache_frames": 12, "together": 1},
+}
+TWICE = {
+    "inner_updates": 2,
+    "advantages": {"std": "step"},
+    "velocity_energy": {"weights": (0.0, 1.0, 1.0, 3.0)},
+    "optimizer": {"lr": 1e-3, "warmup": 1, "eps": 1e-3, "clip_of": "step"},
+}
+"""Rewards given, as in batches: two updates amplify a rounding to a pixel. Two updates a step,
+one standard deviation for its groups, one clip of their sum, a step that is not replayed."""
 
 CASES = {
-    2: {"anchor and held blocks": ALONE | LORA | HELD, "holes": ALONE | FULL | {"show_every": 2}, "skipped": ALONE | LORA | SKIP, "in batches": ALONE | FULL | TOGETHER, "sharded": ALONE | SHARDED, "twice": ALONE | LORA | TWICE},
-    4: {"anchor and held blocks": ALONE | FULL | HELD, "holes": ALONE | LORA | {"show_every": 2}, "skipped": ALONE | FULL | SKIP, "sharded": ALONE | SHARDED | HELD},
+    2: {
+        "anchor and held blocks": ALONE | LORA | HELD,
+        "holes": ALONE | FULL | {"show_every": 2},
+        "skipped": ALONE | LORA | SKIP,
+        "in batches": ALONE | FULL | TOGETHER,
+        "sharded": ALONE | SHARDED,
+        "twice": ALONE | LORA | TWICE,
+    },
+    4: {
+        "anchor and held blocks": ALONE | FULL | HELD,
+        "holes": ALONE | LORA | {"show_every": 2},
+        "skipped": ALONE | FULL | SKIP,
+        "sharded": ALONE | SHARDED | HELD,
+    },
 }
-"""Processes, in rows of two -> what is compared after two updates, the second of them off policy."""
+"""Processes, in rows of two -> what is compared after two updates, the second of them off
+policy."""
 FAULTS = ("reward", "hold", "show")
 """Where one rank alone fails, in the first of its groups."""
 
@@ -54,7 +94,11 @@ class Holes(Alignment):
         rollout, table, pixels = super().explore(*args, **kwargs)
         if 2 in (own := self.row.stretch(self.config.rollout.branches)):
             row = 2 - own.start
-            table.local[:, row], table.global_[:, row], table.valid[row] = float("nan"), float("nan"), False
+            table.local[:, row], table.global_[:, row], table.valid[row] = (
+                float("nan"),
+                float("nan"),
+                False,
+            )
         return rollout, table, pixels
 
 
@@ -74,23 +118,36 @@ class BrokenOnTheLast(Warmth):
     def __new__(cls):
         from tiny import Broken
 
-        return Broken() if os.environ.get("RANK") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1) else Warmth()
+        return (
+            Broken()
+            if os.environ.get("RANK") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1)
+            else Warmth()
+        )
 
 
 def prompts(folder: Path) -> dict:
-    """With stories of the miniature's world, rewards would first be tried out on its clips: seconds a run."""
+    """With stories of the miniature's world, rewards would first be tried out on its clips:
+    seconds a run."""
     return {"prompts": str(folder.parent / "prompts.txt"), "blocks": 6}
 
 
 def updates(folder: Path, out: Path, case: str, changes: dict, size: int) -> dict:
-    """Weights and metrics after each of two steps, the first one's group in ``out`` where it is to be shown."""
+    """Weights and metrics after each of two steps, the first one's group in ``out`` where it is
+    to be shown."""
     config = from_dict(settings(folder, **changes, data=prompts(folder), branch_parallel=size))
-    run = {"holes": Holes, "in batches": Given, "twice": Given}.get(case, Alignment)(config, out / case, Progress())
-    weights = lambda: run.policy.layout.whole(run.policy.snapshot())  # noqa: E731
+    run = {"holes": Holes, "in batches": Given, "twice": Given}.get(case, Alignment)(
+        config, out / case, Progress()
+    )
+
+    def weights():
+        return run.policy.layout.whole(run.policy.snapshot())
+
     found = {"start": weights(), "weights": [], "metrics": []}
     for step in range(2):
         metrics = run.step(step)
-        found["metrics"].append({k: float(v) for k, v in metrics.items() if not k.startswith((*CLOCK, "calls/"))})
+        found["metrics"].append(
+            {k: float(v) for k, v in metrics.items() if not k.startswith((*CLOCK, "calls/"))}
+        )
         found["weights"].append(weights())
     return found
 
@@ -100,10 +157,22 @@ def failure(folder: Path, out: Path, fault: str, size: int) -> dict:
     first = os.environ.get("RANK") == "0"
 
     def broken(*_, **__):
-        raise OSError(28, "No space left on device") if fault == "show" else ValueError("no such block")
+        raise (
+            OSError(28, "No space left on device")
+            if fault == "show"
+            else ValueError("no such block")
+        )
 
-    changes = {"reward": {"rewards": [{"name": "test_branch_parallel:BrokenOnTheLast"}]}, "hold": {}, "show": {"show_every": 1}}[fault]
-    run = Alignment(from_dict(settings(folder, **ALONE, **changes, data=prompts(folder), branch_parallel=size)), out, Progress())
+    changes = {
+        "reward": {"rewards": [{"name": "test_branch_parallel:BrokenOnTheLast"}]},
+        "hold": {},
+        "show": {"show_every": 1},
+    }[fault]
+    run = Alignment(
+        from_dict(settings(folder, **ALONE, **changes, data=prompts(folder), branch_parallel=size)),
+        out,
+        Progress(),
+    )
     with pytest.MonkeyPatch.context() as patched:
         if fault == "hold" and first:
             patched.setattr(Updater, "hold", broken)
@@ -111,13 +180,19 @@ def failure(folder: Path, out: Path, fault: str, size: int) -> dict:
             patched.setattr("kvpo.train.show_group", broken)
         with pytest.raises((ValueError, OSError)) as caught:
             run.step(0)
-    return {"said": str(caught.value), "updates": run.policy.updates, "same": all(torch.equal(p, r) for p, r in zip(run.policy.parameters, run.policy.reference))}
+    return {
+        "said": str(caught.value),
+        "updates": run.policy.updates,
+        "same": all(torch.equal(p, r) for p, r in zip(run.policy.parameters, run.policy.reference)),
+    }
 
 
 def work(folder: Path, out: Path, recipe: str) -> int:
     """One rank's."""
     ranks = Ranks.join(torch.device("cpu"), 600.0)
-    found = {case: updates(folder, out, case, changes, 2) for case, changes in CASES[ranks.world].items()}
+    found = {
+        case: updates(folder, out, case, changes, 2) for case, changes in CASES[ranks.world].items()
+    }
     found |= {fault: failure(folder, out / "broken", fault, 2) for fault in FAULTS}
     torch.save(found, out / f"rank-{ranks.rank}.pt")
     if ranks.world == 2:  # the command closes the connections behind it
@@ -128,8 +203,18 @@ def work(folder: Path, out: Path, recipe: str) -> int:
 
 @pytest.fixture(scope="module")
 def recipe(folder, tmp_path_factory):
-    Path(prompts(folder)["prompts"]).write_text("2,[a red circle rises slowly],[it turns blue]\n1,[a small green square moves left]\n")
-    return write_recipe(tmp_path_factory.mktemp("recipe") / "r.yaml", settings(folder, **ALONE | LORA, data=prompts(folder), evaluate={"scripts": 2, "batch": 2, "videos": 0}))
+    Path(prompts(folder)["prompts"]).write_text(
+        "2,[a red circle rises slowly],[it turns blue]\n1,[a small green square moves left]\n"
+    )
+    return write_recipe(
+        tmp_path_factory.mktemp("recipe") / "r.yaml",
+        settings(
+            folder,
+            **ALONE | LORA,
+            data=prompts(folder),
+            evaluate={"scripts": 2, "batch": 2, "videos": 0},
+        ),
+    )
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
@@ -139,40 +224,76 @@ def world(request, folder, recipe, tmp_path_factory):
     process = launch_python(out, __file__, str(folder), str(out), recipe, ranks=request.param)
     said, _ = process.communicate(timeout=240)
     assert process.returncode == 0, said
-    return [torch.load(out / f"rank-{rank}.pt", weights_only=True) for rank in range(request.param)], out
+    return [
+        torch.load(out / f"rank-{rank}.pt", weights_only=True) for rank in range(request.param)
+    ], out
 
 
 def test_a_row_of_two_is_one_rank(world, folder, tmp_path):
-    """Weights to 1e-6, also where they are sharded over all ranks; every metric, the recorded group; and bit for bit alike on all ranks."""
+    """Weights to 1e-6, also where they are sharded over all ranks; every metric, the recorded
+    group; and bit for bit alike on all ranks."""
     found, out = world
     for case, changes in CASES[len(found)].items():
         alone = updates(folder, tmp_path, case, changes, 1)
         for step in range(2):
-            for ours, theirs in zip(found[0][case]["weights"][step], alone["weights"][step], strict=True):
-                torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6, msg=f"{case}, update {step}")
-            assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(other[case]["weights"][step], found[0][case]["weights"][step]))
+            for ours, theirs in zip(
+                found[0][case]["weights"][step], alone["weights"][step], strict=True
+            ):
+                torch.testing.assert_close(
+                    ours, theirs, rtol=0, atol=1e-6, msg=f"{case}, update {step}"
+                )
+            assert all(
+                torch.equal(a, b)
+                for other in found[1:]
+                for a, b in zip(other[case]["weights"][step], found[0][case]["weights"][step])
+            )
             ours, theirs = found[0][case]["metrics"][step], alone["metrics"][step]
             assert ours.keys() == theirs.keys()
-            close = 2e-4 if case in ("sharded", "twice") and step else 1e-5  # a second update is at weights that differ by 1e-8; FSDP2 adds what blocks share in another order: the second gradient is of weights that differ by 1e-7
-            assert {k: (v, theirs[k]) for k, v in ours.items() if v != pytest.approx(theirs[k], rel=close, abs=1e-6)} == {}, f"{case}, update {step}"
+            close = (
+                2e-4 if case in ("sharded", "twice") and step else 1e-5
+                # a second update is at weights that differ by 1e-8; FSDP2 adds what blocks share in
+                # another order: the second gradient is of weights that differ by 1e-7
+            )
+            assert {
+                k: (v, theirs[k])
+                for k, v in ours.items()
+                if v != pytest.approx(theirs[k], rel=close, abs=1e-6)
+            } == {}, f"{case}, update {step}"
         if case == "holes":
-            ours, theirs = (json.loads((where / case / "groups" / "step-000000" / "group.json").read_text()) for where in (out, tmp_path))
-            assert len(theirs["plans"]) == 5 and [ours[k] for k in ("script_id", "fork", "plans", "rewards")] == [theirs[k] for k in ("script_id", "fork", "plans", "rewards")]
-            assert all(ours[k] == pytest.approx(theirs[k], rel=1e-5) for k in ("energies", "advantages", "pi"))
+            ours, theirs = (
+                json.loads((where / case / "groups" / "step-000000" / "group.json").read_text())
+                for where in (out, tmp_path)
+            )
+            assert len(theirs["plans"]) == 5 and [
+                ours[k] for k in ("script_id", "fork", "plans", "rewards")
+            ] == [theirs[k] for k in ("script_id", "fork", "plans", "rewards")]
+            assert all(
+                ours[k] == pytest.approx(theirs[k], rel=1e-5)
+                for k in ("energies", "advantages", "pi")
+            )
         moved = max(float((a - b).abs().max()) for a, b in zip(alone["weights"][1], alone["start"]))
         assert moved > 1e-4
         last = alone["metrics"][1]
         assert 0.0 < last["group/skipped"] < 1.0 or case != "skipped"
-        assert last["advantage/valid"] == (0.8 if case == "holes" else 1.0) and ("hold/distance" in last) == ("velocity_penalty" in changes)
+        assert last["advantage/valid"] == (0.8 if case == "holes" else 1.0) and (
+            "hold/distance" in last
+        ) == ("velocity_penalty" in changes)
 
 
 def test_an_error_of_one_rank_is_its_row_s_and_everyone_s(world):
-    """A reward, the penalty, the picture: on one rank, in the first of its two groups.  Nobody waits for the next one, nobody updates."""
+    """A reward, the penalty, the picture: on one rank, in the first of its two groups. Nobody
+    waits for the next one, nobody updates."""
     found, _ = world
     for fault, rank in (("reward", len(found) - 1), ("hold", 0), ("show", 0)):
-        ends = {"reward": "clip 0 = nan", "hold": "no such block", "show": "No space left on device"}[fault]
+        ends = {
+            "reward": "clip 0 = nan",
+            "hold": "no such block",
+            "show": "No space left on device",
+        }[fault]
         for other, said in enumerate(found):
-            assert ends in said[fault]["said"] and said[fault]["same"] and said[fault]["updates"] == 0
+            assert (
+                ends in said[fault]["said"] and said[fault]["same"] and said[fault]["updates"] == 0
+            )
             assert f"rank {rank}: " in said[fault]["said"] or other == rank
 
 
@@ -182,7 +303,9 @@ def test_a_run_in_rows_goes_on_without_them(world, folder, recipe, tmp_path):
         assert align(recipe, out / "run", "--resume", "--override", "--steps", "2") == 0
         expected = updates(folder, tmp_path, "alone", ALONE | LORA, 1)["metrics"]
         for ours, theirs in zip(records(out / "run", evaluations=False), expected, strict=True):
-            assert {k: v for k, v in theirs.items() if ours[k] != pytest.approx(v, rel=1e-3, abs=1e-6)} == {}
+            assert {
+                k: v for k, v in theirs.items() if ours[k] != pytest.approx(v, rel=1e-3, abs=1e-6)
+            } == {}
 
 
 # --- By hand ---
@@ -192,20 +315,31 @@ def test_rewards_of_a_row_by_hand(monkeypatch):
     """Branches in the order of the ranks, and the last rank's anchor."""
     parts = [torch.tensor([[1.0, 9.0]]), torch.tensor([[2.0, 3.0, 8.0]])]
     valid = [torch.tensor([True, False]), torch.tensor([False, True, True])]
-    monkeypatch.setattr(Ranks, "gather", lambda self, value: [(p, -p, v) for p, v in zip(parts, valid)])
+    monkeypatch.setattr(
+        Ranks, "gather", lambda self, value: [(p, -p, v) for p, v in zip(parts, valid)]
+    )
     whole = all_rewards(Ranks(0, 2), RewardTable(("r",), parts[0], -parts[0], valid[0]))
-    assert whole.local.tolist() == [[1.0, 2.0, 3.0, 8.0]] and torch.equal(whole.global_, -whole.local) and whole.valid.tolist() == [True, False, True, True]
+    assert (
+        whole.local.tolist() == [[1.0, 2.0, 3.0, 8.0]]
+        and torch.equal(whole.global_, -whole.local)
+        and whole.valid.tolist() == [True, False, True, True]
+    )
 
 
 @pytest.mark.parametrize(("world", "size"), [(1, 2), (6, 4), (2, 3)])
 def test_rows_that_do_not_come_out_even_are_refused(world, size):
-    with pytest.raises(ValueError, match=f"branch_parallel = {size} does not divide {world} processes; start a multiple of {size}"):
+    with pytest.raises(
+        ValueError,
+        match=f"branch_parallel = {size} does not divide {world} processes; start a multiple of {size}",
+    ):
         Ranks(0, world).split(size, 600.0)
 
 
 @pytest.mark.parametrize("size", [0, 5])
 def test_every_process_of_a_row_needs_a_branch(folder, size):
-    with pytest.raises(ValueError, match=f"branch_parallel = {size} must lie between 1 and rollout.branches = 4"):
+    with pytest.raises(
+        ValueError, match=f"branch_parallel = {size} must lie between 1 and rollout.branches = 4"
+    ):
         from_dict(settings(folder, **ALONE, branch_parallel=size))
 
 

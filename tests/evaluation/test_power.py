@@ -1,4 +1,5 @@
-"""How many scripts a difference needs: by hand, against simulation, under the table and in the report."""
+"""How many scripts a difference needs: by hand, against simulation, under the table and in the
+report."""
 
 from __future__ import annotations
 
@@ -19,12 +20,15 @@ from kvpo.report.read_run import read_evaluations
 def test_scripts_needed_by_hand():
     """(1.95996 + 0.84162)^2 = 7.8489, so sd 0.1 takes 784.9 scripts for 0.01 and 31.4 for 0.05."""
     assert [scripts_needed(0.1, d) for d in (0.01, -0.01, 0.05)] == [785, 785, 32]
-    assert scripts_needed(0.0, 0.05) == scripts_needed(0.1, 0.09) == 16, "of fewer no interval is believed"
+    assert scripts_needed(0.0, 0.05) == scripts_needed(0.1, 0.09) == 16, (
+        "of fewer no interval is believed"
+    )
     assert scripts_needed(0.1, 0.0) == scripts_needed(math.nan, 0.01) == 0
 
 
 def test_four_of_five_intervals_leave_out_zero_then():
-    """Of 2,000 evaluations of that many scripts with a true difference of 0.5 and spread 1: 32 scripts."""
+    """Of 2,000 evaluations of that many scripts with a true difference of 0.5 and spread 1: 32
+    scripts."""
     n = scripts_needed(1.0, 0.5)
     x = 0.5 + draw(2000, n, seed=3, dtype=torch.float64)
     error = x.std(dim=1) / math.sqrt(n)
@@ -33,32 +37,66 @@ def test_four_of_five_intervals_leave_out_zero_then():
 
 
 def test_the_spread_comes_back_from_an_interval():
-    assert spread(0.1 - 1.959964 * 0.2 / 8, 0.1 + 1.959964 * 0.2 / 8, 64) == pytest.approx(0.2, rel=1e-6)
+    assert spread(0.1 - 1.959964 * 0.2 / 8, 0.1 + 1.959964 * 0.2 / 8, 64) == pytest.approx(
+        0.2, rel=1e-6
+    )
 
 
 def test_the_sentence():
     text = sentence("mean of trained", 24, 0.027, 0.13)
     assert "24 scripts: differences vary by 0.130" in text
-    assert "as large as the +0.0270 found with 182 scripts: these 24 are too few, and for a difference of 0.01 with 1327 scripts: these 24 are too few" in text
+    assert (
+        "as large as the +0.0270 found with 182 scripts: these 24 are too few, and for a difference of 0.01 with 1327 scripts: these 24 are too few"
+        in text
+    )
     enough = sentence("VQ", 200, 0.05, 0.1)
-    assert "found with 32 scripts, and for a difference of 0.01 with 785 scripts: these 200 are too few" in enough
+    assert (
+        "found with 32 scripts, and for a difference of 0.01 with 785 scripts: these 200 are too few"
+        in enough
+    )
     assert "found" not in sentence("VQ", 9, 0.0, 0.1) and sentence("VQ", 9, 0.0, math.nan) == ""
 
 
 def test_under_the_table():
     """Differences .1, .3, .2: their spread is 0.1."""
     rows = compare(scored(VQ=[0.2, 0.5, 0.5]), scored(VQ=[0.1, 0.2, 0.3]), ["train"])
-    assert rows[0]["sd"] == pytest.approx(0.1) and "mean of trained, 3 scripts" in enough_scripts(rows) and "for a difference of 0.01 with 785 scripts" in enough_scripts(rows)
-    assert enough_scripts(compare(scored(VQ=[0.2, math.nan]), scored(VQ=[0.1, 0.2]), ["train"])) == ""
+    assert (
+        rows[0]["sd"] == pytest.approx(0.1)
+        and "mean of trained, 3 scripts" in enough_scripts(rows)
+        and "for a difference of 0.01 with 785 scripts" in enough_scripts(rows)
+    )
+    assert (
+        enough_scripts(compare(scored(VQ=[0.2, math.nan]), scored(VQ=[0.1, 0.2]), ["train"])) == ""
+    )
 
 
 @pytest.mark.parametrize("noted", [True, False])
 def test_in_the_report(tmp_path, noted):
-    """Also of evaluations that were written before the spread was: it is worked out from their interval."""
-    row = {"component": "mean of trained", "kind": "train", "a": 0.6, "b": 0.5, "diff": 0.1, "low": 0.1 - 1.959964 * 0.2 / 8, "high": 0.1 + 1.959964 * 0.2 / 8, "win": 0.9, "n": 64}
-    record = {"label_a": "ema step 3", "label_b": "start", "scripts": 64, "seed": 1000, "rows": [row | ({"sd": 0.2} if noted else {})]}
+    """Also of evaluations that were written before the spread was: it is worked out from their
+    interval."""
+    row = {
+        "component": "mean of trained",
+        "kind": "train",
+        "a": 0.6,
+        "b": 0.5,
+        "diff": 0.1,
+        "low": 0.1 - 1.959964 * 0.2 / 8,
+        "high": 0.1 + 1.959964 * 0.2 / 8,
+        "win": 0.9,
+        "n": 64,
+    }
+    record = {
+        "label_a": "ema step 3",
+        "label_b": "start",
+        "scripts": 64,
+        "seed": 1000,
+        "rows": [row | ({"sd": 0.2} if noted else {})],
+    }
     (tmp_path / "evaluation").mkdir()
     (tmp_path / "evaluation" / "ema-step-000003.json").write_text(json.dumps(record))
     found, problems = read_evaluations(tmp_path)
-    assert problems == [] and "mean of trained, 64 scripts: differences vary by 0.200" in tables(found)[1]
+    assert (
+        problems == []
+        and "mean of trained, 64 scripts: differences vary by 0.200" in tables(found)[1]
+    )
     assert "for a difference of 0.01 with 3140 scripts: these 64 are too few" in tables(found)[1]

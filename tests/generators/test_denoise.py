@@ -6,9 +6,9 @@ import pytest
 import torch
 from tiny import draw, new_stream, story
 
-from kvpo.generators.sampler import NamedNoise, Ode, Renoise, StackedNoise, denoise_block
-from kvpo.generators.flow import add_noise, warped_sigmas
 from kvpo.common.rng import normal
+from kvpo.generators.flow import add_noise, warped_sigmas
+from kvpo.generators.sampler import NamedNoise, Ode, Renoise, StackedNoise, denoise_block
 
 SIGMAS = warped_sigmas()
 
@@ -18,9 +18,12 @@ def never(step):
 
 
 def test_ode_is_exact_on_straight_lines():
-    """v = eps - x0 along the whole path: Euler steps of any size end at x0, and stay on the line between."""
+    """v = eps - x0 along the whole path: Euler steps of any size end at x0, and stay on the line
+    between."""
     x0, eps, seen = draw(1, 2, 4, 4, 4), draw(1, 2, 4, 4, 4, seed=1), []
-    clean = denoise_block(lambda x, sigma: eps - x0, Ode(), SIGMAS, eps, never, lambda i, x, v: seen.append(x))
+    clean = denoise_block(
+        lambda x, sigma: eps - x0, Ode(), SIGMAS, eps, never, lambda i, x, v: seen.append(x)
+    )
     torch.testing.assert_close(clean, x0, atol=1e-6, rtol=0)
     for sigma, x in zip(SIGMAS, seen, strict=True):
         torch.testing.assert_close(x, add_noise(x0, eps, sigma), atol=1e-6, rtol=0)
@@ -31,10 +34,19 @@ def test_ode_has_order_one():
 
     def error(steps: int) -> float:
         sigmas = [1.0 - i / steps for i in range(steps)]
-        return abs(float(denoise_block(lambda x, s: x, Ode(), sigmas, torch.ones(1, dtype=torch.float64), never)) - 2.718281828459045**-1)
+        return abs(
+            float(
+                denoise_block(
+                    lambda x, s: x, Ode(), sigmas, torch.ones(1, dtype=torch.float64), never
+                )
+            )
+            - 2.718281828459045**-1
+        )
 
     errors = [error(n) for n in (16, 32, 64)]
-    assert errors[0] / errors[1] == pytest.approx(2.0, abs=0.1) and errors[1] / errors[2] == pytest.approx(2.0, abs=0.05)
+    assert errors[0] / errors[1] == pytest.approx(2.0, abs=0.1) and errors[1] / errors[
+        2
+    ] == pytest.approx(2.0, abs=0.05)
 
 
 def test_renoise_by_hand():
@@ -47,7 +59,14 @@ def test_renoise_by_hand():
         if i < 3:
             x = (1 - SIGMAS[i + 1]) * x0 + SIGMAS[i + 1] * noises[i].double()
     seen = []
-    clean = denoise_block(lambda x, s: 0.3 * x + s, Renoise(), SIGMAS, start, noises.__getitem__, lambda i, x, v: seen.append((i, x, v)))
+    clean = denoise_block(
+        lambda x, s: 0.3 * x + s,
+        Renoise(),
+        SIGMAS,
+        start,
+        noises.__getitem__,
+        lambda i, x, v: seen.append((i, x, v)),
+    )
     torch.testing.assert_close(clean, expected[-1].float(), atol=1e-5, rtol=0)
     assert [i for i, _, _ in seen] == [0, 1, 2, 3]
     for (_, x, v), x0, sigma in zip(seen, expected, SIGMAS):
@@ -66,7 +85,9 @@ def test_named_noise_is_its_stream():
     other = NamedNoise((2, 4, 4, 4), 3, ("train", 6))
     stacked = StackedNoise((noise, other))
     assert torch.equal(stacked.start(0), torch.stack((noise.start(0), other.start(0))))
-    assert torch.equal(stacked.renoise(0, 2), torch.stack((noise.renoise(0, 2), other.renoise(0, 2))))
+    assert torch.equal(
+        stacked.renoise(0, 2), torch.stack((noise.renoise(0, 2), other.renoise(0, 2)))
+    )
 
 
 @pytest.mark.parametrize("sampler", ["renoise", "ode"])

@@ -1,12 +1,15 @@
-"""The flow convention: schedule, round trips, and the identity that ties the two energies together."""
+"""The flow convention: schedule, round trips, and the identity that ties the two energies
+together."""
 
 from __future__ import annotations
+
+import itertools
 
 import pytest
 import torch
 
-from kvpo.generators import flow
 from kvpo.common.rng import normal
+from kvpo.generators import flow
 
 SIGMAS = (1.0, 0.9375, 5.0 / 6.0, 0.625, 0.01)
 
@@ -18,7 +21,9 @@ def pair(dtype=torch.float64):
 
 def test_schedule_of_the_released_models():
     assert flow.warped_sigmas() == pytest.approx((1.0, 0.9375, 0.8333333333, 0.625), abs=1e-9)
-    assert [flow.TIME_SCALE * s for s in flow.warped_sigmas()] == pytest.approx([1000.0, 937.5, 833.3333, 625.0], abs=1e-3)
+    assert [flow.TIME_SCALE * s for s in flow.warped_sigmas()] == pytest.approx(
+        [1000.0, 937.5, 833.3333, 625.0], abs=1e-3
+    )
 
 
 def test_warp_ends_where_it_begins_and_bends_towards_noise():
@@ -31,7 +36,7 @@ def test_warp_ends_where_it_begins_and_bends_towards_noise():
 def test_schedule_starts_at_noise_and_falls(steps):
     sigmas = flow.warped_sigmas(steps)
     assert len(sigmas) == steps and sigmas[0] == 1.0
-    assert all(a > b > 0.0 for a, b in zip(sigmas, sigmas[1:]))
+    assert all(a > b > 0.0 for a, b in itertools.pairwise(sigmas))
 
 
 @pytest.mark.parametrize("sigma", SIGMAS)

@@ -1,4 +1,5 @@
-"""Pipeline folders: what is written is read back; what is missing, broken, foreign or pickled is refused in one line that names it."""
+"""Pipeline folders: what is written is read back; what is missing, broken, foreign or pickled is
+refused in one line that names it."""
 
 from __future__ import annotations
 
@@ -47,7 +48,9 @@ def test_round_trip(folder, pipeline):
     a, b = (p.generator.velocity(x, 0.5, p.encode_text([RED]), [0, 1]) for p in (loaded, pipeline))
     assert torch.equal(a, b) and torch.equal(loaded.decoder()(x), pipeline.decoder()(x))
     modules = (loaded.generator.transformer, loaded.vae, loaded.stock.text_encoder)
-    assert not any(p.requires_grad for m in modules for p in m.parameters()) and not any(m.training for m in modules)
+    assert not any(p.requires_grad for m in modules for p in m.parameters()) and not any(
+        m.training for m in modules
+    )
 
 
 def test_a_prompt_that_would_be_cut_is_refused(pipeline):
@@ -59,7 +62,18 @@ def test_missing_folder(tmp_path):
     assert "model_index.json is missing" in refused(tmp_path / "nowhere", FileNotFoundError)
 
 
-@pytest.mark.parametrize("lost", ["model_index.json", "streaming.json", "transformer", "vae", "text_encoder", "tokenizer", "scheduler"])
+@pytest.mark.parametrize(
+    "lost",
+    [
+        "model_index.json",
+        "streaming.json",
+        "transformer",
+        "vae",
+        "text_encoder",
+        "tokenizer",
+        "scheduler",
+    ],
+)
 def test_missing_part(broken, lost):
     path = broken / lost
     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -81,22 +95,36 @@ def test_missing_part(broken, lost):
 )
 def test_malformed_streaming(broken, content, reason):
     path = broken / "streaming.json"
-    path.write_text(content if isinstance(content, str) else json.dumps(json.loads(path.read_text()) | content))
+    path.write_text(
+        content if isinstance(content, str) else json.dumps(json.loads(path.read_text()) | content)
+    )
     assert reason in refused(broken)
 
 
 def test_missing_streaming_key(broken):
     path = broken / "streaming.json"
-    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k not in ("fps", "sink", "steps")}))
+    path.write_text(
+        json.dumps(
+            {
+                k: v
+                for k, v in json.loads(path.read_text()).items()
+                if k not in ("fps", "sink", "steps")
+            }
+        )
+    )
     assert "missing keys ['fps', 'sink']" in refused(broken)
 
 
 def test_steps_and_shift_have_defaults():
-    geometry = Geometry(block=3, sink=3, window=12, latent_height=8, latent_width=8, fps=16, text_length=24)
+    geometry = Geometry(
+        block=3, sink=3, window=12, latent_height=8, latent_width=8, fps=16, text_length=24
+    )
     assert geometry.sigmas == pytest.approx((1.0, 0.9375, 5 / 6, 0.625))
 
 
-@pytest.mark.parametrize(("blocks", "window", "frames"), [(4, 7, 8), (9, 7, 8), (3, 7, 6), (9, -1, 18)])
+@pytest.mark.parametrize(
+    ("blocks", "window", "frames"), [(4, 7, 8), (9, 7, 8), (3, 7, 6), (9, -1, 18)]
+)
 def test_resident_frames(blocks, window, frames):
     """Sink 1, blocks of 2: the window beside the sink, and never more than the video."""
     assert Geometry(2, 1, window, 4, 4, 16, 24).resident(blocks) == frames
@@ -112,7 +140,11 @@ def test_truncated_weights(broken, part):
 @pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
 def test_missing_tensor(broken, part):
     path = weights(broken, part)
-    lost = next(n for n in sorted(load_file(path)) if n not in ("shared.weight", "encoder.embed_tokens.weight"))
+    lost = next(
+        n
+        for n in sorted(load_file(path))
+        if n not in ("shared.weight", "encoder.embed_tokens.weight")
+    )
     rewrite(path, lambda state: state.pop(lost))
     message = refused(broken)
     assert "missing keys" in message and lost in message
@@ -153,7 +185,14 @@ def test_another_class_in_a_folder(broken):
     assert "vae" in refused(broken)
 
 
-@pytest.mark.parametrize("name", ["tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json", "scheduler/scheduler_config.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tokenizer/tokenizer.json",
+        "tokenizer/tokenizer_config.json",
+        "scheduler/scheduler_config.json",
+    ],
+)
 def test_a_truncated_description(broken, name):
     """`Expecting value: line 82 column 13` was once all that was said."""
     path = broken / name
@@ -162,9 +201,18 @@ def test_a_truncated_description(broken, name):
     assert message.startswith(f"{path} is not JSON (") and message.endswith("; copy it again")
 
 
-@pytest.mark.parametrize(("name", "content"), [("tokenizer/tokenizer.json", "{}"), ("scheduler/scheduler_config.json", '{"num_train_timesteps": "many"}'), ("tokenizer/tokenizer.json", None)])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer/tokenizer.json", "{}"),
+        ("scheduler/scheduler_config.json", '{"num_train_timesteps": "many"}'),
+        ("tokenizer/tokenizer.json", None),
+    ],
+)
 def test_a_description_of_nothing(broken, name, content):
     path = broken / name
     path.unlink() if content is None else path.write_text(content)
     message = refused(broken)
-    assert message.startswith(f"{path.parent} does not hold a {path.parent.name} (") and message.endswith("; copy it again")
+    assert message.startswith(
+        f"{path.parent} does not hold a {path.parent.name} ("
+    ) and message.endswith("; copy it again")

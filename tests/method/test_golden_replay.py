@@ -1,7 +1,9 @@
-"""Replay against the released trainer's own scores and gradients (x0 energy, its floor, its `self` context, context noise).
+"""Replay against the released trainer's own scores and gradients (x0 energy, its floor, its `self`
+context, context noise).
 
-Facts of that code which the cases embody: the score is a sum over blocks and steps, without temperature; only the first
-steps of a block carry gradient; text keys and values stay the old policy's, so adapters on them have no effect.
+Facts of that code which the cases embody: the score is a sum over blocks and steps, without
+temperature; only the first steps of a block carry gradient; text keys and values stay the old
+policy's, so adapters on them have no effect.
 """
 
 from types import SimpleNamespace
@@ -12,16 +14,17 @@ from golden import case, read_tensors
 from peft import LoraConfig
 from test_golden_generator import geometry_of, model_of
 
-from kvpo.generators.flow import add_noise
 from kvpo.convert.wan_names import original_to_diffusers
-from kvpo.policy.policy import ADAPTER_TARGETS
-from kvpo.method.replay import Replay, SelfContext
+from kvpo.generators.flow import add_noise
 from kvpo.method.energies import DenoisedEnergy
+from kvpo.method.replay import Replay, SelfContext
+from kvpo.policy.policy import ADAPTER_TARGETS
 from kvpo.types import BranchPlan, Rollout, Script, Trajectory, Window
 
 
 class NoisyContext:
-    """The replaying weights' own prediction, with the noise that the trainer mixed in before its clean pass."""
+    """The replaying weights' own prediction, with the noise that the trainer mixed in before its
+    clean pass."""
 
     def __init__(self, noise, sigma):
         self.noise, self.sigma = noise, sigma  # [branch, block, 1, F, C, H, W]
@@ -37,7 +40,10 @@ class LookedUpEnergy(DenoisedEnergy):
     looked_up: tuple = ()
 
     def step_weights(self, sigmas):
-        true, near = torch.tensor(sigmas, dtype=torch.float64), torch.tensor(self.looked_up, dtype=torch.float64)
+        true, near = (
+            torch.tensor(sigmas, dtype=torch.float64),
+            torch.tensor(self.looked_up, dtype=torch.float64),
+        )
         return true.square() / (2.0 * near.clamp_min(self.floor).square())
 
 
@@ -50,9 +56,14 @@ def replay_of(config, tensors, which, floor, model):
     velocities = ((z.double() - x0.double()) / sigma.double()).float()
     script = Script("golden", ("text",), (0,), fork + P)
     rollout = Rollout(
-        script, Window(fork, P), (BranchPlan(),) * (config["branches"] + 1), Trajectory(z, velocities, x0[:, :, -1]),
-        tensors["prefix_x0"][:, 0].flatten(0, 1), x0[:, :, -1].flatten(1, 2), prefix_cache(config, tensors, geometry, capacity),
-    )  # fmt: skip
+        script,
+        Window(fork, P),
+        (BranchPlan(),) * (config["branches"] + 1),
+        Trajectory(z, velocities, x0[:, :, -1]),
+        tensors["prefix_x0"][:, 0].flatten(0, 1),
+        x0[:, :, -1].flatten(1, 2),
+        prefix_cache(config, tensors, geometry, capacity),
+    )
     surrogate = LookedUpEnergy(floor)
     object.__setattr__(surrogate, "looked_up", tuple(config["score_sigma_without_floor"]))
     pipeline = SimpleNamespace(generator=model, geometry=geometry)
@@ -63,22 +74,32 @@ def replay_of(config, tensors, which, floor, model):
 def prefix_cache(config, tensors, geometry, capacity):
     """The past before the fork, written by the old weights."""
     old = model_of(config)
-    cache = old.new_cache(capacity, geometry.latent_height, geometry.latent_width, sink=geometry.sink)
+    cache = old.new_cache(
+        capacity, geometry.latent_height, geometry.latent_width, sink=geometry.sink
+    )
     for block, clean in enumerate(tensors["prefix_context_inputs"]):
         frames = list(range(block * geometry.block, (block + 1) * geometry.block))
-        old.commit(clean, tensors["text"], frames, cache, geometry.history.past(frames[0], geometry.block))
+        old.commit(
+            clean, tensors["text"], frames, cache, geometry.history.past(frames[0], geometry.block)
+        )
     return cache
 
 
 def theta(config):
     """The weights with the released adapter, its effect on text keys and values taken out."""
     model, adapter = model_of(config), read_tensors(config["lora"].removesuffix(".safetensors"))
-    model.transformer.add_adapter(LoraConfig(r=config["rank"], lora_alpha=config["alpha"], target_modules=ADAPTER_TARGETS))
+    model.transformer.add_adapter(
+        LoraConfig(r=config["rank"], lora_alpha=config["alpha"], target_modules=ADAPTER_TARGETS)
+    )
     parameters = dict(model.transformer.named_parameters())
     for name, value in original_to_diffusers(adapter).items():
-        name = name.replace(".lora_A.weight", ".lora_A.default.weight").replace(".lora_B.weight", ".lora_B.default.weight")
+        name = name.replace(".lora_A.weight", ".lora_A.default.weight").replace(
+            ".lora_B.weight", ".lora_B.default.weight"
+        )
         silent = "attn2.to_k" in name or "attn2.to_v" in name
-        parameters[name].data.copy_(torch.zeros_like(value) if silent and "lora_B" in name else value)
+        parameters[name].data.copy_(
+            torch.zeros_like(value) if silent and "lora_B" in name else value
+        )
         parameters[name].requires_grad_(not silent)
     return model
 
@@ -113,7 +134,9 @@ def test_golden_replay_in_small_passes_is_the_same():
 def backward(config, replay, branch):
     """d score of one branch, over the steps that the trainer differentiates."""
     terms, steps = replay.rollout.window.blocks * len(replay.sigmas), config["log_prob_grad_steps"]
-    for (branch_R, share_R), rows in zip(replay.passes(), [rows for parts in replay.plan for rows in parts]):
+    for (branch_R, share_R), rows in zip(
+        replay.passes(), [rows for parts in replay.plan for rows in parts]
+    ):
         counted = torch.tensor([r.step < steps for r in rows]) & (branch_R == branch)
         (-terms * share_R[counted].sum()).backward()
 
@@ -132,7 +155,9 @@ def test_golden_replay_gradients_of_the_adapter():
         if not name.startswith("grad.score0."):
             continue
         ((ours, _),) = original_to_diffusers({name.removeprefix("grad.score0."): expected}).items()
-        ours = ours.replace(".lora_A.weight", ".lora_A.default.weight").replace(".lora_B.weight", ".lora_B.default.weight")
+        ours = ours.replace(".lora_A.weight", ".lora_A.default.weight").replace(
+            ".lora_B.weight", ".lora_B.default.weight"
+        )
         if "attn2.to_k" in ours or "attn2.to_v" in ours:
             assert not expected.any() and ours not in gradients
             continue

@@ -1,4 +1,5 @@
-"""The objective: hand-worked numbers, finite differences, clipping, and the contrastive identity."""
+"""The objective: hand-worked numbers, finite differences, clipping, and the contrastive
+identity."""
 
 from __future__ import annotations
 
@@ -7,9 +8,9 @@ import math
 import pytest
 import torch
 
+from kvpo.common.rng import normal
 from kvpo.method import loss
 from kvpo.method.loss import ClippedObjective
-from kvpo.common.rng import normal
 
 
 def draw(*name, G: int = 6) -> torch.Tensor:
@@ -18,25 +19,37 @@ def draw(*name, G: int = 6) -> torch.Tensor:
 
 def finite_differences(objective, theta, old, ref, A, weight=1.0, h=1e-6) -> torch.Tensor:
     """dL / dlogit_G by central differences."""
-    value = lambda shift: objective(theta + shift, old, ref, A, weight).value  # noqa: E731
+
+    def value(shift):
+        return objective(theta + shift, old, ref, A, weight).value
+
     steps = torch.eye(len(theta), dtype=torch.float64) * h
     return torch.tensor([(value(e) - value(-e)) / (2 * h) for e in steps], dtype=torch.float64)
 
 
 def test_two_branches_by_hand():
-    """pi_theta = (.6, .4), pi_old = (.5, .5), A = (1, -1), clip [.9, 1.2]: r = (1.2, .8) -> terms 1.2 and -.9; L = -.15."""
+    """pi_theta = (.6, .4), pi_old = (.5, .5), A = (1, -1), clip [.9, 1.2]: r = (1.2, .8) ->
+    terms 1.2 and -.9; L = -.15."""
     theta = torch.tensor([0.6, 0.4], dtype=torch.float64).log()
-    found = ClippedObjective(0.1, 0.2, kl_beta=0.0)(theta, torch.zeros(2), None, torch.tensor([1.0, -1.0]))
+    found = ClippedObjective(0.1, 0.2, kl_beta=0.0)(
+        theta, torch.zeros(2), None, torch.tensor([1.0, -1.0])
+    )
     assert found.value == pytest.approx(-0.15)
-    assert found.metrics["loss/ratio_max"] == pytest.approx(1.2) and found.metrics["loss/ratio_min"] == pytest.approx(0.8)
+    assert found.metrics["loss/ratio_max"] == pytest.approx(1.2) and found.metrics[
+        "loss/ratio_min"
+    ] == pytest.approx(0.8)
 
 
 def test_kl_by_hand():
     theta = torch.tensor([0.75, 0.25], dtype=torch.float64).log()
     expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
-    assert loss.discrete_kl(theta, torch.zeros(2, dtype=torch.float64)).item() == pytest.approx(expected)
+    assert loss.discrete_kl(theta, torch.zeros(2, dtype=torch.float64)).item() == pytest.approx(
+        expected
+    )
     found = ClippedObjective(kl_beta=10.0)(theta, theta, torch.zeros(2), torch.zeros(2))
-    assert found.value == pytest.approx(10.0 * expected) and found.metrics["loss/kl"] == pytest.approx(expected)
+    assert found.value == pytest.approx(10.0 * expected) and found.metrics[
+        "loss/kl"
+    ] == pytest.approx(expected)
 
 
 def test_at_the_old_policy_every_ratio_is_one():
@@ -55,15 +68,21 @@ def test_cotangents_against_finite_differences(spread, kl_beta, weight):
     theta = old + spread * draw("move")
     objective = ClippedObjective(kl_beta=kl_beta)
     found = objective(theta, old, ref, A, weight).cotangent
-    torch.testing.assert_close(found, finite_differences(objective, theta, old, ref, A, weight), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(
+        found, finite_differences(objective, theta, old, ref, A, weight), rtol=1e-6, atol=1e-7
+    )
 
 
 @pytest.mark.parametrize("tau", (0.1, 1.0, 4.0))
 def test_contrastive_identity_at_the_old_policy(tau):
-    """dL/dtheta = 1 / (G tau) sum_g (A_g - G pi_g mean(A)) dE_g/dtheta, for an energy of real parameters."""
+    """dL/dtheta = 1 / (G tau) sum_g (A_g - G pi_g mean(A)) dE_g/dtheta, for an energy of real
+    parameters."""
     G, parameters = 6, torch.nn.Parameter(normal((4,), 0, "parameters").double())
     inputs, targets = normal((G, 5, 4), 0, "z").double(), normal((G, 5), 0, "u").double()
-    energy = lambda p: (torch.tanh(inputs @ p) - targets).square().mean(dim=1)  # noqa: E731
+
+    def energy(p):
+        return (torch.tanh(inputs @ p) - targets).square().mean(dim=1)
+
     A = draw("A", G=G)
 
     E_G = energy(parameters)
@@ -78,11 +97,19 @@ def test_contrastive_identity_at_the_old_policy(tau):
 
 
 def test_branches_may_be_replayed_one_at_a_time():
-    """Each branch's gradient times its cotangent, summed, is the gradient of the whole loss: what lets replay free memory."""
+    """Each branch's gradient times its cotangent, summed, is the gradient of the whole loss:
+    what lets replay free memory."""
     G = 5
     weights = torch.nn.Parameter(normal((3,), 0, "w").double())
-    inputs, old, A, ref = normal((G, 3), 0, "x").double(), draw("old", G=G), draw("A", G=G), draw("ref", G=G)
-    logit = lambda g: torch.sin(inputs[g] @ weights)  # noqa: E731
+    inputs, old, A, ref = (
+        normal((G, 3), 0, "x").double(),
+        draw("old", G=G),
+        draw("A", G=G),
+        draw("ref", G=G),
+    )
+
+    def logit(g):
+        return torch.sin(inputs[g] @ weights)
 
     together = torch.stack([logit(g) for g in range(G)])
     log_r = loss.log_ratio(together, old)
@@ -104,13 +131,19 @@ def test_a_shift_of_the_logits_changes_nothing():
 
 def test_a_constant_advantage_has_no_gradient_under_a_uniform_policy():
     """Why the advantages are centred before they are clamped."""
-    cotangent = ClippedObjective(kl_beta=0.0)(torch.zeros(4), torch.zeros(4), None, torch.full((4,), 3.0)).cotangent
+    cotangent = ClippedObjective(kl_beta=0.0)(
+        torch.zeros(4), torch.zeros(4), None, torch.full((4,), 3.0)
+    ).cotangent
     torch.testing.assert_close(cotangent, torch.zeros(4, dtype=torch.float64), rtol=0.0, atol=1e-15)
 
 
-@pytest.mark.parametrize(("A", "direction", "learns"), [(1.0, 1.0, False), (1.0, -1.0, True), (-1.0, -1.0, False), (-1.0, 1.0, True)])
+@pytest.mark.parametrize(
+    ("A", "direction", "learns"),
+    [(1.0, 1.0, False), (1.0, -1.0, True), (-1.0, -1.0, False), (-1.0, 1.0, True)],
+)
 def test_clipping_stops_only_what_has_gone_far_enough(A, direction, learns):
-    """A good branch that is already likelier, or a bad one already less likely, gets no further push; the way back stays open."""
+    """A good branch that is already likelier, or a bad one already less likely, gets no further
+    push; the way back stays open."""
     log_r = torch.tensor([direction * 0.5], dtype=torch.float64, requires_grad=True)
     loss.clipped_policy_loss(log_r, torch.tensor([A], dtype=torch.float64), 0.9, 1.2).backward()
     assert (log_r.grad.item() != 0.0) == learns
@@ -125,17 +158,24 @@ def test_gradient_descent_prefers_the_better_branches():
 def test_broken_replay_gives_a_large_loss_and_not_infinity():
     theta = torch.tensor([1e4, 0.0])
     found = ClippedObjective(kl_beta=0.0)(theta, -theta, None, torch.tensor([-1.0, 1.0]))
-    assert math.isfinite(found.value) and found.metrics["loss/ratio_max"] == pytest.approx(math.exp(loss.LOG_RATIO_MAX))
+    assert math.isfinite(found.value) and found.metrics["loss/ratio_max"] == pytest.approx(
+        math.exp(loss.LOG_RATIO_MAX)
+    )
 
 
 def test_no_reference_means_the_old_policy():
     theta, old, A = draw("theta"), draw("old"), draw("A")
-    assert ClippedObjective()(theta, old, None, A).value == ClippedObjective()(theta, old, old, A).value
+    assert (
+        ClippedObjective()(theta, old, None, A).value
+        == ClippedObjective()(theta, old, old, A).value
+    )
 
 
 def test_weight_scales_everything_and_zero_drops_the_group():
     theta, old, ref, A = draw("theta"), draw("old"), draw("ref"), draw("A")
-    whole, half, none = (ClippedObjective()(theta, old, ref, A, weight) for weight in (1.0, 0.5, 0.0))
+    whole, half, none = (
+        ClippedObjective()(theta, old, ref, A, weight) for weight in (1.0, 0.5, 0.0)
+    )
     assert half.value == pytest.approx(0.5 * whole.value)
     torch.testing.assert_close(half.cotangent, 0.5 * whole.cotangent)
     assert none.value == 0.0 and not none.cotangent.any()
@@ -145,11 +185,17 @@ def test_inputs_are_left_alone():
     """Live logits with a graph may be passed; the loss detaches and copies them."""
     theta = draw("theta").requires_grad_(True)
     found = ClippedObjective()(theta * 1.0, draw("old"), None, draw("A"))
-    assert theta.grad is None and not found.cotangent.requires_grad and found.cotangent.dtype == torch.float64
+    assert (
+        theta.grad is None
+        and not found.cotangent.requires_grad
+        and found.cotangent.dtype == torch.float64
+    )
 
 
 def test_entropy_of_a_uniform_policy_is_log_g():
-    assert loss.entropy(torch.log_softmax(torch.zeros(8), dim=0)).item() == pytest.approx(math.log(8))
+    assert loss.entropy(torch.log_softmax(torch.zeros(8), dim=0)).item() == pytest.approx(
+        math.log(8)
+    )
 
 
 def test_metrics_are_plain_finite_numbers():
@@ -157,9 +203,14 @@ def test_metrics_are_plain_finite_numbers():
     assert all(type(value) is float and math.isfinite(value) for value in metrics.values())
 
 
-@pytest.mark.parametrize("name", ("logits of theta", "logits of old", "logits of ref", "advantages"))
+@pytest.mark.parametrize(
+    "name", ("logits of theta", "logits of old", "logits of ref", "advantages")
+)
 def test_a_number_that_is_not_finite_is_named(name):
-    inputs = {key: draw(key) for key in ("logits of theta", "logits of old", "logits of ref", "advantages")}
+    inputs = {
+        key: draw(key)
+        for key in ("logits of theta", "logits of old", "logits of ref", "advantages")
+    }
     inputs[name][2] = float("nan")
     with pytest.raises(ValueError, match=f"{name} not finite: branch 2 = nan"):
         ClippedObjective()(*inputs.values())
@@ -172,7 +223,9 @@ def test_one_number_per_branch_of_two_or_more(shapes):
         ClippedObjective()(a, b, None, a)
 
 
-@pytest.mark.parametrize("bad", [{"clip_low": 0.0}, {"clip_low": 1.0}, {"clip_high": 0.0}, {"kl_beta": -1.0}])
+@pytest.mark.parametrize(
+    "bad", [{"clip_low": 0.0}, {"clip_low": 1.0}, {"clip_high": 0.0}, {"kl_beta": -1.0}]
+)
 def test_settings_without_meaning_are_refused(bad):
-    with pytest.raises(ValueError, match=str(list(bad.values())[0])):
+    with pytest.raises(ValueError, match=str(next(iter(bad.values())))):
         ClippedObjective(**bad)

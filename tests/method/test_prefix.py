@@ -1,4 +1,5 @@
-"""Prefixes of several groups side by side are the prefixes of each group alone, whenever each reaches its fork."""
+"""Prefixes of several groups side by side are the prefixes of each group alone, whenever each
+reaches its fork."""
 
 from __future__ import annotations
 
@@ -8,11 +9,10 @@ from test_align import settings
 from test_branch_parallel import Given
 from tiny import draw, embed, story, with_geometry
 
-from kvpo.config import from_dict
-from kvpo.generators.sampler import NamedNoise, SAMPLERS
-from kvpo.method.rollout import PrefixDecoders, Start, start_groups
 from kvpo.common.progress import Progress
-from kvpo.method.rollout import RolloutConfig
+from kvpo.config import from_dict
+from kvpo.generators.sampler import SAMPLERS, NamedNoise
+from kvpo.method.rollout import PrefixDecoders, RolloutConfig, Start, start_groups
 from kvpo.types import Window
 
 CACHE = 9
@@ -25,35 +25,65 @@ HISTORIES = {"window": {}, "all the past": {"window": -1}, "bank": {"bank": 2, "
 
 def started(pipeline, which: list[int]) -> list[Start]:
     g = pipeline.geometry
-    pick = lambda values: [values[i] for i in which]  # noqa: E731
+
+    def pick(values):
+        return [values[i] for i in which]
+
     noises = [NamedNoise(pipeline.latent_shape(g.block), 0, ("group", i)) for i in which]
     cache = CACHE if g.window > 0 else 40
-    return start_groups(pipeline, SAMPLERS["renoise"], pick(SCRIPTS), [Window(f, 1) for f in pick(FORKS)], embed(pipeline, *SCRIPTS), noises, cache, pick(HELD))
+    return start_groups(
+        pipeline,
+        SAMPLERS["renoise"],
+        pick(SCRIPTS),
+        [Window(f, 1) for f in pick(FORKS)],
+        embed(pipeline, *SCRIPTS),
+        noises,
+        cache,
+        pick(HELD),
+    )
 
 
 def pages(start: Start) -> list[torch.Tensor]:
     """All that can be read of a past, frame by frame, layer by layer."""
     cache = start.past.cache
     bank = [] if cache.bank is None else [*cache.bank.k, *cache.bank.v, cache.bank.frames.float()]
-    return [*(x for frame in cache.resident for layer in range(cache.layers) for x in cache.page(frame, layer)), *bank]
+    return [
+        *(
+            x
+            for frame in cache.resident
+            for layer in range(cache.layers)
+            for x in cache.page(frame, layer)
+        ),
+        *bank,
+    ]
 
 
 @pytest.mark.parametrize("changes", HISTORIES.values(), ids=HISTORIES)
 def test_side_by_side_is_alone(pipeline, changes):
-    """Latents, what the cache and the bank hold, held inputs, and how each goes on from there; the last with all others' memory in use."""
+    """Latents, what the cache and the bank hold, held inputs, and how each goes on from there;
+    the last with all others' memory in use."""
     pipeline = with_geometry(pipeline, **changes)
     together, close = started(pipeline, [0, 1, 2, 3]), {"atol": 2e-5, "rtol": 0}
     for i, ours in enumerate(together):
         (theirs,) = started(pipeline, [i])
-        assert ours.script.id == theirs.script.id and ours.window == theirs.window and ours.past.rows == 1
-        assert len(ours.past.blocks) == FORKS[i] and ours.past.cache.resident == theirs.past.cache.resident
+        assert (
+            ours.script.id == theirs.script.id
+            and ours.window == theirs.window
+            and ours.past.rows == 1
+        )
+        assert (
+            len(ours.past.blocks) == FORKS[i]
+            and ours.past.cache.resident == theirs.past.cache.resident
+        )
         for a, b in zip(pages(ours), pages(theirs), strict=True):
             torch.testing.assert_close(a, b, **close)
         assert ours.held.keys() == set(HELD[i])
         for block in HELD[i]:
             torch.testing.assert_close(ours.held[block], theirs.held[block], **close)
         for _ in range(FORKS[i], 8):
-            torch.testing.assert_close(ours.past.advance(), theirs.past.advance(), atol=1e-4, rtol=0)
+            torch.testing.assert_close(
+                ours.past.advance(), theirs.past.advance(), atol=1e-4, rtol=0
+            )
 
 
 def test_a_row_that_goes_on_leaves_the_others_alone(pipeline):
@@ -65,7 +95,8 @@ def test_a_row_that_goes_on_leaves_the_others_alone(pipeline):
 
 
 def test_decoders_go_on_where_each_prefix_ended(pipeline):
-    """Against decoding prefix and continuation in one; each is handed out once from memory, and made anew after that."""
+    """Against decoding prefix and continuation in one; each is handed out once from memory, and
+    made anew after that."""
     prefixes = [draw(n, 4, 4, 4, seed=n) for n in (6, 3, 3, 1)]
     decoders, after = PrefixDecoders(pipeline, prefixes), draw(1, 2, 4, 4, 4, seed=9)
     for row in (2, 0, 3, 1, 0):
@@ -75,10 +106,15 @@ def test_decoders_go_on_where_each_prefix_ended(pipeline):
 
 @pytest.mark.parametrize("train", ["full", "lora"])
 def test_a_step_with_prefixes_side_by_side(folder, tmp_path, train):
-    """Three groups by twos: the weights of one after the other but for rounding, in fewer calls.  Rewards are drawn: pixels are whole numbers, and rounding may tip one."""
+    """Three groups by twos: the weights of one after the other but for rounding, in fewer calls.
+    Rewards are drawn: pixels are whole numbers, and rounding may tip one."""
     found = {}
     for prefixes in (1, 2):
-        changes = {"groups": 3, "rollout": {"branches": 3, "cache_frames": 12, "prefixes": prefixes}, "policy": {"train": train, "rank": 2}}
+        changes = {
+            "groups": 3,
+            "rollout": {"branches": 3, "cache_frames": 12, "prefixes": prefixes},
+            "policy": {"train": train, "rank": 2},
+        }
         changes |= {"optimizer": {"lr": 1e-3, "warmup": 1, "eps": 1e-3}}
         run = Given(from_dict(settings(folder, **changes)), tmp_path, Progress())
         calls = [run.step(step)["calls/generator"] for step in range(2)]

@@ -9,9 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from kvpo.method.prompts import (
+    PromptSet,
+    ScriptSource,
+    even_starts,
+    outer_brackets,
+    read_scripts,
+    starts_at,
+)
 from kvpo.mini.source import StorySource
 from kvpo.mini.stories import vocabulary
-from kvpo.method.prompts import PromptSet, ScriptSource, even_starts, outer_brackets, read_scripts, starts_at
 from kvpo.types import Script
 
 BLOCKS = 49
@@ -87,7 +94,11 @@ def test_the_papers_switches():
 
 
 def test_switches_apply_to_scripts_without_their_own(read):
-    scripts = read('{"prompts": ["a", "b"]}\n{"prompts": ["a", "b"], "starts": [0, 3]}', ".jsonl", switches=[20])
+    scripts = read(
+        '{"prompts": ["a", "b"]}\n{"prompts": ["a", "b"], "starts": [0, 3]}',
+        ".jsonl",
+        switches=[20],
+    )
     assert [script.starts for script in scripts] == [(0, 20), (0, 3)]
 
 
@@ -100,34 +111,78 @@ def test_switches_apply_to_scripts_without_their_own(read):
         (".txt", "", "no prompts in it"),
         (".jsonl", "\n \n", "no prompts in it"),
         (".txt", b"good\nbad \xff\n", "line 2: byte 0xff is not UTF-8; save the file as UTF-8"),
-        (".txt", "2,[a],[b]\n2,[unclosed,[b]", r"line 2, column 3: unbalanced '\['; close it .*The line: 2,\[unclosed"),
+        (
+            ".txt",
+            "2,[a],[b]\n2,[unclosed,[b]",
+            r"line 2, column 3: unbalanced '\['; close it .*The line: 2,\[unclosed",
+        ),
         (".txt", "2,[a]],[b]", r"line 1, column 6: unbalanced '\]'"),
         (".txt", "3,[a],[b]", "line 1, column 1: it says 3 prompts but has 2; correct the count"),
         (".txt", "1,[a]\n0,", "line 2: there are no prompts in it; take the line out"),
-        (".txt", "[a] cat", r"the number of its prompts and a comma, as in 2,\[a\],\[b\] \(JSONL can hold any text\)"),
+        (
+            ".txt",
+            "[a] cat",
+            r"the number of its prompts and a comma, as in 2,\[a\],\[b\] \(JSONL can hold any text\)",
+        ),
         (".txt", "[a],[b]", "line 1, column 1: the line must begin with the number of its prompts"),
         (".txt", "1,[a]\nplain", "line 2, column 1: the line must begin with the number"),
-        (".txt", "plain\n1,[a]", r"line 2: this looks like the format N,\[a\],\[b\], but the file begins with plain lines"),
-        (".txt", "2,[a] and [b]", "line 1, column 7: 'and' stands outside the brackets, where there should be one comma"),
+        (
+            ".txt",
+            "plain\n1,[a]",
+            r"line 2: this looks like the format N,\[a\],\[b\], but the file begins with plain lines",
+        ),
+        (
+            ".txt",
+            "2,[a] and [b]",
+            "line 1, column 7: 'and' stands outside the brackets, where there should be one comma",
+        ),
         (".txt", "2,[a],,[b]", "line 1, column 6: ',,' stands outside the brackets"),
-        (".txt", "1,[a] tail", "line 1, column 7: 'tail' stands outside the brackets, where there should be nothing"),
+        (
+            ".txt",
+            "1,[a] tail",
+            "line 1, column 7: 'tail' stands outside the brackets, where there should be nothing",
+        ),
         (".txt", "2,[a],[ ]", "line 1, column 7: a prompt must be text that is not blank"),
         (".jsonl", '{"prompts": ["a"]}\n{"prompts": ["a"', "line 2, column 17: not JSON"),
         (".jsonl", '["a"]', 'line 1: a script must be an object with the key "prompts"'),
         (".jsonl", '{"prompt": ["a"]}', 'a prompt must be text that is not blank, not \\["a"\\]'),
-        (".jsonl", '{"prompt": "a", "prompts": ["a"]}', 'the key "prompts", a list of texts, or "prompt"'),
-        (".jsonl", '{"prompts": ["a"], "strats": [0]}', r"unknown keys \['strats'\]; known are prompts, prompt, starts, id"),
+        (
+            ".jsonl",
+            '{"prompt": "a", "prompts": ["a"]}',
+            'the key "prompts", a list of texts, or "prompt"',
+        ),
+        (
+            ".jsonl",
+            '{"prompts": ["a"], "strats": [0]}',
+            r"unknown keys \['strats'\]; known are prompts, prompt, starts, id",
+        ),
         (".jsonl", '{"prompts": "a"}', '"prompts" must be a list of at least one text, not "a"'),
         (".jsonl", '{"prompts": []}', "at least one text"),
         (".jsonl", '{"prompts": ["a", 1]}', "a prompt must be text that is not blank, not 1"),
         (".jsonl", '{"prompts": ["a", " "]}', "a prompt must be text that is not blank"),
         (".jsonl", '{"prompts": ["a", "b"], "starts": [0]}', "2 prompts but 1 starts"),
-        (".jsonl", '{"prompts": ["a", "b"], "starts": [0, 1.5]}', "must be a list of whole numbers"),
-        (".jsonl", '{"prompts": ["a", "b"], "starts": [0, true]}', "must be a list of whole numbers"),
+        (
+            ".jsonl",
+            '{"prompts": ["a", "b"], "starts": [0, 1.5]}',
+            "must be a list of whole numbers",
+        ),
+        (
+            ".jsonl",
+            '{"prompts": ["a", "b"], "starts": [0, true]}',
+            "must be a list of whole numbers",
+        ),
         (".jsonl", '{"prompts": ["a", "b"], "starts": [1, 2]}', "line 1: script .*must begin at 0"),
-        (".jsonl", '{"prompts": ["a", "b"], "starts": [0, 49]}', "the video has 49 blocks; lengthen the video"),
+        (
+            ".jsonl",
+            '{"prompts": ["a", "b"], "starts": [0, 49]}',
+            "the video has 49 blocks; lengthen the video",
+        ),
         (".jsonl", '{"prompts": ["a"], "id": ["x"]}', '"id" must be a number or a printable text'),
-        (".jsonl", '{"prompts": ["a"], "id": "x"}\n{"prompts": ["b"], "id": "x"}', "line 2: the id 'x' is taken by an earlier line"),
+        (
+            ".jsonl",
+            '{"prompts": ["a"], "id": "x"}\n{"prompts": ["b"], "id": "x"}',
+            "line 2: the id 'x' is taken by an earlier line",
+        ),
     ],
 )
 def test_bad_files_are_refused_with_their_line(read, suffix, content, message):
@@ -143,12 +198,18 @@ def test_a_long_line_is_shown_cut(read):
 
 
 def test_more_segments_than_blocks_are_refused(read):
-    with pytest.raises(ValueError, match="line 2: 3 segments in a video of 2 blocks: every segment needs at least one block; lengthen the video or drop"):
+    with pytest.raises(
+        ValueError,
+        match="line 2: 3 segments in a video of 2 blocks: every segment needs at least one block; lengthen the video or drop",
+    ):
         read("1,[a]\n3,[a],[b],[c]", blocks=2)
 
 
 def test_too_few_switches_are_refused(read):
-    with pytest.raises(ValueError, match=r"line 1: 3 segments need 2 switch blocks, but switches = \[4\]; add switches"):
+    with pytest.raises(
+        ValueError,
+        match=r"line 1: 3 segments need 2 switch blocks, but switches = \[4\]; add switches",
+    ):
         read("3,[a],[b],[c]", switches=[4])
 
 
@@ -164,7 +225,14 @@ def test_a_missing_file_says_so(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "pairs", "stray"),
-    [("[a][b]", [(0, 2), (3, 5)], []), ("[a[b]c]", [(0, 6)], []), ("[a[b]", [], [0]), ("a]b[c]", [(3, 5)], [1]), ("]][", [], [0, 1, 2]), ("", [], [])],
+    [
+        ("[a][b]", [(0, 2), (3, 5)], []),
+        ("[a[b]c]", [(0, 6)], []),
+        ("[a[b]", [], [0]),
+        ("a]b[c]", [(3, 5)], [1]),
+        ("]][", [], [0, 1, 2]),
+        ("", [], []),
+    ],
 )
 def test_outer_brackets(text, pairs, stray):
     assert outer_brackets(text) == (pairs, stray)
@@ -174,7 +242,9 @@ def test_outer_brackets(text, pairs, stray):
 
 
 def prompt_set(count: int = 7, groups: int = 3, seed: int = 0) -> PromptSet:
-    return PromptSet(tuple(Script(f"s{i}", (f"text {i}",), (0,), 4) for i in range(count)), groups, seed)
+    return PromptSet(
+        tuple(Script(f"s{i}", (f"text {i}",), (0,), 4) for i in range(count)), groups, seed
+    )
 
 
 def ids(source: ScriptSource, steps, groups: int = 3) -> list[str]:
@@ -225,8 +295,16 @@ def stories(source: StorySource, steps: int = 60, groups: int = 2):
 def test_stories_are_functions_of_seed_split_step_and_index():
     source = StorySource(seed=3)
     assert source.script(5, 1) == StorySource(seed=3).script(5, 1)
-    others = (StorySource(seed=4).script(5, 1), StorySource(3, "evaluate").script(5, 1), source.script(6, 1), source.script(5, 0))
-    assert all((other.texts, other.starts) != (source.script(5, 1).texts, source.script(5, 1).starts) for other in others)
+    others = (
+        StorySource(seed=4).script(5, 1),
+        StorySource(3, "evaluate").script(5, 1),
+        source.script(6, 1),
+        source.script(5, 0),
+    )
+    assert all(
+        (other.texts, other.starts) != (source.script(5, 1).texts, source.script(5, 1).starts)
+        for other in others
+    )
 
 
 def test_stories_have_their_own_ids_and_length():
@@ -243,8 +321,13 @@ def test_share_of_stories_that_need_memory(memory):
 
 
 def test_the_number_of_segments_can_be_set():
-    assert {len(story.script.texts) for story in stories(StorySource(0, segments=3), steps=10)} == {3}
-    assert {len(story.script.texts) for story in stories(StorySource(0, segments=1, memory=0.0, blocks=1), steps=10)} == {1}
+    assert {len(story.script.texts) for story in stories(StorySource(0, segments=3), steps=10)} == {
+        3
+    }
+    assert {
+        len(story.script.texts)
+        for story in stories(StorySource(0, segments=1, memory=0.0, blocks=1), steps=10)
+    } == {1}
 
 
 @pytest.mark.parametrize(
@@ -254,7 +337,10 @@ def test_the_number_of_segments_can_be_set():
         ({"segments": 0}, "segments = 0, but a story has 1 to 4"),
         ({"blocks": 3}, "blocks = 3 is too short for stories of up to 4 segments"),
         ({"memory": 1.5}, "memory = 1.5 is a share"),
-        ({"segments": 2}, "segments = 2 leaves no room for hide and seek, which takes 3; set memory = 0"),
+        (
+            {"segments": 2},
+            "segments = 2 leaves no room for hide and seek, which takes 3; set memory = 0",
+        ),
     ],
 )
 def test_story_settings_that_cannot_be_met_are_refused(bad, message):
@@ -283,5 +369,11 @@ def test_the_page_lists_the_miniature_s_words():
 
 def test_the_page_s_examples_are_read(read):
     page = (Path(__file__).resolve().parents[2] / "docs" / "prompts.md").read_text(encoding="utf-8")
-    examples = [re.search(r"`(.+?)`", line)[1] for line in page.splitlines() if line.startswith(("| lines", "| brackets", "| JSONL"))]
-    assert [len(texts) for example in examples for texts in map(lambda s: s.texts, read(example))] == [1, 2, 2, 1]
+    examples = [
+        re.search(r"`(.+?)`", line)[1]
+        for line in page.splitlines()
+        if line.startswith(("| lines", "| brackets", "| JSONL"))
+    ]
+    assert [
+        len(texts) for example in examples for texts in map(lambda s: s.texts, read(example))
+    ] == [1, 2, 2, 1]

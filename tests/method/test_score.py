@@ -1,4 +1,5 @@
-"""Scoring: which clips are cut where, what is decoded, and what the rewards are asked.  Blocks of 2 latent frames.
+"""Scoring: which clips are cut where, what is decoded, and what the rewards are asked. Blocks of 2
+latent frames.
 
 Block 0 shows pixel frames 0 to 4, block b > 0 shows 8 b - 3 to 8 b + 4.
 """
@@ -12,18 +13,37 @@ import pytest
 import torch
 from tiny import BLUE, GEOMETRY, RED, SMALL, Broken, Change, Unmeasured, Warmth, new_rollout, story
 
+from kvpo.common.timing import Phases
+from kvpo.generators.pipeline import pixel_span
 from kvpo.method.routing import KVRouting
+from kvpo.method.score import (
+    Clip,
+    ScoreConfig,
+    decode,
+    global_clips,
+    group_clips,
+    horizon,
+    local_clips,
+    pixel_diversity,
+    score,
+)
 from kvpo.rewards.registry import RewardEntry
 from kvpo.rewards.scorer import Scorer
-from kvpo.method.score import Clip, ScoreConfig, decode, global_clips, group_clips, horizon, local_clips, pixel_diversity, score
-from kvpo.generators.pipeline import pixel_span
-from kvpo.common.timing import Phases
 from kvpo.types import Window
 
 CONFIG = ScoreConfig(clip_frames=8, min_frames=4)
 
 
-@pytest.mark.parametrize(("blocks", "frames"), [((0, 1), (0, 5)), ((0, 3), (0, 21)), ((1, 2), (5, 13)), ((4, 6), (29, 45)), ((2, 2), (13, 13))])
+@pytest.mark.parametrize(
+    ("blocks", "frames"),
+    [
+        ((0, 1), (0, 5)),
+        ((0, 3), (0, 21)),
+        ((1, 2), (5, 13)),
+        ((4, 6), (29, 45)),
+        ((2, 2), (13, 13)),
+    ],
+)
 def test_pixel_span(blocks, frames):
     assert pixel_span(blocks, GEOMETRY) == frames
 
@@ -39,7 +59,15 @@ def test_pixel_span(blocks, frames):
         (story(8, 5, 6), (4, 2), ScoreConfig(20, 10), [(1, 29, 45)]),
         (story(8, 1, 6), (4, 2), ScoreConfig(99, 99), [(1, 29, 45)]),
     ],
-    ids=["one prompt", "switch at the fork", "switch inside", "earlier ones do not count", "short piece left out", "all pieces short: one clip, last prompt", "short window"],
+    ids=[
+        "one prompt",
+        "switch at the fork",
+        "switch inside",
+        "earlier ones do not count",
+        "short piece left out",
+        "all pieces short: one clip, last prompt",
+        "short window",
+    ],
 )
 def test_local_clips(script, window, config, clips):
     assert local_clips(script, Window(*window), GEOMETRY, config) == [Clip(*c) for c in clips]
@@ -56,28 +84,51 @@ def test_local_clips(script, window, config, clips):
         (story(8, 4, 7), 4, ScoreConfig(16, 9), [(1, 33, 49)]),
         (story(8, 6), 4, ScoreConfig(99, 99), []),
     ],
-    ids=["middle", "whole stretch", "segment before the fork", "cut at the fork", "switch at the fork", "short segment left out", "all too short"],
+    ids=[
+        "middle",
+        "whole stretch",
+        "segment before the fork",
+        "cut at the fork",
+        "switch at the fork",
+        "short segment left out",
+        "all too short",
+    ],
 )
 def test_global_clips(script, fork, config, clips):
-    """The middle of what each segment has from the fork on; a segment wholly before it is equal in all rows, and not asked about."""
+    """The middle of what each segment has from the fork on; a segment wholly before it is equal
+    in all rows, and not asked about."""
     assert global_clips(script, Window(fork, 2), GEOMETRY, config) == [Clip(*c) for c in clips]
 
 
 @pytest.mark.parametrize(
-    ("script", "config", "block"), [(story(8), CONFIG, 7), (story(8), ScoreConfig(100, 4), 8), (story(8, 2, 6), CONFIG, 8), (story(8, 7), ScoreConfig(9, 9), 6)],
+    ("script", "config", "block"),
+    [
+        (story(8), CONFIG, 7),
+        (story(8), ScoreConfig(100, 4), 8),
+        (story(8, 2, 6), CONFIG, 8),
+        (story(8, 7), ScoreConfig(9, 9), 6),
+    ],
     ids=["frame 49 ends block 6", "whole stretch", "last segment", "the window at least"],
-)  # fmt: skip
+)
 def test_horizon(script, config, block):
     assert horizon(script, Window(4, 2), GEOMETRY, config) == block
 
 
-@pytest.mark.parametrize(("segments", "global_", "block"), [(None, [(1, 33, 41), (2, 49, 57)], 8), (1, [(1, 33, 41)], 6), (0, [(1, 29, 45)], 6)])
+@pytest.mark.parametrize(
+    ("segments", "global_", "block"),
+    [(None, [(1, 33, 41), (2, 49, 57)], 8), (1, [(1, 33, 41)], 6), (0, [(1, 29, 45)], 6)],
+)
 def test_fewer_segments_need_a_shorter_video(segments, global_, block):
     """The fork's own segment is the first; without any the local signal stands for both."""
     script, window, config = story(8, 2, 6), Window(4, 2), ScoreConfig(8, 4, segments)
-    assert group_clips(script, window, GEOMETRY, config) == {"local": [Clip(1, 29, 45)], "global": [Clip(*c) for c in global_]}
+    assert group_clips(script, window, GEOMETRY, config) == {
+        "local": [Clip(1, 29, 45)],
+        "global": [Clip(*c) for c in global_],
+    }
     assert horizon(script, window, GEOMETRY, config) == block
-    assert global_clips(script, window, GEOMETRY, config) == [Clip(1, 33, 41), Clip(2, 49, 57)], "an evaluation looks at all"
+    assert global_clips(script, window, GEOMETRY, config) == [Clip(1, 33, 41), Clip(2, 49, 57)], (
+        "an evaluation looks at all"
+    )
 
 
 def test_negative_segments_are_refused():
@@ -87,8 +138,14 @@ def test_negative_segments_are_refused():
 
 def test_rewards_are_the_same_without_what_lies_beyond_the_horizon(pipeline):
     script = story(9)
-    seen = lambda window: horizon(script, window, pipeline.geometry, CONFIG)  # noqa: E731
-    whole, cut = (new_rollout(pipeline, script, KVRouting(window_blocks=2), fork=4, horizon=h) for h in (None, seen))
+
+    def seen(window):
+        return horizon(script, window, pipeline.geometry, CONFIG)
+
+    whole, cut = (
+        new_rollout(pipeline, script, KVRouting(window_blocks=2), fork=4, horizon=h)
+        for h in (None, seen)
+    )
     assert cut.latents.shape[1] < whole.latents.shape[1]
     a, b = (score(pipeline, r, [Warmth()], CONFIG, Phases())[0] for r in (whole, cut))
     assert torch.equal(a.local, b.local) and torch.equal(a.global_, b.global_)
@@ -108,14 +165,27 @@ def test_rewards_see_the_clips_with_their_prompts(pipeline):
     rollout = new_rollout(pipeline, script, KVRouting(window_blocks=2), fork=4)
     table, pixels = score(pipeline, rollout, [reward], CONFIG, Phases())
     asked = {(b.prompts[0], b.length): b for b in reward.asked}
-    assert set(asked) == {(BLUE, 16), (BLUE, 8), (SMALL, 8)}, "the first segment is over before the fork"
-    assert all(len(b) == 4 and set(b.prompts) == {b.prompts[0]} and b.fps == 16 for b in reward.asked)
+    assert set(asked) == {(BLUE, 16), (BLUE, 8), (SMALL, 8)}, (
+        "the first segment is over before the fork"
+    )
+    assert all(
+        len(b) == 4 and set(b.prompts) == {b.prompts[0]} and b.fps == 16 for b in reward.asked
+    )
     assert asked[BLUE, 8].history == ((RED,),) * 4 and asked[SMALL, 8].history == ((RED, BLUE),) * 4
-    assert torch.equal(asked[BLUE, 16].frames, pixels[:, :16]) and torch.equal(asked[BLUE, 8].frames, pixels[:, 4:12]) and torch.equal(asked[SMALL, 8].frames, pixels[:, 20:28])
-    by_hand = [(pixels[:, a:b, 0].float().mean(dim=(1, 2, 3)) / 255.0).double() for a, b in ((8, 16), (8, 12), (24, 28))]
+    assert (
+        torch.equal(asked[BLUE, 16].frames, pixels[:, :16])
+        and torch.equal(asked[BLUE, 8].frames, pixels[:, 4:12])
+        and torch.equal(asked[SMALL, 8].frames, pixels[:, 20:28])
+    )
+    by_hand = [
+        (pixels[:, a:b, 0].float().mean(dim=(1, 2, 3)) / 255.0).double()
+        for a, b in ((8, 16), (8, 12), (24, 28))
+    ]
     torch.testing.assert_close(table.local[0], by_hand[0], atol=1e-6, rtol=0)
     torch.testing.assert_close(table.global_[0], (by_hand[1] + by_hand[2]) / 2, atol=1e-6, rtol=0)
-    assert table.components == ("Warmth",) and table.local.dtype == torch.float64 and table.valid.all()
+    assert (
+        table.components == ("Warmth",) and table.local.dtype == torch.float64 and table.valid.all()
+    )
 
 
 def test_every_reward_has_its_row(pipeline):
@@ -123,7 +193,9 @@ def test_every_reward_has_its_row(pipeline):
     together, pixels = score(pipeline, rollout, [Warmth(), Change()], CONFIG, Phases())
     for k, reward in enumerate((Warmth(), Change())):
         alone, _ = score(pipeline, rollout, [reward], CONFIG, Phases())
-        assert torch.equal(alone.local[0], together.local[k]) and torch.equal(alone.global_[0], together.global_[k])
+        assert torch.equal(alone.local[0], together.local[k]) and torch.equal(
+            alone.global_[0], together.global_[k]
+        )
     assert pixels.shape == (4, 16, 3, 32, 32)
 
 
@@ -134,14 +206,17 @@ def test_without_a_global_clip_the_window_serves_as_one(pipeline):
 
 
 def test_clips_are_decoded_as_the_middle_of_a_video(pipeline):
-    """Not as if the fork's latents started one: the causal VAE goes on from its state at the fork."""
+    """Not as if the fork's latents started one: the causal VAE goes on from its state at the
+    fork."""
     rollout = new_rollout(pipeline, story(8), fork=4)
     for row in (0, 3):
         video = pipeline.decoder()(torch.cat((rollout.prefix, rollout.latents[row]))[None])[0]
         got = decode(pipeline, rollout, 32)[row]
         assert got.shape == video[29:].shape
         assert (got.int() - video[29:].int()).abs().max() <= 1
-    assert torch.equal(decode(pipeline, rollout, 13), decode(pipeline, rollout, 32)[:, :16]), "only as many latent frames as are asked for"
+    assert torch.equal(decode(pipeline, rollout, 13), decode(pipeline, rollout, 32)[:, :16]), (
+        "only as many latent frames as are asked for"
+    )
 
 
 def test_nan_called_valid_is_refused(pipeline):
@@ -151,19 +226,23 @@ def test_nan_called_valid_is_refused(pipeline):
 
 
 def test_what_can_not_be_measured_is_invalid(pipeline):
-    table, _ = score(pipeline, new_rollout(pipeline, story(6), fork=4), [Unmeasured()], CONFIG, Phases())
+    table, _ = score(
+        pipeline, new_rollout(pipeline, story(6), fork=4), [Unmeasured()], CONFIG, Phases()
+    )
     assert not table.valid.any() and table.local.isnan().all()
 
 
 def test_pixel_diversity_by_hand():
-    """Rows of two pixels: squared distances 1 + 0, 1 + 1, 0 + 1 over 2 pixels, mean over the 3 pairs."""
+    """Rows of two pixels: squared distances 1 + 0, 1 + 1, 0 + 1 over 2 pixels, mean over the 3
+    pairs."""
     rows = torch.tensor([[0, 0], [255, 0], [255, 255]], dtype=torch.uint8).view(3, 1, 1, 1, 2)
     assert pixel_diversity(rows) == pytest.approx((0.5 + 1.0 + 0.5) / 3)
     assert pixel_diversity(rows[:1].expand(4, -1, -1, -1, -1)) == pytest.approx(0.0, abs=1e-6)
 
 
 def test_pixel_diversity_of_almost_equal_bright_rows():
-    """One pixel of many, off by one: the difference must not drown in the rounding of sums of squares."""
+    """One pixel of many, off by one: the difference must not drown in the rounding of sums of
+    squares."""
     rows = torch.full((4, 16, 3, 32, 32), 250, dtype=torch.uint8)
     rows[0, 0, 0, 0, 0] = 251
     n = 16 * 3 * 32 * 32
@@ -172,7 +251,10 @@ def test_pixel_diversity_of_almost_equal_bright_rows():
 
 @pytest.mark.parametrize(("clip", "least"), [(8, 0), (8, 9)])
 def test_bad_lengths_are_refused(clip, least):
-    with pytest.raises(ValueError, match=f"score.min_frames = {least} must lie between 1 and score.clip_frames = {clip}"):
+    with pytest.raises(
+        ValueError,
+        match=f"score.min_frames = {least} must lie between 1 and score.clip_frames = {clip}",
+    ):
         ScoreConfig(clip, least)
 
 
@@ -180,11 +262,14 @@ def test_phases_are_timed(pipeline):
     phases = Phases()
     score(pipeline, new_rollout(pipeline, story(6), fork=4), [Warmth()], CONFIG, phases)
     taken = phases.take()
-    assert set(taken) == {"time/decode", "time/reward"} and all(math.isfinite(s) and s > 0 for s in taken.values())
+    assert set(taken) == {"time/decode", "time/reward"} and all(
+        math.isfinite(s) and s > 0 for s in taken.values()
+    )
 
 
 def test_rows_decoded_a_few_at_a_time(pipeline):
-    """Convolutions over a batch may be summed in another order: a pixel on the edge of rounding may differ by 1."""
+    """Convolutions over a batch may be summed in another order: a pixel on the edge of rounding
+    may differ by 1."""
     rollout = new_rollout(pipeline, story(6, 3), KVRouting(window_blocks=2), fork=3)
     whole = decode(pipeline, rollout, 9)
     for together in (1, 3):

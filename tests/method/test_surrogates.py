@@ -5,21 +5,26 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvpo.generators import flow
 from kvpo.common.rng import normal
-from kvpo.method.energies import Temperature, squared_residual
-from kvpo.method.energies import DenoisedEnergy
-from kvpo.method.energies import VelocityEnergy
+from kvpo.generators import flow
+from kvpo.method.energies import DenoisedEnergy, Temperature, VelocityEnergy, squared_residual
 
 SIGMAS = flow.warped_sigmas()
 SHAPE = (3, 2, 4, 3, 2, 2, 2)
 """BPSFCHW"""
-SURROGATES = (VelocityEnergy(), DenoisedEnergy(), DenoisedEnergy(floor=0.0), DenoisedEnergy(floor=0.7))
+SURROGATES = (
+    VelocityEnergy(),
+    DenoisedEnergy(),
+    DenoisedEnergy(floor=0.0),
+    DenoisedEnergy(floor=0.7),
+)
 
 
 def energy(surrogate, v_BPSFCHW, u_BPSFCHW, sigmas=SIGMAS):
     """E_B = 1 / (P S) sum_{b,s} w_s mean (v - u)^2, put together as `kvpo.method.replay` does."""
-    rows = squared_residual(v_BPSFCHW.flatten(0, 2), u_BPSFCHW.flatten(0, 2)).unflatten(0, v_BPSFCHW.shape[:3])
+    rows = squared_residual(v_BPSFCHW.flatten(0, 2), u_BPSFCHW.flatten(0, 2)).unflatten(
+        0, v_BPSFCHW.shape[:3]
+    )
     return (rows * surrogate.step_weights(sigmas)).mean(dim=(1, 2))
 
 
@@ -52,18 +57,24 @@ def test_denoised_energy_is_the_error_of_x0(floor):
     v, u = velocities()
     z = normal(SHAPE, 0, "z").double()
     sigma = torch.tensor(SIGMAS, dtype=torch.float64)[:, None, None, None, None]
-    error = (flow.denoised(z, v, sigma) - flow.denoised(z, u, sigma)).square().mean(dim=(3, 4, 5, 6))
+    error = (
+        (flow.denoised(z, v, sigma) - flow.denoised(z, u, sigma)).square().mean(dim=(3, 4, 5, 6))
+    )
     by_step = error / (2.0 * sigma.flatten().clamp_min(floor).square())
     torch.testing.assert_close(energy(DenoisedEnergy(floor), v, u), by_step.mean(dim=(1, 2)))
 
 
 def test_floor_zero_is_half_the_velocity_energy():
     v, u = velocities()
-    torch.testing.assert_close(energy(DenoisedEnergy(floor=0.0), v, u), 0.5 * energy(VelocityEnergy(), v, u))
+    torch.testing.assert_close(
+        energy(DenoisedEnergy(floor=0.0), v, u), 0.5 * energy(VelocityEnergy(), v, u)
+    )
 
 
 def test_step_weights_of_the_released_schedule():
-    assert DenoisedEnergy().step_weights(SIGMAS).tolist() == pytest.approx([0.5, 0.43945, 0.34722, 0.19531], abs=1e-5)
+    assert DenoisedEnergy().step_weights(SIGMAS).tolist() == pytest.approx(
+        [0.5, 0.43945, 0.34722, 0.19531], abs=1e-5
+    )
     assert VelocityEnergy().step_weights(SIGMAS).tolist() == [1.0] * 4
 
 

@@ -1,4 +1,5 @@
-"""Updates: exact gradients whatever the size of a pass, on and off policy, and nothing changed where a number is not finite."""
+"""Updates: exact gradients whatever the size of a pass, on and off policy, and nothing changed
+where a number is not finite."""
 
 from __future__ import annotations
 
@@ -8,16 +9,15 @@ import pytest
 import torch
 from tiny import draw, embed, new_pipeline, new_rollout, story
 
-from kvpo.method.advantages import Advantage, UnsafePolicy
-from kvpo.method.routing import KVRouting
-from kvpo.method.loss import ClippedObjective
-from kvpo.policy.policy import Policy, PolicyConfig
-from kvpo.method.replay import CONTEXTS, Replay
-from kvpo.method.energies import Temperature
-from kvpo.method.energies import VelocityEnergy
 from kvpo.common.timing import Phases
-from kvpo.types import Trajectory
+from kvpo.method.advantages import Advantage, UnsafePolicy
+from kvpo.method.energies import Temperature, VelocityEnergy
+from kvpo.method.loss import ClippedObjective
+from kvpo.method.replay import CONTEXTS, Replay
+from kvpo.method.routing import KVRouting
 from kvpo.method.update import OptimizerConfig, Updater, group_means
+from kvpo.policy.policy import Policy, PolicyConfig
+from kvpo.types import Trajectory
 
 FORK = 4
 UNCLIPPED = OptimizerConfig(clip=1e9)
@@ -35,14 +35,32 @@ A = advantages(1.0, -0.4, -0.6)
 class Run:
     """A policy, its updater, and one group to update on."""
 
-    def __init__(self, starts=(), groups=1, unsafe=UnsafePolicy(), objective=ClippedObjective(), policy=PolicyConfig(train="full"), optimizer=UNCLIPPED, temperature=Temperature()):
+    def __init__(
+        self,
+        starts=(),
+        groups=1,
+        unsafe=UnsafePolicy(),
+        objective=ClippedObjective(),
+        policy=PolicyConfig(train="full"),
+        optimizer=UNCLIPPED,
+        temperature=Temperature(),
+    ):
         self.pipeline = new_pipeline()
-        self.rollout = new_rollout(self.pipeline, story(7, *starts), KVRouting(window_blocks=2), fork=FORK)
+        self.rollout = new_rollout(
+            self.pipeline, story(7, *starts), KVRouting(window_blocks=2), fork=FORK
+        )
         self.policy = Policy(self.pipeline.generator, policy, 0)
         self.updater = Updater(self.policy, optimizer, objective, temperature, unsafe, groups)
 
     def replay(self, size: int = 0, context: str = "branch") -> Replay:
-        return Replay(self.pipeline, self.rollout, embed(self.pipeline, self.rollout.script), CONTEXTS[context], VelocityEnergy(), rows_per_pass=size)
+        return Replay(
+            self.pipeline,
+            self.rollout,
+            embed(self.pipeline, self.rollout.script),
+            CONTEXTS[context],
+            VelocityEnergy(),
+            rows_per_pass=size,
+        )
 
     def accumulate(self, A=A, size: int = 0, context: str = "branch"):
         return self.updater.accumulate(self.replay(size, context), A, Phases())
@@ -53,7 +71,12 @@ class Run:
         return taken
 
     def state(self) -> list[torch.Tensor]:
-        sets = (self.policy.snapshot(), self.policy.behaviour, self.policy.average, self.policy.reference)
+        sets = (
+            self.policy.snapshot(),
+            self.policy.behaviour,
+            self.policy.average,
+            self.policy.reference,
+        )
         return [w.clone() for s in sets for w in s]
 
 
@@ -68,7 +91,8 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 @pytest.mark.parametrize("starts", [(), (FORK + 1,)], ids=["one prompt", "switch in the window"])
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_a_few_at_a_time_is_all_at_once(context, starts):
-    """The loss is a function of G numbers, so its gradient may be taken pass by pass; here against autograd through the whole loss."""
+    """The loss is a function of G numbers, so its gradient may be taken pass by pass; here
+    against autograd through the whole loss."""
     run = Run(starts)
     replay = run.replay(context=context)
     energy = torch.zeros(3, dtype=torch.float64)
@@ -76,7 +100,9 @@ def test_a_few_at_a_time_is_all_at_once(context, starts):
         energy = energy.index_add(0, branch, share)
     logit = -energy / energy.detach().std()
     ratio = (torch.log_softmax(logit, 0) - torch.log_softmax(logit, 0).detach()).exp()
-    (-(ratio * A.values).mean()).backward()  # no clip acts at ratio 1, and KL to the same weights has no gradient
+    (
+        -(ratio * A.values).mean()
+    ).backward()  # no clip acts at ratio 1, and KL to the same weights has no gradient
     whole = run.gradient()
     for size in (0, 1, 5):
         update = run.accumulate(size=size, context=context)
@@ -86,15 +112,27 @@ def test_a_few_at_a_time_is_all_at_once(context, starts):
 
 
 def test_at_the_old_weights_it_is_contrastive_flow_matching():
-    """dL/dtheta = 1/(G tau) sum_g (A_g - G pi_g mean(A)) dE_g/dtheta, for advantages that are not centred."""
+    """dL/dtheta = 1/(G tau) sum_g (A_g - G pi_g mean(A)) dE_g/dtheta, for advantages that are
+    not centred."""
     run, A_G = Run(temperature=Temperature(0.003)), advantages(2.0, 0.5, -0.5)
     energy, rows = torch.zeros(3, dtype=torch.float64), []
     for branch, share in run.replay().passes():
         energy = energy.index_add(0, branch, share)
     for g in range(3):
-        rows.append(torch.cat([d.flatten() for d in torch.autograd.grad(energy[g], run.policy.parameters, retain_graph=True)]))
+        rows.append(
+            torch.cat(
+                [
+                    d.flatten()
+                    for d in torch.autograd.grad(
+                        energy[g], run.policy.parameters, retain_graph=True
+                    )
+                ]
+            )
+        )
     pi = torch.softmax(-energy.detach() / 0.003, 0)
-    expected = sum((A_G.values[g] - 3 * pi[g] * A_G.values.mean()) * rows[g].double() for g in range(3)) / (3 * 0.003)
+    expected = sum(
+        (A_G.values[g] - 3 * pi[g] * A_G.values.mean()) * rows[g].double() for g in range(3)
+    ) / (3 * 0.003)
     update = run.accumulate(A_G)
     assert differ(run.gradient().double(), expected) < 1e-5
     torch.testing.assert_close(update.pi, pi, rtol=1e-5, atol=0)
@@ -102,13 +140,23 @@ def test_at_the_old_weights_it_is_contrastive_flow_matching():
 
 
 def test_with_the_anchor_in_the_group_branches_that_all_lose_become_less_likely():
-    """Ranked among themselves, branches that are all equally worse than the anchor teach nothing."""
+    """Ranked among themselves, branches that are all equally worse than the anchor teach
+    nothing."""
     run = Run(optimizer=OptimizerConfig(lr=1e-3, warmup=1))
     run.accumulate(advantages(0.0, 0.0, 0.0))
     assert run.gradient().norm() < 1e-9
-    whole = Replay(run.pipeline, run.rollout, run.replay().embeddings, CONTEXTS["branch"], VelocityEnergy(), range(4))
+    whole = Replay(
+        run.pipeline,
+        run.rollout,
+        run.replay().embeddings,
+        CONTEXTS["branch"],
+        VelocityEnergy(),
+        range(4),
+    )
     before = whole.energies()
-    assert before[3] < 1e-9 < before[:3].min(), "the anchor's energy is 0 under the weights that made it"
+    assert before[3] < 1e-9 < before[:3].min(), (
+        "the anchor's energy is 0 under the weights that made it"
+    )
     update = run.updater.accumulate(whole, advantages(-0.5, -0.5, -0.5, 1.5), Phases())
     run.updater.step()
     after = whole.energies()
@@ -124,20 +172,32 @@ def test_one_step_raises_the_best_branch():
     metrics = run.accumulate(A).metrics | run.updater.step()
     pi, moved = (torch.softmax(-e / tau, 0) for e in (before, run.replay().energies()))
     assert moved[0] > pi[0] + 1e-3
-    assert metrics["optim/lr"] == 1e-3 and metrics["optim/grad_norm"] > 0 and metrics["optim/drift"] > 0
+    assert (
+        metrics["optim/lr"] == 1e-3
+        and metrics["optim/grad_norm"] > 0
+        and metrics["optim/drift"] > 0
+    )
 
 
 def test_on_policy_the_ratio_is_one():
-    """At every update of a policy that syncs after each, exactly: the old scores are the detached new ones."""
+    """At every update of a policy that syncs after each, exactly: the old scores are the
+    detached new ones."""
     run = Run(optimizer=OptimizerConfig(lr=1e-3, warmup=1))
     for _ in range(3):
         m = run.accumulate().metrics
-        assert m["loss/ratio_min"] == m["loss/ratio_max"] == 1.0 and m["loss/clip_fraction"] == 0.0 and m["policy/lag"] == 0
+        assert (
+            m["loss/ratio_min"] == m["loss/ratio_max"] == 1.0
+            and m["loss/clip_fraction"] == 0.0
+            and m["policy/lag"] == 0
+        )
         run.updater.step()
 
 
 def test_off_policy_the_ratio_moves_until_the_sync():
-    run = Run(policy=PolicyConfig(train="full", sync_interval=2), optimizer=OptimizerConfig(lr=1e-3, warmup=1))
+    run = Run(
+        policy=PolicyConfig(train="full", sync_interval=2),
+        optimizer=OptimizerConfig(lr=1e-3, warmup=1),
+    )
     ratios, lags = [], []
     for _ in range(3):
         m = run.accumulate().metrics
@@ -159,12 +219,17 @@ def test_the_kl_measures_from_the_start_weights():
 
 def test_the_kl_may_be_to_the_old_policy():
     """On policy it is then 0 with gradient 0, whatever has been learnt since the start."""
-    run = Run(objective=ClippedObjective(kl_beta=10.0, kl_to="old"), optimizer=OptimizerConfig(lr=1e-2, warmup=1))
+    run = Run(
+        objective=ClippedObjective(kl_beta=10.0, kl_to="old"),
+        optimizer=OptimizerConfig(lr=1e-2, warmup=1),
+    )
     for _ in range(2):
         update = run.accumulate()
         run.updater.step()
     assert update.metrics["loss/kl"] == 0.0
-    plain = Run(objective=ClippedObjective(kl_beta=0.0), optimizer=OptimizerConfig(lr=1e-2, warmup=1))
+    plain = Run(
+        objective=ClippedObjective(kl_beta=0.0), optimizer=OptimizerConfig(lr=1e-2, warmup=1)
+    )
     for _ in range(2):
         plain.accumulate()
         plain.updater.step()
@@ -173,7 +238,8 @@ def test_the_kl_may_be_to_the_old_policy():
 
 @pytest.mark.parametrize("beta", [0.0, 1.0])
 def test_the_kl_to_the_start_is_seen_also_where_nothing_holds_it(beta):
-    """With kl_beta 0 it was once the KL to the old policy, 0 in every step, and the sentinel that watches it slept."""
+    """With kl_beta 0 it was once the KL to the old policy, 0 in every step, and the sentinel
+    that watches it slept."""
     calls, kl = [], []
     for to in ("old", "initial"):
         run = Run(objective=ClippedObjective(kl_beta=beta, kl_to=to))
@@ -208,20 +274,26 @@ def test_the_rate_warms_up_from_above_zero():
         run.accumulate()
         rates.append(run.updater.step()["optim/lr"])
         if i == 0:
-            moved = max(float((p - s).detach().abs().max()) for p, s in zip(run.policy.parameters, start))
+            moved = max(
+                float((p - s).detach().abs().max()) for p, s in zip(run.policy.parameters, start)
+            )
             assert moved == pytest.approx(2.5e-4, rel=1e-3)
     assert rates == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3, 1e-3])
 
 
 def test_every_group_is_clipped_by_itself():
-    """A group with a gradient a thousand times as large weighs no more than the others: here both are clipped to 1e-4, and halved by being two."""
+    """A group with a gradient a thousand times as large weighs no more than the others: here
+    both are clipped to 1e-4, and halved by being two."""
     whole = Run()
     whole.accumulate()
     one = whole.gradient()
     run = Run(groups=2, optimizer=OptimizerConfig(clip=1e-4))
     first = run.accumulate().metrics
     run.accumulate(advantages(-1000.0, 400.0, 600.0))
-    assert first["optim/grad_norm"] == pytest.approx(float(one.norm()), rel=1e-5) and first["optim/grad_clipped"] == 1.0
+    assert (
+        first["optim/grad_norm"] == pytest.approx(float(one.norm()), rel=1e-5)
+        and first["optim/grad_clipped"] == 1.0
+    )
     assert float(run.gradient().norm()) < 1e-3 * 1e-4, "equal and opposite once both are clipped"
     run.accumulate()
     run.accumulate()
@@ -236,8 +308,14 @@ def test_an_unsafe_group_is_skipped():
     before, calls = run.state(), run.pipeline.generator.calls
     update = run.accumulate(advantages(0.1, 0.0, -0.1, safe=False))
     metrics = run.updater.step()
-    assert update.metrics == {"group/safe": 0.0, "group/skipped": 1.0} and update.energy.isnan().all() and update.pi.isnan().all()
-    assert metrics["optim/grad_norm"] == 0.0 and same(before, run.state()) and run.policy.updates == 0
+    assert (
+        update.metrics == {"group/safe": 0.0, "group/skipped": 1.0}
+        and update.energy.isnan().all()
+        and update.pi.isnan().all()
+    )
+    assert (
+        metrics["optim/grad_norm"] == 0.0 and same(before, run.state()) and run.policy.updates == 0
+    )
     assert run.pipeline.generator.calls == calls, "what is skipped is not replayed"
 
 
@@ -259,9 +337,15 @@ def test_a_broken_energy_stops_naming_its_branch():
     velocities = t.velocities.clone()
     velocities[1, 0, 2, 0, 0, 0, 0] = float("nan")
     run.rollout = replace(run.rollout, trajectory=Trajectory(t.inputs, velocities, t.clean))
-    with pytest.raises(ValueError, match=r"old energies .* are not all finite; branches \[1\] are broken"):
+    with pytest.raises(
+        ValueError, match=r"old energies .* are not all finite; branches \[1\] are broken"
+    ):
         run.accumulate()
-    assert same(before, run.state()) and all(p.grad is None for p in run.policy.parameters) and run.policy.updates == 0
+    assert (
+        same(before, run.state())
+        and all(p.grad is None for p in run.policy.parameters)
+        and run.policy.updates == 0
+    )
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -278,11 +362,17 @@ def test_a_broken_gradient_stops_naming_its_tensor(bad):
     run = Run()
     run.accumulate()
     run.updater.step()
-    before, moments = run.state(), [run.updater.optimizer.state[p]["exp_avg"].clone() for p in run.policy.parameters]
+    before, moments = (
+        run.state(),
+        [run.updater.optimizer.state[p]["exp_avg"].clone() for p in run.policy.parameters],
+    )
     run.accumulate()
     at = run.policy.names.index("blocks.1.ffn.net.2.weight")
     run.policy.parameters[at].grad[0, 0] = bad
-    with pytest.raises(FloatingPointError, match=f"gradient norm is {bad if bad != bad else 'inf'} at update 1; not finite in 1 tensors, first blocks.1.ffn.net.2.weight; nothing was updated"):
+    with pytest.raises(
+        FloatingPointError,
+        match=f"gradient norm is {bad if bad != bad else 'inf'} at update 1; not finite in 1 tensors, first blocks.1.ffn.net.2.weight; nothing was updated",
+    ):
         run.updater.step()
     assert same(before, run.state()) and run.policy.updates == 1
     assert same(moments, [run.updater.optimizer.state[p]["exp_avg"] for p in run.policy.parameters])
@@ -291,10 +381,21 @@ def test_a_broken_gradient_stops_naming_its_tensor(bad):
 def test_energies_that_are_all_zero_are_refused():
     run = Run()
     t = run.rollout.trajectory
-    anchor = t.velocities[-1:].expand_as(t.velocities), t.inputs[-1:].expand_as(t.inputs), t.clean[-1:].expand_as(t.clean)
-    run.rollout = replace(run.rollout, trajectory=Trajectory(anchor[1].clone(), anchor[0].clone(), anchor[2].clone()))
+    anchor = (
+        t.velocities[-1:].expand_as(t.velocities),
+        t.inputs[-1:].expand_as(t.inputs),
+        t.clean[-1:].expand_as(t.clean),
+    )
+    run.rollout = replace(
+        run.rollout, trajectory=Trajectory(anchor[1].clone(), anchor[0].clone(), anchor[2].clone())
+    )
     assert run.replay().energies().max() < 1e-9
-    run.rollout = replace(run.rollout, trajectory=Trajectory(draw(4, 2, 4, 2, 4, 4, 4), torch.zeros(4, 2, 4, 2, 4, 4, 4), anchor[2].clone()))
+    run.rollout = replace(
+        run.rollout,
+        trajectory=Trajectory(
+            draw(4, 2, 4, 2, 4, 4, 4), torch.zeros(4, 2, 4, 2, 4, 4, 4), anchor[2].clone()
+        ),
+    )
     run.pipeline.generator.transformer.proj_out.weight.data.zero_()
     run.pipeline.generator.transformer.proj_out.bias.data.zero_()
     with pytest.raises(ValueError, match="all 3 energies are 0"):

@@ -1,4 +1,5 @@
-"""The penalty on the opening: drawn where the cache still is what the block read, zero at the start weights, a pull back once they moved."""
+"""The penalty on the opening: drawn where the cache still is what the block read, zero at the
+start weights, a pull back once they moved."""
 
 from __future__ import annotations
 
@@ -6,17 +7,17 @@ import pytest
 import torch
 from tiny import embed, new_pipeline, new_rollout, story, with_geometry
 
-from kvpo.method.advantages import UnsafePolicy
-from kvpo.generators.sampler import SAMPLERS, NamedNoise
-from kvpo.method.loss import ClippedObjective
-from kvpo.policy.policy import Policy, PolicyConfig
 from kvpo.common.rng import stream
-from kvpo.method.rollout import generate_prefixes
-from kvpo.method.energies import Temperature
 from kvpo.common.timing import Phases
-from kvpo.types import Rollout
+from kvpo.generators.sampler import SAMPLERS, NamedNoise
+from kvpo.method.advantages import UnsafePolicy
+from kvpo.method.energies import Temperature
+from kvpo.method.loss import ClippedObjective
+from kvpo.method.rollout import generate_prefixes
 from kvpo.method.update import OptimizerConfig, Updater
 from kvpo.method.velocity_penalty import VelocityPenalty, held_velocities, replayable
+from kvpo.policy.policy import Policy, PolicyConfig
+from kvpo.types import Rollout
 
 FORK = 6
 CACHE = 9
@@ -28,18 +29,39 @@ def pipeline():
     return new_pipeline()
 
 
-@pytest.mark.parametrize("window, cache_frames", [(7, CACHE), (7, 40), (-1, 40)], ids=["window", "window, all resident", "all the past"])
+@pytest.mark.parametrize(
+    "window, cache_frames",
+    [(7, CACHE), (7, 40), (-1, 40)],
+    ids=["window", "window, all resident", "all the past"],
+)
 @pytest.mark.parametrize("starts", [(), (3,), (2, 4), (FORK,)], ids=str)
-def test_a_block_can_be_replayed_where_its_past_is_what_it_read(pipeline, window, starts, cache_frames):
-    """Against the velocities of the generation itself, block by block: equal where the rule says so, and only there."""
+def test_a_block_can_be_replayed_where_its_past_is_what_it_read(
+    pipeline, window, starts, cache_frames
+):
+    """Against the velocities of the generation itself, block by block: equal where the rule says
+    so, and only there."""
     pipeline = with_geometry(pipeline, window=window)
     script, g = story(8, *starts), pipeline.geometry
-    embeddings, noise = embed(pipeline, script), NamedNoise(pipeline.latent_shape(g.block), 0, ("past",))
+    embeddings, noise = (
+        embed(pipeline, script),
+        NamedNoise(pipeline.latent_shape(g.block), 0, ("past",)),
+    )
     straight: list[torch.Tensor] = []
-    (prefix, once), (inputs, _) = generate_prefixes(pipeline, SAMPLERS["renoise"], [script] * 2, embeddings, [noise] * 2, [FORK, 0], cache_frames, [range(FORK), ()])
+    (prefix, once), (inputs, _) = generate_prefixes(
+        pipeline,
+        SAMPLERS["renoise"],
+        [script] * 2,
+        embeddings,
+        [noise] * 2,
+        [FORK, 0],
+        cache_frames,
+        [range(FORK), ()],
+    )
     for _ in range(FORK):
         once.advance(observe=lambda i, x, v: straight.append(v[0]))
-    rollout = Rollout(script, None, (), None, None, None, prefix.cache, inputs)  # of a rollout the past alone is asked here
+    rollout = Rollout(
+        script, None, (), None, None, None, prefix.cache, inputs
+    )  # of a rollout the past alone is asked here
     same = []
     for block, velocities in enumerate(torch.stack(straight).unflatten(0, (FORK, -1))):
         try:
@@ -54,7 +76,10 @@ def test_a_block_can_be_replayed_where_its_past_is_what_it_read(pipeline, window
 
 def test_blocks_are_drawn_by_name_and_without_repeats(pipeline):
     script, g = story(8), pipeline.geometry
-    draw = lambda n, name: VelocityPenalty(1.0, n).draw(script, FORK, 5, g, 40, stream(0, name))  # noqa: E731
+
+    def draw(n, name):
+        return VelocityPenalty(1.0, n).draw(script, FORK, 5, g, 40, stream(0, name))
+
     assert draw(3, "a") == draw(3, "a") and len(set(draw(3, "a"))) == 3
     assert {b for name in "abcdefghijklmnopqrstuvwx" for b in draw(1, name)} == {0, 1, 2, 3, 4}
     assert draw(99, "a") == [0, 1, 2, 3, 4], "all there are"
@@ -66,13 +91,23 @@ class Held:
         self.pipeline = new_pipeline()
         self.rollout = new_rollout(self.pipeline, story(7), fork=4, held=lambda fork: [1, 3])
         self.policy = Policy(self.pipeline.generator, PolicyConfig(train="full"), 0)
-        self.updater = Updater(self.policy, OptimizerConfig(clip=clip), ClippedObjective(), Temperature(), UnsafePolicy(), groups)
+        self.updater = Updater(
+            self.policy,
+            OptimizerConfig(clip=clip),
+            ClippedObjective(),
+            Temperature(),
+            UnsafePolicy(),
+            groups,
+        )
         self.embeddings = embed(self.pipeline, self.rollout.script)
 
     def velocities(self) -> list[torch.Tensor]:
-        return [held_velocities(self.pipeline, self.rollout, self.embeddings, block) for block in self.rollout.held]
+        return [
+            held_velocities(self.pipeline, self.rollout, self.embeddings, block)
+            for block in self.rollout.held
+        ]
 
-    def moved(self) -> "Held":
+    def moved(self) -> Held:
         """One update away from the start weights."""
         with torch.no_grad():
             for i, p in enumerate(self.policy.parameters):
@@ -102,8 +137,13 @@ def test_the_gradient_is_that_of_the_mean_squared_distance():
     run.updater.optimizer.zero_grad(set_to_none=True)
     metrics = run.hold()
     torch.testing.assert_close(run.gradient(), whole, rtol=1e-4, atol=1e-6)
-    assert metrics["hold/distance"] == pytest.approx(float(elements.detach().square().mean()), rel=1e-5)
-    assert metrics["hold/grad_norm"] == pytest.approx(float(whole.norm()), rel=1e-4) and float(whole.norm()) > 1e-3
+    assert metrics["hold/distance"] == pytest.approx(
+        float(elements.detach().square().mean()), rel=1e-5
+    )
+    assert (
+        metrics["hold/grad_norm"] == pytest.approx(float(whole.norm()), rel=1e-4)
+        and float(whole.norm()) > 1e-3
+    )
 
 
 def test_a_step_along_the_penalty_alone_leads_back():
@@ -121,7 +161,10 @@ def test_the_penalty_is_clipped_like_a_group_and_added_to_what_is_there():
     assert float((run.gradient() - 1.0).norm()) == pytest.approx(0.5 / 4, rel=1e-3)
 
 
-@pytest.mark.parametrize("weight, blocks, says", [(-1.0, 1, "weight = -1.0"), (float("nan"), 1, "weight = nan"), (1.0, 0, "blocks = 0")])
+@pytest.mark.parametrize(
+    "weight, blocks, says",
+    [(-1.0, 1, "weight = -1.0"), (float("nan"), 1, "weight = nan"), (1.0, 0, "blocks = 0")],
+)
 def test_settings_that_can_not_be(weight, blocks, says):
     with pytest.raises(ValueError, match=says):
         VelocityPenalty(weight, blocks)

@@ -5,15 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kvpo.mini.world import PILLAR, Scene, play, render
-from kvpo.mini.rewards.attributes import HEADS, WEIGHTS, card, load_network, read_frames
+from kvpo.common.rng import stream
 from kvpo.mini.pretraining.attributes import frames, spoil, train_classifier
+from kvpo.mini.rewards.attributes import HEADS, WEIGHTS, card, load_network, read_frames
+from kvpo.mini.rewards.flow_motion import FlowMotion
+from kvpo.mini.rewards.heldout import AttributeAgreement, IdentityDrift, diversity
+from kvpo.mini.rewards.world import MotionQuality, TextAlignment, VisualQuality
+from kvpo.mini.world import PILLAR, Scene, play, render
 from kvpo.rewards.base import VideoBatch, check_output, to_uint8
 from kvpo.rewards.calibration import degrade
-from kvpo.mini.rewards.heldout import AttributeAgreement, IdentityDrift, diversity
-from kvpo.mini.rewards.flow_motion import FlowMotion
-from kvpo.mini.rewards.world import MotionQuality, TextAlignment, VisualQuality
-from kvpo.common.rng import stream
 
 SCENE = Scene("circle", "red", "small", "paper", False, "left", "quickly")
 PROMPT = "a small red circle moves quickly to the left over white paper"
@@ -41,7 +41,9 @@ def value(evaluator, batch: VideoBatch) -> float:
 
 def test_no_family_in_common_with_training(evaluators):
     trained = {reward.spec.family for reward in (VisualQuality(), MotionQuality(), TextAlignment())}
-    assert trained == {"world-pixels"} and trained.isdisjoint({e.spec.family for e in evaluators.values()})
+    assert trained == {"world-pixels"} and trained.isdisjoint(
+        {e.spec.family for e in evaluators.values()}
+    )
 
 
 def test_the_weights_are_small_and_say_how_good_they_are():
@@ -60,14 +62,24 @@ def test_accuracy_on_fresh_spoilt_frames():
         assert (p[name][0].argmax(-1) == labels[name])[at].float().mean() > 0.95, name
 
 
-@pytest.mark.parametrize("scene, part", [
-    (replace(SCENE, colour="blue"), "colour"), (replace(SCENE, shape="cross"), "shape"), (replace(SCENE, size="large"), "size"),
-    (replace(SCENE, place="night"), "place"), (replace(SCENE, pillar=True), "pillar"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "scene, part",
+    [
+        (replace(SCENE, colour="blue"), "colour"),
+        (replace(SCENE, shape="cross"), "shape"),
+        (replace(SCENE, size="large"), "size"),
+        (replace(SCENE, place="night"), "place"),
+        (replace(SCENE, pillar=True), "pillar"),
+    ],
+)
 def test_attributes_name_the_wrong_part(evaluators, scene, part):
     assert value(evaluators["attributes"], batch_of(film(SCENE))) > 0.97
-    parts = {k: v.item() for k, v in evaluators["attributes"].score(batch_of(film(scene))).parts.items()}
-    assert parts.pop(part) < 0.1 and min(parts.values()) > (0.5 if part == "pillar" else 0.9), parts  # a pillar that nobody asked for hides the object
+    parts = {
+        k: v.item() for k, v in evaluators["attributes"].score(batch_of(film(scene))).parts.items()
+    }
+    assert parts.pop(part) < 0.1 and min(parts.values()) > (0.5 if part == "pillar" else 0.9), (
+        parts
+    )  # a pillar that nobody asked for hides the object
 
 
 def test_attributes_miss_the_object_in_the_open_only(evaluators):
@@ -83,14 +95,31 @@ def test_identity_drift(evaluators):
     steady, drifts = batch_of(film(SCENE)), degrade(batch_of(film(SCENE)), "colour_drift", 0)
     changed = batch_of(torch.cat((film(SCENE, 18), film(replace(SCENE, shape="cross"), 18))))
     good = value(evaluators["identity"], steady)
-    assert good > 0.95 and value(evaluators["identity"], drifts) < good - 0.1 and value(evaluators["identity"], changed) < good - 0.2
+    assert (
+        good > 0.95
+        and value(evaluators["identity"], drifts) < good - 0.1
+        and value(evaluators["identity"], changed) < good - 0.2
+    )
 
 
 @pytest.mark.parametrize("kind", ["left", "right", "up", "down", "circle", "bounce"])
 def test_flow_knows_the_direction(evaluators, kind):
     batch = batch_of(film(replace(SCENE, motion=kind), 40))
-    verb = {"left": "moves left", "right": "moves right", "up": "rises", "down": "sinks", "circle": "circles", "bounce": "bounces"}
-    direction = {k: evaluators["flow"].score(VideoBatch(batch.frames, 16.0, (f"a red circle {v} quickly on paper",))).parts["direction"].item() for k, v in verb.items()}
+    verb = {
+        "left": "moves left",
+        "right": "moves right",
+        "up": "rises",
+        "down": "sinks",
+        "circle": "circles",
+        "bounce": "bounces",
+    }
+    direction = {
+        k: evaluators["flow"]
+        .score(VideoBatch(batch.frames, 16.0, (f"a red circle {v} quickly on paper",)))
+        .parts["direction"]
+        .item()
+        for k, v in verb.items()
+    }
     right = direction.pop(kind)
     assert right > 0.8 and right > max(direction.values()) + 0.2, (kind, right, direction)
 
@@ -100,7 +129,9 @@ def test_flow_hates_jitter_shuffling_and_rest(evaluators):
     good = evaluators["flow"].score(batch).parts["smooth"].item()
     assert good > 0.85
     for name in ("frozen", "shuffle", "jitter", "noise"):
-        assert evaluators["flow"].score(degrade(batch, name, 0)).parts["smooth"].item() < 0.5 * good, name
+        assert (
+            evaluators["flow"].score(degrade(batch, name, 0)).parts["smooth"].item() < 0.5 * good
+        ), name
 
 
 def test_nothing_to_see_is_invalid_for_flow(evaluators):
@@ -112,9 +143,17 @@ def test_nothing_to_see_is_invalid_for_flow(evaluators):
 def test_diversity_tells_meaning_from_pixels():
     network = load_network()
     same, moved, recoloured = film(SCENE), film(SCENE, x=10.0), film(replace(SCENE, colour="green"))
-    assert diversity(torch.stack((same, same)), network) == pytest.approx({"pixels": 0, "embedding": 0, "attributes": 0}, abs=1e-5)
-    shifted, other = diversity(torch.stack((same, moved)), network), diversity(torch.stack((same, recoloured)), network)
-    assert shifted["pixels"] > other["pixels"] and shifted["attributes"] < 0.02 < 0.15 < other["attributes"]
+    assert diversity(torch.stack((same, same)), network) == pytest.approx(
+        {"pixels": 0, "embedding": 0, "attributes": 0}, abs=1e-5
+    )
+    shifted, other = (
+        diversity(torch.stack((same, moved)), network),
+        diversity(torch.stack((same, recoloured)), network),
+    )
+    assert (
+        shifted["pixels"] > other["pixels"]
+        and shifted["attributes"] < 0.02 < 0.15 < other["attributes"]
+    )
     with pytest.raises(ValueError, match="at least 2 videos"):
         diversity(same[None], network)
 

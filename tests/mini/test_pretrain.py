@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,23 +12,34 @@ from diffusers import WanTransformer3DModel
 from safetensors import SafetensorError
 
 from kvpo.common.files import beside
+from kvpo.common.progress import Progress
+from kvpo.common.rng import normal, stream
 from kvpo.generators.causal_wan import CausalWan
 from kvpo.generators.history import SinkWindow
+from kvpo.generators.pipeline import Pipeline, use_channels_last
 from kvpo.mini.pretraining.autoencoder import clip, encode, fit_encoder, set_latent_scale
 from kvpo.mini.pretraining.flat import flat_velocity, use_flat_attention
 from kvpo.mini.pretraining.layouts import SLOTS, draw_layout, frames_of, layout
 from kvpo.mini.pretraining.library import Library, load_library, save_library
 from kvpo.mini.pretraining.linear_encoder import install
-from kvpo.mini.pretraining.networks import BLOCK, SINK, WINDOW, new_text_encoder, new_transformer, new_vae
-from kvpo.mini.pretraining.openings import build_openings, likeliest, noised_openings, opening_lesson
+from kvpo.mini.pretraining.networks import (
+    BLOCK,
+    SINK,
+    WINDOW,
+    new_text_encoder,
+    new_transformer,
+    new_vae,
+)
+from kvpo.mini.pretraining.openings import (
+    build_openings,
+    likeliest,
+    noised_openings,
+    opening_lesson,
+)
 from kvpo.mini.pretraining.pretrain import Networks, Settings, export, pretrain
-from kvpo.generators.pipeline import use_channels_last
 from kvpo.mini.pretraining.side_by_side import trained_beside
 from kvpo.mini.pretraining.training import Kernels, Stage, forget, optimizers
 from kvpo.mini.world import PILLAR
-from kvpo.generators.pipeline import Pipeline
-from kvpo.common.progress import Progress
-from kvpo.common.rng import normal, stream
 
 H = W = 4
 CHANNELS, TEXT, TOKENS = 4, 8, 5
@@ -62,17 +72,32 @@ def test_latents_are_scaled_but_not_whitened(code):
     set_latent_scale(vae, code, 0, 8)
     z = torch.cat([encode(vae, code, clip(0, "scale", i)[None]) for i in range(8)])
     spread = z.std((0, 1, 3, 4))
-    assert float(z.std()) == pytest.approx(1, abs=0.01) and float(spread.max()) > 2 * float(spread.min())
+    assert float(z.std()) == pytest.approx(1, abs=0.01) and float(spread.max()) > 2 * float(
+        spread.min()
+    )
 
 
 def tiny_transformer() -> WanTransformer3DModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         model = WanTransformer3DModel(
-            patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=CHANNELS, out_channels=CHANNELS, text_dim=TEXT,
-            freq_dim=16, ffn_dim=32, num_layers=3, cross_attn_norm=True, qk_norm="rms_norm_across_heads", eps=1e-6, rope_max_seq_len=1024,
-        )  # fmt: skip
-        for parameter in model.parameters():  # stock initial values leave norms at 1 and biases at 0, where many mistakes cancel
+            patch_size=(1, 2, 2),
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=CHANNELS,
+            out_channels=CHANNELS,
+            text_dim=TEXT,
+            freq_dim=16,
+            ffn_dim=32,
+            num_layers=3,
+            cross_attn_norm=True,
+            qk_norm="rms_norm_across_heads",
+            eps=1e-6,
+            rope_max_seq_len=1024,
+        )
+        for parameter in (
+            model.parameters()
+        ):  # stock initial values leave norms at 1 and biases at 0, where many mistakes cancel
             parameter.data += 0.05 * torch.randn(parameter.shape)
     return model.eval()
 
@@ -82,15 +107,26 @@ def test_layout_of_an_opening_by_hand():
     assert len(slots) == SLOTS
     seen = [(s.source, s.noisy, s.prompt, s.reads) for s in slots]
     first, second, third = frames_of(0), frames_of(1), frames_of(2)
-    again_1, again_2 = frames_of(3), frames_of(4)  # blocks 1 and 2 under the new prompt; block 0 is the sink and keeps its own
+    again_1, again_2 = (
+        frames_of(3),
+        frames_of(4),
+    )  # blocks 1 and 2 under the new prompt; block 0 is the sink and keeps its own
     assert seen[:6] == [
-        (0, False, 0, ()), (1, False, 1, first), (2, False, 2, first + second),
-        (1, False, 3, first + again_2), (2, False, 3, first + again_1), (3, False, 3, first + again_1 + again_2),
-    ]  # fmt: skip
+        (0, False, 0, ()),
+        (1, False, 1, first),
+        (2, False, 2, first + second),
+        (1, False, 3, first + again_2),
+        (2, False, 3, first + again_1),
+        (3, False, 3, first + again_1 + again_2),
+    ]
     assert seen[7:13] == [
-        (1, True, 1, first), (2, True, 2, first + second), (3, True, 3, first + again_1 + again_2),
-        (4, True, 4, first + again_2 + frames_of(5)), (5, True, 5, first + frames_of(5) + frames_of(6)), (5, True, 5, first + frames_of(5) + frames_of(6)),
-    ]  # fmt: skip
+        (1, True, 1, first),
+        (2, True, 2, first + second),
+        (3, True, 3, first + again_1 + again_2),
+        (4, True, 4, first + again_2 + frames_of(5)),
+        (5, True, 5, first + frames_of(5) + frames_of(6)),
+        (5, True, 5, first + frames_of(5) + frames_of(6)),
+    ]
     assert third == (6, 7, 8)
 
 
@@ -130,7 +166,8 @@ def test_layouts_never_read_the_future_and_keep_the_budget():
 
 @pytest.mark.parametrize("switch", [None, 4])
 def test_flat_forward_equals_cached_forward(switch):
-    """Teacher forcing in one sequence computes what the streaming generator computes block by block."""
+    """Teacher forcing in one sequence computes what the streaming generator computes block by
+    block."""
     model, plan = tiny_transformer(), layout("opening", switch)
     sources, rows, slots = plan.sources, 2, len(plan.slots)
     x0 = normal((rows, BLOCK * sources, CHANNELS, H, W), 1, "x0")
@@ -138,7 +175,9 @@ def test_flat_forward_equals_cached_forward(switch):
     texts = normal((sources, 1, TOKENS, TEXT), 1, "text")
     if switch is not None:
         texts = torch.stack([texts[0] if s < switch else texts[switch] for s in range(sources)])
-    sigma = torch.tensor([0.625 + 0.02 * i if slot.noisy else 0.0 for i, slot in enumerate(plan.slots)]).expand(rows, -1)
+    sigma = torch.tensor(
+        [0.625 + 0.02 * i if slot.noisy else 0.0 for i, slot in enumerate(plan.slots)]
+    ).expand(rows, -1)
     at = plan.frames()
     is_noisy = torch.tensor([slot.noisy for slot in plan.slots]).repeat_interleave(BLOCK)
     x = torch.where(is_noisy[None, :, None, None, None], noisy, x0[:, at])
@@ -154,19 +193,46 @@ def test_flat_forward_equals_cached_forward(switch):
             frames = list(range(BLOCK * block, BLOCK * (block + 1)))
             if block == switch:
                 again = range(SINK, frames[0])
-                cached.commit(x0[:, again.start : again.stop], texts[block], list(again), cache, range(SINK), own=WINDOW - SINK)
+                cached.commit(
+                    x0[:, again.start : again.stop],
+                    texts[block],
+                    list(again),
+                    cache,
+                    range(SINK),
+                    own=WINDOW - SINK,
+                )
             past = window.past(frames[0], BLOCK)
             for i, slot in enumerate(plan.slots):
                 if slot.noisy and slot.source == block:
-                    v = cached.velocity(x[:, BLOCK * i : BLOCK * (i + 1)], float(sigma[0, i]), texts[block], frames, cache, past)
-                    assert torch.allclose(v, flat[:, BLOCK * i : BLOCK * (i + 1)], atol=1e-4), f"slot {i}, block {block}"
+                    v = cached.velocity(
+                        x[:, BLOCK * i : BLOCK * (i + 1)],
+                        float(sigma[0, i]),
+                        texts[block],
+                        frames,
+                        cache,
+                        past,
+                    )
+                    assert torch.allclose(v, flat[:, BLOCK * i : BLOCK * (i + 1)], atol=1e-4), (
+                        f"slot {i}, block {block}"
+                    )
             cached.commit(x0[:, frames], texts[block], frames, cache, past)
 
 
 TINY = Settings(
-    code_clips=40, scale_clips=2, decoder_steps=2, decoder_batch=1, stories=90, flow_steps=2, flow_batch=1, few_steps=2, few_batch=1, openings=2,
-    save_every=1, measured=0, compile=False,
-)  # fmt: skip
+    code_clips=40,
+    scale_clips=2,
+    decoder_steps=2,
+    decoder_batch=1,
+    stories=90,
+    flow_steps=2,
+    flow_batch=1,
+    few_steps=2,
+    few_batch=1,
+    openings=2,
+    save_every=1,
+    measured=0,
+    compile=False,
+)
 
 
 class Killed(Exception):
@@ -174,10 +240,14 @@ class Killed(Exception):
 
 
 def weights(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
 
 
-@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # bf16 autocast of uncompiled blocks
+@pytest.mark.filterwarnings(
+    "ignore:Mismatch dtype between input and weight"
+)  # bf16 autocast of uncompiled blocks
 def test_pretraining_killed_in_every_stage_ends_bit_for_bit_the_same(tmp_path, monkeypatch, capsys):
     pretrain(tmp_path / "whole", tmp_path / "work_a", settings=TINY)
     save = Stage.save
@@ -189,7 +259,9 @@ def test_pretraining_killed_in_every_stage_ends_bit_for_bit_the_same(tmp_path, m
 
     monkeypatch.setattr(Stage, "save", dying)
     (tmp_path / "work_b").mkdir()
-    shutil.copy(tmp_path / "work_a" / "stories.pt", tmp_path / "work_b")  # encoding them again would only take time
+    shutil.copy(
+        tmp_path / "work_a" / "stories.pt", tmp_path / "work_b"
+    )  # encoding them again would only take time
     for name in ("decoder", "teacher_forcing", "few_step"):
         with pytest.raises(Killed, match=name):
             pretrain(tmp_path / "resumed", tmp_path / "work_b", settings=TINY)
@@ -210,7 +282,10 @@ def test_what_is_no_pipeline_folder_is_not_replaced(tmp_path):
     out.mkdir()
     (out / "chapter.tex").write_text("years of work")
     for place in (out, out / "chapter.tex"):
-        with pytest.raises(ValueError, match=f"{place} is there and is no pipeline folder .*give a new or an empty folder"):
+        with pytest.raises(
+            ValueError,
+            match=f"{place} is there and is no pipeline folder .*give a new or an empty folder",
+        ):
             pretrain(place, work, settings=TINY)
     assert weights(tmp_path) == {"thesis/chapter.tex": b"years of work"} and not work.exists()
 
@@ -226,7 +301,9 @@ def test_the_finished_weights_do_not_replace_the_work_folder(tmp_path, work):
 def test_what_may_be_replaced(tmp_path, there):
     out, work = tmp_path / "out", tmp_path / "work"
     work.mkdir()
-    (work / "settings.json").write_text("{}")  # of other settings, so that it ends before it computes
+    (work / "settings.json").write_text(
+        "{}"
+    )  # of other settings, so that it ends before it computes
     if there != "nothing":
         out.mkdir()
     if there == "a pipeline folder":
@@ -237,13 +314,22 @@ def test_what_may_be_replaced(tmp_path, there):
 
 def test_a_full_disk_keeps_the_state_before_it(tmp_path, monkeypatch):
     layer = torch.nn.Linear(1, 1)
-    stage = Stage("tiny", tmp_path, {"layer": layer}, lambda step: (layer.weight.sum(), {}), steps=2, lr=1e-3)
+    stage = Stage(
+        "tiny", tmp_path, {"layer": layer}, lambda step: (layer.weight.sum(), {}), steps=2, lr=1e-3
+    )
     stage.save()
     full_disk(monkeypatch)
     stage.step = 1
-    with pytest.raises(OSError, match=r"^\S*tiny.state.pt could not be written \(unexpected pos 64 vs 0\); free disk space, then the same command goes on$"):
+    with pytest.raises(
+        OSError,
+        match=r"^\S*tiny.state.pt could not be written \(unexpected pos 64 vs 0\); free disk space, then the same command goes on$",
+    ):
         stage.save()
-    assert [p.name for p in tmp_path.iterdir()] == ["tiny.state.pt"] and stage.resume() and stage.step == 0
+    assert (
+        [p.name for p in tmp_path.iterdir()] == ["tiny.state.pt"]
+        and stage.resume()
+        and stage.step == 0
+    )
 
 
 def test_a_full_disk_leaves_no_half_library(tmp_path, monkeypatch):
@@ -274,10 +360,14 @@ def test_a_full_disk_keeps_the_weights_before_it(tmp_path, monkeypatch):
     def save(pipeline, folder) -> None:
         folder.mkdir()
         (folder / "half").touch()
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        )
 
     monkeypatch.setattr(Pipeline, "save", save)
-    with pytest.raises(OSError, match="out could not be written .*No space left on device.*free disk space"):
+    with pytest.raises(
+        OSError, match="out could not be written .*No space left on device.*free disk space"
+    ):
         export(Networks(new_vae(0), new_transformer(0), new_text_encoder(0)), out, Progress())
     assert weights(tmp_path) == {"out/streaming.json": b"older"}
 
@@ -299,8 +389,14 @@ def test_muon_gets_the_matrices_of_the_blocks_and_nothing_else():
     muon, adamw = optimizers(model, Kernels(model), lr=1e-3, weight_decay=0.0)
     names = {p: n for n, p in model.named_parameters()}
     matrices = {names[p] for p in muon.param_groups[0]["params"]}
-    assert matrices == {n for n in names.values() if n.startswith("blocks.") and n.endswith(".weight") and model.get_parameter(n).dim() == 2}
-    assert len(matrices) == 3 * 10 and not matrices & {names[p] for p in adamw.param_groups[0]["params"]}
+    assert matrices == {
+        n
+        for n in names.values()
+        if n.startswith("blocks.") and n.endswith(".weight") and model.get_parameter(n).dim() == 2
+    }
+    assert len(matrices) == 3 * 10 and not matrices & {
+        names[p] for p in adamw.param_groups[0]["params"]
+    }
     assert len(matrices) + len(adamw.param_groups[0]["params"]) == len(names)
 
 
@@ -310,11 +406,15 @@ def test_muon_gets_the_decoders_kernels_as_matrices_that_share_their_memory():
     decoder = vae.decoder
     kernels = Kernels(decoder)
     first_and_last = {decoder.conv_in.weight, decoder.conv_out.weight}
-    assert {p for p in decoder.parameters() if p.dim() >= 4} - first_and_last == set(kernels.weights)
+    assert {p for p in decoder.parameters() if p.dim() >= 4} - first_and_last == set(
+        kernels.weights
+    )
     muon, adamw = optimizers(decoder, kernels, lr=1e-3, weight_decay=0.0)
     assert first_and_last <= set(adamw.param_groups[0]["params"])
     for weight in kernels.weights:
-        weight.grad = torch.randn(weight.shape)  # stored as an unordered one may be: the matrix is then a copy, and right
+        weight.grad = torch.randn(
+            weight.shape
+        )  # stored as an unordered one may be: the matrix is then a copy, and right
     kernels.take_gradients()
     before = [weight.detach().clone() for weight in kernels.weights]
     for group in muon.param_groups:
@@ -322,11 +422,14 @@ def test_muon_gets_the_decoders_kernels_as_matrices_that_share_their_memory():
     muon.step()
     for old, weight in zip(before, kernels.weights, strict=True):
         step = (old - weight.detach()).flatten(1)
-        assert float((step * weight.grad.flatten(1)).sum()) > 0, "the kernel itself goes down its gradient"
+        assert float((step * weight.grad.flatten(1)).sum()) > 0, (
+            "the kernel itself goes down its gradient"
+        )
 
 
 def test_every_update_of_a_kernel_sees_its_own_gradient_only(tmp_path):
-    """Kernels are in an optimizer only as matrices; when each optimizer cleared what it had, their gradients added up from step to step."""
+    """Kernels are in an optimizer only as matrices; when each optimizer cleared what it had,
+    their gradients added up from step to step."""
     stack = torch.nn.Sequential(torch.nn.ModuleList([torch.nn.Conv2d(2, 2, 1)]))
     weight = stack[0][0].weight
 
@@ -385,8 +488,11 @@ def test_the_training_beside_ends_with_the_body(tmp_path, two_threads):
 
 
 def test_the_likeliest_opening_by_hand():
-    """sigma 0: the nearest; sigma 1: the one that the noise has the largest product with, whatever its norm."""
-    candidates = torch.tensor([[1.0, 0.0], [0.0, 3.0], [-1.0, 0.0]])[None, :, None, :, None, None]  # [R, K, F, C, H, W]
+    """sigma 0: the nearest; sigma 1: the one that the noise has the largest product with,
+    whatever its norm."""
+    candidates = torch.tensor([[1.0, 0.0], [0.0, 3.0], [-1.0, 0.0]])[
+        None, :, None, :, None, None
+    ]  # [R, K, F, C, H, W]
     x = torch.tensor([0.9, 1.0])[None, None, :, None, None]
     assert likeliest(x, candidates, 0.0).tolist() == [0]  # distances^2 1.01, 4.81, 4.61
     assert likeliest(x, candidates, 1.0).tolist() == [1]  # products 0.9, 3, -0.9
@@ -400,8 +506,12 @@ def openings(code):
 
 
 def test_an_opening_lesson_asks_for_one_true_opening(openings):
-    """x - sigma v of every block is one of the prompt's openings, to half precision; at little noise the very one that was noised."""
-    encoder, tokens = new_text_encoder(0), {tuple(t.tolist()): i for i, t in enumerate(openings.tokens)}
+    """x - sigma v of every block is one of the prompt's openings, to half precision; at little
+    noise the very one that was noised."""
+    encoder, tokens = (
+        new_text_encoder(0),
+        {tuple(t.tolist()): i for i, t in enumerate(openings.tokens)},
+    )
     inputs = []
 
     def noised(candidates, text, generator):
@@ -409,16 +519,22 @@ def test_an_opening_lesson_asks_for_one_true_opening(openings):
         return inputs[0]
 
     lesson = opening_lesson(encoder, openings, noised, 2, stream(0, "lesson"), "cpu")
-    assert len(tokens) == 6 and lesson.x.shape[:2] == (2, 72) and lesson.target.shape == lesson.x.shape
+    assert (
+        len(tokens) == 6 and lesson.x.shape[:2] == (2, 72) and lesson.target.shape == lesson.x.shape
+    )
     sigma = lesson.sigma.repeat_interleave(BLOCK, 1)[:, :, None, None, None]
     answers = (lesson.x - sigma * lesson.target).unflatten(1, (-1, BLOCK)).flatten(0, 1)
     every = openings.latents.flatten(0, 1).float()
-    nearest = torch.cdist(answers.flatten(1), every.flatten(1), compute_mode="donot_use_mm_for_euclid_dist").amin(1)
+    nearest = torch.cdist(
+        answers.flatten(1), every.flatten(1), compute_mode="donot_use_mm_for_euclid_dist"
+    ).amin(1)
     assert float(nearest.max()) < 1e-3
     assert torch.equal(inputs[0].reshape(lesson.x.shape), lesson.x)
 
 
 def test_openings_leave_a_pillar_free(openings):
     for scene, places in zip(openings.scenes, openings.places):
-        assert not scene.pillar or all(x < PILLAR[0] or x > PILLAR[1] for x in places[:, 0].tolist())
+        assert not scene.pillar or all(
+            x < PILLAR[0] or x > PILLAR[1] for x in places[:, 0].tolist()
+        )
         assert len(set(map(tuple, places.tolist()))) == (6 if scene.pillar else 9)

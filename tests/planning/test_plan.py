@@ -10,15 +10,22 @@ from test_align import settings, write_recipe
 from tiny import GEOMETRY, draw
 
 from kvpo.commands import main as cli
-from kvpo.train import Alignment
+from kvpo.common.progress import Progress
 from kvpo.config import RECIPES, from_dict, load_config, recipe_path
 from kvpo.convert.wan_base import new_transformer
+from kvpo.planning.amounts import (
+    amounts,
+    longest,
+    own_past,
+    replay_rows,
+    reward_memory,
+    with_changes,
+)
+from kvpo.planning.costs import WAN_1_3B, WAN_14B, costs, sizes_of
 from kvpo.planning.peak import Ledger, cost, fake, flops
 from kvpo.planning.plan import CARDS, fitted, shares_of, stages, work
-from kvpo.planning.amounts import amounts, longest, own_past, replay_rows, reward_memory, with_changes
-from kvpo.planning.costs import WAN_1_3B, WAN_14B, costs, sizes_of
 from kvpo.policy.policy import Policy
-from kvpo.common.progress import Progress
+from kvpo.train import Alignment
 
 
 def run(capsys, *argv) -> tuple[int, str, str]:
@@ -43,7 +50,8 @@ def work_of_hand(n: int) -> None:
 
 
 def test_bytes_by_hand():
-    """a and b of 4 n^2 bytes, half of b again, views and in-place work nothing; fake and real tensors alike."""
+    """a and b of 4 n^2 bytes, half of b again, views and in-place work nothing; fake and real
+    tensors alike."""
     n = 64
     for opened in (fake, Ledger):
         with opened() as ledger, cost(ledger) as found:
@@ -62,7 +70,9 @@ def test_operations_by_hand():
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_gradient_costs_what_is_planned(folder, checkpointing):
     """The same pass on real tensors, counted by the same ledger."""
-    config = config_of(folder, gradient_checkpointing=checkpointing, policy={"train": "lora", "rank": 2})
+    config = config_of(
+        folder, gradient_checkpointing=checkpointing, policy={"train": "lora", "rank": 2}
+    )
     sizes = sizes_of(config)
     planned, rows, g = costs(config, sizes), replay_rows(config, sizes.geometry), sizes.geometry
     model = Alignment(config, folder, Progress()).pipeline.generator
@@ -71,7 +81,15 @@ def test_a_gradient_costs_what_is_planned(folder, checkpointing):
     cache.reserve(range(g.window))
     past = g.history.past(frames[0], g.block)
     with Ledger() as ledger, cost(ledger) as found:
-        v = model.velocity(draw(rows, g.block, 4, 4, 4), torch.full((rows,), 0.5), torch.zeros(1, g.text_length, 16), [frames] * rows, cache, [past] * rows, [0] * rows)
+        v = model.velocity(
+            draw(rows, g.block, 4, 4, 4),
+            torch.full((rows,), 0.5),
+            torch.zeros(1, g.text_length, 16),
+            [frames] * rows,
+            cache,
+            [past] * rows,
+            [0] * rows,
+        )
         v.square().mean().backward()
     assert found.bytes - 4 * planned.trainable == pytest.approx(planned.gradient.bytes, rel=0.05)
 
@@ -81,36 +99,67 @@ def test_a_gradient_costs_what_is_planned(folder, checkpointing):
 
 def test_calls_are_those_of_a_run(folder, tmp_path):
     """A video with a single eligible fork, so that the mean over forks is one run's."""
-    for changes in ({}, {"rows_per_pass": 5}, {"rollout": {"branches": 3, "cache_frames": 12, "together": 2}}, {"groups": 2, "rollout": {"branches": 3, "cache_frames": 12, "prefixes": 2}}):
-        config = config_of(folder, data={"blocks": 5, "segments": 1, "memory": 0.0}, policy={"train": "full", "sync_interval": 1}, **changes)
+    for changes in (
+        {},
+        {"rows_per_pass": 5},
+        {"rollout": {"branches": 3, "cache_frames": 12, "together": 2}},
+        {"groups": 2, "rollout": {"branches": 3, "cache_frames": 12, "prefixes": 2}},
+    ):
+        config = config_of(
+            folder,
+            data={"blocks": 5, "segments": 1, "memory": 0.0},
+            policy={"train": "full", "sync_interval": 1},
+            **changes,
+        )
         counted = amounts(config, sizes_of(config).geometry)
         alignment = Alignment(config, tmp_path, Progress())
         alignment.step(0)
         calls = alignment.step(1)["calls/generator"]
         unscored = counted.replays - 1 + (not counted.single_pass)
-        assert calls / config.groups == counted.prefix_calls + counted.branch_calls + (unscored + 1) * counted.replay_calls
+        assert (
+            calls / config.groups
+            == counted.prefix_calls + counted.branch_calls + (unscored + 1) * counted.replay_calls
+        )
         assert counted.fork == 3.0 and counted.replays == 2
 
 
 def test_prefixes_by_hand(folder):
-    """The longer of two draws from 2 and 4 is 3.5 on average; a card with a single group has no other beside it; each has a cache, and its decoder's state."""
+    """The longer of two draws from 2 and 4 is 3.5 on average; a card with a single group has no
+    other beside it; each has a cache, and its decoder's state."""
     assert longest([4.0, 2.0], 1) == 3.0 and longest([4.0, 2.0], 2) == 3.5
-    one, two = (config_of(folder, groups=2, rollout={"branches": 3, "cache_frames": 12, "prefixes": n}) for n in (1, 2))
+    one, two = (
+        config_of(folder, groups=2, rollout={"branches": 3, "cache_frames": 12, "prefixes": n})
+        for n in (1, 2)
+    )
     sizes = sizes_of(one)
     found = costs(one, sizes)
-    assert amounts(two, sizes.geometry, world=2) == amounts(one, sizes.geometry) and amounts(two, sizes.geometry).prefix_calls < amounts(one, sizes.geometry).prefix_calls
+    assert (
+        amounts(two, sizes.geometry, world=2) == amounts(one, sizes.geometry)
+        and amounts(two, sizes.geometry).prefix_calls < amounts(one, sizes.geometry).prefix_calls
+    )
     assert stages(two, sizes, found, world=2) == stages(one, sizes, found, world=2)
     alone, beside = stages(one, sizes, found), stages(two, sizes, found)
-    assert beside["replay"]["shared past"] == 2 * alone["replay"]["shared past"] and beside["prefix"]["one pass"] == 2 * alone["prefix"]["one pass"]
+    assert (
+        beside["replay"]["shared past"] == 2 * alone["replay"]["shared past"]
+        and beside["prefix"]["one pass"] == 2 * alone["prefix"]["one pass"]
+    )
     assert beside["decoding"]["decoder at work"] > alone["decoding"]["decoder at work"]
-    assert work(two, sizes, found, amounts(two, sizes.geometry)) == work(one, sizes, found, amounts(one, sizes.geometry)), "fewer calls, not less work"
+    assert work(two, sizes, found, amounts(two, sizes.geometry)) == work(
+        one, sizes, found, amounts(one, sizes.geometry)
+    ), "fewer calls, not less work"
 
 
 def test_own_past_by_hand(folder):
-    """Blocks of 2, window 7: a replay keeps P - 1 blocks, and a whole window more where a prompt switch re-encodes it."""
-    none, switched = (config_of(folder, data={"blocks": 8, "segments": n, "memory": 0.0}) for n in (1, 4))
+    """Blocks of 2, window 7: a replay keeps P - 1 blocks, and a whole window more where a prompt
+    switch re-encodes it."""
+    none, switched = (
+        config_of(folder, data={"blocks": 8, "segments": n, "memory": 0.0}) for n in (1, 4)
+    )
     assert own_past(none, sizes_of(none).geometry) == (GEOMETRY.window + 2, 2)
-    assert own_past(switched, sizes_of(switched).geometry) == (GEOMETRY.window + 2, 2 + GEOMETRY.window)
+    assert own_past(switched, sizes_of(switched).geometry) == (
+        GEOMETRY.window + 2,
+        2 + GEOMETRY.window,
+    )
 
 
 def test_parts_by_hand(folder):
@@ -120,49 +169,100 @@ def test_parts_by_hand(folder):
     memory = stages(config, sizes, found)
     model = Alignment(config, folder, Progress())
     numbers = sum(p.numel() for p in model.pipeline.generator.parameters())
-    assert found.trainable == numbers and found.weights == 4 * numbers and found.sets == 3 * 4 * numbers
-    assert memory["gradient"]["optimizer"] == 8 * numbers and memory["branches"]["shared past"] == 12 * found.frame
-    assert found.frame == 2 * 2 * 4 * 24 * 4, "keys and values of 2 layers, 4 tokens of 24 numbers in float32"
-    assert work(config, sizes, found, amounts(config, sizes.geometry))["prefix"] == found.prefix.flops * amounts(config, sizes.geometry).prefix_calls
+    assert (
+        found.trainable == numbers
+        and found.weights == 4 * numbers
+        and found.sets == 3 * 4 * numbers
+    )
+    assert (
+        memory["gradient"]["optimizer"] == 8 * numbers
+        and memory["branches"]["shared past"] == 12 * found.frame
+    )
+    assert found.frame == 2 * 2 * 4 * 24 * 4, (
+        "keys and values of 2 layers, 4 tokens of 24 numbers in float32"
+    )
+    assert (
+        work(config, sizes, found, amounts(config, sizes.geometry))["prefix"]
+        == found.prefix.flops * amounts(config, sizes.geometry).prefix_calls
+    )
 
 
 def test_shards_by_hand(folder):
-    """Of four cards each keeps a quarter of four sets and two moments; whole are the module's weights, the gradient, and reference and behaviour for the groups."""
-    config = config_of(folder, policy={"train": "full", "shard": True, "sync_interval": 2}, groups=4)
+    """Of four cards each keeps a quarter of four sets and two moments; whole are the module's
+    weights, the gradient, and reference and behaviour for the groups."""
+    config = config_of(
+        folder, policy={"train": "full", "shard": True, "sync_interval": 2}, groups=4
+    )
     sizes = sizes_of(config)
     found = costs(config, sizes)
     n, memory = found.trainable, stages(config, sizes, found, world=4)["update"]
-    assert memory["generator"] == 4 * n and memory["trained copies"] == 16 * n // 4 and memory["optimizer"] == memory["optimizer at work"] == 8 * n // 4
-    assert memory["sets at hand"] == 2 * 4 * n and memory["gradient"] == 4 * n and "gradient so far" not in memory, "a card has one of the four groups"
+    assert (
+        memory["generator"] == 4 * n
+        and memory["trained copies"] == 16 * n // 4
+        and memory["optimizer"] == memory["optimizer at work"] == 8 * n // 4
+    )
+    assert (
+        memory["sets at hand"] == 2 * 4 * n
+        and memory["gradient"] == 4 * n
+        and "gradient so far" not in memory
+    ), "a card has one of the four groups"
     alone = stages(config, sizes, found)["update"]
-    assert alone["optimizer"] == 8 * n and alone["trained copies"] == 12 * n and alone["gradient so far"] == 4 * n and "sets at hand" not in alone
+    assert (
+        alone["optimizer"] == 8 * n
+        and alone["trained copies"] == 12 * n
+        and alone["gradient so far"] == 4 * n
+        and "sets at hand" not in alone
+    )
 
 
 def test_rewards_by_hand(folder):
-    """Two judges of one network count once; who comes and goes counts where it scores, the largest of them; who has another card, not at all."""
-    entries = [{"name": "hpsv3"}, {"name": "videoreward", "params": {"judge": "MQ"}}, {"name": "videoreward", "params": {"judge": "TA"}}, {"name": "clip", "role": "eval"}]
-    memory = lambda **changes: reward_memory(config_of(folder, rewards=[e | changes for e in entries[:3]] + entries[3:]))  # noqa: E731
+    """Two judges of one network count once; who comes and goes counts where it scores, the
+    largest of them; who has another card, not at all."""
+    entries = [
+        {"name": "hpsv3"},
+        {"name": "videoreward", "params": {"judge": "MQ"}},
+        {"name": "videoreward", "params": {"judge": "TA"}},
+        {"name": "clip", "role": "eval"},
+    ]
+
+    def memory(**changes):
+        return reward_memory(
+            config_of(folder, rewards=[e | changes for e in entries[:3]] + entries[3:])
+        )
+
     gib = 2**30
     assert memory() == (27 * gib, 0) and memory(offload=True) == (0, 20 * gib)
-    assert memory(isolation="http", url="http://host:1") == memory(isolation="process", devices="1") == (0, 0)
+    assert (
+        memory(isolation="http", url="http://host:1")
+        == memory(isolation="process", devices="1")
+        == (0, 0)
+    )
     config = config_of(folder, rewards=[entries[0], entries[1] | {"offload": True}])
     sizes = sizes_of(config)
     planned = stages(config, sizes, costs(config, sizes))
-    assert all(parts["rewards"] == 20 * gib for parts in planned.values()) and planned["scoring"]["reward at work"] == 7 * gib
+    assert (
+        all(parts["rewards"] == 20 * gib for parts in planned.values())
+        and planned["scoring"]["reward at work"] == 7 * gib
+    )
 
 
 def test_a_policy_on_meta_is_the_policy():
-    """What is counted without memory: every trained number, in the adapter's precision and in float32."""
+    """What is counted without memory: every trained number, in the adapter's precision and in
+    float32."""
     with torch.device("meta"):
         from kvpo.generators.causal_wan import CausalWan
         from kvpo.policy.policy import PolicyConfig
 
         policy = Policy(CausalWan(new_transformer(WAN_1_3B)), PolicyConfig(rank=256), 0)
-    assert policy.num_trainable == pytest.approx(350e6, rel=0.01), "300 modules of rank 256, as the paper's code has"
+    assert policy.num_trainable == pytest.approx(350e6, rel=0.01), (
+        "300 modules of rank 256, as the paper's code has"
+    )
 
 
 def test_shapes_of_14b_construct_without_memory():
-    assert sum(p.numel() for p in new_transformer(WAN_14B).parameters()) == pytest.approx(14.3e9, rel=0.01)
+    assert sum(p.numel() for p in new_transformer(WAN_14B).parameters()) == pytest.approx(
+        14.3e9, rel=0.01
+    )
 
 
 # --- What would fit ---
@@ -171,20 +271,32 @@ def test_shapes_of_14b_construct_without_memory():
 @pytest.mark.parametrize("share", [0.95, 0.8, 0.65])
 def test_what_is_advised_fits(folder, share):
     """And is planned anew at its own shapes: advice that only scales would drift."""
-    config = config_of(folder, policy={"train": "lora", "rank": 64}, data={"blocks": 9}, rollout={"branches": 8, "cache_frames": 18})
+    config = config_of(
+        folder,
+        policy={"train": "lora", "rank": 64},
+        data={"blocks": 9},
+        rollout={"branches": 8, "cache_frames": 18},
+    )
     sizes = sizes_of(config)
     found = costs(config, sizes)
     peak = max(sum(parts.values()) for parts in stages(config, sizes, found).values()) / 2**30
     made, expected = fitted(config, sizes, found, share * peak)
     changed = with_changes(config, made)
-    again = max(sum(parts.values()) for parts in stages(changed, sizes, costs(changed, sizes)).values()) / 2**30
+    again = (
+        max(sum(parts.values()) for parts in stages(changed, sizes, costs(changed, sizes)).values())
+        / 2**30
+    )
     assert made and expected <= share * peak and again == pytest.approx(expected, rel=0.1)
 
 
 def test_too_small_a_card(capsys, folder, tmp_path):
     recipe = write_recipe(tmp_path / "r.yaml", settings(folder))
     code, out, _ = run(capsys, recipe, "--gpu-memory", "0.0001")
-    assert code == 0 and "It does NOT fit, and no setting here makes it: with " in out and "Turn gradient_checkpointing on. Set dtype bfloat16." in out
+    assert (
+        code == 0
+        and "It does NOT fit, and no setting here makes it: with " in out
+        and "Turn gradient_checkpointing on. Set dtype bfloat16." in out
+    )
 
 
 # --- The command ---
@@ -193,24 +305,39 @@ def test_too_small_a_card(capsys, folder, tmp_path):
 def test_the_miniature_s_plan(capsys, tmp_path):
     code, out, _ = run(capsys, "mini", "--out", tmp_path / "plan.json")
     content = json.loads((tmp_path / "plan.json").read_text())
-    assert code == 0 and "It fits." in out and set(content["stages GiB"]) == {"prefix", "branches", "decoding", "scoring", "replay", "gradient", "update"}
+    assert (
+        code == 0
+        and "It fits." in out
+        and set(content["stages GiB"])
+        == {"prefix", "branches", "decoding", "scoring", "replay", "gradient", "update"}
+    )
     assert 0.1 < sum(content["stages GiB"]["gradient"].values()) < 0.25
 
 
 def test_a_recipe_at_full_size_without_weights(capsys):
     code, out, _ = run(capsys, "longlive_24gb", "--card", "rtx4090")
-    assert code == 0 and "Wan2.1-1.3B as `kvpo import --format longlive` would write it" in out and "It fits." in out
+    assert (
+        code == 0
+        and "Wan2.1-1.3B as `kvpo import --format longlive` would write it" in out
+        and "It fits." in out
+    )
 
 
 def test_who_has_which_groups(capsys, folder, tmp_path):
     recipe = write_recipe(tmp_path / "r.yaml", settings(folder, groups=5))
     code, out, _ = run(capsys, recipe, "--gpus", "2", "--nodes", "2")
-    assert code == 0 and out.endswith("2 nodes of 2 cards, up to 2 groups a rank; 3 of 4 ranks wait while the others make their last: set groups to a multiple of 4\n"
-                                      "  node 0: ranks 0 to 1, groups 0 4 | 1\n  node 1: ranks 2 to 3, groups 2 | 3\n")  # fmt: skip
+    assert code == 0 and out.endswith(
+        "2 nodes of 2 cards, up to 2 groups a rank; 3 of 4 ranks wait while the others make their last: set groups to a multiple of 4\n"
+        "  node 0: ranks 0 to 1, groups 0 4 | 1\n  node 1: ranks 2 to 3, groups 2 | 3\n"
+    )
     shares = shares_of(5, 2, 2)
     assert sorted(g for share in shares for g in share) == list(range(5))
     code, _, err = run(capsys, recipe, "--gpus", "3", "--nodes", "2")
-    assert code == 1 and err == "kvpo plan: 5 groups a step leave 1 of 6 ranks idle; set groups to 6 or a multiple, start fewer processes, or let several share a group by branch_parallel"
+    assert (
+        code == 1
+        and err
+        == "kvpo plan: 5 groups a step leave 1 of 6 ranks idle; set groups to 6 or a multiple, start fewer processes, or let several share a group by branch_parallel"
+    )
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
@@ -218,12 +345,23 @@ def test_every_recipe_is_whole(path):
     """It can be read, forks exist, and its generator is one that import knows."""
     config = load_config(recipe_path(path.stem))
     sizes = sizes_of(config)
-    assert amounts(config, sizes.geometry).branch_calls > 0 and config.rollout.cache_frames >= sizes.geometry.resident(config.data.blocks)
+    assert amounts(
+        config, sizes.geometry
+    ).branch_calls > 0 and config.rollout.cache_frames >= sizes.geometry.resident(
+        config.data.blocks
+    )
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
-    [(("--gpus", "0"), "--gpus 0 and --nodes 1 must be 1 or more"), (("--pipeline", "models/unknown"), "models/unknown is no pipeline folder, and no format of `kvpo import` has its name"), (("--rollout.together", "-1"), "rollout.together = -1")],
+    [
+        (("--gpus", "0"), "--gpus 0 and --nodes 1 must be 1 or more"),
+        (
+            ("--pipeline", "models/unknown"),
+            "models/unknown is no pipeline folder, and no format of `kvpo import` has its name",
+        ),
+        (("--rollout.together", "-1"), "rollout.together = -1"),
+    ],
 )
 def test_bad_input(capsys, argv, message):
     code, out, err = run(capsys, "longlive", *argv)
@@ -239,17 +377,35 @@ def test_cards_are_rates_and_rooms():
 
 def test_a_card_s_share_of_a_group_is_planned_as_a_smaller_group(folder):
     """Five branches on two cards are at most three on one, and the anchor on both."""
-    rollout = lambda branches: {"rollout": {"branches": branches, "cache_frames": 12}, "advantages": {"anchor": True}}  # noqa: E731
-    split, small = config_of(folder, branch_parallel=2, **rollout(5)), config_of(folder, **rollout(3))
+
+    def rollout(branches):
+        return {
+            "rollout": {"branches": branches, "cache_frames": 12},
+            "advantages": {"anchor": True},
+        }
+
+    split, small = (
+        config_of(folder, branch_parallel=2, **rollout(5)),
+        config_of(folder, **rollout(3)),
+    )
     sizes = sizes_of(split)
     found = costs(split, sizes)
     assert amounts(split, sizes.geometry) == amounts(small, sizes.geometry)
-    assert found == costs(small, sizes) and stages(split, sizes, found, world=2) == stages(small, sizes, found)
+    assert found == costs(small, sizes) and stages(split, sizes, found, world=2) == stages(
+        small, sizes, found
+    )
 
 
 def test_cards_in_rows(capsys, folder, tmp_path):
-    recipe = write_recipe(tmp_path / "r.yaml", settings(folder, groups=4, rollout={"branches": 4, "cache_frames": 12}))
-    said = {gpus: run(capsys, recipe, "--branch-parallel", "2", "--gpus", gpus) for gpus in (2, 3, 8)}
+    recipe = write_recipe(
+        tmp_path / "r.yaml", settings(folder, groups=4, rollout={"branches": 4, "cache_frames": 12})
+    )
+    said = {
+        gpus: run(capsys, recipe, "--branch-parallel", "2", "--gpus", gpus) for gpus in (2, 3, 8)
+    }
     assert said[3][0] == 1 and "3 cards are no multiple of branch_parallel = 2" in said[3][2]
     times = {gpus: float(said[gpus][1].split(" about ")[1].split(" ms")[0]) for gpus in (2, 8)}
-    assert times[2] == pytest.approx(4 * times[8], rel=0.02) and "a card's share of one group" in said[2][1]
+    assert (
+        times[2] == pytest.approx(4 * times[8], rel=0.02)
+        and "a card's share of one group" in said[2][1]
+    )

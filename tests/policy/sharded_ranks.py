@@ -1,6 +1,7 @@
-"""Run by torchrun for `test_sharding`: two ranks, sharded and whole, do unequal work; what they come to is left in files for the test to judge.
+"""Run by torchrun for `test_sharding`: two ranks, sharded and whole, do unequal work; what they
+come to is left in files for the test to judge.
 
-    torchrun --nproc-per-node 2 tests/policy/sharded_ranks.py FOLDER
+torchrun --nproc-per-node 2 tests/policy/sharded_ranks.py FOLDER
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ import torch
 from safetensors.torch import save_file
 from test_sharding import CASES, Trained
 
+from kvpo.distributed.process_end import end_by
+from kvpo.distributed.ranks import Ranks, leave
 from kvpo.policy import checkpoint as module
 from kvpo.policy.checkpoint import Snapshot, load_checkpoint, save_checkpoint
-from kvpo.distributed.ranks import Ranks, leave
-from kvpo.distributed.process_end import end_by
 
 
 def main(folder: Path) -> int:
@@ -30,10 +31,19 @@ def main(folder: Path) -> int:
         for run in (whole, sharded):
             for step in range(3):
                 run.step(step, [0, 2] if ranks.first else [1])
-        weights = {f"{kind}.{i}": w for kind, run in (("whole", whole), ("sharded", sharded)) for i, w in enumerate(run.everything())}
-        facts[case] = {"drift": (whole.policy.drift(), sharded.policy.drift()), "held": ranks.gather(sum(w.numel() for w in sharded.policy.parameters))}
+        weights = {
+            f"{kind}.{i}": w
+            for kind, run in (("whole", whole), ("sharded", sharded))
+            for i, w in enumerate(run.everything())
+        }
+        facts[case] = {
+            "drift": (whole.policy.drift(), sharded.policy.drift()),
+            "held": ranks.gather(sum(w.numel() for w in sharded.policy.parameters)),
+        }
         facts[case]["trained"] = sharded.policy.num_trainable
-        path = save_checkpoint(folder / case, Snapshot.of(3, sharded.policy, sharded.optimizer, {}), 2, ranks=ranks)
+        path = save_checkpoint(
+            folder / case, Snapshot.of(3, sharded.policy, sharded.optimizer, {}), 2, ranks=ranks
+        )
         again = Trained(case, ranks, shard=True)
         load_checkpoint(path, again.policy, again.optimizer)
         weights |= {f"again.{i}": w for i, w in enumerate(again.everything())}
@@ -42,10 +52,20 @@ def main(folder: Path) -> int:
         weights |= {f"from_one.{i}": w for i, w in enumerate(from_one.everything())}
         for run in (sharded, again):
             run.step(3, [0] if ranks.first else [1, 2])
-        weights |= {f"later.{kind}.{i}": w for kind, run in (("straight", sharded), ("resumed", again)) for i, w in enumerate(run.everything())}
-        facts[case] |= {"full disk": full_disk(folder / "full" / case, sharded, ranks), "not finite": not_finite(sharded, ranks)}
+        weights |= {
+            f"later.{kind}.{i}": w
+            for kind, run in (("straight", sharded), ("resumed", again))
+            for i, w in enumerate(run.everything())
+        }
+        facts[case] |= {
+            "full disk": full_disk(folder / "full" / case, sharded, ranks),
+            "not finite": not_finite(sharded, ranks),
+        }
         if ranks.first:
-            save_file({name: w.contiguous().clone() for name, w in weights.items()}, folder / f"{case}.safetensors")
+            save_file(
+                {name: w.contiguous().clone() for name, w in weights.items()},
+                folder / f"{case}.safetensors",
+            )
     if ranks.first:  # and the other does not come
         try:
             sharded.policy.layout.total(torch.zeros(1))

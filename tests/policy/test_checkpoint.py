@@ -13,17 +13,27 @@ from safetensors.torch import load_file
 from test_update import Run
 from tiny import draw, new_pipeline
 
-from kvpo.policy import checkpoint as module
-from kvpo.policy.checkpoint import CheckpointConfig, Snapshot, checkpoints, load_checkpoint, read_state, save_checkpoint
 from kvpo.distributed.ranks import Lost
-from kvpo.policy.policy import PolicyConfig
 from kvpo.method.update import OptimizerConfig
+from kvpo.policy import checkpoint as module
+from kvpo.policy.checkpoint import (
+    CheckpointConfig,
+    Snapshot,
+    checkpoints,
+    load_checkpoint,
+    read_state,
+    save_checkpoint,
+)
+from kvpo.policy.policy import PolicyConfig
 
 SETTINGS = {"seed": 3, "data": {"blocks": 6}}
 
 
 def trained(updates: int = 1, **kwargs) -> Run:
-    run = Run(optimizer=OptimizerConfig(lr=1e-3, warmup=2), policy=PolicyConfig(**{"train": "full", "sync_interval": 2, "rank": 2} | kwargs))
+    run = Run(
+        optimizer=OptimizerConfig(lr=1e-3, warmup=2),
+        policy=PolicyConfig(**{"train": "full", "sync_interval": 2, "rank": 2} | kwargs),
+    )
     for _ in range(updates):
         update(run)
     return run
@@ -35,7 +45,9 @@ def update(run: Run) -> None:
 
 
 def save(folder, run: Run, step: int, keep: int = 2):
-    return save_checkpoint(folder, Snapshot.of(step, run.policy, run.updater.optimizer, SETTINGS), keep)
+    return save_checkpoint(
+        folder, Snapshot.of(step, run.policy, run.updater.optimizer, SETTINGS), keep
+    )
 
 
 def load(path, run: Run) -> int:
@@ -50,7 +62,8 @@ def run():
 
 @pytest.mark.parametrize("train", ["full", "lora"])
 def test_round_trip_bit_for_bit(tmp_path, train):
-    """Everything is put back: an update later, all four sets of weights and the moments are the same numbers."""
+    """Everything is put back: an update later, all four sets of weights and the moments are the
+    same numbers."""
     straight = trained(train=train)
     path = save(tmp_path, straight, 1)
     resumed = trained(updates=0, train=train)
@@ -69,7 +82,8 @@ def test_round_trip_bit_for_bit(tmp_path, train):
 
 @pytest.mark.parametrize("train", ["full", "lora"])
 def test_the_file_for_elsewhere(tmp_path, train):
-    """diffusers loads it into the start weights, which then are the averaged ones; the newest checkpoint's, once."""
+    """diffusers loads it into the start weights, which then are the averaged ones; the newest
+    checkpoint's, once."""
     run = trained(train=train)
     save(tmp_path, run, 1)
     update(run)
@@ -83,7 +97,10 @@ def test_the_file_for_elsewhere(tmp_path, train):
     with run.policy.using(run.policy.average), torch.no_grad():
         average = run.policy.model.velocity(x, 0.5, text, [0, 1])
     with torch.no_grad():
-        found, start = stock.velocity(x, 0.5, text, [0, 1]), new_pipeline().generator.velocity(x, 0.5, text, [0, 1])
+        found, start = (
+            stock.velocity(x, 0.5, text, [0, 1]),
+            new_pipeline().generator.velocity(x, 0.5, text, [0, 1]),
+        )
     assert torch.allclose(found, average, atol=1e-6) and not torch.allclose(found, start, atol=1e-5)
 
 
@@ -91,18 +108,25 @@ def test_before_the_first_update(tmp_path):
     """A run whose groups were all skipped so far has no moments yet."""
     fresh = trained(updates=0)
     path, other = save(tmp_path, fresh, 5), trained(updates=0)
-    assert load(path, other) == 5 and other.policy.updates == 0 and not other.updater.optimizer.state
+    assert (
+        load(path, other) == 5 and other.policy.updates == 0 and not other.updater.optimizer.state
+    )
 
 
 def test_the_newest_stay(tmp_path, run):
     for step in (2, 4, 10, 12):
         save(tmp_path, run, step)
-    assert [p.name for p in checkpoints(tmp_path)] == ["step-000010", "step-000012"] == sorted(set(os.listdir(tmp_path)) - {"ema.safetensors"})
+    assert (
+        [p.name for p in checkpoints(tmp_path)]
+        == ["step-000010", "step-000012"]
+        == sorted(set(os.listdir(tmp_path)) - {"ema.safetensors"})
+    )
     assert read_state(checkpoints(tmp_path)[-1])["config"] == SETTINGS
 
 
 def test_later_ones_that_could_not_be_read_do_not_push_out_a_new_one(tmp_path, run):
-    """Resumed from before two broken checkpoints, a run once removed its own next one as the oldest of three."""
+    """Resumed from before two broken checkpoints, a run once removed its own next one as the
+    oldest of three."""
     for step in (20, 30):
         save(tmp_path, run, step)
     save(tmp_path, run, 10, keep=1)
@@ -139,11 +163,15 @@ def test_a_crash_half_way_leaves_the_older_one(tmp_path, run, monkeypatch):
         with monkeypatch.context() as patched, pytest.raises(Killed):
             patched.setattr(module, place, die)
             save(tmp_path, run, 2)
-        assert (tmp_path / ".step-000002.part" / "tensors.safetensors").exists(), "the crash came when it should"
+        assert (tmp_path / ".step-000002.part" / "tensors.safetensors").exists(), (
+            "the crash came when it should"
+        )
         assert [p.name for p in checkpoints(tmp_path)] == ["step-000001"]
         assert load(checkpoints(tmp_path)[-1], trained(updates=0)) == 1
     save(tmp_path, run, 2)
-    assert sorted(os.listdir(tmp_path)) == ["ema.safetensors", "step-000001", "step-000002"], "what the crash left is cleared away"
+    assert sorted(os.listdir(tmp_path)) == ["ema.safetensors", "step-000001", "step-000002"], (
+        "what the crash left is cleared away"
+    )
 
 
 @pytest.mark.parametrize("place", ["save_file", "os.replace", "_flush"])
@@ -154,13 +182,20 @@ def test_a_full_disk_is_one_clear_error(tmp_path, run, monkeypatch, place):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(f"kvpo.policy.checkpoint.{place}", full)
-    with pytest.raises(OSError, match=r"checkpoint .*step-000002 could not be written \(.*No space left on device\); the ones before it are untouched. Free disk space.*--resume") as caught:
+    with pytest.raises(
+        OSError,
+        match=r"checkpoint .*step-000002 could not be written \(.*No space left on device\); the ones before it are untouched. Free disk space.*--resume",
+    ) as caught:
         save(tmp_path, run, 2)
     assert "\n" not in str(caught.value)
-    assert sorted(os.listdir(tmp_path)) == ["ema.safetensors", "step-000001"], "nothing half-written stays"
+    assert sorted(os.listdir(tmp_path)) == ["ema.safetensors", "step-000001"], (
+        "nothing half-written stays"
+    )
 
 
-@pytest.mark.parametrize("damage", ["truncate tensors", "lose tensors", "truncate state", "empty state", "strip state"])
+@pytest.mark.parametrize(
+    "damage", ["truncate tensors", "lose tensors", "truncate state", "empty state", "strip state"]
+)
 def test_a_broken_checkpoint_is_named(tmp_path, run, damage):
     save(tmp_path, run, 1)
     path = save(tmp_path, run, 2)
@@ -171,9 +206,18 @@ def test_a_broken_checkpoint_is_named(tmp_path, run, damage):
         tensors.unlink()
     else:
         content = state.read_text()
-        state.write_text({"truncate state": content[:20], "empty state": "", "strip state": json.dumps({"step": 2})}[damage])
+        state.write_text(
+            {
+                "truncate state": content[:20],
+                "empty state": "",
+                "strip state": json.dumps({"step": 2}),
+            }[damage]
+        )
     before = run.state()
-    with pytest.raises(ValueError, match=f"{'tensors.safetensors' if 'tensors' in damage else 'state.json'} is broken or missing .*; delete {path} to go on from the checkpoint before it"):
+    with pytest.raises(
+        ValueError,
+        match=f"{'tensors.safetensors' if 'tensors' in damage else 'state.json'} is broken or missing .*; delete {path} to go on from the checkpoint before it",
+    ):
         load(path, run)
     assert all(torch.equal(a, b) for a, b in zip(before, run.state())), "nothing was half loaded"
     shutil.rmtree(path)

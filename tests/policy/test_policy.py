@@ -6,9 +6,9 @@ import pytest
 import torch
 from tiny import draw, new_transformer
 
+from kvpo.common.rng import normal
 from kvpo.generators.causal_wan import CausalWan
 from kvpo.policy.policy import Policy, PolicyConfig
-from kvpo.common.rng import normal
 
 
 def new_policy(seed: int = 0, **kwargs) -> Policy:
@@ -25,7 +25,8 @@ def velocity(policy: Policy) -> torch.Tensor:
 
 
 def test_ema_warms_up():
-    """Decay (1 + n) / (10 + n) after n updates: 2/11, 3/12, 4/13 ...; here every update adds 1 to every weight."""
+    """Decay (1 + n) / (10 + n) after n updates: 2/11, 3/12, 4/13 ...; here every update adds 1
+    to every weight."""
     policy = new_policy(ema=0.3)
     start, expected = policy.reference[0].clone(), 0.0
     for n, decay in enumerate((2 / 11, 3 / 12, 0.3, 0.3), start=1):
@@ -49,7 +50,9 @@ def test_the_behaviour_follows_at_its_interval():
     for _ in range(4):
         move(policy, 0.1)
         policy.updated()
-        equal.append((policy.on_policy, policy.lag, torch.equal(policy.behaviour[0], policy.parameters[0])))
+        equal.append(
+            (policy.on_policy, policy.lag, torch.equal(policy.behaviour[0], policy.parameters[0]))
+        )
     assert equal == [(False, 1, False), (True, 0, True)] * 2
 
 
@@ -63,13 +66,21 @@ def test_using_swaps_without_a_copy_and_without_gradient():
         assert [p.data_ptr() for p in policy.parameters] == [w.data_ptr() for w in policy.reference]
         assert not inside.requires_grad and torch.equal(inside, reference)
     assert addresses == [p.data_ptr() for p in policy.parameters]
-    assert velocity(policy).requires_grad and torch.equal(velocity(policy), current) and not torch.equal(current, reference)
+    assert (
+        velocity(policy).requires_grad
+        and torch.equal(velocity(policy), current)
+        and not torch.equal(current, reference)
+    )
 
 
 def test_using_restores_after_an_error():
     policy = new_policy()
     addresses = [p.data_ptr() for p in policy.parameters]
-    with pytest.raises(RuntimeError, match="inside"), policy.using(policy.average), policy.using(policy.reference):
+    with (
+        pytest.raises(RuntimeError, match="inside"),
+        policy.using(policy.average),
+        policy.using(policy.reference),
+    ):
         raise RuntimeError("inside")
     assert addresses == [p.data_ptr() for p in policy.parameters] and torch.is_grad_enabled()
 
@@ -95,7 +106,9 @@ def test_lora_trains_its_adapter_only():
     assert len(policy.names) == 2 * 10 * 2 and all("lora_" in n for n in policy.names)
     # Ten maps a block: eight of attention 24 x 24, two of the feed-forward 24 x 32.
     assert policy.num_trainable == 2 * (8 * 4 * (24 + 24) + 2 * 4 * (24 + 32))
-    assert [n for n, p in policy.model.transformer.named_parameters() if p.requires_grad] == list(policy.names)
+    assert [n for n, p in policy.model.transformer.named_parameters() if p.requires_grad] == list(
+        policy.names
+    )
 
 
 def test_full_training_trains_everything():
@@ -105,13 +118,18 @@ def test_full_training_trains_everything():
 
 @pytest.mark.parametrize("train", ["lora", "full"])
 def test_master_weights_are_float32(train):
-    """At lr 1e-5 a bf16 weight of size 1 can not move: its neighbours lie 2^-8 apart.  The module goes on computing in its own dtype."""
+    """At lr 1e-5 a bf16 weight of size 1 can not move: its neighbours lie 2^-8 apart. The module
+    goes on computing in its own dtype."""
     transformer = new_transformer()
     exact = {n: p.clone() for n, p in transformer.named_parameters()}
     policy = Policy(CausalWan(transformer.to(torch.bfloat16)), PolicyConfig(train=train, rank=2), 0)
-    assert {p.dtype for p in (*policy.parameters, *policy.behaviour, *policy.average, *policy.reference)} == {torch.float32}
+    assert {
+        p.dtype for p in (*policy.parameters, *policy.behaviour, *policy.average, *policy.reference)
+    } == {torch.float32}
     computing = dict(policy.model.transformer.named_parameters())
-    assert {computing[n].dtype for n in policy.names} == {torch.bfloat16} and policy.model.dtype == torch.bfloat16
+    assert {computing[n].dtype for n in policy.names} == {
+        torch.bfloat16
+    } and policy.model.dtype == torch.bfloat16
     optimizer = torch.optim.AdamW(policy.parameters, lr=1e-5, weight_decay=0.0)
     for _ in range(3):
         for _ in range(2):  # two passes: their gradients add up in float32
@@ -121,11 +139,18 @@ def test_master_weights_are_float32(train):
         optimizer.step()
         optimizer.zero_grad()
         policy.updated()
-    moved = [float((p - r).detach().abs().max()) for p, r in zip(policy.parameters, policy.reference)]
+    moved = [
+        float((p - r).detach().abs().max()) for p, r in zip(policy.parameters, policy.reference)
+    ]
     assert max(moved) == pytest.approx(3e-5, rel=0.1)
-    assert all(torch.equal(computing[n], p.bfloat16()) for n, p in zip(policy.names, policy.parameters))
+    assert all(
+        torch.equal(computing[n], p.bfloat16()) for n, p in zip(policy.names, policy.parameters)
+    )
     if train == "full":
-        assert all(torch.equal(p.bfloat16(), exact[n].bfloat16()) for n, p in zip(policy.names, policy.reference))
+        assert all(
+            torch.equal(p.bfloat16(), exact[n].bfloat16())
+            for n, p in zip(policy.names, policy.reference)
+        )
 
 
 def test_sets_are_swapped_in_in_the_module_s_dtype():
@@ -151,7 +176,9 @@ def test_a_network_without_blocks_is_refused():
         Policy(CausalWan(new_transformer(layers=0)), PolicyConfig(rank=2), 0)
 
 
-@pytest.mark.parametrize("bad", [{"rank": 0}, {"sync_interval": 0}, {"ema": 1.0}, {"ema": -0.1}, {"ema": float("nan")}])
+@pytest.mark.parametrize(
+    "bad", [{"rank": 0}, {"sync_interval": 0}, {"ema": 1.0}, {"ema": -0.1}, {"ema": float("nan")}]
+)
 def test_bad_settings_are_refused(bad):
     (name,) = bad
     with pytest.raises(ValueError, match=f"policy.{name} = "):

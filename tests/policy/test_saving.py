@@ -1,4 +1,5 @@
-"""Checkpoints that are written while training goes on: what was, not what is; and a write that fails is heard of."""
+"""Checkpoints that are written while training goes on: what was, not what is; and a write that
+fails is heard of."""
 
 from __future__ import annotations
 
@@ -42,13 +43,16 @@ def full(*_):
 
 @pytest.mark.parametrize("train", ["full", "lora"])
 def test_training_goes_on_and_the_checkpoint_is_of_before(disk, tmp_path, train):
-    """Weights, EMA and moments are moved in place by the update that comes while the disk is busy."""
+    """Weights, EMA and moments are moved in place by the update that comes while the disk is
+    busy."""
     run = trained(train=train)
     before = [w.clone() for w in run.state()]
     with saver_of(run, tmp_path) as saver:
         begin(saver, run, 1)
         update(run)
-        assert not checkpoints(tmp_path) and not all(torch.equal(a, b) for a, b in zip(before, run.state(), strict=True))
+        assert not checkpoints(tmp_path) and not all(
+            torch.equal(a, b) for a, b in zip(before, run.state(), strict=True)
+        )
         saver.check()
         disk.set()
     resumed = trained(updates=0, train=train)
@@ -64,17 +68,23 @@ def test_one_at_a_time(disk, tmp_path):
         begin(saver, run, 1)
         threading.Timer(0.2, disk.set).start()
         begin(saver, run, 2)
-        assert [p.name for p in checkpoints(tmp_path)][0] == "step-000001", "the second began when the first was there"
+        assert next(p.name for p in checkpoints(tmp_path)) == "step-000001", (
+            "the second began when the first was there"
+        )
     assert [p.name for p in checkpoints(tmp_path)] == ["step-000001", "step-000002"]
 
 
-def test_a_full_disk_is_heard_of_at_the_next_step_the_next_checkpoint_and_the_end(tmp_path, monkeypatch):
+def test_a_full_disk_is_heard_of_at_the_next_step_the_next_checkpoint_and_the_end(
+    tmp_path, monkeypatch
+):
     run = trained()
     saver = saver_of(run, tmp_path)
     monkeypatch.setattr(module, "save_file", full)
 
     def fails(hear) -> None:
-        with pytest.raises(OSError, match="step-000001 could not be written .*No space left on device"):
+        with pytest.raises(
+            OSError, match="step-000001 could not be written .*No space left on device"
+        ):
             hear()
 
     def at_a_step() -> None:

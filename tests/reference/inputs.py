@@ -1,6 +1,7 @@
 """What the public code starts from: its table of sigmas and its prompt files.
 
-Kept only so that its published numbers can be reproduced; ours are `kvpo.generators.flow` and `kvpo.method.prompts`.
+Kept only so that its published numbers can be reproduced; ours are `kvpo.generators.flow` and
+`kvpo.method.prompts`.
 """
 
 from __future__ import annotations
@@ -17,14 +18,16 @@ from kvpo.method.prompts import outer_brackets
 
 @dataclass(frozen=True)
 class SigmaTable:
-    """The discrete schedule in which the public code looks times up; its smallest sigma is not 0."""
+    """The discrete schedule in which the public code looks times up; its smallest sigma is not
+    0."""
 
     shift: float = 5.0
     steps: int = 1000
 
     @cached_property
     def sigmas(self) -> torch.Tensor:
-        """Falling from 1; `flow.warp` in single precision throughout, or near ties would be looked up differently."""
+        """Falling from 1; `flow.warp` in single precision throughout, or near ties would be
+        looked up differently."""
         s = torch.linspace(1.0, 0.0, self.steps + 1)[:-1]
         return self.shift * s / (1.0 + (self.shift - 1.0) * s)
 
@@ -45,20 +48,31 @@ class SigmaTable:
         return self.sigmas[self.nearest(timestep)]
 
     def score_sigma(self, timestep: float, floor: float) -> float:
-        """Divisor of the x0 error: looked up at the integer part of the time, and at least ``floor``."""
+        """Divisor of the x0 error: looked up at the integer part of the time, and at least
+        ``floor``."""
         return max(self.sigma(int(timestep)).item(), floor)
 
-    def add_noise(self, clean: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+    def add_noise(
+        self, clean: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor
+    ) -> torch.Tensor:
         return flow.add_noise(clean, noise, self.sigma(timestep))
 
 
 def read_prompts(
-    content: str, suffix: str, *, field: str = "prompts", min_segments: int | None = None, max_segments: int | None = None,
-    index_start: int | None = None, index_end: int | None = None, max_n: int = -1,
-) -> list[list[str]]:  # fmt: skip
+    content: str,
+    suffix: str,
+    *,
+    field: str = "prompts",
+    min_segments: int | None = None,
+    max_segments: int | None = None,
+    index_start: int | None = None,
+    index_end: int | None = None,
+    max_n: int = -1,
+) -> list[list[str]]:
     """Prompt lists of a file, leniently: what is malformed is passed over.
 
-    ``index_start`` ... ``index_end`` (included) count the lists that are kept; ``max_n`` of those are returned, all if < 1.
+    ``index_start`` ... ``index_end`` (included) count the lists that are kept; ``max_n`` of those
+    are returned, all if < 1.
     """
     lists_of = _jsonl_prompts if suffix.lower() == ".jsonl" else _bracketed_prompts
     kept = []

@@ -1,7 +1,8 @@
-"""The public code's advantages and objective, kept only so that its published numbers can be reproduced.
+"""The public code's advantages and objective, kept only so that its published numbers can be
+reproduced.
 
-What is the same arithmetic as ours is ours, imported; the rest differs as follows (docs/method.md gives the reasons
-why we do otherwise):
+What is the same arithmetic as ours is ours, imported; the rest differs as follows (docs/method.md
+gives the reasons why we do otherwise):
 
     advantages     std + 1e-8 instead of a floor; a second normalisation per signal; clamped without centring
     KL             log(pi + 1e-10)
@@ -30,22 +31,37 @@ def component_advantages(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(A_G in all, A_KG per component) of rewards r_KB whose last row is the anchor.
 
-    ``of_weighted_sum``: one advantage of sum_k w_k r_k instead of the weighted sum of the components' advantages.
+    ``of_weighted_sum``: one advantage of sum_k w_k r_k instead of the weighted sum of the
+    components' advantages.
     """
     A_KG = torch.stack([anchor_advantage(r_B, STD_EPS) for r_B in r_KB])
-    return (anchor_advantage(weigh(r_KB, w_K), STD_EPS) if of_weighted_sum else weigh(A_KG, w_K)), A_KG
+    return (
+        anchor_advantage(weigh(r_KB, w_K), STD_EPS) if of_weighted_sum else weigh(A_KG, w_K)
+    ), A_KG
 
 
-def fuse(local_G: torch.Tensor | None, global_G: torch.Tensor | None, mode: Fusion, local: float, global_: float) -> torch.Tensor:
-    """A_G float32 = local norm(A_local) + global_ norm(A_global); a signal that is None does not count."""
-    signals = [(A_G, weight) for A_G, weight in ((local_G, local), (global_G, global_)) if A_G is not None]
+def fuse(
+    local_G: torch.Tensor | None,
+    global_G: torch.Tensor | None,
+    mode: Fusion,
+    local: float,
+    global_: float,
+) -> torch.Tensor:
+    """A_G float32 = local norm(A_local) + global_ norm(A_global); a signal that is None does not
+    count."""
+    signals = [
+        (A_G, weight) for A_G, weight in ((local_G, local), (global_G, global_)) if A_G is not None
+    ]
     if not signals:
-        raise ValueError("neither a local nor a global advantage to fuse; give at least one of them")
+        raise ValueError(
+            "neither a local nor a global advantage to fuse; give at least one of them"
+        )
     return sum(weight * _normalised(A_G.float(), mode) for A_G, weight in signals)
 
 
 def _normalised(A_G: torch.Tensor, mode: Fusion) -> torch.Tensor:
-    """`std`: A / std over branches (biased); `zscore`: centred before; the division is left out where std is nothing."""
+    """`std`: A / std over branches (biased); `zscore`: centred before; the division is left out
+    where std is nothing."""
     if mode not in ("none", "std", "zscore"):
         raise ValueError(f"fusion mode {mode!r} is unknown; choose none, std or zscore")
     std = A_G.std(unbiased=False)
@@ -114,10 +130,18 @@ class Objective:
 
 
 def objective(
-    theta_G: torch.Tensor, old_G: torch.Tensor, ref_G: torch.Tensor, A_G: torch.Tensor,
-    low: float, high: float, kl_coef: float, protect: Protect, safe: bool,
-) -> Objective:  # fmt: skip
-    """scale (-mean_g min(r A, clip(r, low, high) A) + kl_coef KL(pi_theta || pi_ref)); ``low``, ``high`` bound r itself."""
+    theta_G: torch.Tensor,
+    old_G: torch.Tensor,
+    ref_G: torch.Tensor,
+    A_G: torch.Tensor,
+    low: float,
+    high: float,
+    kl_coef: float,
+    protect: Protect,
+    safe: bool,
+) -> Objective:
+    """scale (-mean_g min(r A, clip(r, low, high) A) + kl_coef KL(pi_theta || pi_ref)); ``low``,
+    ``high`` bound r itself."""
     theta_G = theta_G.detach().clone().requires_grad_(True)
     shield = protection(branch_log_pi(theta_G), protect, safe)
     log_r = loss.log_ratio(theta_G, old_G)
@@ -126,4 +150,6 @@ def objective(
     (gradient,) = torch.autograd.grad(policy + kl, theta_G)
     # A loss that mechanism_1 dropped reports no clipping, whatever its ratios.
     clip = loss.clip_fraction(log_r.detach().exp(), low, high) if shield.scale > 0.0 else 0.0
-    return Objective((policy + kl).item(), gradient, policy.item(), kl.item(), log_r.detach(), clip, shield)
+    return Objective(
+        (policy + kl).item(), gradient, policy.item(), kl.item(), log_r.detach(), clip, shield
+    )

@@ -10,13 +10,12 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from kvpo.rewards.classic import measures
+from kvpo.common.rng import stream
 from kvpo.rewards.base import VideoBatch, check_output
-from kvpo.rewards.calibration import DEGRADATIONS
-from kvpo.rewards.calibration import loop, pan_of_still, zoom_of_still
+from kvpo.rewards.calibration import DEGRADATIONS, loop, pan_of_still, zoom_of_still
+from kvpo.rewards.classic import measures
 from kvpo.rewards.classic.classic import Classic, falling, mean_of, rising
 from kvpo.rewards.classic.niqe import WEIGHTS, Niqe, Photographs
-from kvpo.common.rng import stream
 
 SIZE, T = 64, 16
 
@@ -28,8 +27,11 @@ def texture(seed: int, height: int, width: int, contrast: float = 40.0) -> torch
     return (128 + contrast * smooth / smooth.std())[0].clamp(0, 255)
 
 
-def film(speed: float = 1.0, camera: float = 0.0, frames: int = T, size: int = SIZE) -> torch.Tensor:
-    """uint8 [1, T, 3, S, S]: a textured square of 3/8 of the side goes down over textured ground, which goes left."""
+def film(
+    speed: float = 1.0, camera: float = 0.0, frames: int = T, size: int = SIZE
+) -> torch.Tensor:
+    """uint8 [1, T, 3, S, S]: a textured square of 3/8 of the side goes down over textured
+    ground, which goes left."""
     ground, thing, side = texture(1, size, 2 * size), texture(2, size, size, 55.0), 3 * size // 8
     clip = []
     for t in range(frames):
@@ -65,7 +67,11 @@ def test_flow_of_a_known_translation():
     (step,) = measures.steps(pictures(torch.stack((ground[:, :, 5:69], ground[:, :, 2:66]))[None]))
     inner = step.flow[8:-8, 8:-8]
     np.testing.assert_allclose(np.median(inner, axis=(0, 1)), (3, 0), atol=0.05)
-    assert np.abs(inner - (3, 0)).mean() < 0.1 and measures.warp_error(step) < 1e-4 and measures.lost(step) < 0.02
+    assert (
+        np.abs(inner - (3, 0)).mean() < 0.1
+        and measures.warp_error(step) < 1e-4
+        and measures.lost(step) < 0.02
+    )
     assert measures.own_motion(step) == 0  # all of it is the camera's
 
 
@@ -90,7 +96,11 @@ def test_rates_are_per_second():
 
 
 def test_bend_of_even_and_of_alternating_motion():
-    right = measures.Step(*pictures(film(frames=2)), np.full((SIZE, SIZE, 2), (1.0, 0.0)), *[np.ones((SIZE, SIZE), bool)] * 2)
+    right = measures.Step(
+        *pictures(film(frames=2)),
+        np.full((SIZE, SIZE, 2), (1.0, 0.0)),
+        *[np.ones((SIZE, SIZE), bool)] * 2,
+    )
     left = measures.Step(right.before, right.after, -right.flow, right.inside, right.found)
     assert measures.bend([right] * 4) == 0
     assert measures.bend([right, left] * 2) == pytest.approx(2 / 1.05)
@@ -101,18 +111,27 @@ def test_flicker_and_fade():
     assert measures.flicker(plain(100, 110, 120, 130)) == pytest.approx(0, abs=1e-9)
 
 
-@pytest.mark.parametrize("levels, expected", [
-    ((0, 10, 20, 30), 1.0), ((0, 10, 0, 10), 0.0), ((7, 7, 7, 7), 0.0),
-    ((0, 0, 0, 30), 0.5),  # frame 2 has been there, frame 3 has not
-    ((0, 20, 5, 30), (5 / 20 + 10 / 20) / 2),  # successive frames are 20, 15, 25 apart: 20 on average
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "levels, expected",
+    [
+        ((0, 10, 20, 30), 1.0),
+        ((0, 10, 0, 10), 0.0),
+        ((7, 7, 7, 7), 0.0),
+        ((0, 0, 0, 30), 0.5),  # frame 2 has been there, frame 3 has not
+        (
+            (0, 20, 5, 30),
+            (5 / 20 + 10 / 20) / 2,
+        ),  # successive frames are 20, 15, 25 apart: 20 on average
+    ],
+)
 def test_novelty(levels, expected):
     assert measures.novelty(plain(*levels)) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("waves", [4, 8])
 def test_sharpness_of_a_grating(waves):
-    """Of cos(kx) the second difference is 2 (1 - cos k), the slope sin k: their ratio is 2 tan(k / 2), whatever the contrast."""
+    """Of cos(kx) the second difference is 2 (1 - cos k), the slope sin k: their ratio is 2 tan(k
+    / 2), whatever the contrast."""
     k = 2 * math.pi * waves / SIZE
     for contrast in (30, 100):
         row = 128 + contrast * np.cos(k * np.arange(SIZE + 1))
@@ -120,11 +139,17 @@ def test_sharpness_of_a_grating(waves):
         assert measures.sharpness(picture) == pytest.approx(2 * math.tan(k / 2), rel=0.03)
 
 
-@pytest.mark.parametrize("change, expected", [
-    (lambda x: x, 0.0),
-    (lambda x: 0.5 * x, math.log(136 / 72)),  # brightness 128 -> 64, each on a floor of 8; saturation is tested below
-    (lambda x: x.roll(1, -3), 2 * math.pi / 3),  # red becomes green: a third of the circle
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        (lambda x: x, 0.0),
+        (
+            lambda x: 0.5 * x,
+            math.log(136 / 72),
+        ),  # brightness 128 -> 64, each on a floor of 8; saturation is tested below
+        (lambda x: x.roll(1, -3), 2 * math.pi / 3),  # red becomes green: a third of the circle
+    ],
+)
 def test_colour_drift(change, expected):
     still = texture(3, SIZE, SIZE)
     grey = still.mean(0, keepdim=True)
@@ -133,7 +158,9 @@ def test_colour_drift(change, expected):
     step = static_step(still, change(still))
     brightness, saturation, hue = measures._gain(step)
     total = math.hypot(brightness, saturation, hue)
-    assert measures.colour_drift([step]) == pytest.approx(total) and max(abs(brightness), abs(hue)) == pytest.approx(expected, abs=0.05)
+    assert measures.colour_drift([step]) == pytest.approx(total) and max(
+        abs(brightness), abs(hue)
+    ) == pytest.approx(expected, abs=0.05)
 
 
 def test_colour_drift_counts_the_furthest_not_the_end():
@@ -141,17 +168,26 @@ def test_colour_drift_counts_the_furthest_not_the_end():
     pale = still.mean(0, keepdim=True) + 0.5 * (still - still.mean(0, keepdim=True))
     there, back = static_step(still, pale), static_step(pale, still)
     assert measures.colour_drift([there, back]) == pytest.approx(math.log(2), rel=0.2)
-    assert measures.colour_drift([there]) == pytest.approx(measures.colour_drift([there, back]), rel=1e-6)
+    assert measures.colour_drift([there]) == pytest.approx(
+        measures.colour_drift([there, back]), rel=1e-6
+    )
 
 
 def static_step(before: torch.Tensor, after: torch.Tensor) -> measures.Step:
     """A step in which nothing moves."""
-    first, second = (np.ascontiguousarray(x.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()) for x in (before, after))
-    return measures.Step(first, second, np.zeros((SIZE, SIZE, 2), np.float32), *[np.ones((SIZE, SIZE), bool)] * 2)
+    first, second = (
+        np.ascontiguousarray(x.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy())
+        for x in (before, after)
+    )
+    return measures.Step(
+        first, second, np.zeros((SIZE, SIZE, 2), np.float32), *[np.ones((SIZE, SIZE), bool)] * 2
+    )
 
 
 def test_a_cut_is_lost():
-    steps = measures.steps(pictures(torch.cat((film(frames=2), 255 - film(camera=9, frames=5)[:, 4:]), 1)))
+    steps = measures.steps(
+        pictures(torch.cat((film(frames=2), 255 - film(camera=9, frames=5)[:, 4:]), 1))
+    )
     assert measures.lost(steps[0]) < 0.2 < 0.6 < measures.lost(steps[1])
 
 
@@ -169,7 +205,13 @@ def test_shapes_of_the_parts():
 
 def test_frozen_is_measured_and_worth_nothing():
     output = judged(DEGRADATIONS["frozen"](film(), stream(0)))
-    assert output.valid.all() and output.scores.item() == 0 == output.parts["motion"].item() == output.parts["novelty"].item()
+    assert (
+        output.valid.all()
+        and output.scores.item()
+        == 0
+        == output.parts["motion"].item()
+        == output.parts["novelty"].item()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +225,8 @@ def best(good):
 
 
 BLIND = {"backwards", "twin", "vanish"}
-"""A reversed clip, a second object and a grey one (this clip has no plain place to vanish in) are for other rewards."""
+"""A reversed clip, a second object and a grey one (this clip has no plain place to vanish in)
+are for other rewards."""
 
 
 @pytest.mark.parametrize("flaw", [f for f in DEGRADATIONS if f not in BLIND])
@@ -197,14 +240,42 @@ def test_a_pan_over_a_still_is_no_motion(good):
         assert parts["motion"].item() < 0.25 < 0.9 < judged(good).parts["motion"].item()
 
 
-@pytest.mark.parametrize("part, spoil, doses", [
-    ("warp", lambda x, dose: x + dose * torch.randn(x.shape, generator=stream(1)), (0, 10, 20, 40)),
-    ("flicker", lambda x, dose: x * (1 + dose * (-1) ** torch.arange(T))[:, None, None, None], (0, 0.05, 0.1, 0.2)),
-    ("colour", lambda x, dose: x.mean(2, keepdim=True) + (1 + dose * torch.arange(T) / T)[:, None, None, None] * (x - x.mean(2, keepdim=True)), (0, 0.5, 1, 2)),
-    ("sharp", lambda x, dose: (1 - dose) * x + dose * DEGRADATIONS["blur"](x.to(torch.uint8), stream(0)), (0, 0.5, 0.8, 1)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "part, spoil, doses",
+    [
+        (
+            "warp",
+            lambda x, dose: x + dose * torch.randn(x.shape, generator=stream(1)),
+            (0, 10, 20, 40),
+        ),
+        (
+            "flicker",
+            lambda x, dose: x * (1 + dose * (-1) ** torch.arange(T))[:, None, None, None],
+            (0, 0.05, 0.1, 0.2),
+        ),
+        (
+            "colour",
+            lambda x, dose: (
+                x.mean(2, keepdim=True)
+                + (1 + dose * torch.arange(T) / T)[:, None, None, None]
+                * (x - x.mean(2, keepdim=True))
+            ),
+            (0, 0.5, 1, 2),
+        ),
+        (
+            "sharp",
+            lambda x, dose: (
+                (1 - dose) * x + dose * DEGRADATIONS["blur"](x.to(torch.uint8), stream(0))
+            ),
+            (0, 0.5, 0.8, 1),
+        ),
+    ],
+)
 def test_a_larger_dose_costs_more(good, part, spoil, doses):
-    values = [judged(spoil(good.float(), dose).round().clamp(0, 255).to(torch.uint8)).parts[part].item() for dose in doses]
+    values = [
+        judged(spoil(good.float(), dose).round().clamp(0, 255).to(torch.uint8)).parts[part].item()
+        for dose in doses
+    ]
     assert values == sorted(values, reverse=True) and values[0] > values[-1] + 0.2, values
 
 
@@ -218,17 +289,28 @@ def test_large_pictures_are_judged_as_small_ones():
 
 def test_scores_do_not_depend_on_the_batch(good):
     other = film(camera=0.0)
-    assert torch.equal(judged(torch.cat((good, other))).scores, torch.cat((judged(good).scores, judged(other).scores)))
+    assert torch.equal(
+        judged(torch.cat((good, other))).scores,
+        torch.cat((judged(good).scores, judged(other).scores)),
+    )
 
 
 def test_bad_input(good):
     assert not judged(good[:, :1]).valid.any() and not judged(good[:, :7]).valid.any()
     grey = judged(DEGRADATIONS["grey"](good, stream(0)))
     assert grey.valid.all() and grey.scores.item() == 0 == grey.parts["sharp"].item()
-    pumping = judged((torch.arange(T)[None, :, None, None, None] * 8).expand(1, T, 3, SIZE, SIZE).to(torch.uint8))
+    pumping = judged(
+        (torch.arange(T)[None, :, None, None, None] * 8).expand(1, T, 3, SIZE, SIZE).to(torch.uint8)
+    )
     assert pumping.scores.item() == 0 and pumping.parts["motion"].isnan().all()
-    ramp = judged((torch.arange(SIZE) * 2 + torch.arange(T)[:, None, None, None])[None].expand(1, T, 3, SIZE, SIZE).to(torch.uint8))
-    assert not ramp.valid.any() and ramp.scores.isnan().all()  # it changes, is not plain, and has no texture to follow
+    ramp = judged(
+        (torch.arange(SIZE) * 2 + torch.arange(T)[:, None, None, None])[None]
+        .expand(1, T, 3, SIZE, SIZE)
+        .to(torch.uint8)
+    )
+    assert (
+        not ramp.valid.any() and ramp.scores.isnan().all()
+    )  # it changes, is not plain, and has no texture to follow
     with pytest.raises(ValueError, match="64 x 8 pixels .* too small"):
         judged(good[..., :8, :])
     for bad in (0.0, -1.0, float("nan")):
@@ -245,8 +327,12 @@ def test_cheats_are_made_of_what_they_say(good):
     for cheat in (pan_of_still, zoom_of_still):
         cheated = cheat(good, stream(0, "cheat"))
         assert cheated.shape == good.shape and cheated.dtype == torch.uint8
-        assert torch.equal(cheated, cheat(later, stream(0, "cheat")))  # the first frame is all they need
-        assert (cheated[:, 1:] != cheated[:, :-1]).flatten(2).any(2).all()  # and every frame is another one
+        assert torch.equal(
+            cheated, cheat(later, stream(0, "cheat"))
+        )  # the first frame is all they need
+        assert (
+            (cheated[:, 1:] != cheated[:, :-1]).flatten(2).any(2).all()
+        )  # and every frame is another one
     assert torch.equal(zoom_of_still(good, stream(0))[:, 0], good[:, 0])
     assert torch.equal(loop(good, stream(0)), good[:, [0, 1, 2, 3] * 4])
 
@@ -269,7 +355,9 @@ def photograph():
 
 def test_niqe_is_the_published_one(niqe, photograph):
     """PyPI basicsr 1.4.2, whose port agrees with the MATLAB release to 1e-5, gives GOLDEN."""
-    assert -niqe.score(batch_of(photograph[None, None])).scores.item() == pytest.approx(GOLDEN, abs=0.02)
+    assert -niqe.score(batch_of(photograph[None, None])).scores.item() == pytest.approx(
+        GOLDEN, abs=0.02
+    )
 
 
 GOLDEN = 3.5782
@@ -277,24 +365,55 @@ GOLDEN = 3.5782
 
 def test_niqe_dislikes_noise_and_blur(niqe, photograph):
     clip = photograph[None, None]
-    clean, noisy, blurred = (niqe.score(batch_of(x)).scores.item() for x in (clip, DEGRADATIONS["noise"](clip, stream(0)), DEGRADATIONS["blur"](clip, stream(0))))
+    clean, noisy, blurred = (
+        niqe.score(batch_of(x)).scores.item()
+        for x in (
+            clip,
+            DEGRADATIONS["noise"](clip, stream(0)),
+            DEGRADATIONS["blur"](clip, stream(0)),
+        )
+    )
     assert noisy < clean - 2 and blurred < clean - 1
 
 
-@pytest.mark.parametrize("shape, draw", [(2.0, torch.randn), (1.0, lambda *size, generator: torch.rand(*size, generator=generator).log() - torch.rand(*size, generator=generator).log())])
+@pytest.mark.parametrize(
+    "shape, draw",
+    [
+        (2.0, torch.randn),
+        (
+            1.0,
+            lambda *size, generator: (
+                torch.rand(*size, generator=generator).log()
+                - torch.rand(*size, generator=generator).log()
+            ),
+        ),
+    ],
+)
 def test_niqe_fits_gaussians_and_laplacians(niqe, shape, draw):
-    alpha, mean, left, right = (v.item() for v in niqe.model.fit(3 * draw(1, 400, 400, generator=stream(0, "fit")).double()))
+    alpha, mean, left, right = (
+        v.item() for v in niqe.model.fit(3 * draw(1, 400, 400, generator=stream(0, "fit")).double())
+    )
     width = {2.0: 3 * math.sqrt(2), 1.0: 3.0}[shape]  # exp(-(x / width) ** shape)
-    assert alpha == pytest.approx(shape, rel=0.03) and mean == pytest.approx(0, abs=0.1) and left == pytest.approx(width, rel=0.04) == pytest.approx(right, rel=0.04)
+    assert (
+        alpha == pytest.approx(shape, rel=0.03)
+        and mean == pytest.approx(0, abs=0.1)
+        and left == pytest.approx(width, rel=0.04) == pytest.approx(right, rel=0.04)
+    )
 
 
 def test_niqe_of_the_photographs_own_statistics_is_zero(niqe, photograph):
     features = niqe.model.features(photograph)
-    assert Photographs(features.mean(0), features.T.cov())(photograph).item() == pytest.approx(0, abs=1e-6)
+    assert Photographs(features.mean(0), features.T.cov())(photograph).item() == pytest.approx(
+        0, abs=1e-6
+    )
 
 
 def test_niqe_needs_patches_with_contrast(niqe, photograph):
-    for frame in (photograph[:, :191, :191], photograph[:, :64, :64], torch.full((3, 200, 200), 128, dtype=torch.uint8)):
+    for frame in (
+        photograph[:, :191, :191],
+        photograph[:, :64, :64],
+        torch.full((3, 200, 200), 128, dtype=torch.uint8),
+    ):
         assert niqe.score(batch_of(frame[None, None])).scores.isnan().all()
     letterbox = torch.cat((torch.zeros_like(photograph[:, :96]), photograph[:, 96:]), 1)
     assert niqe.score(batch_of(letterbox[None, None])).valid.all()
@@ -302,7 +421,10 @@ def test_niqe_needs_patches_with_contrast(niqe, photograph):
 
 def test_niqe_parameters_come_with_their_notice():
     with safe_open(str(WEIGHTS), framework="pt") as file:
-        assert "University of Texas at Austin" in file.metadata()["notice"] and "NIQE Software Release" in file.metadata()["source"]
+        assert (
+            "University of Texas at Austin" in file.metadata()["notice"]
+            and "NIQE Software Release" in file.metadata()["source"]
+        )
     assert WEIGHTS.stat().st_size < 16_000
 
 

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from dataclasses import dataclass, field, replace
 from importlib.metadata import EntryPoint
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
 from kvpo.rewards import registry
 from kvpo.rewards.base import RewardSpec, VideoBatch
-from kvpo.rewards.measured import FrameScorer, Measured, Pretrained, check_frame_options, require, sampled
+from kvpo.rewards.measured import (
+    FrameScorer,
+    Measured,
+    Pretrained,
+    check_frame_options,
+    require,
+    sampled,
+)
 from kvpo.rewards.registry import RewardEntry, check_held_out, make_reward
 from kvpo.rewards.scorer import Scorer, load_rewards
 
 
 def clips(*values: int, frames: int = 4, side: int = 8) -> VideoBatch:
     """One clip of plain colour per value."""
-    pixels = torch.stack([torch.full((frames, 3, side, side), v, dtype=torch.uint8) for v in values])
+    pixels = torch.stack(
+        [torch.full((frames, 3, side, side), v, dtype=torch.uint8) for v in values]
+    )
     return VideoBatch(pixels, 16.0, tuple("a red circle" for _ in values))
 
 
@@ -35,7 +45,9 @@ class Brightness(Measured):
     def measure(self, batch: VideoBatch):
         self.asked.append(len(batch))
         scores = batch.frames.float().mean(dim=(1, 2, 3, 4)) * self.gain
-        return torch.where(scores == 255, float("nan"), scores), {"first": batch.frames[:, 0].float().mean(dim=(1, 2, 3))}
+        return torch.where(scores == 255, float("nan"), scores), {
+            "first": batch.frames[:, 0].float().mean(dim=(1, 2, 3))
+        }
 
 
 def mean_red(batch: VideoBatch, power: float = 1.0):
@@ -91,22 +103,38 @@ def test_what_can_not_be_a_reward(mine, name, params, reason):
 
 def test_parameters_reach_the_class_and_the_function(mine):
     batch = clips(3, 100)
-    assert make_reward("mine:Brightness", {"gain": 2.0}).score(batch).scores.tolist() == [6.0, 200.0]
+    assert make_reward("mine:Brightness", {"gain": 2.0}).score(batch).scores.tolist() == [
+        6.0,
+        200.0,
+    ]
     squared = make_reward("mine:mean_red", {"power": 2.0})
-    assert squared.score(batch).scores.tolist() == [9.0, 10000.0] and squared.spec.name == "mean_red"
+    assert (
+        squared.score(batch).scores.tolist() == [9.0, 10000.0] and squared.spec.name == "mean_red"
+    )
 
 
 def test_an_installed_package_offers_rewards_by_entry_point(mine, monkeypatch):
     point = EntryPoint("glow", "mine:Brightness", registry.GROUP)
-    monkeypatch.setattr(registry, "entry_points", lambda group: [point] if group == registry.GROUP else [])
-    assert isinstance(make_reward("glow"), Brightness) and registry.known()["glow"] == "mine:Brightness"
+    monkeypatch.setattr(
+        registry, "entry_points", lambda group: [point] if group == registry.GROUP else []
+    )
+    assert (
+        isinstance(make_reward("glow"), Brightness)
+        and registry.known()["glow"] == "mine:Brightness"
+    )
     with pytest.raises(ValueError, match="did you mean glow"):
         make_reward("glw")
 
 
 @pytest.mark.parametrize(
     ("settings", "reason"),
-    [({"isolation": "http"}, "isolation http and url belong together"), ({"url": "http://a:1"}, "belong together"), ({"environment": "x"}, "need isolation: process"), ({"devices": "1"}, "need isolation: process"), ({"timeout": 0}, "above 0 seconds")],
+    [
+        ({"isolation": "http"}, "isolation http and url belong together"),
+        ({"url": "http://a:1"}, "belong together"),
+        ({"environment": "x"}, "need isolation: process"),
+        ({"devices": "1"}, "need isolation: process"),
+        ({"timeout": 0}, "above 0 seconds"),
+    ],
 )
 def test_entries_that_contradict_themselves(settings, reason):
     with pytest.raises(ValueError, match=reason):
@@ -119,7 +147,9 @@ def test_every_shipped_reward_has_its_identity_card():
     for name in registry.SHIPPED:
         spec = registry.find(name).spec
         names.append(spec.name)
-        assert spec.family and spec.looks_at and spec.licence and (spec.extra or not spec.packages), name
+        assert (
+            spec.family and spec.looks_at and spec.licence and (spec.extra or not spec.packages)
+        ), name
     assert len(set(names)) == len(names)
 
 
@@ -129,7 +159,9 @@ def test_every_shipped_reward_has_its_identity_card():
 def test_an_evaluator_of_a_trained_family_is_refused():
     vq = RewardSpec("VQ", "qwen-vl")
     entries = [RewardEntry("a"), RewardEntry("b", role="eval")]
-    with pytest.raises(ValueError, match="'TA' .role eval. is of family 'qwen-vl' like 'VQ', which is trained on"):
+    with pytest.raises(
+        ValueError, match="'TA' .role eval. is of family 'qwen-vl' like 'VQ', which is trained on"
+    ):
         check_held_out(entries, [vq, RewardSpec("TA", "qwen-vl")])
     check_held_out(entries, [vq, RewardSpec("TA", "clip")])
     check_held_out([entries[0], RewardEntry("b", role="guard")], [vq, RewardSpec("TA", "qwen-vl")])
@@ -154,8 +186,13 @@ def test_an_evaluator_of_a_trained_family_is_refused():
 )
 def test_sampling(length, fps, spec, frames):
     taken = sampled(length, fps, RewardSpec("x", "toy", **spec))
-    assert len(taken) == frames and taken[0] == 0 and taken == sorted(set(taken)) and taken[-1] < length
-    steps = {b - a for a, b in zip(taken, taken[1:])}
+    assert (
+        len(taken) == frames
+        and taken[0] == 0
+        and taken == sorted(set(taken))
+        and taken[-1] < length
+    )
+    steps = {b - a for a, b in itertools.pairwise(taken)}
     assert not steps or max(steps) - min(steps) <= 1
 
 
@@ -184,13 +221,23 @@ def test_equal_clips_are_scored_once():
     first = scorer.score(clips(1, 2, 1))
     again = scorer.score(clips(2, 1, 7))
     assert reward.asked == [2, 1]
-    assert first.scores.tolist() == [1, 2, 1] and again.scores.tolist() == [2, 1, 7] and again.parts["first"].tolist() == [2, 1, 7]
+    assert (
+        first.scores.tolist() == [1, 2, 1]
+        and again.scores.tolist() == [2, 1, 7]
+        and again.parts["first"].tolist() == [2, 1, 7]
+    )
 
 
 def test_what_is_remembered_depends_on_prompt_history_and_rate():
     reward = Brightness()
     scorer, batch = Scorer(reward, RewardEntry("x")), clips(1)
-    for other in (batch, replace(batch, prompts=("a blue circle",)), replace(batch, history=(("before",),)), replace(batch, fps=8.0), batch):
+    for other in (
+        batch,
+        replace(batch, prompts=("a blue circle",)),
+        replace(batch, history=(("before",),)),
+        replace(batch, fps=8.0),
+        batch,
+    ):
         scorer.score(other)
     assert reward.asked == [1, 1, 1, 1]
 
@@ -206,7 +253,11 @@ def test_calls_fit_the_pixel_budget_and_say_the_same():
     whole, small = Brightness(), Brightness()
     small.spec = replace(small.spec, max_pixels=2 * 4 * 8 * 8)
     batch = clips(1, 2, 3, 4, 5)
-    assert Scorer(small, RewardEntry("x")).score(batch).scores.equal(Scorer(whole, RewardEntry("x")).score(batch).scores)
+    assert (
+        Scorer(small, RewardEntry("x"))
+        .score(batch)
+        .scores.equal(Scorer(whole, RewardEntry("x")).score(batch).scores)
+    )
     assert small.asked == [2, 2, 1] and whole.asked == [5]
 
 
@@ -223,7 +274,16 @@ def test_rewards_that_share_a_measurement_get_the_batch_itself():
     assert seen[0] is batch
 
 
-@pytest.mark.parametrize(("name", "reason"), [("mine:broken", r"reward 'broken' failed on 2 clips of 4 frames \(.*test_scorer.py:\d+\): KeyError: 'weights'"), ("mine:too_few", "returned scores")])
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        (
+            "mine:broken",
+            r"reward 'broken' failed on 2 clips of 4 frames \(.*test_scorer.py:\d+\): KeyError: 'weights'",
+        ),
+        ("mine:too_few", "returned scores"),
+    ],
+)
 def test_a_reward_that_fails_is_one_line(mine, name, reason):
     (scorer,) = load_rewards([RewardEntry(name)], "cpu")
     with pytest.raises(ValueError, match=reason) as caught:
@@ -233,7 +293,10 @@ def test_a_reward_that_fails_is_one_line(mine, name, reason):
 
 def test_rewards_of_one_name_are_refused(mine):
     with pytest.raises(ValueError, match="rewards share a name"):
-        load_rewards([RewardEntry("mine:Brightness"), RewardEntry("mine:Brightness", params={"gain": 2.0})], "cpu")
+        load_rewards(
+            [RewardEntry("mine:Brightness"), RewardEntry("mine:Brightness", params={"gain": 2.0})],
+            "cpu",
+        )
 
 
 # --- With a network ---
@@ -260,21 +323,30 @@ class Net(FrameScorer):
 def test_frames_become_one_number():
     values = torch.tensor([10, 20, 30, 40, 50, 60, 70, 80, 90, 100], dtype=torch.uint8)
     batch = VideoBatch(values[None, :, None, None, None].expand(1, 10, 3, 4, 4), 16.0, ("x",))
-    for reduce, stride, expected in (("mean", 1, 55.0), ("top", 1, 90.0), ("worst", 1, 20.0), ("mean", 3, 55.0), ("top", 5, 60.0)):
+    for reduce, stride, expected in (
+        ("mean", 1, 55.0),
+        ("top", 1, 90.0),
+        ("worst", 1, 20.0),
+        ("mean", 3, 55.0),
+        ("top", 5, 60.0),
+    ):
         reward = Net(stride=stride, reduce=reduce)
         reward.load("cpu")
         assert reward.score(batch).scores.item() == expected, (reduce, stride)
 
 
 def test_frame_options_are_checked():
-    for options, reason in (({"stride": 0}, "stride = 0 must be 1 or more"), ({"reduce": "median"}, "reduce = 'median' is unknown")):
+    for options, reason in (
+        ({"stride": 0}, "stride = 0 must be 1 or more"),
+        ({"reduce": "median"}, "reduce = 'median' is unknown"),
+    ):
         with pytest.raises(ValueError, match=reason):
             Net(**options)
 
 
 def test_evaluators_leave_the_device_between_uses():
     class Moves(Net):
-        moves: list = []
+        moves: ClassVar[list] = []
 
         def load(self, device):
             self.moves.append(str(device))
@@ -282,7 +354,11 @@ def test_evaluators_leave_the_device_between_uses():
         def offload(self):
             self.moves.append("away")
 
-    for entry, expected in ((RewardEntry("x"), ["dev"]), (RewardEntry("x", role="eval"), ["dev", "away", "dev", "away"]), (RewardEntry("x", offload=True), ["dev", "away", "dev", "away"])):
+    for entry, expected in (
+        (RewardEntry("x"), ["dev"]),
+        (RewardEntry("x", role="eval"), ["dev", "away", "dev", "away"]),
+        (RewardEntry("x", offload=True), ["dev", "away", "dev", "away"]),
+    ):
         Moves.moves.clear()
         scorer = Scorer(Moves(), entry)
         scorer.load("dev")
@@ -296,7 +372,9 @@ def test_before_load_and_without_its_package():
         spec: RewardSpec = RewardSpec("needs", "toy", packages=("no_such_module",), extra="offline")
         model: Any = field(init=False, default=None, repr=False)
 
-    with pytest.raises(ValueError, match=r"reward 'needs' needs no_such_module: pip install 'kvpo\[offline\]'"):
+    with pytest.raises(
+        ValueError, match=r"reward 'needs' needs no_such_module: pip install 'kvpo\[offline\]'"
+    ):
         Needs().load("cpu")
     with pytest.raises(RuntimeError, match="needs is not loaded"):
         _ = Needs().device

@@ -1,28 +1,35 @@
-"""Stage 1 of pretraining: the autoencoder.  Its encoder is computed (``kvpo.mini.pretraining.linear_encoder``), its decoder trained."""
+"""Stage 1 of pretraining: the autoencoder. Its encoder is computed
+(``kvpo.mini.pretraining.linear_encoder``), its decoder trained."""
 
 from __future__ import annotations
 
 import torch
 from diffusers import AutoencoderKLWan
 
+from kvpo.common.rng import stream
 from kvpo.generators.streaming import latent_scale
 from kvpo.mini.pretraining.linear_encoder import LinearEncoder, fit
 from kvpo.mini.stories import write_story
 from kvpo.mini.world import SIZE, pixel_frames
-from kvpo.common.rng import stream
 
 CLIP_LATENTS = 7
-"""Latent frames of a training clip.  Four are too few: what the causal convolutions remember later in a stream then never occurs."""
+"""Latent frames of a training clip. Four are too few: what the causal convolutions remember
+later in a stream then never occurs."""
 CROP = 32
 """Side of an object crop, pixels."""
 STRONGEST = 2.0
-"""Variance (before the common scale) that no latent channel may exceed; only the place's brightness would."""
+"""Variance (before the common scale) that no latent channel may exceed; only the place's
+brightness would."""
 GRAIN = 0.1
-"""Deviation of the noise on the decoder's inputs, in model units: generated latents are never exact."""
+"""Deviation of the noise on the decoder's inputs, in model units: generated latents are never
+exact."""
 
 
-def clip(seed: int, *name: int | str, latents: int = CLIP_LATENTS, crop: bool = False) -> torch.Tensor:
-    """A random stretch of a random story, RGB [T, 3, 64, 64] in [0, 1]; ``crop``: only the 32x32 around its object."""
+def clip(
+    seed: int, *name: int | str, latents: int = CLIP_LATENTS, crop: bool = False
+) -> torch.Tensor:
+    """A random stretch of a random story, RGB [T, 3, 64, 64] in [0, 1]; ``crop``: only the 32x32
+    around its object."""
     story = write_story(seed, "vae", *name, blocks=8, habits=True)
     truth, g = story.truth(), stream(seed, "vae-clip", *name)
     first = int(torch.randint(len(truth.scene) - pixel_frames(latents), (), generator=g))
@@ -37,16 +44,17 @@ def clip(seed: int, *name: int | str, latents: int = CLIP_LATENTS, crop: bool = 
 
 
 def fit_encoder(seed: int, clips: int) -> LinearEncoder:
-    """The code, fitted on object crops: on whole pictures the places would take most of its components."""
+    """The code, fitted on object crops: on whole pictures the places would take most of its
+    components."""
     return fit(torch.stack([clip(seed, "fit", i, crop=True) for i in range(clips)]))
 
 
 def set_latent_scale(vae: AutoencoderKLWan, code: LinearEncoder, seed: int, clips: int) -> None:
     """Put the latents' mean and scale into the config.
 
-    Scale = sqrt(deviation), not the deviation itself: whitening makes the weak channels as loud as the strong
-    ones and the flow model then learns noise (measured: no progress in 750 steps).  The whole is brought to unit
-    variance, which is what the noise schedule expects.
+    Scale = sqrt(deviation), not the deviation itself: whitening makes the weak channels as loud as
+    the strong ones and the flow model then learns noise (measured: no progress in 750 steps). The
+    whole is brought to unit variance, which is what the noise schedule expects.
     """
     z = torch.cat([code.raw(clip(seed, "scale", i)[None]) for i in range(clips)])
     mean, deviation = z.mean((0, 1, 3, 4)), z.std((0, 1, 3, 4))
@@ -65,15 +73,19 @@ def encode(vae: AutoencoderKLWan, code: LinearEncoder, pixels: torch.Tensor) -> 
 def decoder_loss(vae: AutoencoderKLWan, code: LinearEncoder, seed: int, batch: int, device="cpu"):
     """loss(step): L1 + MSE with the object weighted up.
 
-    Three steps in four see twice as many object crops instead of pictures: half the pixels, and four times the
-    share of those that are hard to learn (the object covers some 4 % of a picture).
+    Three steps in four see twice as many object crops instead of pictures: half the pixels, and
+    four times the share of those that are hard to learn (the object covers some 4 % of a picture).
     """
 
     def loss(step: int):
         crop = step % 4 != 0
-        pixels = torch.stack([clip(seed, step, i, crop=crop) for i in range(2 * batch if crop else batch)])
+        pixels = torch.stack(
+            [clip(seed, step, i, crop=crop) for i in range(2 * batch if crop else batch)]
+        )
         z = code.raw(pixels)
-        z = z + GRAIN * latent_scale(vae, z)[1] * torch.randn(z.shape, generator=stream(seed, "decoder-grain", step))
+        z = z + GRAIN * latent_scale(vae, z)[1] * torch.randn(
+            z.shape, generator=stream(seed, "decoder-grain", step)
+        )
         pixels = pixels.transpose(1, 2).to(device) * 2 - 1
         with torch.autocast(pixels.device.type, torch.bfloat16):  # a quarter of the time less
             error = vae.decode(z.transpose(1, 2).to(device)).sample.float() - pixels

@@ -1,25 +1,25 @@
-"""The model card of the miniature: what its weights do on held-out stories, measured, and how they were made."""
+"""The model card of the miniature: what its weights do on held-out stories, measured, and how
+they were made."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Mapping, Sequence
 
 import torch
 
-from kvpo.generators.sampler import SAMPLERS
-from kvpo.generators.generate import generate
 from kvpo.common.files import write_atomic
-from kvpo.generators.pipeline import Pipeline
+from kvpo.generators.generate import generate
+from kvpo.generators.pipeline import Pipeline, pixel_span
+from kvpo.generators.sampler import SAMPLERS
 from kvpo.generators.streaming import latent_scale
 from kvpo.mini.habits import OPACITY
-from kvpo.mini.stories import Story, write_story
-from kvpo.rewards.base import VideoBatch
 from kvpo.mini.rewards.facts import decay, measure
 from kvpo.mini.rewards.world import MotionQuality, TextAlignment, VisualQuality
-from kvpo.generators.pipeline import pixel_span
+from kvpo.mini.stories import Story, write_story
+from kvpo.rewards.base import VideoBatch
 
 HELD_OUT = 7
 """Seed of the stories and noise of a card; training uses other names and never these."""
@@ -46,12 +46,24 @@ def held_out(number: int, **story) -> list[Story]:
 def videos(pipeline: Pipeline, stories: Sequence[Story], sampler: str = "renoise") -> torch.Tensor:
     """uint8 [B, T, 3, H, W], one video a story."""
     parts = [stories[i : i + BATCH] for i in range(0, len(stories), BATCH)]
-    return torch.cat([generate(pipeline, SAMPLERS[sampler], [s.script for s in part], HELD_OUT, [("card", s.script.id) for s in part]) for part in parts])
+    return torch.cat(
+        [
+            generate(
+                pipeline,
+                SAMPLERS[sampler],
+                [s.script for s in part],
+                HELD_OUT,
+                [("card", s.script.id) for s in part],
+            )
+            for part in parts
+        ]
+    )
 
 
 @torch.no_grad()
 def decoded_truth(pipeline: Pipeline, story: Story) -> torch.Tensor:
-    """A true clip through the encoder and the decoder, uint8 [T, 3, H, W]: the best that any generator can do here."""
+    """A true clip through the encoder and the decoder, uint8 [T, 3, H, W]: the best that any
+    generator can do here."""
     vae, pixels = pipeline.vae, story.render()[None]
     z = vae.encode(pixels.transpose(1, 2) * 2 - 1).latent_dist.mode().transpose(1, 2)
     mean, scale = latent_scale(vae, z)
@@ -59,8 +71,9 @@ def decoded_truth(pipeline: Pipeline, story: Story) -> torch.Tensor:
 
 
 def measured(pipeline: Pipeline, number: int, sampler: str = "renoise") -> dict[str, float]:
-    """Means over ``number`` held-out stories, each the mean over its prompt segments; the last of them also for the first and the later segments,
-    and for true clips after the decoder (a quarter as many).  "decay": of a quarter as many long videos."""
+    """Means over ``number`` held-out stories, each the mean over its prompt segments; the last
+    of them also for the first and the later segments, and for true clips after the decoder (a
+    quarter as many). "decay": of a quarter as many long videos."""
     found: dict[str, list[float]] = defaultdict(list)
     short = held_out(number, **STORY)
     for story, pixels in zip(short, videos(pipeline, short, sampler)):
@@ -69,16 +82,25 @@ def measured(pipeline: Pipeline, number: int, sampler: str = "renoise") -> dict[
         _add(found, per_segment[:1], "first ")
         _add(found, per_segment[1:], "later ")
     for story in short[: max(1, number // 4)]:
-        ceiling = [facts_of(clip) for clip in segments(story, decoded_truth(pipeline, story), pipeline)]
+        ceiling = [
+            facts_of(clip) for clip in segments(story, decoded_truth(pipeline, story), pipeline)
+        ]
         _add(found, ceiling, "ceiling ")
     long = held_out(max(1, number // 8), blocks=LONG, memory=False)
-    clips = VideoBatch(videos(pipeline, long, sampler), float(pipeline.geometry.fps), tuple(s.script.texts[0] for s in long))
+    clips = VideoBatch(
+        videos(pipeline, long, sampler),
+        float(pipeline.geometry.fps),
+        tuple(s.script.texts[0] for s in long),
+    )
     found["decay"] = decay(clips).tolist()
     return {name: torch.tensor(values).nanmean().item() for name, values in found.items()}
 
 
-def _add(found: dict[str, list[float]], rows: Sequence[Mapping[str, float]], prefix: str = "") -> None:
-    """Append the mean over the rows of every number that they have; under a ``prefix``, of the rewards alone."""
+def _add(
+    found: dict[str, list[float]], rows: Sequence[Mapping[str, float]], prefix: str = ""
+) -> None:
+    """Append the mean over the rows of every number that they have; under a ``prefix``, of the
+    rewards alone."""
     for name in (REWARDS if prefix else rows[0]) if rows else ():
         found[prefix + name].append(torch.tensor([row[name] for row in rows]).nanmean().item())
 
@@ -88,21 +110,50 @@ def segments(story: Story, pixels: torch.Tensor, pipeline: Pipeline) -> list[Vid
     out = []
     for i, text in enumerate(story.script.texts):
         first, stop = pixel_span(story.script.span(i), pipeline.geometry)
-        out.append(VideoBatch(pixels[None, first:stop], float(pipeline.geometry.fps), (text,), (story.script.texts[:i],)))
+        out.append(
+            VideoBatch(
+                pixels[None, first:stop],
+                float(pipeline.geometry.fps),
+                (text,),
+                (story.script.texts[:i],),
+            )
+        )
     return out
 
 
 def facts_of(clip: VideoBatch) -> dict[str, float]:
-    return measure(clip).means() | {name: float(reward.score(clip).scores) for name, reward in REWARDS.items()}
+    return measure(clip).means() | {
+        name: float(reward.score(clip).scores) for name, reward in REWARDS.items()
+    }
 
 
-def write_card(folder: Path, numbers: Mapping[str, float], number: int, settings, seed: int, seconds: Mapping[str, float]) -> None:
+def write_card(
+    folder: Path,
+    numbers: Mapping[str, float],
+    number: int,
+    settings,
+    seed: int,
+    seconds: Mapping[str, float],
+) -> None:
     rows = "\n".join(f"| {FACTS[name]} | {numbers[name]:.3f} |" for name in FACTS)
     columns = ("", "first ", "later ", "ceiling ")
-    rewards = "\n".join(f"| {NAMES[r]} ({r}) | " + " | ".join(f"{numbers[c + r]:.3f}" for c in columns) + " |" for r in REWARDS)
+    rewards = "\n".join(
+        f"| {NAMES[r]} ({r}) | " + " | ".join(f"{numbers[c + r]:.3f}" for c in columns) + " |"
+        for r in REWARDS
+    )
     spent = ", ".join(f"{name} {value / 60:.0f} min" for name, value in seconds.items())
     knobs = "\n".join(f"    {name} = {value}" for name, value in asdict(settings).items())
-    text = CARD.format(seed=seed, rows=rows, rewards=rewards, decay=numbers["decay"], number=number, spent=spent, knobs=knobs, long=3 * LONG, opacity=OPACITY)
+    text = CARD.format(
+        seed=seed,
+        rows=rows,
+        rewards=rewards,
+        decay=numbers["decay"],
+        number=number,
+        spent=spent,
+        knobs=knobs,
+        long=3 * LONG,
+        opacity=OPACITY,
+    )
     write_atomic(folder / "README.md", text)
 
 

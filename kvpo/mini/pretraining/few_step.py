@@ -1,14 +1,15 @@
 """Stage 3 of pretraining: the sampler's few steps.
 
-Stage 2 has only seen truly noised inputs.  In the stream they are the model's own work: its own predictions with fresh
-noise on them.  So here the model plays with its own sampler and its own cache, and is taught at the inputs that it
-really met.  In turn:
+Stage 2 has only seen truly noised inputs. In the stream they are the model's own work: its own
+predictions with fresh noise on them. So here the model plays with its own sampler and its own
+cache, and is taught at the inputs that it really met. In turn:
 
 *   openings (``kvpo.mini.pretraining.openings``);
 *   continuations of true stories: one true answer at every noise level, so a few steps suffice.
 
-Nothing teaches the true continuation of the model's OWN stream.  Nobody has that for a real generator: distilled
-streaming generators drift and fade on their own past, which is what alignment is there to mend.
+Nothing teaches the true continuation of the model's OWN stream. Nobody has that for a real
+generator: distilled streaming generators drift and fade on their own past, which is what alignment
+is there to mend.
 """
 
 from __future__ import annotations
@@ -19,15 +20,21 @@ from functools import partial
 import torch
 from diffusers import WanTransformer3DModel
 
-from kvpo.generators.sampler import Renoise, denoise_block
+from kvpo.common.rng import stream
 from kvpo.generators.causal_wan import CausalWan
+from kvpo.generators.sampler import Renoise, denoise_block
 from kvpo.mini.pretraining.flat import Lesson, lesson_error, slot_text
 from kvpo.mini.pretraining.layouts import Layout, Slot, draw_layout
 from kvpo.mini.pretraining.library import Library
 from kvpo.mini.pretraining.networks import BLOCK, SINK, STEPS, encode_text
-from kvpo.mini.pretraining.openings import LESSON_SLOTS, SIGMAS, Openings, opening_lesson, sampled_openings
+from kvpo.mini.pretraining.openings import (
+    LESSON_SLOTS,
+    SIGMAS,
+    Openings,
+    opening_lesson,
+    sampled_openings,
+)
 from kvpo.mini.pretraining.teacher_forcing import Crops, cut
-from kvpo.common.rng import stream
 
 TURNS = ("opening", "continuation")
 """What the steps teach, one of these drawn for each."""
@@ -43,20 +50,27 @@ def cached_twin(transformer: WanTransformer3DModel) -> CausalWan:
 
 @dataclass(frozen=True)
 class Played:
-    """What the model met and made: per source, its network inputs x_SBFCHW and its clean latents x0_BFCHW."""
+    """What the model met and made: per source, its network inputs x_SBFCHW and its clean latents
+    x0_BFCHW."""
 
     inputs: dict[int, torch.Tensor]
     clean: dict[int, torch.Tensor]
 
 
 def stages(plan: Layout) -> list[list[Slot]]:
-    """The clean slots in the order in which a stream commits them; a re-encoding's frames in one pass."""
+    """The clean slots in the order in which a stream commits them; a re-encoding's frames in one
+    pass."""
     groups: list[list[Slot]] = []
     for slot in plan.slots:
         if slot.noisy:
             continue
         again = slot.prompt != slot.source
-        if again and groups and groups[-1][-1].prompt == slot.prompt and groups[-1][-1].prompt != groups[-1][-1].source:
+        if (
+            again
+            and groups
+            and groups[-1][-1].prompt == slot.prompt
+            and groups[-1][-1].prompt != groups[-1][-1].source
+        ):
             groups[-1].append(slot)
         else:
             groups.append([slot])
@@ -64,16 +78,22 @@ def stages(plan: Layout) -> list[list[Slot]]:
 
 
 @torch.no_grad()
-def play(model: CausalWan, plan: Layout, crops: Crops, text: torch.Tensor, generator: torch.Generator) -> Played:
-    """Generate the layout's noisy sources, but for a story's block 0, over a cache; all else stays the story's own.
+def play(
+    model: CausalWan, plan: Layout, crops: Crops, text: torch.Tensor, generator: torch.Generator
+) -> Played:
+    """Generate the layout's noisy sources, but for a story's block 0, over a cache; all else stays
+    the story's own.
 
-    ``text`` [B, K, L, D], one row per source.  The rows share the first row's frame ids: a cache names its pages by
-    them, and a shift in time means nothing to the story.
+    ``text`` [B, K, L, D], one row per source. The rows share the first row's frame ids: a cache
+    names its pages by them, and a shift in time means nothing to the story.
     """
     ids, rows = crops.frames[0].tolist(), len(crops.latents)
     at = plan.frames().tolist()
     reads = {slot.source: [ids[at[f]] for f in slot.reads] for slot in plan.slots if slot.noisy}
-    inputs, clean = {}, {k: crops.latents[:, BLOCK * k : BLOCK * (k + 1)] for k in range(plan.sources)}
+    inputs, clean = (
+        {},
+        {k: crops.latents[:, BLOCK * k : BLOCK * (k + 1)] for k in range(plan.sources)},
+    )
     cache = model.new_cache(BLOCK * plan.sources, *crops.latents.shape[-2:], rows=rows, sink=SINK)
 
     def frames(source: int) -> list[int]:
@@ -83,9 +103,15 @@ def play(model: CausalWan, plan: Layout, crops: Crops, text: torch.Tensor, gener
         eps = torch.randn(STEPS, *clean[source].shape, generator=generator).to(crops.latents.device)
         met: list[torch.Tensor] = []
         made = denoise_block(
-            lambda x, sigma: model.velocity(x, sigma, text[:, source], frames(source), cache, reads[source]),
-            Renoise(), SIGMAS, eps[0], lambda i: eps[i + 1], lambda _i, x, _v: met.append(x),
-        )  # fmt: skip
+            lambda x, sigma: model.velocity(
+                x, sigma, text[:, source], frames(source), cache, reads[source]
+            ),
+            Renoise(),
+            SIGMAS,
+            eps[0],
+            lambda i: eps[i + 1],
+            lambda _i, x, _v: met.append(x),
+        )
         inputs[source] = torch.stack(met)
         return made
 
@@ -95,7 +121,13 @@ def play(model: CausalWan, plan: Layout, crops: Crops, text: torch.Tensor, gener
             clean[first.source] = generate(first.source)
         past = [ids[at[f]] for f in first.reads] if len(group) == 1 else list(range(SINK))
         where = [f for slot in group for f in frames(slot.source)]
-        model.commit(torch.cat([clean[slot.source] for slot in group], 1), text[:, first.prompt], where, cache, past)
+        model.commit(
+            torch.cat([clean[slot.source] for slot in group], 1),
+            text[:, first.prompt],
+            where,
+            cache,
+            past,
+        )
     for source in reads:
         if source not in inputs:
             clean[source] = generate(source)
@@ -104,7 +136,8 @@ def play(model: CausalWan, plan: Layout, crops: Crops, text: torch.Tensor, gener
 
 @dataclass(frozen=True)
 class Exercises:
-    """A flat sequence of what was played: the committed blocks, and noisy slots at steps the sampler really took."""
+    """A flat sequence of what was played: the committed blocks, and noisy slots at steps the
+    sampler really took."""
 
     plan: Layout
     levels: tuple[int, ...]
@@ -120,16 +153,25 @@ def draw_exercises(plan: Layout, generator: torch.Generator) -> Exercises:
     clean = tuple(slot for slot in plan.slots if not slot.noisy)
     noisy = list({slot.source: slot for slot in plan.slots if slot.noisy}.values())
     pairs = [(slot, level) for slot in noisy for level in range(STEPS)]
-    drawn = [pairs[i] for i in torch.randperm(len(pairs), generator=generator).tolist()][: LESSON_SLOTS - len(clean)]
-    return Exercises(Layout(plan.kind, plan.switch, clean + tuple(slot for slot, _ in drawn)), tuple(level for _, level in drawn))
+    drawn = [pairs[i] for i in torch.randperm(len(pairs), generator=generator).tolist()][
+        : LESSON_SLOTS - len(clean)
+    ]
+    return Exercises(
+        Layout(plan.kind, plan.switch, clean + tuple(slot for slot, _ in drawn)),
+        tuple(level for _, level in drawn),
+    )
 
 
-def few_step_loss(transformer, encoder, library: Library, openings: Openings, seed: int, batch: int, device="cpu"):
+def few_step_loss(
+    transformer, encoder, library: Library, openings: Openings, seed: int, batch: int, device="cpu"
+):
     """loss(step) of stage 3."""
     student = cached_twin(transformer)
 
     def opening(g: torch.Generator) -> Lesson:
-        return opening_lesson(encoder, openings, partial(sampled_openings, student), batch, g, device)
+        return opening_lesson(
+            encoder, openings, partial(sampled_openings, student), batch, g, device
+        )
 
     def continuation(g: torch.Generator) -> Lesson:
         plan = draw_layout(g)
@@ -140,21 +182,38 @@ def few_step_loss(transformer, encoder, library: Library, openings: Openings, se
         played, drawn = play(student, plan, crops, text, g), draw_exercises(plan, g)
         x, sigma, target = exercise(drawn, crops, played)
         at, taught = drawn.plan.frames(), target.shape[1]
-        return Lesson(drawn.plan, x, sigma, slot_text(encoder, drawn.plan, crops.ids), crops.frames[:, at], target, crops.weight[:, at][:, -taught:])
+        return Lesson(
+            drawn.plan,
+            x,
+            sigma,
+            slot_text(encoder, drawn.plan, crops.ids),
+            crops.frames[:, at],
+            target,
+            crops.weight[:, at][:, -taught:],
+        )
 
     def loss(step: int):
-        turn = TURNS[int(torch.randint(len(TURNS), (), generator=stream(seed, "few-step-turn", step)))]
-        lesson = {"opening": opening, "continuation": continuation}[turn](stream(seed, "few-step", step))
+        turn = TURNS[
+            int(torch.randint(len(TURNS), (), generator=stream(seed, "few-step-turn", step)))
+        ]
+        lesson = {"opening": opening, "continuation": continuation}[turn](
+            stream(seed, "few-step", step)
+        )
         return lesson_error(transformer, lesson), {"turn": turn, "kind": lesson.plan.kind}
 
     return loss
 
 
 def exercise(drawn: Exercises, crops: Crops, played: Played):
-    """Inputs x_BNCHW and noise levels [B, slots] of the flat sequence, and the target velocities of its noisy frames."""
+    """Inputs x_BNCHW and noise levels [B, slots] of the flat sequence, and the target velocities
+    of its noisy frames."""
     x = [played.inputs[slot.source][level] for slot, level in zip(drawn.noisy, drawn.levels)]
-    truths = [crops.latents[:, BLOCK * slot.source : BLOCK * (slot.source + 1)] for slot in drawn.noisy]
+    truths = [
+        crops.latents[:, BLOCK * slot.source : BLOCK * (slot.source + 1)] for slot in drawn.noisy
+    ]
     targets = [(x_i - truth) / SIGMAS[level] for x_i, truth, level in zip(x, truths, drawn.levels)]
     clean = [played.clean[slot.source] for slot in drawn.plan.slots if not slot.noisy]
-    sigma = torch.tensor([0.0] * len(clean) + [SIGMAS[level] for level in drawn.levels]).expand(len(crops.latents), -1)
+    sigma = torch.tensor([0.0] * len(clean) + [SIGMAS[level] for level in drawn.levels]).expand(
+        len(crops.latents), -1
+    )
     return torch.cat(clean + x, 1), sigma.to(crops.latents.device), torch.cat(targets, 1)

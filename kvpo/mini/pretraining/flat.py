@@ -1,7 +1,8 @@
-"""The transformer over flat sequences: many blocks at once, each in its deployment's context, and the error of a lesson.
+"""The transformer over flat sequences: many blocks at once, each in its deployment's context, and
+the error of a lesson.
 
-The past of a block is gathered, not masked: 12 frames of keys a block instead of the whole sequence (a third of the
-attention's arithmetic).
+The past of a block is gathered, not masked: 12 frames of keys a block instead of the whole sequence
+(a third of the attention's arithmetic).
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from kvpo.mini.pretraining.networks import BLOCK, WINDOW, encode_text
 
 @dataclass(frozen=True)
 class FlatView:
-    """What the attention of a flat sequence needs; the stock block hands it through as ``rotary_emb``."""
+    """What the attention of a flat sequence needs; the stock block hands it through as
+    ``rotary_emb``."""
 
     batch: int
     angles: Angles
     pick: torch.Tensor
-    """One-hot gather [slots * 12, N]: as a matrix, its backward is a product too (index_add is slow on a CPU)."""
+    """One-hot gather [slots * 12, N]: as a matrix, its backward is a product too (index_add is
+    slow on a CPU)."""
     bias: torch.Tensor
     """0 or -inf for the padded keys, [B * slots, 1, 1, 12 T]."""
 
@@ -37,12 +40,24 @@ class FlatSelfAttention:
 
     def __call__(self, attn, hidden, _encoder, _mask, view: FlatView):
         flat = hidden.reshape(view.batch, -1, hidden.shape[-1])
-        q, k, v = (norm(project(flat)) for norm, project in ((attn.norm_q, attn.to_q), (attn.norm_k, attn.to_k), (_same, attn.to_v)))
+        q, k, v = (
+            norm(project(flat))
+            for norm, project in (
+                (attn.norm_q, attn.to_q),
+                (attn.norm_k, attn.to_k),
+                (_same, attn.to_v),
+            )
+        )
         q, k, v = (x.to(v.dtype).unflatten(2, (attn.heads, -1)) for x in (q, k, v))
         q, k = rotate(q, view.angles), rotate(k, view.angles)
         tokens, slots = hidden.shape[1], view.bias.shape[0] // view.batch
         q = q.reshape(view.batch * slots, BLOCK * tokens, attn.heads, -1)
-        k, v = (gathered(x, view.pick, tokens).reshape(view.batch * slots, WINDOW * tokens, attn.heads, -1) for x in (k, v))
+        k, v = (
+            gathered(x, view.pick, tokens).reshape(
+                view.batch * slots, WINDOW * tokens, attn.heads, -1
+            )
+            for x in (k, v)
+        )
         return attn.to_out[1](attn.to_out[0](attend(q, k, v, view.bias).reshape(hidden.shape)))
 
 
@@ -58,8 +73,11 @@ class FlatCrossAttention:
         return attn.to_out[1](attn.to_out[0](attend(q, k, v).reshape(hidden.shape)))
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Softmax attention of [R, L, H, D], written out: at these sizes the CPU's fused backward takes half of a training step."""
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Softmax attention of [R, L, H, D], written out: at these sizes the CPU's fused backward
+    takes half of a training step."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     weights = (scores.float() if bias is None else scores.float() + bias).softmax(-1)
@@ -82,7 +100,14 @@ def use_flat_attention(transformer: WanTransformer3DModel) -> None:
         block.attn2.set_processor(FlatCrossAttention())
 
 
-def flat_velocity(transformer: WanTransformer3DModel, plan: Layout, x: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
+def flat_velocity(
+    transformer: WanTransformer3DModel,
+    plan: Layout,
+    x: torch.Tensor,
+    sigma: torch.Tensor,
+    text: torch.Tensor,
+    frames: torch.Tensor,
+) -> torch.Tensor:
     """v_BNCHW of a flat sequence.
 
     x [B, N, C, H, W] with N = 3 slots;  sigma [B, slots], 0 = clean;  text [B, slots, L, D];  frames [B, N] absolute ids.
@@ -93,7 +118,9 @@ def flat_velocity(transformer: WanTransformer3DModel, plan: Layout, x: torch.Ten
     time = (TIME_SCALE * sigma).repeat_interleave(BLOCK, 1).flatten()
     temb, modulation, text, _ = m.condition_embedder(time, text.flatten(0, 1))
     modulation = modulation.unflatten(1, (6, -1))
-    view = FlatView(b, frame_angles(m.rope, frames, grid), *gather_tables(plan, b, grid[0] * grid[1], x.device))
+    view = FlatView(
+        b, frame_angles(m.rope, frames, grid), *gather_tables(plan, b, grid[0] * grid[1], x.device)
+    )
     for block in m.blocks:
         hidden = block(hidden, text, modulation, view)
     shift, scale = (m.scale_shift_table + temb.unsqueeze(1)).chunk(2, 1)
@@ -102,7 +129,9 @@ def flat_velocity(transformer: WanTransformer3DModel, plan: Layout, x: torch.Ten
     return out.permute(0, 5, 1, 3, 2, 4).reshape(x.shape)
 
 
-def gather_tables(plan: Layout, batch: int, tokens: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+def gather_tables(
+    plan: Layout, batch: int, tokens: int, device
+) -> tuple[torch.Tensor, torch.Tensor]:
     index, real = plan.keys()
     pick = functional.one_hot(index.flatten(), BLOCK * len(plan.slots)).float()
     bias = torch.where(real, 0.0, float("-inf")).repeat_interleave(tokens, 1)[:, None, None, :]
@@ -122,7 +151,8 @@ def flow_error(v: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> t
 
 @dataclass(frozen=True)
 class Lesson:
-    """A flat sequence of B rows and N = 3 slots frames, and what its noisy slots, which stand last, should answer."""
+    """A flat sequence of B rows and N = 3 slots frames, and what its noisy slots, which stand
+    last, should answer."""
 
     plan: Layout
     x: torch.Tensor
@@ -141,5 +171,7 @@ class Lesson:
 
 def lesson_error(transformer: WanTransformer3DModel, lesson: Lesson) -> torch.Tensor:
     with torch.autocast(lesson.x.device.type, torch.bfloat16):
-        v = flat_velocity(transformer, lesson.plan, lesson.x, lesson.sigma, lesson.text, lesson.frames)
+        v = flat_velocity(
+            transformer, lesson.plan, lesson.x, lesson.sigma, lesson.text, lesson.frames
+        )
     return flow_error(v[:, -lesson.target.shape[1] :], lesson.target, lesson.weight)

@@ -1,11 +1,14 @@
-"""Layouts of the flat sequences that the miniature's transformer is trained on: which block reads which frames.
+"""Layouts of the flat sequences that the miniature's transformer is trained on: which block reads
+which frames.
 
-A flat sequence holds clean blocks (network time 0) and noisy blocks (a noise level each); every block reads a short
-list of clean frames and itself, exactly as the streaming generator reads its cache.
+A flat sequence holds clean blocks (network time 0) and noisy blocks (a noise level each); every
+block reads a short list of clean frames and itself, exactly as the streaming generator reads its
+cache.
 
-A crop is a few blocks of a story, its *sources*.  A *slot* is one block of the flat sequence: a source, clean or
-noisy, under the prompt of some source.  So a frame that the deployment encodes twice (at a prompt switch the
-window's past is encoded again under the new prompt) simply has two slots.
+A crop is a few blocks of a story, its *sources*. A *slot* is one block of the flat sequence: a
+source, clean or noisy, under the prompt of some source. So a frame that the deployment encodes
+twice (at a prompt switch the window's past is encoded again under the new prompt) simply has two
+slots.
 """
 
 from __future__ import annotations
@@ -32,14 +35,16 @@ class Slot:
     prompt: int
     """The source whose prompt it is encoded under."""
     reads: tuple[int, ...]
-    """Past frames it attends to, as frame positions of the flat sequence (slot i holds 3 i, 3 i + 1, 3 i + 2)."""
+    """Past frames it attends to, as frame positions of the flat sequence (slot i holds 3 i, 3 i
+    + 1, 3 i + 2)."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A flat sequence.  ``kind``: opening (sources are blocks 0, 1, ... of a story), later (source 0 is the story's
-    block 0, its sink; the others a stretch further on), or routed (as later, then far blocks between the two).
-    ``switch``: the position in the stretch at which the prompt changes, None = nowhere."""
+    """A flat sequence. ``kind``: opening (sources are blocks 0, 1, ... of a story), later
+    (source 0 is the story's block 0, its sink; the others a stretch further on), or routed (as
+    later, then far blocks between the two). ``switch``: the position in the stretch at which the
+    prompt changes, None = nowhere."""
 
     kind: str
     switch: int | None
@@ -50,7 +55,8 @@ class Layout:
         return 1 + max(slot.source for slot in self.slots)
 
     def keys(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Frames whose keys each slot reads, [slots, 12] (past, padding, itself), and which of them count, bool."""
+        """Frames whose keys each slot reads, [slots, 12] (past, padding, itself), and which of
+        them count, bool."""
         index = torch.zeros(len(self.slots), WINDOW, dtype=torch.long)
         real = torch.zeros(len(self.slots), WINDOW, dtype=torch.bool)
         for i, slot in enumerate(self.slots):
@@ -80,12 +86,15 @@ class _Builder:
         self.sink: tuple[int, ...] = ()
         self.far: tuple[int, ...] = ()
 
-    def add(self, source: int, noisy: bool, reads: tuple[int, ...], prompt: int | None = None) -> int:
+    def add(
+        self, source: int, noisy: bool, reads: tuple[int, ...], prompt: int | None = None
+    ) -> int:
         self.slots.append(Slot(source, noisy, source if prompt is None else prompt, reads))
         return len(self.slots) - 1
 
     def past(self, position: int) -> tuple[int, ...]:
-        """All readable frames of the stretch before ``position``, oldest first, the sink left out."""
+        """All readable frames of the stretch before ``position``, oldest first, the sink left
+        out."""
         before = [s for s in self.stretch[:position] if s != 0]
         return tuple(f for s in before for f in frames_of(self.clean[s]))
 
@@ -95,16 +104,26 @@ class _Builder:
             return self.sink + past[-(PAST - SINK) :]
         nearest = int(torch.randint(1, 5, (), generator=self.generator))
         pool = self.far + past[:-nearest]
-        drawn = torch.randperm(len(pool), generator=self.generator)[: PAST - SINK - nearest].sort().values
+        drawn = (
+            torch.randperm(len(pool), generator=self.generator)[: PAST - SINK - nearest]
+            .sort()
+            .values
+        )
         return self.sink + tuple(pool[int(i)] for i in drawn) + past[-nearest:]
 
     def encode_again(self, position: int) -> None:
-        """The switch: the window's past, but not the sink, is encoded once more in one pass under the new prompt.
+        """The switch: the window's past, but not the sink, is encoded once more in one pass under
+        the new prompt.
 
-        In that pass all frames see the sink and the latest 9 of themselves, later ones included.  (Older frames of
-        the pass, which only a route could read later, keep their first encoding here.)
+        In that pass all frames see the sink and the latest 9 of themselves, later ones included.
+        (Older frames of the pass, which only a route could read later, keep their first encoding
+        here.)
         """
-        again = [s for s in self.stretch[max(0, position - (WINDOW - SINK) // BLOCK) : position] if s != 0]
+        again = [
+            s
+            for s in self.stretch[max(0, position - (WINDOW - SINK) // BLOCK) : position]
+            if s != 0
+        ]
         self.clean |= {source: len(self.slots) + i for i, source in enumerate(again)}
         for source in again:
             others = tuple(f for s in again if s != source for f in frames_of(self.clean[s]))
@@ -125,7 +144,8 @@ class _Builder:
                 self.clean[source] = self.add(source, False, reads[source])
             if source == 0:
                 self.sink = frames_of(self.clean[0])
-        # A story's block 0 is taught elsewhere (kvpo.mini.pretraining.openings); blocks 0 and 1 of a later stretch have no full past of their own.
+        # A story's block 0 is taught elsewhere (kvpo.mini.pretraining.openings); blocks 0 and 1 of
+        # a later stretch have no full past of their own.
         noisy = self.stretch[1:] if self.stretch[0] == 0 else self.stretch[2:]
         for source in [*noisy, *noisy[::-1]][: SLOTS - len(self.slots)]:
             self.add(source, True, reads[source])
@@ -149,7 +169,8 @@ def draw_layout(generator: torch.Generator) -> Layout:
 
 
 def draw_switch(kind: str, generator: torch.Generator) -> int | None:
-    """Nowhere in half of the draws, else from position 2 on (stories switch at block 1 too rarely to be cut there)."""
+    """Nowhere in half of the draws, else from position 2 on (stories switch at block 1 too
+    rarely to be cut there)."""
     length = len(stretch(kind))
     at = int(torch.randint(2, 2 * length - 2, (), generator=generator))
     return at if at < length else None

@@ -1,10 +1,11 @@
-"""Stories with their latents, encoded once: what stages 2 and 3 of pretraining cut their batches from."""
+"""Stories with their latents, encoded once: what stages 2 and 3 of pretraining cut their batches
+from."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable
 
 import torch
 from torch.nn import functional
@@ -12,23 +13,35 @@ from torch.nn import functional
 from kvpo.mini.pretraining.autoencoder import encode
 from kvpo.mini.pretraining.linear_encoder import LinearEncoder
 from kvpo.mini.pretraining.networks import BLOCK, new_tokenizer, tokenize
-from kvpo.mini.stories import Story, write_story
 from kvpo.mini.pretraining.training import save_whole
+from kvpo.mini.stories import Story, write_story
 from kvpo.types import Script
 
 OBJECT_WEIGHT = 3.0
-"""A latent cell that shows the object counts 1 + this in the loss; it covers some 4 % of the picture."""
+"""A latent cell that shows the object counts 1 + this in the loss; it covers some 4 % of the
+picture."""
 
 
 def write_library(seed: int, stories: int) -> list[Story]:
-    """Two kinds in turn: stories of 10 blocks as evaluations tell them, and long ones of 8 blocks a segment."""
+    """Two kinds in turn: stories of 10 blocks as evaluations tell them, and long ones of 8
+    blocks a segment."""
     out = []
     for i in range(stories):
         if i % 3:
             out.append(write_story(seed, "library", i, blocks=10, habits=True))
         else:
             segments = 1 + (i // 3) % 4
-            out.append(write_story(seed, "library", i, blocks=8 * max(segments, 2), segments=segments, memory=segments >= 3 and (i // 12) % 2 == 0, habits=True))
+            out.append(
+                write_story(
+                    seed,
+                    "library",
+                    i,
+                    blocks=8 * max(segments, 2),
+                    segments=segments,
+                    memory=segments >= 3 and (i // 12) % 2 == 0,
+                    habits=True,
+                )
+            )
     return out
 
 
@@ -51,7 +64,8 @@ class Library:
     _starts: dict = field(default_factory=dict, repr=False)
 
     def places(self, kind: str, length: int, switch: int | None) -> list[tuple[int, int]]:
-        """(story, first block) of all stretches of ``length`` blocks whose only switch is at position ``switch``."""
+        """(story, first block) of all stretches of ``length`` blocks whose only switch is at
+        position ``switch``."""
         key = (kind, length, switch)
         if key not in self._starts:
             earliest = {"opening": 0, "later": 1, "routed": 3}[kind]
@@ -63,39 +77,64 @@ class Library:
                     if inside == ([] if switch is None else [switch]):
                         found.append((i, first))
             if not found:
-                raise ValueError(f"no story of the library has a stretch of {length} blocks ({kind}) with its only switch at {switch}; write more stories")
+                raise ValueError(
+                    f"no story of the library has a stretch of {length} blocks ({kind}) with its only switch at {switch}; write more stories"
+                )
             self._starts[key] = found
         return self._starts[key]
 
-    def draw(self, kind: str, length: int, switch: int | None, generator: torch.Generator) -> tuple[int, int]:
+    def draw(
+        self, kind: str, length: int, switch: int | None, generator: torch.Generator
+    ) -> tuple[int, int]:
         places = self.places(kind, length, switch)
         return places[int(torch.randint(len(places), (), generator=generator))]
 
     def cut(self, story: int, blocks: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Latents [3 K, C, H, W], loss weights [3 K, 1, H, W] and prompt tokens [K, L] of K blocks."""
+        """Latents [3 K, C, H, W], loss weights [3 K, 1, H, W] and prompt tokens [K, L] of K
+        blocks."""
         at = torch.tensor([BLOCK * b + f for b in blocks for f in range(BLOCK)])
         weight = 1.0 + OBJECT_WEIGHT * self.cells[story][at][:, None].float()
         prompt = torch.tensor([self.scripts[story].segment(b) for b in blocks])
         return self.latents[story][at].float(), weight, self.tokens[story][prompt]
 
 
-def build_library(vae, code: LinearEncoder, seed: int, stories: int, progress: Callable[[int], None] = lambda done: None) -> Library:
-    """Render and encode every story from its first frame on, so that the latents are the stream's."""
+def build_library(
+    vae,
+    code: LinearEncoder,
+    seed: int,
+    stories: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Library:
+    """Render and encode every story from its first frame on, so that the latents are the
+    stream's."""
     tokenizer, rows = new_tokenizer(), []
     for i, story in enumerate(write_library(seed, stories)):
         pixels = story.render()
         latents = encode(vae, code, pixels[None])[0].half()
-        rows.append((story.script, latents, object_cells(pixels), tokenize(tokenizer, story.script.texts)))
+        rows.append(
+            (story.script, latents, object_cells(pixels), tokenize(tokenizer, story.script.texts))
+        )
         progress(i + 1)
     return Library(*(tuple(column) for column in zip(*rows)))
 
 
 def save_library(library: Library, path: Path) -> None:
     scripts = [(s.id, s.texts, s.starts, s.blocks) for s in library.scripts]
-    save_whole({"scripts": scripts, "latents": library.latents, "cells": library.cells, "tokens": library.tokens}, path)
+    save_whole(
+        {
+            "scripts": scripts,
+            "latents": library.latents,
+            "cells": library.cells,
+            "tokens": library.tokens,
+        },
+        path,
+    )
 
 
 def load_library(path: Path) -> Library:
     state = torch.load(path, weights_only=True)
-    scripts = tuple(Script(i, tuple(texts), tuple(starts), blocks) for i, texts, starts, blocks in state["scripts"])
+    scripts = tuple(
+        Script(i, tuple(texts), tuple(starts), blocks)
+        for i, texts, starts, blocks in state["scripts"]
+    )
     return Library(scripts, tuple(state["latents"]), tuple(state["cells"]), tuple(state["tokens"]))

@@ -1,8 +1,10 @@
-"""The encoder, computed instead of trained: principal components of the world's pixels, written into the stock encoder.
+"""The encoder, computed instead of trained: principal components of the world's pixels, written
+into the stock encoder.
 
-Training encoder and decoder together had to invent a code and its reading at once: after 2500 steps (21 minutes)
-the object's shape was right in 19 % of the frames and its colour in 60 %.  The principal components of a
-latent cell lose a third of that error, take seconds, and are a fixed code that the decoder alone can learn to read.
+Training encoder and decoder together had to invent a code and its reading at once: after 2500 steps
+(21 minutes) the object's shape was right in 19 % of the frames and its colour in 60 %. The
+principal components of a latent cell lose a third of that error, take seconds, and are a fixed code
+that the decoder alone can learn to read.
 
     per frame     4x4 pixels  -> 24 components, 2x2 patches of them -> 24 again (8x8 pixels)
     per pair      24 means and 8 half differences, at both levels (two frames, then four)
@@ -10,8 +12,9 @@ latent cell lose a third of that error, take seconds, and are a fixed code that 
 
 The first frame of a video has no pair: it is read as if the picture stood still, differences zero.
 
-Everything in the stock encoder that is not linear is led around: residual branches are zero; before the last
-convolution a large constant pair of channels makes its normalisation a fixed scale, and silu(x) - silu(-x) = x.
+Everything in the stock encoder that is not linear is led around: residual branches are zero; before
+the last convolution a large constant pair of channels makes its normalisation a fixed scale, and
+silu(x) - silu(-x) = x.
 """
 
 from __future__ import annotations
@@ -46,7 +49,8 @@ class LinearEncoder:
     """[KEPT + MOVING, LATENT] orthonormal."""
 
     def raw(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Latents [B, N, LATENT, H / 8, W / 8] from RGB [B, T, 3, H, W] in [0, 1]: what the stock encoder gives, much faster."""
+        """Latents [B, N, LATENT, H / 8, W / 8] from RGB [B, T, 3, H, W] in [0, 1]: what the
+        stock encoder gives, much faster."""
         x = patches(pixels * 2 - 1, 4)
         for number, level in enumerate(self.levels):
             x = pairs((patches(x, 2) if number else x).sub(level.mean.view(-1, 1, 1)), level)
@@ -61,12 +65,15 @@ def patches(x: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def pairs(x: torch.Tensor, level: Level) -> torch.Tensor:
-    """Components of centred patches, then of frame pairs; the first frame stays alone: [B, 1 + (T - 1) / 2, KEPT + MOVING, h, w]."""
+    """Components of centred patches, then of frame pairs; the first frame stays alone: [B, 1 +
+    (T - 1) / 2, KEPT + MOVING, h, w]."""
     kept = torch.einsum("btchw,cd->btdhw", x, level.space)
     first, before, after = kept[:, :1], kept[:, 1::2], kept[:, 2::2]
     moving = torch.einsum("btchw,cd->btdhw", (after - before) / 2, level.time)
     still = torch.zeros_like(first[:, :, :MOVING])
-    return torch.cat((torch.cat((first, still), 2), torch.cat(((before + after) / 2, moving), 2)), 1)
+    return torch.cat(
+        (torch.cat((first, still), 2), torch.cat(((before + after) / 2, moving), 2)), 1
+    )
 
 
 def fit(pixels: torch.Tensor) -> LinearEncoder:
@@ -81,12 +88,19 @@ def fit(pixels: torch.Tensor) -> LinearEncoder:
         steps = ((kept[:, 2::2] - kept[:, 1::2]) / 2).movedim(2, -1).flatten(0, -2)
         levels.append(Level(mean, space, components(steps, MOVING)))
         x = pairs(x - mean.view(-1, 1, 1), levels[-1])
-    return LinearEncoder((levels[0], levels[1]), components(x.movedim(2, -1).flatten(0, -2), LATENT))
+    return LinearEncoder(
+        (levels[0], levels[1]), components(x.movedim(2, -1).flatten(0, -2), LATENT)
+    )
 
 
 def components(rows: torch.Tensor, number: int) -> torch.Tensor:
-    """The strongest principal directions of rows [M, n] about zero, [n, number]; signs fixed so that they are the same everywhere."""
-    vectors = torch.linalg.eigh(rows.double().T @ rows.double() / len(rows)).eigenvectors[:, -number:].flip(1)
+    """The strongest principal directions of rows [M, n] about zero, [n, number]; signs fixed so
+    that they are the same everywhere."""
+    vectors = (
+        torch.linalg.eigh(rows.double().T @ rows.double() / len(rows))
+        .eigenvectors[:, -number:]
+        .flip(1)
+    )
     largest = vectors.abs().argmax(0)
     return (vectors * vectors[largest, torch.arange(number)].sign()).float()
 
@@ -104,12 +118,18 @@ def install(code: LinearEncoder, vae: AutoencoderKLWan) -> None:
     down = [block for block in net.down_blocks if hasattr(block, "time_conv")]
     for number, (block, level) in enumerate(zip(down, code.levels)):
         conv, n = block.resample[1], KEPT + MOVING if number else 12
-        conv.weight[:KEPT, :n, :2, :2] = _first_patch_order(level.space.T) if number == 0 else level.space.T.reshape(KEPT, n, 2, 2)
+        conv.weight[:KEPT, :n, :2, :2] = (
+            _first_patch_order(level.space.T)
+            if number == 0
+            else level.space.T.reshape(KEPT, n, 2, 2)
+        )
         conv.bias[:KEPT] = -level.space.T @ level.mean
         block.time_conv.weight[:KEPT, :KEPT, 1:, 0, 0] = 0.5 * torch.eye(KEPT)[:, :, None]
         block.time_conv.weight[KEPT : KEPT + MOVING, :KEPT, 1, 0, 0] = -0.5 * level.time.T
         block.time_conv.weight[KEPT : KEPT + MOVING, :KEPT, 2, 0, 0] = 0.5 * level.time.T
-    for block in net.down_blocks[:-1]:  # where the stock encoder widens early, what is there passes as it is
+    for block in net.down_blocks[
+        :-1
+    ]:  # where the stock encoder widens early, what is there passes as it is
         if isinstance(getattr(block, "conv_shortcut", None), torch.nn.Conv3d):
             n = block.conv_shortcut.weight.shape[1]
             block.conv_shortcut.weight[:n, :, 0, 0, 0] = torch.eye(n)
@@ -118,7 +138,9 @@ def install(code: LinearEncoder, vae: AutoencoderKLWan) -> None:
     widen.weight[: 2 * LATENT, : KEPT + MOVING, 0, 0, 0] = both
     widen.bias[2 * LATENT : 2 * LATENT + 2] = torch.tensor([LARGE, -LARGE])
     width = widen.weight.shape[0]
-    undo = LARGE * (2.0 / width) ** 0.5  # the norm divides by |x| = LARGE sqrt 2 and multiplies by sqrt width
+    undo = (
+        LARGE * (2.0 / width) ** 0.5
+    )  # the norm divides by |x| = LARGE sqrt 2 and multiplies by sqrt width
     net.conv_out.weight[:LATENT, :LATENT, 2, 1, 1] = undo * torch.eye(LATENT)
     net.conv_out.weight[:LATENT, LATENT : 2 * LATENT, 2, 1, 1] = -undo * torch.eye(LATENT)
     net.conv_out.bias[LATENT:] = LOGVAR
@@ -126,6 +148,9 @@ def install(code: LinearEncoder, vae: AutoencoderKLWan) -> None:
 
 
 def _first_patch_order(space: torch.Tensor) -> torch.Tensor:
-    """[KEPT, 48] over (RGB, 4 rows, 4 columns) -> [KEPT, 12, 2, 2] over the stock patches' channels (RGB, column, row) and their places."""
-    x = space.reshape(KEPT, 3, 2, 2, 2, 2)  # RGB, patch row, row in patch, patch column, column in patch
+    """[KEPT, 48] over (RGB, 4 rows, 4 columns) -> [KEPT, 12, 2, 2] over the stock patches'
+    channels (RGB, column, row) and their places."""
+    x = space.reshape(
+        KEPT, 3, 2, 2, 2, 2
+    )  # RGB, patch row, row in patch, patch column, column in patch
     return x.permute(0, 1, 5, 3, 2, 4).reshape(KEPT, 12, 2, 2)

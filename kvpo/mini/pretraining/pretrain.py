@@ -4,8 +4,9 @@
     teacher_forcing   causal flow matching on true pasts, with the text encoder        (kvpo.mini.pretraining.teacher_forcing)
     few_step          the four-step sampler after true pasts                           (kvpo.mini.pretraining.few_step)
 
-The decoder does not need the generator nor the generator the decoder, so on a CPU they train side by side at first.
-Everything random is named by (seed, stage, step).  Killed at any instant and started again, it goes on where it was.
+The decoder does not need the generator nor the generator the decoder, so on a CPU they train side
+by side at first. Everything random is named by (seed, stage, step). Killed at any instant and
+started again, it goes on where it was.
 """
 
 from __future__ import annotations
@@ -13,15 +14,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Callable
 
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline
 
 from kvpo.common.files import beside, write_atomic
+from kvpo.common.progress import Progress
 from kvpo.generators.causal_wan import CausalWan
 from kvpo.generators.pipeline import Geometry, Pipeline, use_channels_last
 from kvpo.mini.pretraining.autoencoder import decoder_loss, fit_encoder, set_latent_scale
@@ -30,19 +32,40 @@ from kvpo.mini.pretraining.few_step import few_step_loss
 from kvpo.mini.pretraining.flat import use_flat_attention
 from kvpo.mini.pretraining.library import Library, build_library, load_library, save_library
 from kvpo.mini.pretraining.linear_encoder import LinearEncoder, install
-from kvpo.mini.pretraining.networks import BLOCK, SINK, STEPS, TEXT_LEN, WINDOW, new_scheduler, new_text_encoder, new_tokenizer, new_transformer, new_vae
+from kvpo.mini.pretraining.networks import (
+    BLOCK,
+    SINK,
+    STEPS,
+    TEXT_LEN,
+    WINDOW,
+    new_scheduler,
+    new_text_encoder,
+    new_tokenizer,
+    new_transformer,
+    new_vae,
+)
 from kvpo.mini.pretraining.openings import build_openings
 from kvpo.mini.pretraining.side_by_side import trained_beside
 from kvpo.mini.pretraining.teacher_forcing import teacher_forcing_loss
 from kvpo.mini.pretraining.training import AGAIN, Stage
 from kvpo.mini.world import FPS, SIZE
-from kvpo.common.progress import Progress
 
-GEOMETRY = Geometry(block=BLOCK, sink=SINK, window=WINDOW, latent_height=SIZE // 8, latent_width=SIZE // 8, fps=FPS, text_length=TEXT_LEN, steps=STEPS, shift=5.0)
+GEOMETRY = Geometry(
+    block=BLOCK,
+    sink=SINK,
+    window=WINDOW,
+    latent_height=SIZE // 8,
+    latent_width=SIZE // 8,
+    fps=FPS,
+    text_length=TEXT_LEN,
+    steps=STEPS,
+    shift=5.0,
+)
 
 DECODER_MATRIX_RATE = 2.5
-"""Learning rate of Muon over that of AdamW, for the decoder.  Held-out error after 400 steps: 0.119, at a rate of 5.0 0.126; of a decoder of width
-12 it is 0.138 at 5.0, 0.208 at 12.0 and 0.198 with AdamW alone."""
+"""Learning rate of Muon over that of AdamW, for the decoder. Held-out error after 400 steps:
+0.119, at a rate of 5.0 0.126; of a decoder of width 12 it is 0.138 at 5.0, 0.208 at 12.0 and
+0.198 with AdamW alone."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +81,8 @@ class Settings:
     """Stories that stages 2 and 3 cut their crops from."""
     flow_steps: int = 5000
     beside: int = 2100
-    """Steps of stage 2 that are done while the decoder trains in a process of its own (on a CPU of at least two cores)."""
+    """Steps of stage 2 that are done while the decoder trains in a process of its own (on a CPU
+    of at least two cores)."""
     flow_batch: int = 8
     flow_lr: float = 2e-3
     few_steps: int = 400
@@ -91,10 +115,14 @@ class Networks:
         return self
 
 
-def pretrain(out: Path, work: Path, seed: int = 0, settings: Settings = Settings(), device: str = "cpu") -> None:
-    """Train everything and write the pipeline folder ``out``; states, the encoded stories, the log and what stage 2 left go to ``work``.
+def pretrain(
+    out: Path, work: Path, seed: int = 0, settings: Settings = Settings(), device: str = "cpu"
+) -> None:
+    """Train everything and write the pipeline folder ``out``; states, the encoded stories, the log
+    and what stage 2 left go to ``work``.
 
-    ValueError, before anything is touched, where ``out`` holds something else than a pipeline folder."""
+    ValueError, before anything is touched, where ``out`` holds something else than a pipeline
+    folder."""
     out, work, progress = Path(out), Path(work), Progress()
     may_be_replaced(out, work)
     out = out.resolve()  # a link stays one, and even "." has a name
@@ -107,57 +135,101 @@ def pretrain(out: Path, work: Path, seed: int = 0, settings: Settings = Settings
         nets.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
     openings = build_openings(nets.vae, code, seed, settings.openings)
 
-    loss = teacher_forcing_loss(nets.transformer, nets.encoder, library, openings, seed, settings.flow_batch, device)
-    flow = generator_stage("teacher_forcing", nets, loss, settings.flow_steps, settings.flow_lr, work, settings)
+    loss = teacher_forcing_loss(
+        nets.transformer, nets.encoder, library, openings, seed, settings.flow_batch, device
+    )
+    flow = generator_stage(
+        "teacher_forcing", nets, loss, settings.flow_steps, settings.flow_lr, work, settings
+    )
     decoder = decoder_stage(nets.vae, code, work, seed, settings, device)
-    with trained_beside(lone_decoder, (work, seed, settings), progress) if device == "cpu" else nullcontext():
+    with (
+        trained_beside(lone_decoder, (work, seed, settings), progress)
+        if device == "cpu"
+        else nullcontext()
+    ):
         flow.run(progress, until=settings.beside)
     decoder.run(progress)  # done already, if it trained beside
     flow.run(progress)
-    export(nets, work / "teacher_forced", progress)  # not ``out``: nobody shall take these for the finished ones
+    export(
+        nets, work / "teacher_forced", progress
+    )  # not ``out``: nobody shall take these for the finished ones
 
-    loss = few_step_loss(nets.transformer, nets.encoder, library, openings, seed, settings.few_batch, device)
-    few = generator_stage("few_step", nets, loss, settings.few_steps, settings.few_lr, work, settings)
+    loss = few_step_loss(
+        nets.transformer, nets.encoder, library, openings, seed, settings.few_batch, device
+    )
+    few = generator_stage(
+        "few_step", nets, loss, settings.few_steps, settings.few_lr, work, settings
+    )
     few.run(progress)
     export(nets, out, progress)
     if settings.measured:
         numbers = measured(Pipeline.load(out, device), settings.measured)
-        write_card(out, numbers, settings.measured, settings, seed, {stage.name: stage.seconds for stage in (decoder, flow, few)})
-        progress.say("held-out stories: " + ", ".join(f"{name} {value:.3f}" for name, value in numbers.items()))
+        write_card(
+            out,
+            numbers,
+            settings.measured,
+            settings,
+            seed,
+            {stage.name: stage.seconds for stage in (decoder, flow, few)},
+        )
+        progress.say(
+            "held-out stories: "
+            + ", ".join(f"{name} {value:.3f}" for name, value in numbers.items())
+        )
 
 
 def may_be_replaced(out: Path, work: Path) -> None:
-    """ValueError unless ``out`` is missing, empty or a pipeline folder, and ``work`` lies elsewhere: what is at ``out`` goes when the new weights come."""
+    """ValueError unless ``out`` is missing, empty or a pipeline folder, and ``work`` lies
+    elsewhere: what is at ``out`` goes when the new weights come."""
     empty = not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir()))
     if not empty and not (out / "streaming.json").is_file():
-        raise ValueError(f"{out} is there and is no pipeline folder (it has no streaming.json), so it is not replaced; give a new or an empty folder, or an older pipeline folder")
+        raise ValueError(
+            f"{out} is there and is no pipeline folder (it has no streaming.json), so it is not replaced; give a new or an empty folder, or an older pipeline folder"
+        )
     if out.resolve() in (work.resolve(), *work.resolve().parents):
-        raise ValueError(f"the work folder {work} lies in {out}, which is replaced as a whole by the finished weights; give another --work, or another folder for the weights")
+        raise ValueError(
+            f"the work folder {work} lies in {out}, which is replaced as a whole by the finished weights; give another --work, or another folder for the weights"
+        )
 
 
 def claim(work: Path, seed: int, settings: Settings) -> None:
-    """Remember what this folder is being made with; ValueError if it was begun with something else."""
+    """Remember what this folder is being made with; ValueError if it was begun with something
+    else."""
     made_with, path = {"seed": seed, **asdict(settings)}, work / "settings.json"
     if not path.exists():
         write_atomic(path, json.dumps(made_with, indent=1) + "\n")
     elif (before := json.loads(path.read_text())) != made_with:
         changed = {k: (before.get(k), v) for k, v in made_with.items() if before.get(k) != v}
-        raise ValueError(f"{work} was begun with other settings: {changed} (then, now); use another work folder, or the settings it was begun with")
+        raise ValueError(
+            f"{work} was begun with other settings: {changed} (then, now); use another work folder, or the settings it was begun with"
+        )
 
 
 def set_code(vae: AutoencoderKLWan, seed: int, s: Settings) -> LinearEncoder:
-    """Compute the encoder and the scale of its latents: seconds, so it is done again after a restart."""
+    """Compute the encoder and the scale of its latents: seconds, so it is done again after a
+    restart."""
     code = fit_encoder(seed, s.code_clips)
     install(code, vae)
     set_latent_scale(vae, code, seed, s.scale_clips)
     return code
 
 
-def decoder_stage(vae: AutoencoderKLWan, code: LinearEncoder, work: Path, seed: int, s: Settings, device: str) -> Stage:
+def decoder_stage(
+    vae: AutoencoderKLWan, code: LinearEncoder, work: Path, seed: int, s: Settings, device: str
+) -> Stage:
     use_channels_last(vae)  # a quarter of the time less on a CPU
     loss = decoder_loss(vae, code, seed, s.decoder_batch, device)
     modules = {"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}
-    return Stage("decoder", work, modules, loss, steps=s.decoder_steps, lr=s.decoder_lr, matrix_rate=DECODER_MATRIX_RATE, save_every=s.save_every)
+    return Stage(
+        "decoder",
+        work,
+        modules,
+        loss,
+        steps=s.decoder_steps,
+        lr=s.decoder_lr,
+        matrix_rate=DECODER_MATRIX_RATE,
+        save_every=s.save_every,
+    )
 
 
 def lone_decoder(work: Path, seed: int, s: Settings) -> Stage:
@@ -166,7 +238,9 @@ def lone_decoder(work: Path, seed: int, s: Settings) -> Stage:
     return decoder_stage(vae, set_code(vae, seed, s), work, seed, s, "cpu")
 
 
-def stories(nets: Networks, code: LinearEncoder, work: Path, seed: int, s: Settings, progress: Progress) -> Library:
+def stories(
+    nets: Networks, code: LinearEncoder, work: Path, seed: int, s: Settings, progress: Progress
+) -> Library:
     path = work / "stories.pt"
     if path.exists():
         progress.say(f"stories: {path} is there already")
@@ -176,8 +250,12 @@ def stories(nets: Networks, code: LinearEncoder, work: Path, seed: int, s: Setti
     return load_library(path)
 
 
-def generator_stage(name: str, nets: Networks, loss: Callable, steps: int, lr: float, work: Path, s: Settings) -> Stage:
-    return Stage(name, work, nets.generator, loss, steps=steps, lr=lr, ema=0.995, save_every=s.save_every)
+def generator_stage(
+    name: str, nets: Networks, loss: Callable, steps: int, lr: float, work: Path, s: Settings
+) -> Stage:
+    return Stage(
+        name, work, nets.generator, loss, steps=steps, lr=lr, ema=0.995, save_every=s.save_every
+    )
 
 
 def export(nets: Networks, out: Path, progress: Progress) -> None:

@@ -1,16 +1,17 @@
 """A stage's training in a process of its own, beside another's.
 
-On a CPU the decoder's small convolutions gain next to nothing from a second thread (0.38 s a step on one, 0.32 s on two),
-the transformer's products nearly all of it (0.99 s and 0.59 s).  So one thread goes to each until the decoder is done.
+On a CPU the decoder's small convolutions gain next to nothing from a second thread (0.38 s a step
+on one, 0.32 s on two), the transformer's products nearly all of it (0.99 s and 0.59 s). So one
+thread goes to each until the decoder is done.
 """
 
 from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
-from typing import Callable, Iterator
 
 import torch
 
@@ -20,10 +21,12 @@ from kvpo.mini.pretraining.training import Stage
 
 @contextmanager
 def trained_beside(build: Callable[..., Stage], args: tuple, progress: Progress) -> Iterator[None]:
-    """The body runs while another process trains the stage ``build(*args)`` on one thread, and ends no earlier than that.
+    """The body runs while another process trains the stage ``build(*args)`` on one thread, and ends
+    no earlier than that.
 
-    The other process only writes the stage's state file.  Whoever runs the stage afterwards finds it finished; or, where
-    that process failed, goes on from its last state and meets the fault himself.  With one thread: the body alone.
+    The other process only writes the stage's state file. Whoever runs the stage afterwards finds it
+    finished; or, where that process failed, goes on from its last state and meets the fault
+    himself. With one thread: the body alone.
     """
     threads = torch.get_num_threads()
     if threads == 1:

@@ -1,26 +1,30 @@
-"""Stage 2 of pretraining: causal flow matching with teacher forcing, every block in its deployment's context.
+"""Stage 2 of pretraining: causal flow matching with teacher forcing, every block in its
+deployment's context.
 
-Two kinds of lessons: crops of true stories, and opening blocks (``kvpo.mini.pretraining.openings``).  The stories have habits
-(``kvpo.mini.habits``), so a block after the first has few true answers, which the generator learns all.
+Two kinds of lessons: crops of true stories, and opening blocks
+(``kvpo.mini.pretraining.openings``). The stories have habits (``kvpo.mini.habits``), so a block
+after the first has few true answers, which the generator learns all.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
 import torch
 
+from kvpo.common.rng import stream
 from kvpo.generators.flow import add_noise, velocity_of, warped_sigmas
 from kvpo.mini.pretraining.flat import Lesson, lesson_error, slot_text
 from kvpo.mini.pretraining.layouts import ROUTED_SOURCES, Layout, draw_layout, stretch
 from kvpo.mini.pretraining.library import Library
 from kvpo.mini.pretraining.networks import BLOCK, STEPS
 from kvpo.mini.pretraining.openings import Openings, noised_openings, opening_lesson
-from kvpo.common.rng import stream
 
 OPENINGS = 4
 """One step in so many teaches openings."""
 CONTEXT_NOISE = 0.1
-"""Clean context carries noise up to this deviation and is told time 0: what streams has small errors too."""
+"""Clean context carries noise up to this deviation and is told time 0: what streams has small
+errors too."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +53,16 @@ def cut(library: Library, plan: Layout, batch: int, generator: torch.Generator) 
         if plan.kind != "opening":
             blocks = [0, *blocks]
         if plan.kind == "routed":
-            blocks += (1 + torch.randperm(first - 1, generator=generator)[:ROUTED_SOURCES].sort().values).tolist()
+            blocks += (
+                1 + torch.randperm(first - 1, generator=generator)[:ROUTED_SOURCES].sort().values
+            ).tolist()
         rows.append((*library.cut(story, blocks), _frame_ids(plan, blocks, generator)))
     return Crops(*(torch.stack(column) for column in zip(*rows)))
 
 
 def _frame_ids(plan: Layout, blocks: list[int], generator: torch.Generator) -> torch.Tensor:
-    """True frame ids; half of the later crops pretend that more time has passed since the sink, up to frame 400."""
+    """True frame ids; half of the later crops pretend that more time has passed since the sink,
+    up to frame 400."""
     ids = torch.tensor([BLOCK * b + f for b in blocks for f in range(BLOCK)])
     if plan.kind != "opening" and bool(torch.rand((), generator=generator) < 0.6):
         shift = BLOCK * int(120 * torch.rand((), generator=generator) ** 2)
@@ -72,7 +79,10 @@ def draw_sigmas(shape: tuple[int, ...], generator: torch.Generator) -> torch.Ten
     any_level = 5.0 * s / (1.0 + 4.0 * s)
     return torch.where(torch.rand(shape, generator=generator) < 0.5, few, any_level)
 
-def crop_lesson(encoder, library: Library, batch: int, generator: torch.Generator, device) -> Lesson:
+
+def crop_lesson(
+    encoder, library: Library, batch: int, generator: torch.Generator, device
+) -> Lesson:
     """Blocks of true stories, noised, after their true pasts."""
     plan = draw_layout(generator)
     crops = cut(library, plan, batch, generator).to(device)
@@ -80,17 +90,26 @@ def crop_lesson(encoder, library: Library, batch: int, generator: torch.Generato
     x0 = crops.latents[:, at]
     eps = torch.randn(x0.shape, generator=generator).to(device)
     sigma = torch.where(noisy, draw_sigmas((batch, len(plan.slots)), generator), 0.0).to(device)
-    dirt = torch.where(noisy, 0.0, CONTEXT_NOISE * torch.rand(batch, len(plan.slots), generator=generator)).to(device)
+    dirt = torch.where(
+        noisy, 0.0, CONTEXT_NOISE * torch.rand(batch, len(plan.slots), generator=generator)
+    ).to(device)
     level, grain = (s.repeat_interleave(BLOCK, 1)[:, :, None, None, None] for s in (sigma, dirt))
     x = add_noise(x0, eps, level) + grain * eps
     taught = BLOCK * int(noisy.sum())
     return Lesson(
-        plan, x, sigma, slot_text(encoder, plan, crops.ids), crops.frames[:, at],
-        velocity_of(x0, eps)[:, -taught:], crops.weight[:, at][:, -taught:],
-    )  # fmt: skip
+        plan,
+        x,
+        sigma,
+        slot_text(encoder, plan, crops.ids),
+        crops.frames[:, at],
+        velocity_of(x0, eps)[:, -taught:],
+        crops.weight[:, at][:, -taught:],
+    )
 
 
-def teacher_forcing_loss(transformer, encoder, library: Library, openings: Openings, seed: int, batch: int, device="cpu"):
+def teacher_forcing_loss(
+    transformer, encoder, library: Library, openings: Openings, seed: int, batch: int, device="cpu"
+):
     """loss(step) of stage 2."""
 
     def loss(step: int):
@@ -99,6 +118,9 @@ def teacher_forcing_loss(transformer, encoder, library: Library, openings: Openi
             lesson = opening_lesson(encoder, openings, noised_openings, batch, g, device)
         else:
             lesson = crop_lesson(encoder, library, batch, g, device)
-        return lesson_error(transformer, lesson), {"kind": lesson.plan.kind, "switch": lesson.plan.switch is not None}
+        return lesson_error(transformer, lesson), {
+            "kind": lesson.plan.kind,
+            "switch": lesson.plan.switch is not None,
+        }
 
     return loss

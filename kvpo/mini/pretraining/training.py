@@ -6,33 +6,62 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
-from kvpo.common.files import first_line
-from kvpo.common.files import beside, refusals, write_atomic
+from kvpo.common.files import beside, first_line, refusals, write_atomic
 from kvpo.common.progress import Progress
 
 AGAIN = "free disk space, then the same command goes on"
 MATRIX_RATE = 5.0
-"""Learning rate of Muon over that of AdamW, both in AdamW's units (update of about one rate per weight).  Measured: 600 steps of stage 2 with
-Muon are worth 1,100 with AdamW alone."""
+"""Learning rate of Muon over that of AdamW, both in AdamW's units (update of about one rate per
+weight). Measured: 600 steps of stage 2 with Muon are worth 1,100 with AdamW alone."""
 
 
 class Stage:
-    """Trains ``modules`` on ``loss(step) -> (loss, {name: value})`` and leaves their averaged weights in place.
+    """Trains ``modules`` on ``loss(step) -> (loss, {name: value})`` and leaves their averaged
+    weights in place.
 
-    Everything random comes from streams named by the step, and the state file is replaced whole or not at all, so
-    a stage that was killed at any instant goes on from its last state and ends bit for bit as if it had not been.
+    Everything random comes from streams named by the step, and the state file is replaced whole or
+    not at all, so a stage that was killed at any instant goes on from its last state and ends bit
+    for bit as if it had not been.
     """
 
-    def __init__(self, name: str, folder: Path, modules: Mapping[str, nn.Module], loss: Callable, *, steps: int, lr: float, warmup: int = 50,
-                 weight_decay: float = 0.01, ema: float = 0.99, save_every: int = 100, clip: float = 1.0, matrix_rate: float = MATRIX_RATE):  # fmt: skip
-        self.name, self.folder, self.modules, self.loss = name, Path(folder), nn.ModuleDict(dict(modules)), loss
-        self.steps, self.lr, self.warmup, self.ema_decay, self.save_every, self.clip, self.matrix_rate = steps, lr, warmup, ema, save_every, clip, matrix_rate
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        modules: Mapping[str, nn.Module],
+        loss: Callable,
+        *,
+        steps: int,
+        lr: float,
+        warmup: int = 50,
+        weight_decay: float = 0.01,
+        ema: float = 0.99,
+        save_every: int = 100,
+        clip: float = 1.0,
+        matrix_rate: float = MATRIX_RATE,
+    ):
+        self.name, self.folder, self.modules, self.loss = (
+            name,
+            Path(folder),
+            nn.ModuleDict(dict(modules)),
+            loss,
+        )
+        (
+            self.steps,
+            self.lr,
+            self.warmup,
+            self.ema_decay,
+            self.save_every,
+            self.clip,
+            self.matrix_rate,
+        ) = steps, lr, warmup, ema, save_every, clip, matrix_rate
         self.parameters = [p for p in self.modules.parameters() if p.requires_grad]
         self.kernels = Kernels(self.modules)
         self.optimizers = optimizers(self.modules, self.kernels, lr, weight_decay)
@@ -62,7 +91,11 @@ class Stage:
         return True
 
     def save(self) -> None:
-        state = {"modules": self.modules.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers], "average": self.average}
+        state = {
+            "modules": self.modules.state_dict(),
+            "optimizers": [o.state_dict() for o in self.optimizers],
+            "average": self.average,
+        }
         save_whole({**state, "step": self.step, "seconds": self.seconds}, self.path)
 
     def rate(self) -> float:
@@ -73,14 +106,20 @@ class Stage:
 
     def update(self) -> dict[str, float]:
         loss, metrics = self.loss(self.step)
-        self.modules.zero_grad(set_to_none=True)  # not the optimizers': kernels are theirs only as matrices
+        self.modules.zero_grad(
+            set_to_none=True
+        )  # not the optimizers': kernels are theirs only as matrices
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = self.rate() * (self.matrix_rate if isinstance(optimizer, torch.optim.Muon) else 1.0)
+                group["lr"] = self.rate() * (
+                    self.matrix_rate if isinstance(optimizer, torch.optim.Muon) else 1.0
+                )
         loss.backward()
         norm = float(nn.utils.clip_grad_norm_(self.parameters, self.clip))
         if not math.isfinite(norm):
-            raise FloatingPointError(f"{self.name}: gradient norm is {norm} at step {self.step}; nothing was updated. Lower the learning rate ({self.rate():.2g})")
+            raise FloatingPointError(
+                f"{self.name}: gradient norm is {norm} at step {self.step}; nothing was updated. Lower the learning rate ({self.rate():.2g})"
+            )
         self.kernels.take_gradients()
         for optimizer in self.optimizers:
             optimizer.step()
@@ -90,7 +129,8 @@ class Stage:
         return {"loss": float(loss.detach()), "grad_norm": norm, "lr": self.rate(), **metrics}
 
     def run(self, progress: Progress, until: int | None = None) -> None:
-        """Train to the end and take the averaged weights, or only to the step ``until``, from where a second call goes on."""
+        """Train to the end and take the averaged weights, or only to the step ``until``, from
+        where a second call goes on."""
         until = self.steps if until is None else min(until, self.steps)
         if self.step == 0 and self.resume():
             progress.say(f"{self.name}: goes on after step {self.step} of {self.steps}")
@@ -112,7 +152,9 @@ class Stage:
     def note(self, metrics: Mapping[str, float]) -> None:
         """A line of the log."""
         with refusals(self.log, AGAIN), self.log.open("a") as file:
-            file.write(json.dumps({"step": self.step, "seconds": round(self.seconds, 1), **metrics}) + "\n")
+            file.write(
+                json.dumps({"step": self.step, "seconds": round(self.seconds, 1), **metrics}) + "\n"
+            )
 
     @torch.no_grad()
     def take_average(self) -> None:
@@ -123,15 +165,20 @@ class Stage:
 
 
 class Kernels:
-    """The convolutions inside stacks of blocks as matrices [out, in x places], which Muon wants; they share the weights' memory."""
+    """The convolutions inside stacks of blocks as matrices [out, in x places], which Muon wants;
+    they share the weights' memory."""
 
     def __init__(self, modules: nn.Module):
         kinds = (nn.Conv2d, nn.Conv3d)
-        self.weights = [layer.weight for layer in stacked(modules, kinds) if layer.weight.requires_grad]
+        self.weights = [
+            layer.weight for layer in stacked(modules, kinds) if layer.weight.requires_grad
+        ]
         self.matrices = [nn.Parameter(_matrix(weight.detach())) for weight in self.weights]
         for weight, matrix in zip(self.weights, self.matrices, strict=True):
             if weight.data_ptr() != matrix.data_ptr():
-                raise ValueError(f"a kernel {list(weight.shape)} is not stored channels-last, so its matrix would be a copy; call use_channels_last first")
+                raise ValueError(
+                    f"a kernel {list(weight.shape)} is not stored channels-last, so its matrix would be a copy; call use_channels_last first"
+                )
 
     def take_gradients(self) -> None:
         for weight, matrix in zip(self.weights, self.matrices, strict=True):
@@ -144,23 +191,42 @@ def _matrix(kernel: torch.Tensor) -> torch.Tensor:
 
 
 def stacked(modules: nn.Module, kinds) -> list[nn.Module]:
-    """The layers of these kinds that lie in stacks of blocks: first and last layers are none of them."""
-    found = [layer for stack in modules.modules() if isinstance(stack, nn.ModuleList) for layer in stack.modules() if isinstance(layer, kinds)]
+    """The layers of these kinds that lie in stacks of blocks: first and last layers are none of
+    them."""
+    found = [
+        layer
+        for stack in modules.modules()
+        if isinstance(stack, nn.ModuleList)
+        for layer in stack.modules()
+        if isinstance(layer, kinds)
+    ]
     return list(dict.fromkeys(found))
 
 
-def optimizers(modules: nn.Module, kernels: Kernels, lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
-    """Muon for the weights of the linear layers and convolutions inside stacks of blocks, AdamW for all other trainable parameters."""
+def optimizers(
+    modules: nn.Module, kernels: Kernels, lr: float, weight_decay: float
+) -> list[torch.optim.Optimizer]:
+    """Muon for the weights of the linear layers and convolutions inside stacks of blocks, AdamW
+    for all other trainable parameters."""
     linear = [layer.weight for layer in stacked(modules, nn.Linear) if layer.weight.requires_grad]
     chosen = {*linear, *kernels.weights}
     others = [p for p in modules.parameters() if p.requires_grad and p not in chosen]
     matrices = [*linear, *kernels.matrices]
-    muon = [torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")] if matrices else []
+    muon = (
+        [
+            torch.optim.Muon(
+                matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+            )
+        ]
+        if matrices
+        else []
+    )
     return [*muon, torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay)]
 
 
 def forget(log: Path, step: int) -> None:
-    """Drop the log's lines after ``step``, and a last line cut off in the middle: those steps are done again."""
+    """Drop the log's lines after ``step``, and a last line cut off in the middle: those steps
+    are done again."""
     if not log.exists():
         return
     kept = []
@@ -175,13 +241,21 @@ def forget(log: Path, step: int) -> None:
 
 
 def save_whole(state: Mapping[str, Any], path: Path) -> None:
-    """``path`` by torch.save, there completely or not at all.  OSError with the way out where the disk refuses."""
+    """``path`` by torch.save, there completely or not at all. OSError with the way out where the
+    disk refuses."""
     with beside(path, AGAIN) as part:
-        with part.open("wb") as file:  # of a path torch.save would not say why it could not be written
+        with part.open(
+            "wb"
+        ) as file:  # of a path torch.save would not say why it could not be written
             try:
                 torch.save(state, file)
-            except RuntimeError as error:  # how it says what the disk said; a device's errors have classes of their own
+            # how it says what the disk said; a device's errors have classes of their own
+            except RuntimeError as error:
                 if type(error) is not RuntimeError:
                     raise
-                raise error.__context__ if isinstance(error.__context__, OSError) else OSError(first_line(error)) from None
+                raise (
+                    error.__context__
+                    if isinstance(error.__context__, OSError)
+                    else OSError(first_line(error))
+                ) from None
         os.replace(part, path)

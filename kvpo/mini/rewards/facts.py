@@ -1,12 +1,14 @@
-"""Plain facts about clips of the world, for evaluation: is the object there and alone, is everything as asked?
+"""Plain facts about clips of the world, for evaluation: is the object there and alone, is
+everything as asked?
 
     facts = measure(batch)          per frame and per clip
     facts.means()                   {"alone": 0.97, "colour": 0.91, "motion": 0.68, ...}
     decay(batch)                    visual quality of the last fifth / first fifth of long clips
 
-Same measurement as the rewards (``kvpo.mini.rewards.track``) but hard decisions instead of grades.  So these numbers are
-readable, not independent: the independent ones are in ``kvpo.mini.rewards.heldout``.  Frames in which the pillar rightly
-hides the object are not counted at all.
+Same measurement as the rewards (``kvpo.mini.rewards.track``) but hard decisions instead of grades.
+So these numbers are readable, not independent: the independent ones are in
+``kvpo.mini.rewards.heldout``. Frames in which the pillar rightly hides the object are not counted
+at all.
 """
 
 from __future__ import annotations
@@ -16,29 +18,33 @@ from dataclasses import dataclass
 
 import torch
 
-from kvpo.mini.world import COLOURS, FPS, HEADING, PLACES, SHAPES, SPEEDS, Scene
-from kvpo.rewards.base import RewardSpec, VideoBatch
-from kvpo.rewards.measured import Measured
 from kvpo.mini.rewards.asked import EVIDENCE, NONE, PALETTE, asked, excused, share, tip
 from kvpo.mini.rewards.motion import KINDS, REST, Motion, agreement, motion, typical_speed
 from kvpo.mini.rewards.track import observe
 from kvpo.mini.rewards.world import FAMILY, VisualQuality, hides
+from kvpo.mini.world import COLOURS, FPS, HEADING, PLACES, SHAPES, SPEEDS, Scene
+from kvpo.rewards.base import RewardSpec, VideoBatch
+from kvpo.rewards.measured import Measured
 
 STRAY = 0.2
 """Share of coloured pixels away from the object from which on it is not alone."""
 SMALLEST, LARGEST = 60.0, 400.0
 """Area of a whole object, pixels; true ones have 98 to 283."""
 OFF_COLOUR = 0.3
-"""RGB distance from which on a colour is none of the palette (half the least distance between two of them)."""
+"""RGB distance from which on a colour is none of the palette (half the least distance between
+two of them)."""
 HANDICAP = 0.05
-"""What a circle or a bounce must agree better than a straight line: with free phases they fit a short straight track too."""
+"""What a circle or a bounce must agree better than a straight line: with free phases they fit a
+short straight track too."""
 CLEAR = 0.75
-"""Agreement from which on a track is of that kind (a straight track agrees with half a circle at 0.55)."""
+"""Agreement from which on a track is of that kind (a straight track agrees with half a circle at
+0.55)."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """Per-frame facts bool [B, T], per-clip shares and truths float [B]; NaN = the clip cannot tell, or the prompt does not ask."""
+    """Per-frame facts bool [B, T], per-clip shares and truths float [B]; NaN = the clip cannot
+    tell, or the prompt does not ask."""
 
     present: torch.Tensor
     """bool_BT: one object of plausible size, and no other."""
@@ -49,13 +55,16 @@ class Facts:
     colour: torch.Tensor
     """Share of counted frames whose object is nearest to the asked colour (absent = wrong)."""
     shape: torch.Tensor
-    """Share of counted frames, those cut by the pillar left out, whose outline is nearest to the asked shape (absent = wrong)."""
+    """Share of counted frames, those cut by the pillar left out, whose outline is nearest to the
+    asked shape (absent = wrong)."""
     place: torch.Tensor
     """1 or 0: place and pillar as asked."""
     motion: torch.Tensor
-    """1 or 0: the track is of the asked kind, and its speed nearer to the asked one than to the other."""
+    """1 or 0: the track is of the asked kind, and its speed nearer to the asked one than to the
+    other."""
     kind: tuple[str, ...]
-    """What the track looks like: a kind of motion, ``still``, ``hide``, ``unclear`` or ``unseen``."""
+    """What the track looks like: a kind of motion, ``still``, ``hide``, ``unclear`` or
+    ``unseen``."""
 
     def means(self) -> dict[str, float]:
         """Mean over the clips that can tell, by name."""
@@ -68,9 +77,17 @@ PARTS = ("alone", "colour", "shape", "place", "motion")
 
 @dataclass
 class WorldFacts(Measured):
-    """The facts as a guard of evaluations: mean of the parts a clip can tell, and the parts themselves."""
+    """The facts as a guard of evaluations: mean of the parts a clip can tell, and the parts
+    themselves."""
 
-    spec: RewardSpec = RewardSpec("facts", FAMILY, looks_at="plain facts of the world: one object, its colour, its motion", min_frames=8, level="segment", report=PARTS)
+    spec: RewardSpec = RewardSpec(
+        "facts",
+        FAMILY,
+        looks_at="plain facts of the world: one object, its colour, its motion",
+        min_frames=8,
+        level="segment",
+        report=PARTS,
+    )
 
     def measure(self, batch: VideoBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         facts = _measure(batch)
@@ -98,7 +115,10 @@ def _measure(batch: VideoBatch) -> Facts:
     moved = motion(s)
     speed_B = share(moved.smooth.norm(dim=-1), moved.valid, moved.valid)
     kind, paced = _kinds(batch, moved, speed_B), _paced(scenes, speed_B, FPS / batch.fps)
-    right = [NONE if scene.motion is None or k == "unseen" else float(k == scene.motion and p) for scene, k, p in zip(scenes, kind, paced)]
+    right = [
+        NONE if scene.motion is None or k == "unseen" else float(k == scene.motion and p)
+        for scene, k, p in zip(scenes, kind, paced)
+    ]
     return Facts(
         present=present,
         counted=~hidden,
@@ -122,9 +142,15 @@ def _placed(s, b: int, scene) -> float:
 
 
 def _kinds(batch: VideoBatch, moved: Motion, speed_B: torch.Tensor) -> list[str]:
-    """The best agreeing kind of motion of every clip; hiding only where it is asked (else it is the way there)."""
+    """The best agreeing kind of motion of every clip; hiding only where it is asked (else it is
+    the way there)."""
     s, scenes = observe(batch), asked(batch)
-    m_BK = torch.stack([agreement(moved, torch.full((len(batch),), pace * FPS / batch.fps)) for pace in SPEEDS.values()]).amax(0)
+    m_BK = torch.stack(
+        [
+            agreement(moved, torch.full((len(batch),), pace * FPS / batch.fps))
+            for pace in SPEEDS.values()
+        ]
+    ).amax(0)
     m_BK = m_BK - HANDICAP * torch.tensor([k not in HEADING for k in KINDS])
     arrived = hides(s, torch.full((len(batch),), min(SPEEDS.values()))) > 0.5
     out = []
@@ -142,7 +168,8 @@ def _kinds(batch: VideoBatch, moved: Motion, speed_B: torch.Tensor) -> list[str]
 
 
 def _paced(scenes: list[Scene], speed_B: torch.Tensor, rate: float) -> list[bool]:
-    """The speed is nearer, as a ratio, to the asked one than to any other; true where none is asked, and of hiding, which ends at rest.
+    """The speed is nearer, as a ratio, to the asked one than to any other; true where none is
+    asked, and of hiding, which ends at rest.
 
     ``rate``: world frames per frame of the clips."""
     out = []
@@ -150,7 +177,10 @@ def _paced(scenes: list[Scene], speed_B: torch.Tensor, rate: float) -> list[bool
         if scene.speed is None or scene.motion in (None, "hide") or not speed > 0:
             out.append(True)
             continue
-        off = {name: abs(math.log(speed / typical_speed(scene.motion, pace * rate))) for name, pace in SPEEDS.items()}
+        off = {
+            name: abs(math.log(speed / typical_speed(scene.motion, pace * rate)))
+            for name, pace in SPEEDS.items()
+        }
         out.append(min(off, key=off.get) == scene.speed)
     return out
 
@@ -160,5 +190,8 @@ def decay(batch: VideoBatch) -> torch.Tensor:
 
     NaN where the first fifth's is below 0.05.  Meant for whole videos: VQ asks no prompt."""
     fifth, reward = max(2, batch.length // 5), VisualQuality()
-    first, last = (reward.score(batch.cut(*at)).scores for at in ((0, fifth), (batch.length - fifth, batch.length)))
+    first, last = (
+        reward.score(batch.cut(*at)).scores
+        for at in ((0, fifth), (batch.length - fifth, batch.length))
+    )
     return torch.where(first < 0.05, NONE, last / first)

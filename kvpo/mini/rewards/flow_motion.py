@@ -1,22 +1,26 @@
 """Held-out motion evaluator: classical dense optical flow (OpenCV's DIS) of what is colourful.
 
-    chroma picture, edges wrapped -> flow of every pair of frames -> mean flow of the coloured pixels = f_t
+    chroma picture, edges wrapped -> flow of every pair of frames -> mean flow of the coloured
+    pixels = f_t
 
     direction  left, right, up, down:  mean over t of (1 + cos(f_t, heading)) / 2, weighted by |f_t|
                circle:   sum_t f_t x f_{t+8} / (0.7 sum_t |f_t| |f_{t+8}|) in [0, 1]: steadily clockwise
                bounce:   2 min(sum of ups, sum of downs) / sum |f|
                hide:     as left or right, towards the pillar
     smooth     exp(-max(0, mean |f_{t+1} - f_t| - 0.35)) * exp(-max(0, warp - 0.025) / 0.03) * min(1, mean |f| / 0.4)
-               warp = mean absolute difference (in [0, 1], coloured pixels) of a frame pulled back along the flow to the one before;
-               the last factor because a frozen clip is perfectly smooth
+               warp = mean absolute difference (in [0, 1], coloured pixels) of a frame pulled back
+               along the flow to the one before; the last factor because a frozen clip is perfectly
+               smooth
     score      mean of direction and smooth
 
-What it cannot see: identity, colour and shape; the absolute speed beyond a factor (the inside of a plain shape has
-no texture, flow there is filled in from its edge); where a picture has no colour there is no motion.
+What it cannot see: identity, colour and shape; the absolute speed beyond a factor (the inside of a
+plain shape has no texture, flow there is filled in from its edge); where a picture has no colour
+there is no motion.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,7 +46,14 @@ TURN = 8
 class FlowMotion(Measured):
     """Direction match and smoothness by optical flow, in [0, 1]."""
 
-    spec: RewardSpec = RewardSpec("flow_motion", FAMILY, looks_at="direction and smoothness of coloured motion, by optical flow", min_frames=2 * TURN, level="segment", licence="Apache-2.0 (OpenCV)")
+    spec: RewardSpec = RewardSpec(
+        "flow_motion",
+        FAMILY,
+        looks_at="direction and smoothness of coloured motion, by optical flow",
+        min_frames=2 * TURN,
+        level="segment",
+        licence="Apache-2.0 (OpenCV)",
+    )
 
     def load(self, device: str | torch.device = "cpu") -> None:
         _opencv()
@@ -50,14 +61,17 @@ class FlowMotion(Measured):
     def measure(self, batch: VideoBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         scenes = asked(batch)
         rows = [(*found, scene.motion) for found, scene in zip(in_parallel(_clip, batch), scenes)]
-        direction = torch.tensor([_direction(flow, there, column, kind) for flow, there, column, _, kind in rows])
+        direction = torch.tensor(
+            [_direction(flow, there, column, kind) for flow, there, column, _, kind in rows]
+        )
         smooth = torch.tensor([_smooth(flow, there, warp) for flow, there, _, warp, _ in rows])
         parts = {"direction": direction, "smooth": smooth}
         return torch.stack((direction, smooth)).nanmean(0), parts
 
 
 def _clip(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
-    """uint8 [T, C, H, W] -> mean flow [T-1, 2] px/frame, where there is any [T-1], mean column of the colour [T-1], mean warp error."""
+    """uint8 [T, C, H, W] -> mean flow [T-1, 2] px/frame, where there is any [T-1], mean column
+    of the colour [T-1], mean warp error."""
     cv2 = _opencv()
     method = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
     method.setFinestScale(0)  # the pictures are tiny: use all their pixels
@@ -67,7 +81,7 @@ def _clip(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, float
     ys, xs = np.mgrid[0:side, 0:side].astype(np.float32)
     inner = slice(MARGIN, side - MARGIN)
     flows, exists, columns, errors = [], [], [], []
-    for a, b in zip(pictures, pictures[1:]):
+    for a, b in itertools.pairwise(pictures):
         flow = method.calc(a, b, None)
         mask = (a > COLOURED)[inner, inner]
         pulled = cv2.remap(b, xs + flow[..., 0], ys + flow[..., 1], cv2.INTER_LINEAR)
@@ -77,7 +91,12 @@ def _clip(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, float
         columns.append(np.nonzero(mask)[1].mean() + 0.5 if enough else 0.0)
         if enough:
             errors.append(np.abs(pulled.astype(np.float32) - a)[inner, inner][mask].mean() / 255)
-    return np.array(flows), np.array(exists), np.array(columns), float(np.mean(errors)) if errors else NONE
+    return (
+        np.array(flows),
+        np.array(exists),
+        np.array(columns),
+        float(np.mean(errors)) if errors else NONE,
+    )
 
 
 def _direction(flow: np.ndarray, there: np.ndarray, column: np.ndarray, kind: str | None) -> float:
@@ -85,9 +104,17 @@ def _direction(flow: np.ndarray, there: np.ndarray, column: np.ndarray, kind: st
     if kind is None or there.sum() < EVIDENCE:
         return NONE
     f, size = flow[there], np.linalg.norm(flow[there], axis=1)
-    total = max(float(size.sum()), 0.1 * len(size))  # rest has no direction: what is missing counts as across
+    total = max(
+        float(size.sum()), 0.1 * len(size)
+    )  # rest has no direction: what is missing counts as across
     if kind in HEADING or kind == "hide":
-        heading = np.array(HEADING[kind]) if kind in HEADING else np.stack((np.sign((PILLAR[0] + PILLAR[1]) / 2 - column[there]), np.zeros(len(f))), 1)
+        heading = (
+            np.array(HEADING[kind])
+            if kind in HEADING
+            else np.stack(
+                (np.sign((PILLAR[0] + PILLAR[1]) / 2 - column[there]), np.zeros(len(f))), 1
+            )
+        )
         return float(0.5 + 0.5 * (f * heading).sum() / total)
     if kind == "bounce":
         up, down = np.maximum(-f[:, 1], 0).sum(), np.maximum(f[:, 1], 0).sum()

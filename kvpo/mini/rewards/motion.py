@@ -8,7 +8,8 @@ Agreement with a kind is a matched filter, the cosine between u and the kind's o
 
     m = max over phases and paces of  sum_t u_t . k_t / (|u| |k|),   |u| at least that of REST px/frame: what rests agrees with nothing
 
-It is 1 for the motion itself, 0 for rest or an orthogonal one, -1 for the opposite; speed as such does not count.
+It is 1 for the motion itself, 0 for rest or an orthogonal one, -1 for the opposite; speed as such
+does not count.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from dataclasses import dataclass
 
 import torch
 
-from kvpo.mini.world import BOUNCE_HEIGHT, CIRCLE_RADIUS, HEADING, SIZE, SPEEDS
 from kvpo.mini.rewards.track import Observed, nearest_seen
+from kvpo.mini.world import BOUNCE_HEIGHT, CIRCLE_RADIUS, HEADING, SIZE, SPEEDS
 
 LAG = 4
 KINDS = ("left", "right", "up", "down", "circle", "bounce")
@@ -60,7 +61,8 @@ def motion(seen: Observed) -> Motion:
 
 
 def agreement(moved: Motion, pace: torch.Tensor) -> torch.Tensor:
-    """m_BK of every clip with every of KINDS; ``pace`` [B]: pixels a frame at which circles and bounces run."""
+    """m_BK of every clip with every of KINDS; ``pace`` [B]: pixels a frame at which circles and
+    bounces run."""
     u = torch.view_as_complex((moved.smooth * moved.valid[..., None]).float().contiguous())
     count = moved.valid.sum(1)
     length = torch.maximum(u.abs().square().sum(1), REST**2 * count.clamp(min=1)).sqrt()
@@ -71,32 +73,46 @@ def agreement(moved: Motion, pace: torch.Tensor) -> torch.Tensor:
             x, y = HEADING[kind]
             out.append((u.real * x + u.imag * y).sum(1) / (length * count.clamp(min=1).sqrt()))
             continue
-        fits = [_turning(u, t, pace * f) if kind == "circle" else _bouncing(u, moved.valid, t, pace * f) for f in PACES]
+        fits = [
+            _turning(u, t, pace * f) if kind == "circle" else _bouncing(u, moved.valid, t, pace * f)
+            for f in PACES
+        ]
         out.append(torch.stack(fits).amax(0) / length)
     return torch.stack(out, 1).clamp(-1, 1)
 
 
 def _turning(u: torch.Tensor, t: torch.Tensor, pace: torch.Tensor) -> torch.Tensor:
-    """Amplitude of the clockwise rotation at the pace's rate, whatever its phase: |sum u e^{-i w t}| / sqrt(n), w = pace / radius."""
+    """Amplitude of the clockwise rotation at the pace's rate, whatever its phase: |sum u e^{-i w
+    t}| / sqrt(n), w = pace / radius."""
     turn = torch.polar(torch.ones_like(u.real), -t * (pace / CIRCLE_RADIUS)[:, None])
     count = (u != 0).sum(1).clamp(min=1)
     return (u * turn).sum(1).abs() / count.sqrt()
 
 
-def _bouncing(u: torch.Tensor, valid: torch.Tensor, t: torch.Tensor, pace: torch.Tensor) -> torch.Tensor:
-    """Best of PHASES projections on the bounce's vertical velocities, height = 12 |sin(pi pace t / 24)|."""
+def _bouncing(
+    u: torch.Tensor, valid: torch.Tensor, t: torch.Tensor, pace: torch.Tensor
+) -> torch.Tensor:
+    """Best of PHASES projections on the bounce's vertical velocities, height = 12 |sin(pi pace t
+    / 24)|."""
     period = 2 * BOUNCE_HEIGHT / pace
     shift = torch.arange(PHASES)[None, :, None] / PHASES * period[:, None, None]
-    height = lambda at: BOUNCE_HEIGHT * (math.pi * at / period[:, None, None]).sin().abs()  # noqa: E731
+
+    def height(at):
+        return BOUNCE_HEIGHT * (math.pi * at / period[:, None, None]).sin().abs()
+
     kept = -(height(t + shift + LAG) - height(t + shift)) / LAG * valid[:, None]
     return ((kept * u.imag[:, None]).sum(2) / kept.square().sum(2).clamp(min=1e-6).sqrt()).amax(1)
 
 
 def typical_speed(kind: str, pace: float) -> float:
-    """Mean |u| of a motion: the pace, less what the lag cuts off a bounce's or a circle's corners."""
+    """Mean |u| of a motion: the pace, less what the lag cuts off a bounce's or a circle's
+    corners."""
     if kind == "bounce":
         t = torch.arange(960, dtype=torch.float64)
-        height = lambda at: BOUNCE_HEIGHT * (math.pi * at * pace / (2 * BOUNCE_HEIGHT)).sin().abs()  # noqa: E731
+
+        def height(at):
+            return BOUNCE_HEIGHT * (math.pi * at * pace / (2 * BOUNCE_HEIGHT)).sin().abs()
+
         return float((height(t + LAG) - height(t)).abs().mean() / LAG)
     if kind == "circle":
         half = LAG * pace / CIRCLE_RADIUS / 2

@@ -1,4 +1,5 @@
-"""What can be seen in a clip of the miniature's world: the object frame by frame, and the place behind it.
+"""What can be seen in a clip of the miniature's world: the object frame by frame, and the place
+behind it.
 
 The one saturated thing in front of greyish places is the object; nothing here reads a prompt.  With
 chroma c = max(R, G, B) - min(R, G, B) in [0, 1]:
@@ -10,9 +11,10 @@ chroma c = max(R, G, B) - min(R, G, B) in [0, 1]:
     fit_k         = 1 - sum |alpha - template_k| / sum (alpha + template_k)   for each shape k, radius from the area
     blur          = sum alpha (1 - alpha) / sqrt(area)                 about 0.4 to 0.9 for sharp outlines
 
-The pillar is found in the background.  An object that touches it is partly hidden: its column then follows from
-the outer edge and the width it had when whole.  Frames without an object are *hidden* if the object was last
-seen at the pillar and is next seen there (or was never seen before, or after, within the clip).
+The pillar is found in the background. An object that touches it is partly hidden: its column then
+follows from the outer edge and the width it had when whole. Frames without an object are *hidden*
+if the object was last seen at the pillar and is next seen there (or was never seen before, or
+after, within the clip).
 """
 
 from __future__ import annotations
@@ -28,12 +30,18 @@ from kvpo.mini.world import BAND, PILLAR, PILLAR_COLOUR, PLACES, SHAPES, SIZE, s
 from kvpo.rewards.base import VideoBatch
 
 LOW, HIGH = 0.14, 0.36
-"""Chroma of the palest pixel that may, and of every pixel that must, belong to the object (places: at most 0.07; palette: at least 0.53)."""
+"""Chroma of the palest pixel that may, and of every pixel that must, belong to the object
+(places: at most 0.07; palette: at least 0.53)."""
 GREY = 0.06
 PATCH = 32
 SEEN = 12.0
 """Pixels of weight from which on there is an object (a small triangle has 98)."""
-AREA = {"circle": math.pi * 0.95**2, "square": (2 * 0.84) ** 2, "triangle": 3 * math.sqrt(3.0) * 0.62**2, "cross": 2 * 2.1 * 0.76 - 0.76**2}
+AREA = {
+    "circle": math.pi * 0.95**2,
+    "square": (2 * 0.84) ** 2,
+    "triangle": 3 * math.sqrt(3.0) * 0.62**2,
+    "cross": 2 * 2.1 * 0.76 - 0.76**2,
+}
 """Area of a shape of radius 1."""
 INSIDE = slice((PILLAR[0] + 1) // 2, (PILLAR[1] + 1) // 2)
 """The pillar's columns at half resolution."""
@@ -41,7 +49,8 @@ INSIDE = slice((PILLAR[0] + 1) // 2, (PILLAR[1] + 1) // 2)
 
 @dataclass(frozen=True)
 class Observed:
-    """Facts of B clips of T frames.  Colours in [0, 1], lengths in pixels; P places in the order of PLACES, K shapes in that of SHAPES."""
+    """Facts of B clips of T frames. Colours in [0, 1], lengths in pixels; P places in the order
+    of PLACES, K shapes in that of SHAPES."""
 
     seen: torch.Tensor
     """bool_BT: some object is visible."""
@@ -68,7 +77,8 @@ class Observed:
     light: torch.Tensor
     """Signed mean of that deviation, BT."""
     place_error: torch.Tensor
-    """err_BP: mean absolute difference of the average background to every place, beside the pillar's columns."""
+    """err_BP: mean absolute difference of the average background to every place, beside the
+    pillar's columns."""
     pillar_error: torch.Tensor
     """err_B: the same of the pillar's columns to the pillar."""
     open_error: torch.Tensor
@@ -83,10 +93,13 @@ _OBSERVED: weakref.WeakKeyDictionary[VideoBatch, Observed] = weakref.WeakKeyDict
 
 
 def observe(batch: VideoBatch) -> Observed:
-    """The facts of a batch, measured once: the three rewards and the evaluation share them while the batch lives."""
+    """The facts of a batch, measured once: the three rewards and the evaluation share them while
+    the batch lives."""
     if batch not in _OBSERVED:
         if tuple(batch.frames.shape[-2:]) != (SIZE, SIZE):
-            raise ValueError(f"frames are {list(batch.frames.shape[-2:])} pixels; the miniature's rewards measure {SIZE}x{SIZE} pictures, use other rewards for other videos")
+            raise ValueError(
+                f"frames are {list(batch.frames.shape[-2:])} pixels; the miniature's rewards measure {SIZE}x{SIZE} pictures, use other rewards for other videos"
+            )
         with torch.inference_mode():
             _OBSERVED[batch] = _observe(batch.frames)
     return _OBSERVED[batch]
@@ -110,22 +123,42 @@ def _observe(frames: torch.Tensor) -> Observed:
     return Observed(**body | place | edges, seen=seen, pillar=pillar, intrusion=intrusion)
 
 
-def _object(flat: torch.Tensor, chroma: torch.Tensor, weight: torch.Tensor, coarse: torch.Tensor, mass: torch.Tensor) -> dict[str, torch.Tensor]:
+def _object(
+    flat: torch.Tensor,
+    chroma: torch.Tensor,
+    weight: torch.Tensor,
+    coarse: torch.Tensor,
+    mass: torch.Tensor,
+) -> dict[str, torch.Tensor]:
     """Measures the densest coloured spot of each of N frames."""
     N = len(flat)
     smooth = coarse
-    for _ in range(2):  # twice a box = a hat, which peaks in the middle of the object rather than anywhere on a plateau
-        smooth = F.avg_pool2d(F.avg_pool2d(F.pad(smooth, (3, 3, 3, 3), mode="circular"), (7, 1), 1), (1, 7), 1)
+    for _ in range(
+        2
+        # twice a box = a hat, which peaks in the middle of the object rather than anywhere on a plateau
+    ):
+        smooth = F.avg_pool2d(
+            F.avg_pool2d(F.pad(smooth, (3, 3, 3, 3), mode="circular"), (7, 1), 1), (1, 7), 1
+        )
     peak = smooth.flatten(1).argmax(1)
-    corner = torch.stack((peak % (SIZE // 2), peak // (SIZE // 2)), 1) * 2 + 1 - PATCH // 2  # (x, y)
+    corner = (
+        torch.stack((peak % (SIZE // 2), peak // (SIZE // 2)), 1) * 2 + 1 - PATCH // 2
+    )  # (x, y)
     axis = torch.arange(PATCH)
-    n, rows, cols = torch.arange(N)[:, None, None], ((corner[:, 1:] + axis) % SIZE)[:, :, None], ((corner[:, :1] + axis) % SIZE)[:, None, :]
+    n, rows, cols = (
+        torch.arange(N)[:, None, None],
+        ((corner[:, 1:] + axis) % SIZE)[:, :, None],
+        ((corner[:, :1] + axis) % SIZE)[:, None, :],
+    )
     c = chroma[n, rows, cols]
     level = c.pow(3).sum((1, 2)) / c.square().sum((1, 2)).clamp(min=1e-6)
     alpha = ((c - GREY) / (level - GREY).clamp(min=0.05)[:, None, None]).clamp_(0, 1)
     area = alpha.sum((1, 2))
     total = area.clamp(min=1e-6)
-    middle = torch.stack(((alpha.sum(1) * (axis + 0.5)).sum(1), (alpha.sum(2) * (axis + 0.5)).sum(1)), 1) / total[:, None]
+    middle = (
+        torch.stack(((alpha.sum(1) * (axis + 0.5)).sum(1), (alpha.sum(2) * (axis + 0.5)).sum(1)), 1)
+        / total[:, None]
+    )
     core = alpha.square().square()
     heart = core.sum((1, 2)).clamp(min=1e-6)
     pixels = flat.movedim(1, -1)[n, rows, cols].movedim(-1, 1).float().div_(255)
@@ -143,14 +176,17 @@ def _object(flat: torch.Tensor, chroma: torch.Tensor, weight: torch.Tensor, coar
 
 
 def _fits(alpha: torch.Tensor, area: torch.Tensor, middle: torch.Tensor) -> torch.Tensor:
-    """fit_NK: agreement of the patches with every shape of the same area and centroid (all shapes are drawn around their centroid)."""
+    """fit_NK: agreement of the patches with every shape of the same area and centroid (all
+    shapes are drawn around their centroid)."""
     axis = torch.arange(PATCH) + 0.5
     dx, dy = (axis - middle[:, :1])[:, None, :], (axis - middle[:, 1:])[:, :, None]
     fits = []
     for shape in SHAPES:
         radius = (area / AREA[shape]).sqrt().clamp(4, 14)[:, None, None]
         template = (0.5 - signed_distance(shape, dx, dy, radius)).clamp_(0, 1)
-        fits.append(1 - (alpha - template).abs().sum((1, 2)) / (area + template.sum((1, 2))).clamp(min=1e-6))
+        fits.append(
+            1 - (alpha - template).abs().sum((1, 2)) / (area + template.sum((1, 2))).clamp(min=1e-6)
+        )
     return torch.stack(fits, 1)
 
 
@@ -162,13 +198,17 @@ def _background(frames: torch.Tensor, coarse: torch.Tensor) -> dict[str, torch.T
     mean = (picture * free).sum(1) / count.clamp(min=1)
     off = (picture - mean[:, None]) * free
     pixels = free.sum((2, 3, 4)).clamp(min=1)
-    bare = free.sum((2, 3, 4)) < 0.1 * free[0, 0].numel()  # nothing but colour: as restless as can be
+    bare = (
+        free.sum((2, 3, 4)) < 0.1 * free[0, 0].numel()
+    )  # nothing but colour: as restless as can be
     known = (count > 0).float()
     beside = known.clone()
     beside[..., INSIDE] = 0
     within = known - beside
     tones = torch.tensor(list(PLACES.values()), dtype=torch.float32) / 255  # [P, band, C]
-    bands = tones[:, (torch.arange(0, SIZE, 2) // BAND) % 2].transpose(1, 2)[None, :, :, :, None]  # [1, P, C, h, 1]
+    bands = tones[:, (torch.arange(0, SIZE, 2) // BAND) % 2].transpose(1, 2)[
+        None, :, :, :, None
+    ]  # [1, P, C, h, 1]
     stone = (torch.tensor(PILLAR_COLOUR) / 255.0).view(1, 1, 3, 1, 1)
 
     def error(to: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
@@ -185,26 +225,46 @@ def _background(frames: torch.Tensor, coarse: torch.Tensor) -> dict[str, torch.T
     }
 
 
-def _at_pillar(columns: torch.Tensor, seen: torch.Tensor, pillar: torch.Tensor, centre: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Which frames show the object whole, cut or hidden; ``columns`` [B, T, W]: strongest weight of every column."""
+def _at_pillar(
+    columns: torch.Tensor, seen: torch.Tensor, pillar: torch.Tensor, centre: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Which frames show the object whole, cut or hidden; ``columns`` [B, T, W]: strongest weight
+    of every column."""
     first, stop = PILLAR
-    front = columns[..., first + 3 : stop - 3].amax(-1) > 0.3  # drawn over the pillar: nothing is hidden
+    front = (
+        columns[..., first + 3 : stop - 3].amax(-1) > 0.3
+    )  # drawn over the pillar: nothing is hidden
     left, right = columns[..., first - 1] > 0.5, columns[..., stop] > 0.5
     cut = seen & pillar[:, None] & ~front & (left | right)
     whole = seen & ~cut
     width = columns[..., :first].sum(-1) + columns[..., stop:].sum(-1)
     count = whole.sum(1)
-    half = torch.where(count > 0, (width * whole).sum(1) / (2 * count.clamp(min=1)), torch.tensor(8.0))[:, None]
-    x = torch.where(cut, torch.where(left, first - width + half, stop + width - half) % SIZE, centre[..., 0])
-    near = cut | (((x - (first + stop) / 2).abs() < (stop - first) / 2 + half + 4) & pillar[:, None])
+    half = torch.where(
+        count > 0, (width * whole).sum(1) / (2 * count.clamp(min=1)), torch.tensor(8.0)
+    )[:, None]
+    x = torch.where(
+        cut, torch.where(left, first - width + half, stop + width - half) % SIZE, centre[..., 0]
+    )
+    near = cut | (
+        ((x - (first + stop) / 2).abs() < (stop - first) / 2 + half + 4) & pillar[:, None]
+    )
     before, after = nearest_seen(seen)
-    excused = lambda at, exists: torch.where(exists, near.gather(1, at), True)  # noqa: E731
-    hidden = ~seen & pillar[:, None] & excused(before.clamp(min=0), before >= 0) & excused(after.clamp(max=seen.shape[1] - 1), after < seen.shape[1])
+
+    def excused(at, exists):
+        return torch.where(exists, near.gather(1, at), True)
+
+    hidden = (
+        ~seen
+        & pillar[:, None]
+        & excused(before.clamp(min=0), before >= 0)
+        & excused(after.clamp(max=seen.shape[1] - 1), after < seen.shape[1])
+    )
     return {"whole": whole, "hidden": hidden, "centre": torch.stack((x, centre[..., 1]), -1)}
 
 
 def nearest_seen(seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """For every frame the last seen frame up to it (-1: none) and the first from it on (T: none), both [B, T]."""
+    """For every frame the last seen frame up to it (-1: none) and the first from it on (T:
+    none), both [B, T]."""
     T = seen.shape[1]
     index = torch.arange(T).expand_as(seen)
     before = torch.where(seen, index, -1).cummax(1).values

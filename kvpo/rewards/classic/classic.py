@@ -12,11 +12,13 @@
 
     rising(x, enough) = min(1, x / enough)        falling(x, free, scale) = exp(-max(0, x - free) / scale)
 
-Every part saturates, so that there is nothing to win by more motion or more sharpness than real clips have.  The limits were chosen on
-real clips and checked on others: docs/classic.md.  The measures themselves are in `kvpo.rewards.classic.measures`.
+Every part saturates, so that there is nothing to win by more motion or more sharpness than real
+clips have. The limits were chosen on real clips and checked on others: docs/classic.md. The
+measures themselves are in `kvpo.rewards.classic.measures`.
 
-What it cannot see: what is shown, and whether it was asked for; anatomy and physics; time reversed; a second object; colours that are too
-strong from the first frame on.  A real pan over a distant landscape has no motion of its own, and counts as a still.
+What it cannot see: what is shown, and whether it was asked for; anatomy and physics; time reversed;
+a second object; colours that are too strong from the first frame on. A real pan over a distant
+landscape has no motion of its own, and counts as a still.
 """
 
 from __future__ import annotations
@@ -27,16 +29,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kvpo.rewards.classic import measures
 from kvpo.rewards.base import RewardSpec, VideoBatch
-from kvpo.rewards.measured import Measured
+from kvpo.rewards.classic import measures
 from kvpo.rewards.classic.measures import in_parallel
+from kvpo.rewards.measured import Measured
 
 FAMILY = "classical"
 
 
 def rising(x: float, enough: float) -> float:
-    """0 at 0, 1 from ``enough`` on; NaN stays NaN (``min`` and ``max`` keep their first argument beside one)."""
+    """0 at 0, 1 from ``enough`` on; NaN stays NaN (``min`` and ``max`` keep their first argument
+    beside one)."""
     return min(x / enough, 1.0)
 
 
@@ -49,16 +52,27 @@ def falling(x: float, free: float, scale: float) -> float:
 class Classic(Measured):
     """The geometric mean of the parts, in [0, 1].
 
-    0 as soon as one part is 0, whatever cannot be measured beside it: a frozen clip has no motion, an empty one no sharpness.
-    NaN if nothing is 0 but something is not measurable: a changing picture without any texture has no flow."""
+    0 as soon as one part is 0, whatever cannot be measured beside it: a frozen clip has no
+    motion, an empty one no sharpness. NaN if nothing is 0 but something is not measurable: a
+    changing picture without any texture has no flow."""
 
     enough_motion: float = 0.03
     """Diagonals a second of the fastest 5 % of pixels from which on more motion earns nothing."""
-    spec: RewardSpec = RewardSpec("classic", FAMILY, looks_at="eight classical measures of any video, none of which may fail", needs_prompt=False, min_frames=8, level="segment", licence="Apache-2.0 (OpenCV)")
+    spec: RewardSpec = RewardSpec(
+        "classic",
+        FAMILY,
+        looks_at="eight classical measures of any video, none of which may fail",
+        needs_prompt=False,
+        min_frames=8,
+        level="segment",
+        licence="Apache-2.0 (OpenCV)",
+    )
 
     def __post_init__(self):
         if not self.enough_motion > 0:
-            raise ValueError(f"enough_motion = {self.enough_motion} must be above 0: the speed, picture diagonals a second, that earns the full part; 0.03 suits real clips")
+            raise ValueError(
+                f"enough_motion = {self.enough_motion} must be above 0: the speed, picture diagonals a second, that earns the full part; 0.03 suits real clips"
+            )
 
     def measure(self, batch: VideoBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         rows = in_parallel(lambda clip: self.parts(clip, batch.fps), batch)

@@ -1,6 +1,8 @@
-"""What can be measured of any clip without weights: optical flow (OpenCV's DIS), differences, colours.
+"""What can be measured of any clip without weights: optical flow (OpenCV's DIS), differences,
+colours.
 
-Every measure alone is won by something worthless; only all of them together (`kvpo.rewards.classic.classic`) mean anything.
+Every measure alone is won by something worthless; only all of them together
+(`kvpo.rewards.classic.classic`) mean anything.
 
     measure       of a good clip                          won by
     own_motion    not 0: something moves by itself        shuffled frames, cuts
@@ -12,17 +14,20 @@ Every measure alone is won by something worthless; only all of them together (`k
     sharpness     in a band                               frozen; noise looks sharp, hence the band
     colour_drift  small: tracked pixels keep their colour frozen; what is too colourful from the start
 
-Pictures are RGB uint8 [H, W, 3], at most WIDTH wide (`shrink`).  Which frames a step joins is the caller's choice: for all but own motion, successive ones.
+Pictures are RGB uint8 [H, W, 3], at most WIDTH wide (`shrink`). Which frames a step joins is the
+caller's choice: for all but own motion, successive ones.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Callable, Sequence, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -30,11 +35,13 @@ import torch
 from kvpo.rewards.base import VideoBatch
 
 WIDTH = 320
-"""Pixels: wider pictures are scaled down; flow then takes some 30 ms a frame, and every size is judged alike."""
+"""Pixels: wider pictures are scaled down; flow then takes some 30 ms a frame, and every size is
+judged alike."""
 SMALLEST = 16
 """Pixels a side: OpenCV's flow takes no less than 12, and a margin is left out."""
 GAP = 0.25
-"""Seconds between the frames whose own motion is measured: from one frame to the next, slow things hardly move, and the less the more frames a second."""
+"""Seconds between the frames whose own motion is measured: from one frame to the next, slow
+things hardly move, and the less the more frames a second."""
 TEXTURE = 4.0
 """Levels of 255 a pixel: weaker slopes say nothing of where a pixel went."""
 EXPLAINED = 2.0
@@ -79,22 +86,28 @@ def shrink(clip_TCHW: np.ndarray) -> list[np.ndarray]:
 
 
 def steps(pictures: Sequence[np.ndarray]) -> list[Step]:
-    """Flow forward and backward between successive pictures.  ValueError for pictures below SMALLEST."""
+    """Flow forward and backward between successive pictures. ValueError for pictures below
+    SMALLEST."""
     import cv2
 
     height, width = pictures[0].shape[:2]
     if min(height, width) < SMALLEST:
-        raise ValueError(f"pictures of {width} x {height} pixels (at most {WIDTH} wide) are too small for optical flow, which needs {SMALLEST} a side; score larger clips")
+        raise ValueError(
+            f"pictures of {width} x {height} pixels (at most {WIDTH} wide) are too small for optical flow, which needs {SMALLEST} a side; score larger clips"
+        )
     method = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     if width < WIDTH // 2:
         method.setFinestScale(0)  # small pictures have no pixel to spare
     greys = [grey(picture) for picture in pictures]
-    flows = [(method.calc(a, b, None), method.calc(b, a, None)) for a, b in zip(greys, greys[1:])]
+    flows = [
+        (method.calc(a, b, None), method.calc(b, a, None)) for a, b in itertools.pairwise(greys)
+    ]
     return [_step(a, b, forth, back) for a, b, (forth, back) in zip(pictures, pictures[1:], flows)]
 
 
 def _step(before: np.ndarray, after: np.ndarray, forth: np.ndarray, back: np.ndarray) -> Step:
-    """A pixel is found if there and back it misses itself by no more than Sundaram et al. (ECCV 2010) allow."""
+    """A pixel is found if there and back it misses itself by no more than Sundaram et al. (ECCV
+    2010) allow."""
     at, (height, width) = _places(forth.shape[:2]) + forth, forth.shape[:2]
     inside = ((at >= 0) & (at <= (width - 1, height - 1))).all(-1)
     back = pulled(back, forth)
@@ -106,15 +119,21 @@ def own_speed(pictures: Sequence[np.ndarray], fps: float) -> float:
     """Own motion over GAP, diagonals a second; NaN where it can be told of no pair of frames."""
     stride = min(len(pictures) - 1, max(1, round(GAP * fps)))
     moved = np.array([own_motion(step) for step in steps(pictures[::stride])])
-    return float(moved[np.isfinite(moved)].mean()) * fps / stride if np.isfinite(moved).any() else math.nan
+    return (
+        float(moved[np.isfinite(moved)].mean()) * fps / stride
+        if np.isfinite(moved).any()
+        else math.nan
+    )
 
 
 def own_motion(step: Step) -> float:
-    """Mean speed of the fastest TOP of pixels relative to the camera, diagonals a step; NaN where a changing picture has no texture.
+    """Mean speed of the fastest TOP of pixels relative to the camera, diagonals a step; NaN where a
+    changing picture has no texture.
 
-    The camera's motion is the homography that most textured points follow, as long as these are spread over the picture
-    (one object before an empty wall is an object).  A pixel moves by itself only where its own flow explains it better than
-    the camera does: at edges and on plain areas flow errs, and would make a pan over a still lively."""
+    The camera's motion is the homography that most textured points follow, as long as these are
+    spread over the picture (one object before an empty wall is an object). A pixel moves by
+    itself only where its own flow explains it better than the camera does: at edges and on plain
+    areas flow errs, and would make a pan over a still lively."""
     if np.array_equal(step.before, step.after):
         return 0.0
     textured = _textured(step.before)
@@ -122,7 +141,9 @@ def own_motion(step: Step) -> float:
         return math.nan
     camera = _camera_flow(step, step.found & textured)
     explained = _misfit(step, camera) - step.errors > EXPLAINED
-    speed = np.where(explained & step.found & textured, np.linalg.norm(step.flow - camera, axis=-1), 0.0)
+    speed = np.where(
+        explained & step.found & textured, np.linalg.norm(step.flow - camera, axis=-1), 0.0
+    )
     margin = max(2, speed.shape[1] // 40)  # new things come in there
     inner = speed[margin:-margin, margin:-margin].ravel()
     fastest = max(1, round(TOP * inner.size))
@@ -130,18 +151,23 @@ def own_motion(step: Step) -> float:
 
 
 def warp_error(step: Step) -> float:
-    """Mean squared difference of brightness, in [0, 1], of the pixels that are found again; NaN where none is."""
+    """Mean squared difference of brightness, in [0, 1], of the pixels that are found again; NaN
+    where none is."""
     return float(np.square(step.errors[step.found] / 255).mean()) if step.found.any() else math.nan
 
 
 def lost(step: Step) -> float:
-    """Share of the pixels that should still be in the picture but are not found again: near 1 at a hard cut."""
+    """Share of the pixels that should still be in the picture but are not found again: near 1 at
+    a hard cut."""
     return 1.0 - float(step.found.sum() / max(1, step.inside.sum()))
 
 
 def bend(all_steps: Sequence[Step]) -> float:
-    """How much flow changes from step to step, relative to its length: 0 = even motion, about 1.5 = every step is a new one."""
-    change = np.mean([np.linalg.norm(b.flow - a.flow, axis=-1).mean() for a, b in zip(all_steps, all_steps[1:])])
+    """How much flow changes from step to step, relative to its length: 0 = even motion, about
+    1.5 = every step is a new one."""
+    change = np.mean(
+        [np.linalg.norm(b.flow - a.flow, axis=-1).mean() for a, b in itertools.pairwise(all_steps)]
+    )
     length = np.mean([np.linalg.norm(step.flow, axis=-1).mean() for step in all_steps])
     return float(change / (length + 0.05))  # 0.05 pixels: below, flow is noise
 
@@ -152,43 +178,69 @@ def flicker(pictures: Sequence[np.ndarray]) -> float:
 
 
 def novelty(pictures: Sequence[np.ndarray]) -> float:
-    """Mean over frames of the distance to the nearest frame before the last one, over the mean distance of successive frames, at most 1.
+    """Mean over frames of the distance to the nearest frame before the last one, over the mean
+    distance of successive frames, at most 1.
 
     Near 0 where frames come back: frozen, stuttering, shuffled, looped."""
     import cv2
 
-    thumbs = np.stack([cv2.resize(picture, (32, 32), interpolation=cv2.INTER_AREA).ravel() for picture in pictures]).astype(np.float32)
+    thumbs = np.stack(
+        [
+            cv2.resize(picture, (32, 32), interpolation=cv2.INTER_AREA).ravel()
+            for picture in pictures
+        ]
+    ).astype(np.float32)
     distance = np.stack([np.abs(thumbs - thumb).mean(1) for thumb in thumbs])
     adjacent = np.diag(distance, 1).mean()
-    return float(np.mean([min(1.0, distance[t, : t - 1].min() / adjacent) for t in range(2, len(thumbs))])) if adjacent else 0.0
+    return (
+        float(
+            np.mean(
+                [min(1.0, distance[t, : t - 1].min() / adjacent) for t in range(2, len(thumbs))]
+            )
+        )
+        if adjacent
+        else 0.0
+    )
 
 
 def sharpness(picture: np.ndarray) -> float:
-    """Root mean square of curvature over that of slope, 1/pixels: the fineness of what is seen, whatever its contrast.  0 for a plain picture."""
+    """Root mean square of curvature over that of slope, 1/pixels: the fineness of what is seen,
+    whatever its contrast. 0 for a plain picture."""
     import cv2
 
     curve = cv2.Laplacian(grey(picture).astype(np.float32), cv2.CV_32F)
-    return float(np.sqrt(np.square(curve).mean() / (np.square(_slopes(picture)).sum(-1).mean() + 1)))
+    return float(
+        np.sqrt(np.square(curve).mean() / (np.square(_slopes(picture)).sum(-1).mean() + 1))
+    )
 
 
 def colour_drift(all_steps: Sequence[Step]) -> float:
-    """Furthest that brightness, saturation (natural logarithms of their gain) and hue (radians) of tracked pixels get from the start: their root sum of squares.
+    """Furthest that brightness, saturation (natural logarithms of their gain) and hue (radians) of
+    tracked pixels get from the start: their root sum of squares.
 
     Steps add up along the flow, so that a camera which finds other colours has no drift."""
-    return float(np.linalg.norm(np.cumsum([_gain(step) for step in all_steps], axis=0), axis=-1).max())
+    return float(
+        np.linalg.norm(np.cumsum([_gain(step) for step in all_steps], axis=0), axis=-1).max()
+    )
 
 
 def _gain(step: Step) -> tuple[float, float, float]:
-    """(log brightness, log saturation, hue) of one step.  A step that finds hardly anything again is a cut, and says nothing."""
+    """(log brightness, log saturation, hue) of one step. A step that finds hardly anything again
+    is a cut, and says nothing."""
     import cv2
 
     if step.found.mean() < 0.2:
         return 0.0, 0.0, 0.0
     a, b = (cv2.blur(picture.astype(np.float32), (5, 5)) for picture in (step.before, step.after))
-    a, b = a[step.found], pulled(b, step.flow, nearest=True)[step.found]  # nearest: interpolation would bleach, step by step
+    a, b = (
+        a[step.found],
+        pulled(b, step.flow, nearest=True)[step.found],
+    )  # nearest: interpolation would bleach, step by step
     chroma_a, chroma_b = _chroma(a), _chroma(b)
     floor = 64.0  # squared levels: a grey picture has no hue
-    saturation = 0.5 * math.log((np.mean(np.abs(chroma_b) ** 2) + floor) / (np.mean(np.abs(chroma_a) ** 2) + floor))
+    saturation = 0.5 * math.log(
+        (np.mean(np.abs(chroma_b) ** 2) + floor) / (np.mean(np.abs(chroma_a) ** 2) + floor)
+    )
     turn = float(np.angle(np.mean(chroma_b * chroma_a.conj()) + floor))
     return math.log((b.mean() + 8) / (a.mean() + 8)), saturation, turn
 
@@ -199,7 +251,8 @@ def _chroma(rgb: np.ndarray) -> np.ndarray:
 
 
 def _camera_flow(step: Step, reliable: np.ndarray) -> np.ndarray:
-    """float32 [H, W, 2]: the motion that most of the picture shares; 0 unless points in at least half of its cells do."""
+    """float32 [H, W, 2]: the motion that most of the picture shares; 0 unless points in at least
+    half of its cells do."""
     import cv2
 
     places = _places(reliable.shape)
@@ -219,7 +272,8 @@ def _cells(points: np.ndarray, shape: tuple[int, int]) -> int:
 
 
 def _misfit(step: Step, flow: np.ndarray) -> np.ndarray:
-    """float32 [H, W]: difference of brightness, levels of 255, if ``before`` went along ``flow``."""
+    """float32 [H, W]: difference of brightness, levels of 255, if ``before`` went along
+    ``flow``."""
     return np.abs(pulled(grey(step.after).astype(np.float32), flow) - grey(step.before))
 
 
@@ -227,7 +281,13 @@ def pulled(picture: np.ndarray, flow: np.ndarray, nearest: bool = False) -> np.n
     """The picture [H, W, ...] as seen from where the flow starts."""
     import cv2
 
-    return cv2.remap(picture, _places(flow.shape[:2]) + flow, None, cv2.INTER_NEAREST if nearest else cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    return cv2.remap(
+        picture,
+        _places(flow.shape[:2]) + flow,
+        None,
+        cv2.INTER_NEAREST if nearest else cv2.INTER_LINEAR,
+        borderMode=cv2.BORDER_REPLICATE,
+    )
 
 
 def grey(picture: np.ndarray) -> np.ndarray:
@@ -241,20 +301,26 @@ def _slopes(picture: np.ndarray) -> np.ndarray:
     """float32 [H, W, 2], levels a pixel."""
     import cv2
 
-    return np.stack([cv2.Sobel(grey(picture), cv2.CV_32F, dx, 1 - dx, scale=1 / 8) for dx in (1, 0)], -1)
+    return np.stack(
+        [cv2.Sobel(grey(picture), cv2.CV_32F, dx, 1 - dx, scale=1 / 8) for dx in (1, 0)], -1
+    )
 
 
 def _textured(picture: np.ndarray) -> np.ndarray:
     """bool [H, W]: at least a fifth of the pixels around have a slope."""
     import cv2
 
-    return cv2.blur((np.linalg.norm(_slopes(picture), axis=-1) > TEXTURE).astype(np.float32), (5, 5)) > 0.2
+    return (
+        cv2.blur((np.linalg.norm(_slopes(picture), axis=-1) > TEXTURE).astype(np.float32), (5, 5))
+        > 0.2
+    )
 
 
 @lru_cache(maxsize=4)
 def _places(shape: tuple[int, int]) -> np.ndarray:
     """float32 [H, W, 2]: column and row of every pixel; shared, not to be written to."""
     return np.stack(np.meshgrid(np.arange(shape[1]), np.arange(shape[0])), -1).astype(np.float32)
+
 
 T = TypeVar("T")
 
@@ -263,7 +329,9 @@ def _opencv():
     try:
         import cv2
     except ImportError as error:
-        raise ImportError("the optical-flow evaluator needs OpenCV: pip install opencv-python-headless") from error
+        raise ImportError(
+            "the optical-flow evaluator needs OpenCV: pip install opencv-python-headless"
+        ) from error
     return cv2
 
 
@@ -280,6 +348,7 @@ def one_thread():
 
 
 def in_parallel(measure: Callable[[np.ndarray], T], batch: VideoBatch) -> list[T]:
-    """``measure`` of every clip's frames, uint8 [T, C, H, W], as many at a time as torch has threads: OpenCV and numpy let each other run."""
+    """``measure`` of every clip's frames, uint8 [T, C, H, W], as many at a time as torch has
+    threads: OpenCV and numpy let each other run."""
     with one_thread(), ThreadPoolExecutor(torch.get_num_threads()) as pool:
         return list(pool.map(lambda clip: measure(clip.cpu().numpy()), batch.frames))

@@ -1,11 +1,12 @@
-"""What the sentinels measure of a video: how much moves, and how its colours and its light are and stay.
+"""What the sentinels measure of a video: how much moves, and how its colours and its light are and
+stay.
 
-    motion           mean over pairs of frames of the fastest 5 % of the flow, share of the diagonal a second
-    residual_motion  the same of what no camera explains: a pan over a still picture has none
-    saturation       mean of (max - min) over the colour channels, in [0, 1]
-    luminance        mean of 0.299 R + 0.587 G + 0.114 B, in [0, 1]
-    colour_drift     distance of the last fifth's mean colour to the first fifth's, in [0, 1]
-    still_run        share of the video in its longest run of frames that hardly change (mean absolute difference below 1/255)
+motion           mean over pairs of frames of the fastest 5 % of the flow, share of the diagonal a second
+residual_motion  the same of what no camera explains: a pan over a still picture has none
+saturation       mean of (max - min) over the colour channels, in [0, 1]
+luminance        mean of 0.299 R + 0.587 G + 0.114 B, in [0, 1]
+colour_drift     distance of the last fifth's mean colour to the first fifth's, in [0, 1]
+still_run        share of the video in its longest run of frames that hardly change (mean absolute difference below 1/255)
 """
 
 from __future__ import annotations
@@ -13,8 +14,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from kvpo.rewards.classic.measures import TOP, Step, own_speed, shrink, steps
-from kvpo.rewards.classic.measures import one_thread
+from kvpo.rewards.classic.measures import TOP, Step, one_thread, own_speed, shrink, steps
 
 STILL = 1.0
 """Of 255: below it two frames count as the same."""
@@ -29,7 +29,8 @@ def watched(video_TCHW: torch.Tensor, fps: float) -> dict[str, float]:
         "saturation": (x.amax(1) - x.amin(1)).mean().item(),
         "luminance": torch.einsum("tchw,c->thw", x, light).mean().item(),
         "colour_drift": (x[-fifth:].mean((0, 2, 3)) - x[:fifth].mean((0, 2, 3))).abs().max().item(),
-        "still_run": longest_run((x[1:] - x[:-1]).abs().mean((1, 2, 3)) * 255 < STILL) / (len(x) - 1),
+        "still_run": longest_run((x[1:] - x[:-1]).abs().mean((1, 2, 3)) * 255 < STILL)
+        / (len(x) - 1),
     }
 
 
@@ -37,7 +38,10 @@ def motion(video_TCHW: torch.Tensor, fps: float) -> dict[str, float]:
     """The two that need optical flow; NaN where there is no texture to see it by."""
     pictures = shrink(video_TCHW.numpy())
     with one_thread():
-        return {"motion": fps * float(np.mean([any_motion(step) for step in steps(pictures)])), "residual_motion": own_speed(pictures, fps)}
+        return {
+            "motion": fps * float(np.mean([any_motion(step) for step in steps(pictures)])),
+            "residual_motion": own_speed(pictures, fps),
+        }
 
 
 def any_motion(step: Step) -> float:

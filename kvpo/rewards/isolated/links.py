@@ -1,9 +1,11 @@
-"""The two ways to a reward outside this process: a worker started here, on pipes, or a server, over HTTP.
+"""The two ways to a reward outside this process: a worker started here, on pipes, or a server, over
+HTTP.
 
     link.ask(header, frames, timeout) -> the reply's header
     link.open                            whether it can be asked; a worker that broke is closed, and `ask` starts a new one
 
-Both raise `Broken` where the other side ends, is late, or does not talk as `kvpo.rewards.isolated.wire` says.
+Both raise `Broken` where the other side ends, is late, or does not talk as
+`kvpo.rewards.isolated.wire` says.
 """
 
 from __future__ import annotations
@@ -16,10 +18,11 @@ import threading
 import urllib.parse
 import weakref
 from collections import deque
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from io import TextIOWrapper
 from subprocess import PIPE
-from typing import Any, BinaryIO, Mapping, Sequence
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -32,11 +35,13 @@ PATIENCE = 2.0
 
 
 class Broken(OSError):
-    """The other side ended, was late, or talked something else.  One line, then what it had last written to stderr."""
+    """The other side ended, was late, or talked something else. One line, then what it had last
+    written to stderr."""
 
 
 class Worker:
-    """A process of its own, its stderr kept.  Ended with all that it has started when this object goes, or this process does."""
+    """A process of its own, its stderr kept. Ended with all that it has started when this object
+    goes, or this process does."""
 
     def __init__(self, command: Sequence[str], environ: Mapping[str, str]):
         self.command, self.environ = command, environ
@@ -48,27 +53,44 @@ class Worker:
 
     def start(self) -> None:
         try:
-            # A session of its own: it is ended as a group, and Ctrl-C is for this process to handle.
-            self.process = subprocess.Popen(self.command, stdin=PIPE, stdout=PIPE, stderr=PIPE, env=self.environ, start_new_session=True)
+            # A session of its own: it is ended as a group, and Ctrl-C is for this process to
+            # handle.
+            self.process = subprocess.Popen(
+                self.command,
+                stdin=PIPE,
+                stdout=PIPE,
+                stderr=PIPE,
+                env=self.environ,
+                start_new_session=True,
+            )
         except OSError as error:
-            raise Broken(f"its worker could not be started with {self.command[0]}: {error}") from None
+            raise Broken(
+                f"its worker could not be started with {self.command[0]}: {error}"
+            ) from None
         self.lines: deque[str] = deque(maxlen=LINES)
-        self._listener = threading.Thread(target=_listen, args=(self.process.stderr, self.lines), daemon=True)
+        self._listener = threading.Thread(
+            target=_listen, args=(self.process.stderr, self.lines), daemon=True
+        )
         self._listener.start()
         self._end = weakref.finalize(self, _end, self.process)
 
-    def ask(self, header: Mapping[str, Any], frames: np.ndarray | None, timeout: float) -> dict[str, Any]:
+    def ask(
+        self, header: Mapping[str, Any], frames: np.ndarray | None, timeout: float
+    ) -> dict[str, Any]:
         if not self.open:
             self.start()
         late, process = threading.Event(), self.process
-        # Killing it ends whatever waits for it here: a read of its reply, or a write that it does not read.
+        # Killing it ends whatever waits for it here: a read of its reply, or a write that it does
+        # not read.
         timer = threading.Timer(timeout, lambda: (late.set(), _kill(process)))
         timer.start()
         try:
             wire.write(process.stdin, header, frames)
             return wire.read(process.stdout)[0]
         except (OSError, EOFError) as error:
-            raise self._broken(f"did not answer within {timeout:g} s" if late.is_set() else None) from error
+            raise self._broken(
+                f"did not answer within {timeout:g} s" if late.is_set() else None
+            ) from error
         except ValueError as error:
             raise self._broken(f"sent {error}") from None
         except KeyboardInterrupt:
@@ -87,8 +109,19 @@ class Worker:
         """Why, as far as it can be known, once it is gone."""
         process = self.process
         self.close()
-        reason = reason or (f"was ended by {signal.Signals(-process.returncode).name}" if process.returncode < 0 else f"ended with exit code {process.returncode}")
-        return Broken("\n    ".join([f"its worker {reason}" + ("; its last lines:" if self.lines else ""), *map(str.rstrip, self.lines)]))
+        reason = reason or (
+            f"was ended by {signal.Signals(-process.returncode).name}"
+            if process.returncode < 0
+            else f"ended with exit code {process.returncode}"
+        )
+        return Broken(
+            "\n    ".join(
+                [
+                    f"its worker {reason}" + ("; its last lines:" if self.lines else ""),
+                    *map(str.rstrip, self.lines),
+                ]
+            )
+        )
 
 
 def _listen(stderr: BinaryIO, lines: deque[str]) -> None:
@@ -114,16 +147,22 @@ def _end(process: subprocess.Popen) -> None:
 
 
 class Server:
-    """A worker that serves HTTP, here or elsewhere.  ValueError for an address that can not be one."""
+    """A worker that serves HTTP, here or elsewhere. ValueError for an address that can not be
+    one."""
 
     def __init__(self, url: str):
         address = urllib.parse.urlsplit(url)
         if address.scheme != "http" or not address.port or address.path not in ("", "/"):
-            raise ValueError(f"url = {url!r} must be http://host:port; through a tunnel where the way to it is not yours alone (ssh -L)")
+            raise ValueError(
+                f"url = {url!r} must be http://host:port; through a tunnel where the way to it is not yours alone (ssh -L)"
+            )
         self.url, self.host, self.port, self.open = url, address.hostname, address.port, False
 
-    def ask(self, header: Mapping[str, Any], frames: np.ndarray | None, timeout: float) -> dict[str, Any]:
-        """The handshake is its /spec, whatever device is asked for: a server's model stays where it is."""
+    def ask(
+        self, header: Mapping[str, Any], frames: np.ndarray | None, timeout: float
+    ) -> dict[str, Any]:
+        """The handshake is its /spec, whatever device is asked for: a server's model stays where
+        it is."""
         connection = http.client.HTTPConnection(self.host, self.port, timeout=timeout)
         try:
             if header["do"] == "load":
@@ -131,10 +170,17 @@ class Server:
             else:
                 body = wire.pack(header, frames)
                 length = sum(map(len, body))
-                connection.request("POST", "/score", body, {"Content-Type": wire.CONTENT_TYPE, "Content-Length": str(length)})
+                connection.request(
+                    "POST",
+                    "/score",
+                    body,
+                    {"Content-Type": wire.CONTENT_TYPE, "Content-Length": str(length)},
+                )
             response = connection.getresponse()
             if response.status != 200:
-                raise Broken(f"its server at {self.url} refused: {response.status} {response.reason}")
+                raise Broken(
+                    f"its server at {self.url} refused: {response.status} {response.reason}"
+                )
             reply = wire.read(response)[0]
         except (EOFError, ValueError, http.client.HTTPException) as error:
             raise Broken(f"its server at {self.url} did not answer as a worker: {error}") from None

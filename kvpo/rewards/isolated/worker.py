@@ -1,4 +1,5 @@
-"""A reward in a process of its own: reads requests, scores, replies; on pipes, or as an HTTP server.
+"""A reward in a process of its own: reads requests, scores, replies; on pipes, or as an HTTP
+server.
 
     python worker.py --reward scorer.py --params '{"stride": 4}'              on pipes: `kvpo.rewards.isolated.reward` starts it
     python worker.py --reward scorer.py --device cuda --http 8100       a server on 127.0.0.1
@@ -26,7 +27,8 @@ import time
 import traceback
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
-# Found by its place, since kvpo may not be installed here; and its folder off the path again, since the rewards in it
+# Found by its place, since kvpo may not be installed here; and its folder off the path again, since
+# the rewards in it
 # have the names of the very packages that they port (`import hpsv3`).
 HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path.insert(0, HERE)
@@ -40,11 +42,14 @@ LOOPBACK = ("127.0.0.1", "localhost")
 
 
 class FileScorer:
-    """A scorer file: what it loads is asked for numbers; it moves between devices where it has ``to(device)``."""
+    """A scorer file: what it loads is asked for numbers; it moves between devices where it has
+    ``to(device)``."""
 
     def __init__(self, path, params):
         spec = importlib.util.spec_from_file_location("kvpo_scorer", path)
-        self.module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look for their module there
+        self.module = sys.modules[spec.name] = importlib.util.module_from_spec(
+            spec
+        )  # dataclasses look for their module there
         spec.loader.exec_module(self.module)
         self.params, self.scorer, self.weights = params, None, ""
 
@@ -62,7 +67,9 @@ class FileScorer:
 
     def score(self, frames, header):
         answer = self.scorer.score(frames, header["fps"], header["prompts"], header["history"])
-        return numbers("score", answer["scores"]), {name: numbers(name, values) for name, values in answer.get("parts", {}).items()}
+        return numbers("score", answer["scores"]), {
+            name: numbers(name, values) for name, values in answer.get("parts", {}).items()
+        }
 
 
 class KvpoReward:
@@ -76,7 +83,10 @@ class KvpoReward:
     def load(self, device):
         self.reward.load(device)
         low, high = self.reward.spec.bounds
-        return {**dataclasses.asdict(self.reward.spec), "bounds": [low if math.isfinite(low) else None, high if math.isfinite(high) else None]}
+        return {
+            **dataclasses.asdict(self.reward.spec),
+            "bounds": [low if math.isfinite(low) else None, high if math.isfinite(high) else None],
+        }
 
     def offload(self):
         self.reward.offload()
@@ -86,10 +96,22 @@ class KvpoReward:
 
         from kvpo.rewards.base import VideoBatch, check_output
 
-        batch = VideoBatch(torch.from_numpy(frames), header["fps"], tuple(header["prompts"]), tuple(header["history"]), torch.tensor(header["group"]))
+        batch = VideoBatch(
+            torch.from_numpy(frames),
+            header["fps"],
+            tuple(header["prompts"]),
+            tuple(header["history"]),
+            torch.tensor(header["group"]),
+        )
         output = check_output(self.reward.spec, batch, self.reward.score(batch))
-        scores = [score if valid else None for score, valid in zip(output.scores.tolist(), output.valid.tolist())]
-        return scores, {name: [v if math.isfinite(v) else None for v in values.tolist()] for name, values in output.parts.items()}
+        scores = [
+            score if valid else None
+            for score, valid in zip(output.scores.tolist(), output.valid.tolist())
+        ]
+        return scores, {
+            name: [v if math.isfinite(v) else None for v in values.tolist()]
+            for name, values in output.parts.items()
+        }
 
 
 def identity(files):
@@ -105,11 +127,14 @@ def identity(files):
 
 
 def numbers(name, values):
-    """Plain numbers, None for a clip that can not be measured.  ValueError for NaN and infinity: a calculation that failed, not a verdict."""
+    """Plain numbers, None for a clip that can not be measured. ValueError for NaN and infinity:
+    a calculation that failed, not a verdict."""
     plain = [None if value is None else float(value) for value in values]
     for clip, value in enumerate(plain):
         if value is not None and not math.isfinite(value):
-            raise ValueError(f"{name} of clip {clip} is {value}; a clip that can not be measured is None")
+            raise ValueError(
+                f"{name} of clip {clip} is {value}; a clip that can not be measured is None"
+            )
     return plain
 
 
@@ -123,9 +148,16 @@ class Service:
         """The handshake.  Only here the model's library is imported."""
         begin = time.perf_counter()
         if self.scorer is None:
-            self.scorer = (FileScorer if self.name.endswith(".py") else KvpoReward)(self.name, self.params)
+            self.scorer = (FileScorer if self.name.endswith(".py") else KvpoReward)(
+                self.name, self.params
+            )
         spec = self.scorer.load(header["device"])
-        return {"spec": spec, "params": self.params, "packages": packages(), "seconds": time.perf_counter() - begin}
+        return {
+            "spec": spec,
+            "params": self.params,
+            "packages": packages(),
+            "seconds": time.perf_counter() - begin,
+        }
 
     def offload(self, header, payload):
         self.scorer.offload()
@@ -140,8 +172,12 @@ class Service:
         """Whatever a scorer raises is the reply: its process lives on."""
         try:
             if header["protocol"] != wire.PROTOCOL:
-                raise ValueError(f"protocol {header['protocol']} is asked for, this worker speaks {wire.PROTOCOL}; both sides need the same kvpo")
-            reply = {"load": self.load, "score": self.score, "offload": self.offload}[header["do"]](header, payload)
+                raise ValueError(
+                    f"protocol {header['protocol']} is asked for, this worker speaks {wire.PROTOCOL}; both sides need the same kvpo"
+                )
+            reply = {"load": self.load, "score": self.score, "offload": self.offload}[header["do"]](
+                header, payload
+            )
         except Exception as error:
             traceback.print_exc()
             where = traceback.extract_tb(error.__traceback__)[-1]
@@ -154,11 +190,15 @@ def packages():
     from importlib.metadata import distributions
 
     found = {str(d.metadata["Name"]): d.version for d in distributions()}
-    return {"python": platform.python_version(), **{name: found[name] for name in sorted(found) if name.replace("-", "_") in sys.modules}}
+    return {
+        "python": platform.python_version(),
+        **{name: found[name] for name in sorted(found) if name.replace("-", "_") in sys.modules},
+    }
 
 
 def serve_pipes(service):
-    """Until the pipe ends.  What a library prints, from Python or from C, goes to stderr, and not between the messages."""
+    """Until the pipe ends. What a library prints, from Python or from C, goes to stderr, and not
+    between the messages."""
     requests, replies = os.fdopen(os.dup(0), "rb", 0), os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
@@ -168,13 +208,16 @@ def serve_pipes(service):
         try:
             header, payload = wire.read(requests)
         except EOFError:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # for what it has started; itself ends in order
+            signal.signal(
+                signal.SIGTERM, signal.SIG_IGN
+            )  # for what it has started; itself ends in order
             return end_group(signal.SIGTERM)
         wire.write(replies, service(header, payload))
 
 
 def end_with_parent(pipe):
-    """Ends this process and all that it has started once nobody can ask any more, even in the middle of a call: a killed run leaves no model on the card."""
+    """Ends this process and all that it has started once nobody can ask any more, even in the
+    middle of a call: a killed run leaves no model on the card."""
     poll = select.poll()
     poll.register(pipe, 0)  # nothing but the other end's closing, which is always reported
     poll.poll()
@@ -232,7 +275,10 @@ def serve_http(service, args):
     if "error" in hello:
         sys.exit(f"reward {args.reward!r} can not be loaded: {hello['error']}")
     if args.host not in LOOPBACK:
-        print(f"warning: {args.host} can be reached by others, and whoever reaches it can use this model; there is no password", file=sys.stderr)
+        print(
+            f"warning: {args.host} can be reached by others, and whoever reaches it can use this model; there is no password",
+            file=sys.stderr,
+        )
     server = HTTPServer((args.host, args.http), Handler)  # one request at a time; five may wait
     server.service, server.hello, server.most = service, hello, args.most_mb << 20
     print(f"{args.reward} at http://{args.host}:{server.server_port}", flush=True)
@@ -241,12 +287,26 @@ def serve_http(service, args):
 
 def main():
     parser = argparse.ArgumentParser(description="A reward in a process of its own.")
-    parser.add_argument("--reward", required=True, help="a scorer file (.py), or the name of a reward of kvpo's")
-    parser.add_argument("--params", type=json.loads, default={}, help="what it takes, a JSON object")
-    parser.add_argument("--http", type=int, metavar="PORT", help="serve on this port, 0 = any free one, instead of on pipes")
+    parser.add_argument(
+        "--reward", required=True, help="a scorer file (.py), or the name of a reward of kvpo's"
+    )
+    parser.add_argument(
+        "--params", type=json.loads, default={}, help="what it takes, a JSON object"
+    )
+    parser.add_argument(
+        "--http",
+        type=int,
+        metavar="PORT",
+        help="serve on this port, 0 = any free one, instead of on pipes",
+    )
     parser.add_argument("--host", default="127.0.0.1", help="the address to serve on")
     parser.add_argument("--device", default="cpu", help="where a server's model lies")
-    parser.add_argument("--most-mb", type=int, default=2048, help="most frames that a server takes in a request, MiB")
+    parser.add_argument(
+        "--most-mb",
+        type=int,
+        default=2048,
+        help="most frames that a server takes in a request, MiB",
+    )
     args = parser.parse_args()
     service = Service(args.reward, args.params)
     if args.http is None:

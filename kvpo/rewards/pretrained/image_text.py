@@ -5,25 +5,26 @@
     siglip      cosine                 SigLIP 2; lower than CLIP's, its loss has an offset
 
 (``hpsv2`` is in ``kvpo.rewards.pretrained.hpsv2``.)  They judge every frame by itself: no motion, no order, and a frozen clip scores
-as its one frame does.  They read the clip's own prompt only: what "it" is, an earlier prompt says, they do not know.
-Read between clips of one prompt; between prompts the levels differ.
+as its one frame does. They read the clip's own prompt only: what "it" is, an earlier prompt says,
+they do not know. Read between clips of one prompt; between prompts the levels differ.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from kvpo.common.files import first_line
+from kvpo.common.weights import identity
 from kvpo.rewards.base import RewardSpec, VideoBatch
 from kvpo.rewards.measured import FrameScorer, check_frame_options
 from kvpo.rewards.pretrained.pixels import Pixels
 from kvpo.rewards.pretrained.released import STOCK_FILES, find, load_stock, weight_files
-from kvpo.common.weights import identity
 
 FAMILY = "clip"
 """Of all that learned from captions of pictures, SigLIP included: they like the same pictures."""
@@ -32,9 +33,11 @@ VOCABULARIES = ("tokenizer.json", "vocab.json")
 
 @dataclass
 class ImageText(FrameScorer):
-    """``scale()`` times the cosine of every frame with its prompt; a prompt is embedded once a call however many clips it has.
+    """``scale()`` times the cosine of every frame with its prompt; a prompt is embedded once a call
+    however many clips it has.
 
-    A prompt longer than the model reads is cut at the end.  Part ``prompt_read`` says how much was read: 1 = all of it."""
+    A prompt longer than the model reads is cut at the end. Part ``prompt_read`` says how much
+    was read: 1 = all of it."""
 
     weights: str = ""
     """A local folder, or a hub id."""
@@ -65,8 +68,13 @@ class ImageText(FrameScorer):
     def score_frames(self, frames_NCHW: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         device, distinct = self.device, list(dict.fromkeys(prompts))
         text_PD = F.normalize(self.embed_texts(distinct), dim=-1)
-        image_ND = F.normalize(torch.cat([self.embed_images(x) for x in self.pixels.batches(frames_NCHW, device)]), dim=-1)
-        return self.scale() * (image_ND * text_PD[[distinct.index(prompt) for prompt in prompts]]).sum(-1)
+        image_ND = F.normalize(
+            torch.cat([self.embed_images(x) for x in self.pixels.batches(frames_NCHW, device)]),
+            dim=-1,
+        )
+        return self.scale() * (
+            image_ND * text_PD[[distinct.index(prompt) for prompt in prompts]]
+        ).sum(-1)
 
     def measure(self, batch: VideoBatch) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
         scores, parts = super().measure(batch)
@@ -87,32 +95,55 @@ class _Stock(ImageText):
         built = load_stock(self.spec.name, model, folder)
         self.pixels = Pixels.released(self.spec.name, folder)
         self.tokenizer = open_tokenizer(self.spec.name, tokenizer, folder)
-        self.spec = replace(self.spec, weights=identity(self.weights, weight_files(self.spec.name, folder)))
+        self.spec = replace(
+            self.spec, weights=identity(self.weights, weight_files(self.spec.name, folder))
+        )
         return built
 
     @property
     def limit(self) -> int:
-        """Tokens that the text tower reads, first and last mark included: 77 for CLIP, 64 for SigLIP."""
+        """Tokens that the text tower reads, first and last mark included: 77 for CLIP, 64 for
+        SigLIP."""
         return self.model.config.text_config.max_position_embeddings
 
     def embed_images(self, x_NCHW: torch.Tensor) -> torch.Tensor:
         return self.model.get_image_features(pixel_values=x_NCHW).pooler_output
 
     def embed_texts(self, prompts: list[str]) -> torch.Tensor:
-        # Padded to the full length without a mask, as SigLIP learned; CLIP reads causally and ends at its end mark, so it does not see the padding.
-        ids = self.tokenizer(_lower(prompts), padding="max_length", padding_side="right", truncation=True, max_length=self.limit, return_tensors="pt").input_ids
+        # Padded to the full length without a mask, as SigLIP learned; CLIP reads causally and ends
+        # at its end mark, so it does not see the padding.
+        ids = self.tokenizer(
+            _lower(prompts),
+            padding="max_length",
+            padding_side="right",
+            truncation=True,
+            max_length=self.limit,
+            return_tensors="pt",
+        ).input_ids
         return self.model.get_text_features(input_ids=ids.to(self.device)).pooler_output
 
     def prompt_read(self, prompts: Sequence[str]) -> torch.Tensor:
-        return share_read([len(ids) for ids in self.tokenizer(_lower(prompts), verbose=False).input_ids], self.limit)
+        return share_read(
+            [len(ids) for ids in self.tokenizer(_lower(prompts), verbose=False).input_ids],
+            self.limit,
+        )
 
 
 @dataclass
 class PickScore(_Stock):
-    """Which of two pictures of a prompt people choose (Kirstain et al., arXiv 2305.01569): 100 * cosine as released."""
+    """Which of two pictures of a prompt people choose (Kirstain et al., arXiv 2305.01569): 100 *
+    cosine as released."""
 
     weights: str = "yuvalkirstain/PickScore_v1"
-    spec: RewardSpec = RewardSpec("pickscore", FAMILY, looks_at="which picture of a prompt people choose", bounds=(-100.0, 100.0), level="frame", licence="MIT", memory_gb=5)
+    spec: RewardSpec = RewardSpec(
+        "pickscore",
+        FAMILY,
+        looks_at="which picture of a prompt people choose",
+        bounds=(-100.0, 100.0),
+        level="frame",
+        licence="MIT",
+        memory_gb=5,
+    )
 
     def classes(self) -> tuple[type, type]:
         return _clip_classes()
@@ -126,7 +157,15 @@ class ClipAlignment(_Stock):
     """Cosine of CLIP (Radford et al., arXiv 2103.00020); any CLIPModel."""
 
     weights: str = "openai/clip-vit-large-patch14"
-    spec: RewardSpec = RewardSpec("clip", FAMILY, looks_at="how frames fit their prompt", bounds=(-1.0, 1.0), level="frame", licence="MIT", memory_gb=2.2)
+    spec: RewardSpec = RewardSpec(
+        "clip",
+        FAMILY,
+        looks_at="how frames fit their prompt",
+        bounds=(-1.0, 1.0),
+        level="frame",
+        licence="MIT",
+        memory_gb=2.2,
+    )
 
     def classes(self) -> tuple[type, type]:
         return _clip_classes()
@@ -134,15 +173,27 @@ class ClipAlignment(_Stock):
 
 @dataclass
 class SiglipAlignment(_Stock):
-    """Cosine of SigLIP 2 (Tschannen et al., arXiv 2502.14786) of a fixed picture size; or any SiglipModel with a tokenizer.json."""
+    """Cosine of SigLIP 2 (Tschannen et al., arXiv 2502.14786) of a fixed picture size; or any
+    SiglipModel with a tokenizer.json."""
 
     weights: str = "google/siglip2-so400m-patch14-384"
-    spec: RewardSpec = RewardSpec("siglip", FAMILY, looks_at="how frames fit their prompt", bounds=(-1.0, 1.0), level="frame", licence="Apache-2.0", memory_gb=5.6)
+    spec: RewardSpec = RewardSpec(
+        "siglip",
+        FAMILY,
+        looks_at="how frames fit their prompt",
+        bounds=(-1.0, 1.0),
+        level="frame",
+        licence="Apache-2.0",
+        memory_gb=5.6,
+    )
 
     def classes(self) -> tuple[type, type]:
         from transformers import PreTrainedTokenizerFast, SiglipModel
 
-        return SiglipModel, PreTrainedTokenizerFast  # the class that tokenizer.json alone defines: SiglipTokenizer needs sentencepiece
+        return (
+            SiglipModel,
+            PreTrainedTokenizerFast,
+        )  # the class that tokenizer.json alone defines: SiglipTokenizer needs sentencepiece
 
 
 def _clip_classes() -> tuple[type, type]:
@@ -153,12 +204,18 @@ def _clip_classes() -> tuple[type, type]:
 
 def open_tokenizer(reward: str, kind: type, folder: Path) -> Any:
     """ValueError if the folder has none, or a broken one."""
-    if not any((folder / name).is_file() for name in VOCABULARIES):  # CLIPTokenizer would start with an empty one, and say nothing
-        raise ValueError(f"reward {reward!r}: {folder} holds no {' or '.join(VOCABULARIES)}; copy the tokenizer's files into it")
+    if not any(
+        (folder / name).is_file() for name in VOCABULARIES
+    ):  # CLIPTokenizer would start with an empty one, and say nothing
+        raise ValueError(
+            f"reward {reward!r}: {folder} holds no {' or '.join(VOCABULARIES)}; copy the tokenizer's files into it"
+        )
     try:
         return kind.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise ValueError(f"reward {reward!r}: the tokenizer in {folder} can not be read ({first_line(error)}); copy its files again") from None
+        raise ValueError(
+            f"reward {reward!r}: the tokenizer in {folder} can not be read ({first_line(error)}); copy its files again"
+        ) from None
 
 
 def _lower(prompts: Sequence[str]) -> list[str]:

@@ -1,17 +1,20 @@
-"""Whether the text that a prompt puts in quotes can be read in the clip: PP-OCRv6 of the package rapidocr.
+"""Whether the text that a prompt puts in quotes can be read in the clip: PP-OCRv6 of the package
+rapidocr.
 
     a shop with a sign that says "OPEN"
 
-For every frame, over the lines of text that the detector finds in it (with ``detect: false`` the frame itself is the line):
+For every frame, over the lines of text that the detector finds in it (with ``detect: false`` the
+frame itself is the line):
 
     likelihood   largest P(asked | line)^(1 / characters), by the recogniser's CTC, case as asked
     similarity   largest of what is read, line by line and all lines together, to what is asked (difflib's ratio, whatever the case)
     score        mean of both over quoted texts and frames
 
-The similarity leads to the text from afar, the likelihood still ranks clips that all read right, or all wrong.
+The similarity leads to the text from afar, the likelihood still ranks clips that all read right, or
+all wrong.
 
-What it falls for: text anywhere, of any look, over any picture: a caption burnt into a still image is perfect.  Use it beside
-rewards that see the rest.
+What it falls for: text anywhere, of any look, over any picture: a caption burnt into a still image
+is perfect. Use it beside rewards that see the rest.
 """
 
 from __future__ import annotations
@@ -19,19 +22,22 @@ from __future__ import annotations
 import difflib
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
+from kvpo.common.weights import identity
 from kvpo.rewards.base import RewardSpec, VideoBatch
 from kvpo.rewards.measured import Measured, require
 from kvpo.rewards.pretrained.packaged import packaged
-from kvpo.common.weights import identity
 
-QUOTED = re.compile(r""" "([^"]+)" | “([^”]+)” | ‘([^’]+)’ | (?<!\w) ' ((?:[^'] | \b'\b)+) ' (?!\w) """, re.VERBOSE)
+QUOTED = re.compile(
+    r""" "([^"]+)" | “([^”]+)” | ‘([^’]+)’ | (?<!\w) ' ((?:[^'] | \b'\b)+) ' (?!\w) """, re.VERBOSE
+)
 RECOGNISER = "models/PP-OCRv6_rec_small.onnx"
 HEIGHT = 48
 """Pixels, of a line as the recogniser takes it."""
@@ -42,32 +48,47 @@ SIDE = 320
 
 
 def quoted(prompt: str) -> tuple[str, ...]:
-    """The texts that a prompt has in double or single quotes, straight or curly; an apostrophe is none."""
+    """The texts that a prompt has in double or single quotes, straight or curly; an apostrophe
+    is none."""
     texts = (" ".join("".join(alternatives).split()) for alternatives in QUOTED.findall(prompt))
     return tuple(filter(None, texts))
 
 
 def likelihood(p_TV: torch.Tensor, ids: Sequence[int]) -> float:
-    """P(ids | p)^(1 / characters) of a CTC output [steps, classes], class 0 = blank; 0 where the text is longer than the line has steps for."""
+    """P(ids | p)^(1 / characters) of a CTC output [steps, classes], class 0 = blank; 0 where the
+    text is longer than the line has steps for."""
     log_p = p_TV.clamp(min=1e-12).log()[:, None]
-    loss = torch.nn.functional.ctc_loss(log_p, torch.tensor([list(ids)]), torch.tensor([len(p_TV)]), torch.tensor([len(ids)]), reduction="none")
+    loss = torch.nn.functional.ctc_loss(
+        log_p,
+        torch.tensor([list(ids)]),
+        torch.tensor([len(p_TV)]),
+        torch.tensor([len(ids)]),
+        reduction="none",
+    )
     return math.exp(-loss.item() / len(ids))
 
 
 def similarity(asked: str, lines: Sequence[str]) -> float:
-    """Of a text to the nearest line, or to all lines together, in [0, 1]; 0 where there are none."""
-    return max(difflib.SequenceMatcher(None, asked.casefold(), read.casefold()).ratio() for read in {*lines, " ".join(lines)})
+    """Of a text to the nearest line, or to all lines together, in [0, 1]; 0 where there are
+    none."""
+    return max(
+        difflib.SequenceMatcher(None, asked.casefold(), read.casefold()).ratio()
+        for read in {*lines, " ".join(lines)}
+    )
 
 
 class Recogniser:
-    """The recognition network by itself: rapidocr keeps its best guess only, and a reward wants the probabilities."""
+    """The recognition network by itself: rapidocr keeps its best guess only, and a reward wants
+    the probabilities."""
 
     def __init__(self, path: Path):
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self.session = onnxruntime.InferenceSession(
+            path, options, providers=["CPUExecutionProvider"]
+        )
         characters = self.session.get_modelmeta().custom_metadata_map["character"].splitlines()
         self.classes = ("", *characters, " ")  # class 0 is CTC's blank, the last one the space
         self.class_of = {character: i for i, character in enumerate(self.classes)}
@@ -80,28 +101,42 @@ class Recogniser:
         wide = max(1, math.ceil(HEIGHT * width / height))
         x = np.zeros((1, 3, HEIGHT, max(WIDTH, wide)), np.float32)
         x[0, :, :, :wide] = cv2.resize(line_HWC, (wide, HEIGHT)).transpose(2, 0, 1) / 127.5 - 1
-        return torch.from_numpy(self.session.run(None, {self.session.get_inputs()[0].name: x})[0][0])
+        return torch.from_numpy(
+            self.session.run(None, {self.session.get_inputs()[0].name: x})[0][0]
+        )
 
     def text(self, p_TV: torch.Tensor) -> str:
         """The likeliest class of every step, repeats and blanks left out."""
-        return "".join(self.classes[i] for i in p_TV.argmax(1).unique_consecutive().tolist()).strip()
+        return "".join(
+            self.classes[i] for i in p_TV.argmax(1).unique_consecutive().tolist()
+        ).strip()
 
     def ids(self, text: str) -> list[int]:
         """Classes of its characters.  ValueError for one that it does not know."""
         if unknown := {c for c in text if c not in self.class_of}:
-            raise ValueError(f"the prompt asks for {text!r}, and {''.join(sorted(unknown))!r} is none of the characters that the reward 'ocr' reads; leave that prompt out")
+            raise ValueError(
+                f"the prompt asks for {text!r}, and {''.join(sorted(unknown))!r} is none of the characters that the reward 'ocr' reads; leave that prompt out"
+            )
         return [self.class_of[c] for c in text]
 
 
 @dataclass
 class TextReward(Measured):
-    """Legibility of the prompt's quoted texts, in [0, 1]; NaN where the prompt has none.  Runs on the CPU, whatever the device."""
+    """Legibility of the prompt's quoted texts, in [0, 1]; NaN where the prompt has none. Runs on
+    the CPU, whatever the device."""
 
     detect: bool = True
     """Look for lines of text in the frame; False: the whole frame is one line."""
     spec: RewardSpec = RewardSpec(
-        "ocr", "ocr", looks_at="whether the text that the prompt quotes can be read", level="segment", fps=2.0, packages=("rapidocr", "onnxruntime"), extra="offline", licence="Apache-2.0 (RapidOCR, PP-OCRv6)"
-    )  # fmt: skip
+        "ocr",
+        "ocr",
+        looks_at="whether the text that the prompt quotes can be read",
+        level="segment",
+        fps=2.0,
+        packages=("rapidocr", "onnxruntime"),
+        extra="offline",
+        licence="Apache-2.0 (RapidOCR, PP-OCRv6)",
+    )
     recogniser: Recogniser | None = field(default=None, init=False, repr=False)
     detector: Any = field(default=None, init=False, repr=False)
 
@@ -117,7 +152,9 @@ class TextReward(Measured):
         if self.recogniser is None:
             raise RuntimeError("ocr is not loaded; call load(device) before score(batch)")
         frames_BTHWC = batch.frames.cpu().movedim(2, -1).flip(-1).numpy()  # BGR, as OpenCV has it
-        rows = [self._clip(clip, quoted(prompt)) for clip, prompt in zip(frames_BTHWC, batch.prompts)]
+        rows = [
+            self._clip(clip, quoted(prompt)) for clip, prompt in zip(frames_BTHWC, batch.prompts)
+        ]
         parts = dict(zip(("likelihood", "similarity"), torch.tensor(rows).T))
         return (parts["likelihood"] + parts["similarity"]) / 2, parts
 
@@ -126,13 +163,22 @@ class TextReward(Measured):
         if not asked:
             return math.nan, math.nan
         wanted = [(text, self.recogniser.ids(text)) for text in asked]
-        return tuple(np.mean([found for frame in frames_THWC for found in self._frame(frame, wanted)], axis=0).tolist())
+        return tuple(
+            np.mean(
+                [found for frame in frames_THWC for found in self._frame(frame, wanted)], axis=0
+            ).tolist()
+        )
 
-    def _frame(self, frame_HWC: np.ndarray, wanted: Sequence[tuple[str, Sequence[int]]]) -> list[tuple[float, float]]:
+    def _frame(
+        self, frame_HWC: np.ndarray, wanted: Sequence[tuple[str, Sequence[int]]]
+    ) -> list[tuple[float, float]]:
         """Of every wanted text its likelihood and similarity; 0 where the frame has no text."""
         outputs = [self.recogniser.probabilities(line) for line in self._lines(frame_HWC)]
         read = [self.recogniser.text(p) for p in outputs]
-        return [(max((likelihood(p, ids) for p in outputs), default=0.0), similarity(text, read)) for text, ids in wanted]
+        return [
+            (max((likelihood(p, ids) for p in outputs), default=0.0), similarity(text, read))
+            for text, ids in wanted
+        ]
 
     def _lines(self, frame_HWC: np.ndarray) -> list[np.ndarray]:
         """Upright pictures of the lines of text in a frame, from top to bottom."""
@@ -146,5 +192,15 @@ def _detector() -> Any:
     """rapidocr, set to find lines and to say nothing."""
     from rapidocr import RapidOCR
 
-    threads = {f"EngineConfig.onnxruntime.{kind}_op_num_threads": torch.get_num_threads() for kind in ("intra", "inter")}
-    return RapidOCR(params={"Global.log_level": "error", "Global.use_cls": False, "Det.limit_side_len": SIDE, **threads})
+    threads = {
+        f"EngineConfig.onnxruntime.{kind}_op_num_threads": torch.get_num_threads()
+        for kind in ("intra", "inter")
+    }
+    return RapidOCR(
+        params={
+            "Global.log_level": "error",
+            "Global.use_cls": False,
+            "Det.limit_side_len": SIDE,
+            **threads,
+        }
+    )

@@ -1,13 +1,16 @@
-"""Frames as a network was trained to see them: resized, cut or padded to its size, normalised; in torch, on the network's device.
+"""Frames as a network was trained to see them: resized, cut or padded to its size, normalised; in
+torch, on the network's device.
 
-Same numbers as the image processors of transformers on Pillow: resized across, then down, each rounded to 8 bits.
+Same numbers as the image processors of transformers on Pillow: resized across, then down, each
+rounded to 8 bits.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,27 +33,45 @@ class Pixels:
     size: tuple[int, int]
     """Height and width that the network gets."""
     fit: Literal["crop", "stretch", "pad"]
-    """``crop``: the shorter side to ``shorter``, then the middle; ``stretch``: both sides to ``size``; ``pad``: the longer side to fit, black around."""
+    """``crop``: the shorter side to ``shorter``, then the middle; ``stretch``: both sides to
+    ``size``; ``pad``: the longer side to fit, black around."""
     shorter: int = 0
     mean: tuple[float, ...] = CLIP_MEAN
     std: tuple[float, ...] = CLIP_STD
     mode: str = "bicubic"
 
     @classmethod
-    def released(cls, reward: str, folder: Path) -> "Pixels":
-        """As the preprocessor_config.json of a CLIP, SigLIP or DINOv2 folder says.  ValueError for one that says something else."""
+    def released(cls, reward: str, folder: Path) -> Pixels:
+        """As the preprocessor_config.json of a CLIP, SigLIP or DINOv2 folder says. ValueError
+        for one that says something else."""
         path = folder / "preprocessor_config.json"
         config = read_json(reward, path)
         try:
-            size, crop = config["size"], _pair(config["crop_size"]) if config.get("do_center_crop") else None
-            shorter = size if isinstance(size, int) else size.get("shortest_edge", 0)  # old files hold one number
+            size, crop = (
+                config["size"],
+                _pair(config["crop_size"]) if config.get("do_center_crop") else None,
+            )
+            shorter = (
+                size if isinstance(size, int) else size.get("shortest_edge", 0)
+            )  # old files hold one number
             resized = (shorter, shorter) if shorter else _pair(size)
-            pixels = cls(crop or resized, "crop" if shorter else "stretch", shorter, tuple(config["image_mean"]), tuple(config["image_std"]), MODES[config["resample"]])
+            pixels = cls(
+                crop or resized,
+                "crop" if shorter else "stretch",
+                shorter,
+                tuple(config["image_mean"]),
+                tuple(config["image_std"]),
+                MODES[config["resample"]],
+            )
         except (KeyError, TypeError) as error:
-            raise ValueError(f"reward {reward!r}: {path} describes no preprocessing that is known here ({type(error).__name__}: {error})") from None
+            raise ValueError(
+                f"reward {reward!r}: {path} describes no preprocessing that is known here ({type(error).__name__}: {error})"
+            ) from None
         fits = crop and max(crop) <= shorter if shorter else crop in (None, resized)
         if not fits:
-            raise ValueError(f"reward {reward!r}: {path} resizes to {config['size']} and crops to {crop}, which gives no fixed size without padding")
+            raise ValueError(
+                f"reward {reward!r}: {path} resizes to {config['size']} and crops to {crop}, which gives no fixed size without padding"
+            )
         return pixels
 
     def batches(self, frames_NCHW: torch.Tensor, device: torch.device) -> Iterator[torch.Tensor]:
@@ -62,25 +83,38 @@ class Pixels:
         height, width = self.resized(*frames_NCHW.shape[-2:])
         x = frames_NCHW.float()
         for size in ((x.shape[-2], width), (height, width)):
-            x = F.interpolate(x, size, mode=self.mode, antialias=True).add(HALF).floor().clamp(0, 255)
+            x = (
+                F.interpolate(x, size, mode=self.mode, antialias=True)
+                .add(HALF)
+                .floor()
+                .clamp(0, 255)
+            )
         x = _centred(x, *self.size)
         mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (self.mean, self.std))
         return (x / 255 - mean) / std
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width after resizing, before cutting or padding; rounded as the released preprocessing does."""
+        """Height and width after resizing, before cutting or padding; rounded as the released
+        preprocessing does."""
         if self.fit == "stretch":
             return self.size
         if self.fit == "crop":
-            return self.shorter * height // min(height, width), self.shorter * width // min(height, width)
+            return self.shorter * height // min(height, width), self.shorter * width // min(
+                height, width
+            )
         scale = self.size[0] / max(height, width)
         return round(height * scale), round(width * scale)
 
 
 def _centred(x_NCHW: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Cut, or padded with black, to height and width about its middle."""
-    top, left = int((height - x_NCHW.shape[-2]) / 2), int((width - x_NCHW.shape[-1]) / 2)  # an odd row or column goes to the end, cut as padded
-    return F.pad(x_NCHW, (left, width - x_NCHW.shape[-1] - left, top, height - x_NCHW.shape[-2] - top))
+    top, left = (
+        int((height - x_NCHW.shape[-2]) / 2),
+        int((width - x_NCHW.shape[-1]) / 2),
+    )  # an odd row or column goes to the end, cut as padded
+    return F.pad(
+        x_NCHW, (left, width - x_NCHW.shape[-1] - left, top, height - x_NCHW.shape[-2] - top)
+    )
 
 
 def _pair(size: int | dict[str, int]) -> tuple[int, int]:

@@ -1,11 +1,13 @@
-"""Weights that others released: found here or on the hub, loaded whole into the class they belong to, named by their hash."""
+"""Weights that others released: found here or on the hub, loaded whole into the class they
+belong to, named by their hash."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 import torch
 
@@ -18,7 +20,8 @@ STOCK_FILES = ("*.json", "*.txt", "model*.safetensors")
 
 
 def find(reward: str, name: str, wanted: Sequence[str]) -> Path:
-    """The local file or folder ``name``, or else the folder of the hub id ``name`` with its files ``wanted``, downloaded where they are not yet.
+    """The local file or folder ``name``, or else the folder of the hub id ``name`` with its files
+    ``wanted``, downloaded where they are not yet.
 
     ValueError that names ``reward``, what is missing and the way out.
     """
@@ -30,7 +33,9 @@ def find(reward: str, name: str, wanted: Sequence[str]) -> Path:
     if path.exists():
         return path
     if not re.fullmatch(HUB_ID, name):
-        raise ValueError(f"reward {reward!r}: weights {name} are not there; give a folder that holds them, or a hub id (owner/name)")
+        raise ValueError(
+            f"reward {reward!r}: weights {name} are not there; give a folder that holds them, or a hub id (owner/name)"
+        )
     from huggingface_hub import snapshot_download
 
     try:
@@ -44,19 +49,23 @@ def find(reward: str, name: str, wanted: Sequence[str]) -> Path:
 
 
 def file_in(reward: str, found: Path, name: str) -> Path:
-    """``found`` itself if it is a file, else the file ``name`` in it.  ValueError if it is not there."""
+    """``found`` itself if it is a file, else the file ``name`` in it. ValueError if it is not
+    there."""
     path = found if found.is_file() else found / name
     check_readable(path)
     if not path.is_file():
-        raise ValueError(f"reward {reward!r}: {path} is not there; give the file, or a folder that holds {name}")
+        raise ValueError(
+            f"reward {reward!r}: {path} is not there; give the file, or a folder that holds {name}"
+        )
     return path
 
 
 def load_stock(reward: str, kind: type, folder: Path) -> torch.nn.Module:
     """A transformers model of class ``kind`` in float32, every tensor accounted for.
 
-    Float32 on every device: the clips of a group differ in the third digit of a cosine, where half precision rounds.
-    ValueError for a folder without weights, with damaged ones, or with those of another model.
+    Float32 on every device: the clips of a group differ in the third digit of a cosine, where half
+    precision rounds. ValueError for a folder without weights, with damaged ones, or with those of
+    another model.
     """
     from safetensors import SafetensorError
     from transformers.utils.logging import disable_progress_bar
@@ -64,15 +73,30 @@ def load_stock(reward: str, kind: type, folder: Path) -> torch.nn.Module:
     disable_progress_bar()  # transformers' own: stderr belongs to errors and to our bars
     found = read_json(reward, folder / "config.json").get("model_type")
     if found != kind.config_class.model_type:
-        raise ValueError(f"reward {reward!r}: {folder} holds a model of type {found!r}; it must be {kind.config_class.model_type!r}, a {kind.__name__}")
+        raise ValueError(
+            f"reward {reward!r}: {folder} holds a model of type {found!r}; it must be {kind.config_class.model_type!r}, a {kind.__name__}"
+        )
     weight_files(reward, folder)
-    options = dict(dtype=torch.float32, use_safetensors=True, local_files_only=True, ignore_mismatched_sizes=True)  # they are refused below, by name
+    options = dict(
+        dtype=torch.float32,
+        use_safetensors=True,
+        local_files_only=True,
+        ignore_mismatched_sizes=True,
+    )  # they are refused below, by name
     try:
         model, info = kind.from_pretrained(folder, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"reward {reward!r}: the weights in {folder} can not be loaded ({first_line(error)}); copy them again") from None
-    if wrong := sorted(str(key) for what in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[what]):
-        raise ValueError(f"reward {reward!r}: {folder} holds other tensors than its config.json describes: {', '.join(wrong[:5])}{' ...' if len(wrong) > 5 else ''}")
+        raise ValueError(
+            f"reward {reward!r}: the weights in {folder} can not be loaded ({first_line(error)}); copy them again"
+        ) from None
+    if wrong := sorted(
+        str(key)
+        for what in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        for key in info[what]
+    ):
+        raise ValueError(
+            f"reward {reward!r}: {folder} holds other tensors than its config.json describes: {', '.join(wrong[:5])}{' ...' if len(wrong) > 5 else ''}"
+        )
     return model
 
 
@@ -82,7 +106,9 @@ def weight_files(reward: str, folder: Path) -> list[Path]:
         for file in files:
             check_readable(file)
         return files
-    raise ValueError(f"reward {reward!r}: {folder} holds no model*.safetensors; pickled weights are not read, convert them")
+    raise ValueError(
+        f"reward {reward!r}: {folder} holds no model*.safetensors; pickled weights are not read, convert them"
+    )
 
 
 def read_json(reward: str, path: Path) -> dict[str, Any]:
@@ -91,4 +117,6 @@ def read_json(reward: str, path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"reward {reward!r}: {path} can not be read ({error}); give a folder as released on the hub") from None
+        raise ValueError(
+            f"reward {reward!r}: {path} can not be read ({error}); give a folder as released on the hub"
+        ) from None

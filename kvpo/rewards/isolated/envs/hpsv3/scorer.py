@@ -1,21 +1,33 @@
-"""HPSv3 as its authors' own class computes it: the yardstick of kvpo's port, in the environment `kvpo reward-env create hpsv3` makes.
+"""HPSv3 as its authors' own class computes it: the yardstick of kvpo's port, in the environment
+`kvpo reward-env create hpsv3` makes.
 
 Source: https://github.com/MizzenAI/HPSv3 (MIT), class HPSv3RewardInferencer, package hpsv3 1.0.0.
 """
 
 import numpy as np
 
-SPEC = {"name": "hpsv3_original", "family": "qwen-vl", "bounds": None, "level": "frame", "licence": "MIT", "memory_gb": 18.0}
+SPEC = {
+    "name": "hpsv3_original",
+    "family": "qwen-vl",
+    "bounds": None,
+    "level": "frame",
+    "licence": "MIT",
+    "memory_gb": 18.0,
+}
 
 
 class Original:
-    """Mean over every ``stride``-th frame of its preference mu; part ``log_sigma`` is the mean of its second output, the logarithm of its doubt."""
+    """Mean over every ``stride``-th frame of its preference mu; part ``log_sigma`` is the mean
+    of its second output, the logarithm of its doubt."""
 
     def __init__(self, device, checkpoint, config, stride):
         from hpsv3 import HPSv3RewardInferencer
         from huggingface_hub import hf_hub_download
 
-        self.stride, self.weights = stride, checkpoint or hf_hub_download("MizzenAI/HPSv3", "HPSv3.safetensors")
+        self.stride, self.weights = (
+            stride,
+            checkpoint or hf_hub_download("MizzenAI/HPSv3", "HPSv3.safetensors"),
+        )
         self.inferencer = HPSv3RewardInferencer(config or None, self.weights, device)
 
     def to(self, device):
@@ -23,7 +35,12 @@ class Original:
         self.inferencer.device = device
 
     def score(self, frames, fps, prompts, history):
-        mean = np.array([self.judge(clip, prompt).mean(axis=0) for clip, prompt in zip(frames[:, :: self.stride], prompts)])
+        mean = np.array(
+            [
+                self.judge(clip, prompt).mean(axis=0)
+                for clip, prompt in zip(frames[:, :: self.stride], prompts)
+            ]
+        )
         return {"scores": mean[:, 0], "parts": {"log_sigma": mean[:, 1]}}
 
     def judge(self, clip, prompt):
@@ -37,5 +54,6 @@ class Original:
 
 
 def load(device, checkpoint="", config="", stride=1):
-    """``checkpoint``: HPSv3.safetensors, "" = from the hub.  ``config``: a YAML like the package's own, to name another place of the base model."""
+    """``checkpoint``: HPSv3.safetensors, "" = from the hub. ``config``: a YAML like the
+    package's own, to name another place of the base model."""
     return Original(device, checkpoint, config, stride)

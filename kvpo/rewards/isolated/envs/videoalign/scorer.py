@@ -1,4 +1,5 @@
-"""VideoReward as its authors' own class computes it: the yardstick of kvpo's port, in the environment `kvpo reward-env create videoalign` makes.
+"""VideoReward as its authors' own class computes it: the yardstick of kvpo's port, in the
+environment `kvpo reward-env create videoalign` makes.
 
 Source: https://github.com/KwaiVGI/VideoAlign (MIT), class VideoVLMRewardInference of inference.py.
 """
@@ -7,12 +8,21 @@ import glob
 import os
 import sys
 
-SPEC = {"name": "videoreward_original", "family": "qwen-vl", "bounds": None, "min_frames": 4, "licence": "Apache-2.0, code MIT", "memory_gb": 6.0, "report": ("VQ", "MQ", "TA")}
+SPEC = {
+    "name": "videoreward_original",
+    "family": "qwen-vl",
+    "bounds": None,
+    "min_frames": 4,
+    "licence": "Apache-2.0, code MIT",
+    "memory_gb": 6.0,
+    "report": ("VQ", "MQ", "TA"),
+}
 PARTS = ("VQ", "MQ", "TA")
 
 
 class Original:
-    """The sum of visual quality, motion quality and text alignment, normalised as the checkpoint's config says; each of them is a part."""
+    """The sum of visual quality, motion quality and text alignment, normalised as the
+    checkpoint's config says; each of them is a part."""
 
     def __init__(self, device, code, checkpoint):
         self.clips, self.fps = {}, 0.0
@@ -22,8 +32,11 @@ class Original:
         import vision_process
 
         configure = inference.TrainingConfig
-        # The class asks for flash attention whatever its config says; torch's own computes the same.
-        inference.TrainingConfig = lambda **options: configure(**{**options, "disable_flash_attn2": True})
+        # The class asks for flash attention whatever its config says; torch's own computes the
+        # same.
+        inference.TrainingConfig = lambda **options: configure(
+            **{**options, "disable_flash_attn2": True}
+        )
         vision_process.VIDEO_READER_BACKENDS["memory"] = self.read
         self.frames_to_take = vision_process.smart_nframes
         self.inferencer = inference.VideoVLMRewardInference(checkpoint, device=device)
@@ -34,7 +47,8 @@ class Original:
         self.inferencer.device = device
 
     def read(self, wanted):
-        """uint8 [T, 3, H, W] of the frames that the original takes of a file, without writing one, which would lose digits."""
+        """uint8 [T, 3, H, W] of the frames that the original takes of a file, without writing
+        one, which would lose digits."""
         import torch
 
         clip = self.clips[os.path.basename(wanted["video"])]
@@ -47,9 +61,13 @@ class Original:
         self.fps, self.clips = fps, {str(number): clip for number, clip in enumerate(frames)}
         with torch.inference_mode():
             rewards = self.inferencer.reward(list(self.clips), prompts)
-        return {"scores": [r["Overall"] for r in rewards], "parts": {part: [r[part] for r in rewards] for part in PARTS}}
+        return {
+            "scores": [r["Overall"] for r in rewards],
+            "parts": {part: [r[part] for r in rewards] for part in PARTS},
+        }
 
 
 def load(device, code, checkpoint):
-    """``code``: a checkout of VideoAlign.  ``checkpoint``: the folder with model_config.json and checkpoint-N."""
+    """``code``: a checkout of VideoAlign. ``checkpoint``: the folder with model_config.json and
+    checkpoint-N."""
     return Original(device, code, checkpoint)
