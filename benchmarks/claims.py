@@ -1,8 +1,8 @@
 """Does alignment gain, and is it the rewards that gain it? Training seeds of the recipe and of its
 controls, on unseen scripts.
 
-    python benchmarks/claims.py [--recipe mini] [--seeds 0 1 2] [--scripts 256] [--evaluation-seed
-    9000] [--out runs/claims]
+    python benchmarks/claims.py [--recipe mini] [--seeds 0 1 2] [--scripts 256] \\
+        [--evaluation-seed 9000] [--out runs/claims]
 
 Arms, each as long as the recipe:
 

@@ -6,8 +6,9 @@ the vision tokens filled in, without positions, and put a head on its hidden sta
 hpsv3/model/qwen2vl_trainer.py; VideoReward: trainer.py of VideoAlign, adapted by peft). The same
 calls are made here; the networks differ from the real ones in size only.
 
-    python -m venv parity && parity/bin/pip install torch==2.13.0 transformers==4.45.2 peft==0.10.0
-    pillow parity/bin/python benchmarks/reward_parity.py tests/golden_rewards
+    python -m venv parity
+    parity/bin/pip install torch==2.13.0 transformers==4.45.2 peft==0.10.0 pillow
+    parity/bin/python benchmarks/reward_parity.py tests/golden_rewards
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ Random weights make no video, but the same shapes are the same work. Without rew
 Phases wait for the device; utilisation is the planner's count of operations over the card's stated
 dense bf16 rate.
 
-    python benchmarks/wan_step.py [--fork 38] [--rows-per-pass 16] [--schedules batched one-by-one]
-    [--card h200] [--no-compile]
+    python benchmarks/wan_step.py [--fork 38] [--rows-per-pass 16] \\
+        [--schedules batched one-by-one] [--card h200] [--no-compile]
 """
 
 from __future__ import annotations

@@ -46,9 +46,8 @@ class DataConfig:
     blocks: int = 13
     """Length of a video, blocks (of 3 latent frames)."""
     segments: int | None = None
-    """Prompts of every script that is trained on: of a prompt file's scripts the first so many
-    (None: all); of the miniature's stories exactly so many (None: drawn, 1 to 4, as in the
-    stories of evaluations)."""
+    """Prompts of every script, also of the evaluation's: of a prompt file's scripts the first so
+    many (None: all); of the miniature's stories exactly so many (None: drawn, 1 to 4)."""
     switches: tuple[int, ...] = ()
     """Blocks at which the second, third, ... prompt of a prompt file's script takes over; empty:
     evenly spread (prompt files only)."""

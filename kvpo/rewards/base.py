@@ -1,7 +1,8 @@
 """The one interface of all rewards: clips with their prompts in, one number per clip out.
 
-    batch = VideoBatch(frames, fps=16.0, prompts=("it turns blue",), history=(("a small red circle
-    ...",),)) output = check_output(reward.spec, batch, reward.score(batch))
+    history = (("a small red circle ...",),)
+    batch = VideoBatch(frames, fps=16.0, prompts=("it turns blue",), history=history)
+    output = check_output(reward.spec, batch, reward.score(batch))
 
 Clips have one layout, uint8 RGB [B, T, C, H, W], so that no scorer has to guess it from a shape. A
 clip that cannot be measured is *invalid* (score NaN, ``valid`` False); it never gets a 0, which

@@ -73,7 +73,11 @@ def evaluation_scripts(config: RunConfig) -> list[Script]:
     prompts = config.evaluate.prompts or config.data.prompts
     if prompts == "mini":
         source = StorySource(
-            config.evaluate.seed, "evaluate", config.data.blocks, config.data.memory
+            config.evaluate.seed,
+            "evaluate",
+            config.data.blocks,
+            config.data.memory,
+            config.data.segments,
         )
         return [source.script(0, i) for i in range(config.evaluate.scripts)]
     return list(_scripts(prompts, config))[: config.evaluate.scripts]

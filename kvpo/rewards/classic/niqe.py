@@ -2,8 +2,9 @@
 photographs.
 
     Y -> (Y - local mean) / (local deviation + 1) = contrasts, at full and at half size, in patches
-    of 96 (48) pixels 18 numbers a patch and size: asymmetric generalised Gaussians fitted to the
-    contrasts and to the products of neighbours
+         of 96 (48) pixels
+    18 numbers a patch and size: asymmetric generalised Gaussians fitted to the contrasts and to the
+         products of neighbours
     NIQE = sqrt((m - m0)' ((C + C0) / 2)^-1 (m - m0))        m, C: mean and covariance over patches; m0, C0: of the photographs
     score = -NIQE, a clip's frames reduced as asked
 
