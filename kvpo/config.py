@@ -18,21 +18,16 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from kvpo.common.metrics import MOST_INNER
-from kvpo.evaluation.evaluate import EvaluateConfig
-from kvpo.evaluation.sentinels import SentinelConfig
+from kvpo.evaluation.settings import EvaluateConfig, SentinelConfig
 from kvpo.method.advantages import Advantages, UnsafePolicy
-from kvpo.method.agreement import AgreementConfig
 from kvpo.method.energies import DenoisedEnergy, Surrogate, Temperature, VelocityEnergy
 from kvpo.method.explorers import Explorer, StartNoise
 from kvpo.method.loss import ClippedObjective
-from kvpo.method.rollout import RolloutConfig
 from kvpo.method.routing import KVRouting
-from kvpo.method.score import ScoreConfig
-from kvpo.method.update import OptimizerConfig
+from kvpo.method.settings import AgreementConfig, OptimizerConfig, RolloutConfig, ScoreConfig
 from kvpo.method.velocity_penalty import VelocityPenalty
-from kvpo.policy.checkpoint import CheckpointConfig
-from kvpo.policy.policy import PolicyConfig
-from kvpo.rewards.registry import RewardEntry
+from kvpo.policy.settings import CheckpointConfig, PolicyConfig
+from kvpo.rewards.entry import RewardEntry
 
 RECIPES = Path(__file__).parent / "recipes"
 

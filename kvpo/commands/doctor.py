@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from kvpo.commands.options import Positional
 from kvpo.commands.settings import Settings
-from kvpo.doctor.doctor import examine
 
 
 @dataclass(frozen=True)
@@ -17,5 +16,7 @@ class Doctor:
     settings: Settings
 
     def __call__(self) -> None:
+        from kvpo.doctor.doctor import examine
+
         if not examine(self.settings):
             raise ValueError("some invariants do not hold; see the lines marked FAILED above")

@@ -10,7 +10,6 @@ from typing import Literal
 from kvpo.commands.options import Positional
 from kvpo.commands.settings import Settings
 from kvpo.common.files import write_atomic
-from kvpo.planning.plan import planned
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,8 @@ class Plan:
     """Also write everything as JSON."""
 
     def __call__(self) -> None:
+        from kvpo.planning.plan import planned
+
         lines, content = planned(
             self.recipe, self.settings, self.gpus, self.nodes, self.card, self.gpu_memory, self.size
         )

@@ -1,5 +1,4 @@
-"""The option group that a recipe's settings are: apart from the other options, because its type
-needs the whole package."""
+"""The option group that a recipe's settings are."""
 
 from __future__ import annotations
 

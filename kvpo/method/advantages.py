@@ -26,12 +26,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-
+from kvpo.common.late import Late
 from kvpo.method.batch_spread import Spread
 from kvpo.types import RewardTable
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = Late("torch")
 
 MIN_VALID = 0.75
 """Share of rows that must be valid: a mean over fewer says more about the failures than about

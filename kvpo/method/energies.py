@@ -18,11 +18,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
-import torch
-
+from kvpo.common.late import Late
 from kvpo.method.step_weights import StepWeights, refuse_bad, step_weights
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = Late("torch")
 
 
 class Surrogate(Protocol):

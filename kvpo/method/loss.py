@@ -15,9 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
+from kvpo.common.late import Late
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = Late("torch")
 
 LOG_RATIO_MAX = 20.0
 """|log r| is clamped here, far outside every clip range, so that a broken replay gives a large loss and not inf."""

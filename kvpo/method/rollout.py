@@ -25,6 +25,7 @@ from kvpo.generators.pipeline import Geometry, Pipeline
 from kvpo.generators.sampler import NamedNoise, Noise, Sampler, StackedNoise, Stream
 from kvpo.generators.streaming import StreamingDecoder
 from kvpo.method.explorers import Explorer, mix_noise
+from kvpo.method.settings import RolloutConfig
 from kvpo.types import BranchPlan, Rollout, Script, Trajectory, Window
 
 
@@ -158,37 +159,6 @@ Name = tuple[int | str, ...]
 """Of a group's random streams."""
 Held = Callable[[int], Sequence[int]]
 """Fork -> blocks of the prefix whose network inputs are kept."""
-
-
-@dataclass(frozen=True)
-class RolloutConfig:
-    """How a group is rolled out."""
-
-    branches: int = 8
-    """G, besides the anchor."""
-    cache_frames: int = 33
-    """Latent frames the prefix keeps: the pool that routing draws from, sink and nearest frames
-    included."""
-    prefixes: int = 1
-    """Groups of a process whose prefixes are generated and decoded side by side: fewer and
-    larger calls, and a cache of ``cache_frames`` for each of them from then on."""
-    together: int = 0
-    """Most branches (the anchor counts) that are generated, or replayed, side by side; 0 = all.
-    Each holds a past of its own in the cache: lower it where memory is short."""
-
-    def __post_init__(self):
-        if self.branches < 2:
-            raise ValueError(
-                f"rollout.branches = {self.branches}, but a group compares at least 2 branches; set 2 or more"
-            )
-        if self.cache_frames < 1:
-            raise ValueError(f"rollout.cache_frames = {self.cache_frames} must be positive")
-        if self.prefixes < 1:
-            raise ValueError(f"rollout.prefixes = {self.prefixes} must be 1 or more")
-        if self.together < 0:
-            raise ValueError(
-                f"rollout.together = {self.together} must be 1 or more, or 0 for all branches"
-            )
 
 
 @dataclass(frozen=True)
