@@ -86,7 +86,8 @@ class RunConfig:
     explorer: Literal["kv_routing", "start_noise"] = "kv_routing"
     """Where branch diversity comes from; the section of that name holds its settings."""
     surrogate: Literal["velocity_energy", "denoised_energy"] = "velocity_energy"
-    """The energy that says how likely a branch is; likewise."""
+    """The energy that says how likely a branch is; the section of that name holds its
+    settings."""
     context: Literal["branch", "anchor", "self"] = "branch"
     """What later blocks of the window read in replay: the branch's clean latents, the anchor's,
     or the policy's own prediction."""
@@ -117,6 +118,7 @@ class RunConfig:
         RewardEntry("efficientnet", role="eval", params={"size": 64, "enough_motion": 0.01}),
         RewardEntry("world_facts", role="guard"),
     )
+    """Rewards: those that are trained on, and those that only evaluations ask (role)."""
     calibration_clips: str = ""
     """Folder of good videos with clips.csv (file, prompt), on which the trained rewards must
     prefer moving to frozen before anything is trained. Empty: the miniature's true clips where

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class EvaluateConfig:
+    """On which scripts, how often and how a generator is measured."""
+
     every: int = 0
     """Steps between evaluations during training; 0 = only after the last."""
     prompts: str = ""
@@ -38,6 +40,8 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class SentinelConfig:
+    """When a few watched prompts, looked at while training, end a run that spoils them."""
+
     every: int = 0
     """Steps between looks; 0 = none."""
     scripts: int = 4
@@ -55,6 +59,7 @@ class SentinelConfig:
     """The same for the mean KL to the start policy since the last look, nats; log G is the most
     there can be."""
     kl_stop: float = 1.0
+    """The mean KL from which on the run ends; 0 = never."""
 
     def __post_init__(self):
         if self.every < 0 or self.scripts < 1 or self.seeds < 2:

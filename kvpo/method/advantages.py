@@ -75,7 +75,9 @@ class Advantages:
     """Component -> weight; empty = every component counts 1. Otherwise it must name every
     component."""
     local: float = 1.0
+    """Weight of the local signal: rewards of the window's clip."""
     global_: float = 0.5
+    """Weight of the global signal: rewards of the clips from the fork on."""
     anchor: bool = False
     """The anchor is a member of the group: it has A = 0 before centring, an energy (0 under the
     weights that made it) and a share of pi. Then branches compete with what the policy does by
@@ -88,8 +90,8 @@ class Advantages:
     so that every group counts alike however little its branches differ, or one for all groups of
     the step (`kvpo.method.batch_spread`), so that a group counts by its spread."""
     std_floor: float = 1e-5
-    """Reward units. A component whose std (of ``std``'s kind) is below this says nothing: it
-    contributes 0, not amplified rounding."""
+    """Least spread, in reward units: a component whose std (of ``std``'s kind) is below this says
+    nothing. It contributes 0, not amplified rounding."""
 
     def __post_init__(self):
         if self.clamp < 0.0 or self.std_floor <= 0.0:
@@ -146,6 +148,7 @@ class UnsafePolicy:
     kind: Literal["skip", "scale", "none"] = "none"
     """`skip` = 0, `scale` = ``factor``, `none` = the group counts like any other."""
     factor: float = 0.5
+    """The factor of kind `scale`."""
 
     def __post_init__(self):
         if self.kind not in ("skip", "scale", "none"):

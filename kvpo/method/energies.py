@@ -101,7 +101,9 @@ class Temperature:
 
 @dataclass(frozen=True)
 class DenoisedEnergy:
-    """w_s = sigma_s^2 / (2 max(sigma_s, floor)^2), so that w_s ||v - u||^2 = ||x0_v - x0_u||^2 / (2
+    """The reference code's energy, the squared error of the denoised latents.
+
+    w_s = sigma_s^2 / (2 max(sigma_s, floor)^2), so that w_s ||v - u||^2 = ||x0_v - x0_u||^2 / (2
     max(sigma_s, floor)^2).
 
     It holds because both x0 come from one input: x0_v - x0_u = sigma (u - v).
@@ -128,10 +130,11 @@ class DenoisedEnergy:
 
 @dataclass(frozen=True)
 class VelocityEnergy:
-    """w_s = 1: the mean squared residual of the velocities, in units of velocity squared."""
+    """The paper's energy: the mean squared residual of the velocities, in units of velocity
+    squared; w_s = 1 unless ``weights`` says otherwise."""
 
     weights: StepWeights = "equal"
-    """Of the denoise steps: `equal` (the paper's), `kernel` (the KL of the `renoise` sampler's
+    """Weights of the denoise steps: `equal` (the paper's), `kernel` (the KL of the `renoise` sampler's
     own Gaussian steps), or a number a step. Brought to mean 1. A step of weight 0 is not
     replayed, which saves its time: `[0, 0, 1, 1]` halves the replay."""
     last_sigma: float = 0.35

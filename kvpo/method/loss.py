@@ -43,10 +43,11 @@ class ClippedObjective:
     """PPO's clipped objective over a group's branches, with a KL to the reference policy."""
 
     clip_low: float = 0.1
+    """How far below 1 a ratio r counts."""
     clip_high: float = 0.2
-    """r is clipped to [1 - clip_low, 1 + clip_high]."""
+    """How far above 1: r is clipped to [1 - clip_low, 1 + clip_high]."""
     kl_beta: float = 1.0
-    """Its unit is advantage per nat. Without clipping, and for a uniform old policy, the optimum
+    """Weight of the KL to the reference policy, in advantage per nat. Without clipping, and for a uniform old policy, the optimum
     is pi_theta ~ pi_ref exp(A / beta): a branch one advantage better may end 1 / beta in log
     odds above where the reference put it. Automatic temperature gives logits of spread 1 and A
     has a spread of about 1 per component, so 1 lets preferences move pi by about as much as

@@ -12,6 +12,7 @@ class PolicyConfig:
     """What is trained, and how its copies follow."""
 
     train: Literal["lora", "full"] = "lora"
+    """A low-rank adapter, or all weights of the transformer."""
     rank: int = 256
     """LoRA rank; alpha = rank, so the adapter acts at scale 1."""
     sync_interval: int = 1
@@ -35,6 +36,8 @@ class PolicyConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
+    """How often a run is saved, and how many checkpoints stay."""
+
     every: int = 10
     """Steps between checkpoints; the last step always has one."""
     keep: int = 2
