@@ -7,7 +7,6 @@ import re
 from dataclasses import replace
 
 import pytest
-from test_align import write_recipe
 
 from kvpo.commands import main as cli
 from kvpo.commands.setting_list import (
@@ -34,8 +33,9 @@ def shown(capsys, *argv: str) -> dict[str, list[str]]:
 
 
 def test_a_changed_setting_has_its_default_beside_it(capsys, tmp_path):
-    recipe = write_recipe(tmp_path / "r.yaml", {"steps": 7, "optimizer": {"clip_of": "step"}})
-    found = shown(capsys, recipe)
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("steps: 7\noptimizer: {clip_of: step}\n")
+    found = shown(capsys, str(recipe))
     assert found["steps"][:2] == ["7", str(RunConfig.steps)]
     assert found["optimizer.clip_of"][:2] == ["step", "group"]
     assert found["optimizer.lr"] == ["1e-05", "", "Learning rate after the warm-up."]
