@@ -224,39 +224,50 @@ class Ranks:
         except RuntimeError:
             return "torchrun or rank 0 is gone, and with it the store in which all say what they do"
 
-    def together(self, work: Callable[[], T]) -> T:
-        """What ``work`` gives; an error of any rank is raised on all of them. So is `Stopped`,
-        but where there is an error, that counts."""
-        result, error = None, None
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """The body is work that may fail: an error of any rank is raised on all of them.
+
+        `Stopped` is one of these errors, but where a rank has another one, that counts. All ranks
+        enter, and leave together.
+        """
+        error = None
         try:
             with giving_way():
-                result = work()
+                yield
         except Lost:  # of a row: to gather now would be to wait once more
             raise
         except (ValueError, OSError, FloatingPointError, Stopped) as found:
             error = found
-            if (
-                isinstance(found, Stopped) and self.store is not None
-            ):  # the others need not end their share of the step first
-                with self._connected():
-                    self.store.set("stopped", str(found))
-        said = enumerate(
-            self.gather(("", "") if error is None else (type(error).__name__, str(error)))
-        )
+            if isinstance(found, Stopped):
+                self._say_stopped(str(found))
+        self._raise_what_any_has(error)
+
+    def _say_stopped(self, reason: str) -> None:
+        """Tell the others by the store: they need not end their share of the step first."""
+        if self.store is not None:
+            with self._connected():
+                self.store.set("stopped", reason)
+
+    def _raise_what_any_has(self, error: Exception | None) -> None:
+        own = ("", "") if error is None else (type(error).__name__, str(error))
+        # False sorts before True, so `Stopped` comes behind the errors.
         raised = sorted(
-            (kind == "Stopped", rank, kind, text) for rank, (kind, text) in said if kind
+            (kind == "Stopped", rank, kind, text)
+            for rank, (kind, text) in enumerate(self.gather(own))
+            if kind
         )
         if error is not None and isinstance(error, Stopped) == raised[0][0]:
             raise error
         for _, rank, kind, text in raised:
-            raise _ERRORS.get(kind, OSError)(
-                text if kind == "Stopped" else f"rank {self.process(rank)}: {text}"
-            )
-        return result
+            said = text if kind == "Stopped" else f"rank {self.process(rank)}: {text}"
+            raise _ERRORS.get(kind, OSError)(said)
 
     def only_first(self, work: Callable[[], Any]) -> None:
-        """Done by the first rank; the others wait, and share its error."""
-        self.together(work if self.first else lambda: None)
+        """Let the first rank do the work; the others wait, and share its error."""
+        with self.together():
+            if self.first:
+                work()
 
     @torch.no_grad()
     def add_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:

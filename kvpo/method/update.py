@@ -138,7 +138,8 @@ class Updater:
             if before is None and not self.policy.on_policy:
                 old_G = self._energies_under(self.policy.behaviour, replay)
         with phases("replay_grad"):
-            shares = self.row.together(lambda: list(replay.passes()) if replay.single_pass else [])
+            with self.row.together():
+                shares = list(replay.passes()) if replay.single_pass else []
             energy_G = self._of_all(
                 lambda: _sum(shares, len(replay.rows)) if shares else replay.energies()
             )
@@ -267,7 +268,9 @@ class Updater:
         earlier = [p.grad for p in collecting]
         for p in collecting:
             p.grad = None
-        row.together(lambda: [loss.backward() for loss in losses])
+        with row.together():
+            for loss in losses:
+                loss.backward()
         row.add_gradients(collecting)
         norm = _norm(collecting)
         taken = (
@@ -291,7 +294,9 @@ class Updater:
     def _of_all(self, energies: Callable[[], torch.Tensor]) -> torch.Tensor:
         """E_M of a group from every rank's own members: its branches in order, then the anchor
         where that is one."""
-        return torch.cat(self.row.gather(self.row.together(energies)))
+        with self.row.together():
+            own = energies()
+        return torch.cat(self.row.gather(own))
 
 
 def _norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:

@@ -206,7 +206,8 @@ def load_checkpoint(checkpoint: Path, policy: Policy, optimizer: torch.optim.Opt
 
     ValueError naming the file where it is broken, or the checkpoint where it is of another policy.
     """
-    state = policy.layout.ranks.together(lambda: _put_back(checkpoint, policy, optimizer))
+    with policy.layout.ranks.together():
+        state = _put_back(checkpoint, policy, optimizer)
     policy.layout.refresh()
     policy.updates, policy.lag = state["updates"], state["lag"]
     return state["step"]

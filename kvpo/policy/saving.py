@@ -56,7 +56,8 @@ class Saver:
 
     def wait(self) -> None:
         """For the write under way; all ranks enter, and share its OSError."""
-        self.ranks.together(self._join)
+        with self.ranks.together():
+            self._join()
 
     def _join(self) -> None:
         if self._writing is not None:

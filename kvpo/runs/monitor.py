@@ -110,17 +110,16 @@ class Trials:
             self.policy.using(weights),
             self.phases("evaluate"),
             self.progress.bar(f"evaluate {which}", len(scripts)) as bar,
+            self.ranks.together(),
         ):
-            own = self.ranks.together(
-                lambda: evaluate(
-                    self.pipeline,
-                    self.sampler,
-                    scripts,
-                    self.judges,
-                    self.config.score,
-                    self.config.evaluate,
-                    bar.move_to,
-                )
+            own = evaluate(
+                self.pipeline,
+                self.sampler,
+                scripts,
+                self.judges,
+                self.config.score,
+                self.config.evaluate,
+                bar.move_to,
             )
         found = self.ranks.gather(
             (own.r_KN, own.videos[: max(0, self.config.evaluate.videos - share.start)])
@@ -204,13 +203,10 @@ class Trials:
             self.policy.at_hand(self.policy.reference),
             self.progress.bar("sentinels", self.config.sentinels.scripts) as bar,
         ):
-            found = self.ranks.together(
-                lambda: (
-                    self.watch(self._kl(done, every), bar.move_to)
-                    if self.ranks.first
-                    else Verdict()
-                )
-            )
+            found = Verdict()
+            with self.ranks.together():
+                if self.ranks.first:
+                    found = self.watch(self._kl(done, every), bar.move_to)
         verdict = self.ranks.gather(found)[0]
         log.write(done - 1, verdict.metrics | self.phases.take())
         for line in verdict.warnings:

@@ -164,11 +164,11 @@ class RunState:
         ):  # as the first rank sees them: shared folders lag
             self.progress.say(f"{self.out} has no checkpoint yet: starting again from step 0")
             return 0
-        newest = self.ranks.gather(
-            self.ranks.together(
-                lambda: newest_whole(found, self.progress.say) if self.ranks.first else None
-            )
-        )[0]
+        newest = None
+        with self.ranks.together():
+            if self.ranks.first:
+                newest = newest_whole(found, self.progress.say)
+        newest = self.ranks.gather(newest)[0]
         state = read_state(newest)
         self._changed(state["config"], self._identity)
         if state["step"] > self.config.steps:
