@@ -134,9 +134,8 @@ def _parse(name: str, args: list[str]) -> Callable[[], None]:
     from."""
     import tyro  # a part of a second, which --help and a mistyped command need not wait for
 
-    command = find(
-        name
-    )  # seconds of imports, which --help and a mistyped command need not wait for
+    # seconds of imports, which --help and a mistyped command need not wait for
+    command = find(name)
     if "settings" not in command.__dataclass_fields__:
         return tyro.cli(
             command, args=_together(args) if name == "import" else args, prog=f"kvpo {name}"
@@ -146,9 +145,8 @@ def _parse(name: str, args: list[str]) -> Callable[[], None]:
     recipe = args[0] if args and not args[0].startswith("-") else "mini"
     rest = args[1:] if args and not args[0].startswith("-") else args
     default = command(recipe, load_config(recipe_path(recipe)))
-    given = (
-        [] if {"-h", "--help"} & set(rest) else [recipe]
-    )  # an argument that is there already would be missing from the help
+    # an argument that is there already would be missing from the help
+    given = [] if {"-h", "--help"} & set(rest) else [recipe]
     return tyro.cli(command, args=[*given, *rest], prog=f"kvpo {name}", default=default)
 
 

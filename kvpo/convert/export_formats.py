@@ -43,9 +43,8 @@ def export(weights: str, format: str, out: Path | None, dtype: str) -> Path:
         )
     out = out or Path(run) / "export" / f"{which or 'ema'}-{format}"
     must_be_new(out)
-    pipeline, label = load_generator(
-        weights, dtype="float32"
-    )  # the weights as they are trained, whatever the run computes in
+    # the weights as they are trained, whatever the run computes in
+    pipeline, label = load_generator(weights, dtype="float32")
     number = getattr(torch, dtype if dtype != "run" else "float32" if adapter else config.dtype)
     with whole_folder(out) as part:
         WRITERS[format](part, pipeline, number)

@@ -166,11 +166,12 @@ def _weights(
     kind: Format, paths: Sequence[Path], config: dict[str, Any], lora_scale: float, which: str, say
 ) -> tuple[State, list[Source]]:
     found = [find_weights(path) for path in paths]
+    # shards given one by one are one set
     found = [
         f
         for i, f in enumerate(found)
         if len(f.files) == 1 or f.files not in [g.files for g in found[:i]]
-    ]  # shards given one by one are one set
+    ]
     contents = [(f, f.read()) for f in found]
     generators, adapters = (
         [c for c in contents if is_adapter(c[1]) == wanted] for wanted in (False, True)

@@ -112,9 +112,8 @@ class Ranks:
             for d, name in names.items()
         )
         for part in (column, row):
-            dist.distributed_c10d._set_pg_timeout(
-                timedelta(seconds=patience), part.channel
-            )  # a mesh is not told, and NCCL's own is ten minutes
+            # a mesh is not told, and NCCL's own is ten minutes
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=patience), part.channel)
         return column, row
 
     def tell(self, doing: str) -> None:

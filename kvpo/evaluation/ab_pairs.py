@@ -65,9 +65,8 @@ def draw_pairs(scripts: Sequence[Script], seeds: Sequence[int], seed: int) -> li
         torch.randperm(len(both), generator=generator).tolist(),
         torch.randperm(len(both), generator=generator),
     )
-    first = int(
-        torch.randint(2, (), generator=generator)
-    )  # whose is the one more where the number is odd
+    # whose is the one more where the number is odd
+    first = int(torch.randint(2, (), generator=generator))
     return [Pair(*both[i], "ab"[(int(side) + first) % 2]) for i, side in zip(order, sides)]
 
 

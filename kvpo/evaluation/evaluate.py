@@ -104,9 +104,8 @@ def evaluate(
             del alike[: config.seeds]
         progress((first + len(part)) // config.seeds)
     components = tuple(c for r in rewards for c in r.spec.columns)
-    nothing = torch.empty(
-        len(components), 0, dtype=torch.float64
-    )  # a rank's share of fewer scripts than ranks
+    # a rank's share of fewer scripts than ranks
+    nothing = torch.empty(len(components), 0, dtype=torch.float64)
     r_KN = (
         torch.cat([nothing, *columns], dim=1)
         .view(len(components), len(scripts), config.seeds)
@@ -152,9 +151,8 @@ def _score(
             found, torch.cat([_columns(reward, batch) for reward in rewards]).T
         ):
             columns[i].append(column)
-    nothing = torch.full(
-        (sum(len(r.spec.columns) for r in rewards),), float("nan")
-    )  # of a script whose segments are all too short
+    # of a script whose segments are all too short
+    nothing = torch.full((sum(len(r.spec.columns) for r in rewards),), float("nan"))
     return torch.stack(
         [torch.stack(column or [nothing]).double().nanmean(dim=0) for column in columns], dim=1
     )

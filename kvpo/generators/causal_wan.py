@@ -193,9 +193,8 @@ class CausalWan(nn.Module):
         shift, scale = (net.scale_shift_table + embedding.unsqueeze(1)).chunk(2, dim=1)
         x = net.proj_out((net.norm_out(x.float()) * (1 + scale) + shift).type_as(x))
         _, ph, pw = net.config.patch_size
-        x = x.unflatten(2, (ph, pw, -1)).unflatten(
-            1, self.grid(H, W)
-        )  # [B * F, rows, columns, ph, pw, C]
+        # [B * F, rows, columns, ph, pw, C]
+        x = x.unflatten(2, (ph, pw, -1)).unflatten(1, self.grid(H, W))
         return x.permute(0, 5, 1, 3, 2, 4).reshape(B, F, -1, H, W).to(latents_BFCHW.dtype)
 
 

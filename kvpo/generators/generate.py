@@ -46,9 +46,8 @@ def streamed(
             f"videos generated together must be equally long, not {sorted(lengths)} blocks"
         )
     g, (blocks,) = pipeline.geometry, lengths
-    check_positions(
-        pipeline.generator.transformer.rope, [[blocks * g.block - 1]]
-    )  # before anything is made, not at the frame that has none
+    # before anything is made, not at the frame that has none
+    check_positions(pipeline.generator.transformer.rope, [[blocks * g.block - 1]])
     texts = sorted({t for s in scripts for t in s.texts})
     embeddings = dict(zip(texts, pipeline.encode_text(texts)))
     noise = StackedNoise(

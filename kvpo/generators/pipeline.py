@@ -420,7 +420,6 @@ def block_at(second: float, geometry: Geometry, up: bool = False) -> int:
         raise ValueError(
             f"{second} s is no time of a video that a block could begin or end at; give more than 0"
         )
-    blocks = (second * geometry.fps + 3) / (
-        4 * geometry.block
-    )  # the first latent frame gives one pixel frame, every later one four
+    # the first latent frame gives one pixel frame, every later one four
+    blocks = (second * geometry.fps + 3) / (4 * geometry.block)
     return int(-(-blocks // 1)) if up else max(1, round(blocks))

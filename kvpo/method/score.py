@@ -133,9 +133,8 @@ def decode(pipeline: Pipeline, rollout: Rollout, frames: int, together: int = 0)
     decoder = (
         rollout.decoder() if rollout.decoder else PrefixDecoders(pipeline, [rollout.prefix]).take(0)
     )
-    latents = -(
-        -frames // 4
-    )  # after the video's first latent frame every one gives four pixel frames
+    # after the video's first latent frame every one gives four pixel frames
+    latents = -(-frames // 4)
     chunks = rollout.latents[:, :latents].split(together or len(rollout.plans))
     return torch.cat([decoder.fork(len(rows))(rows).cpu() for rows in chunks])
 

@@ -130,9 +130,8 @@ class Updater:
             return GroupUpdate(unknown, unknown, metrics)
         old_G, reference_G = (None, None) if before is None else (before.old, before.reference)
         with phases("replay_old"):
-            moved = (
-                self.policy.updates > 0 and self.objective.kl_to == "initial"
-            )  # also where kl_beta is 0: the drift is to be seen
+            # also where kl_beta is 0: the drift is to be seen
+            moved = self.policy.updates > 0 and self.objective.kl_to == "initial"
             if before is None and moved:
                 reference_G = self._energies_under(self.policy.reference, replay)
             if before is None and not self.policy.on_policy:
@@ -143,24 +142,21 @@ class Updater:
             energy_G = self._of_all(
                 lambda: _sum(shares, len(replay.rows)) if shares else replay.energies()
             )
-            old_G = (
-                energy_G if old_G is None else old_G
-            )  # the same weights: the old scores are the detached new ones
+            # the same weights: the old scores are the detached new ones
+            old_G = energy_G if old_G is None else old_G
             tau = self.temperature.resolve(old_G)
             reference_G = energy_G if self.policy.updates == 0 else reference_G
             logits = [None if e is None else -e / tau for e in (energy_G, old_G, reference_G)]
             loss = self.objective(*logits, advantage.values, share)
             first = self.row.stretch(len(advantage.fused)).start
-            cotangent_G = (-loss.cotangent / tau)[
-                first : first + len(replay.rows)
-            ]  # dL / dE of the members here
+            # dL / dE of the members here
+            cotangent_G = (-loss.cotangent / tau)[first : first + len(replay.rows)]
             passes = (
                 torch.dot(cotangent_G[branch].to(energy.device), energy)
                 for branch, energy in shares or replay.passes()
             )
-            wanted = (
-                self.sketch if before is None and bool(advantage.values.any()) else None
-            )  # a tied group's gradient is the KL's, or rounding
+            # a tied group's gradient is the KL's, or rounding
+            wanted = self.sketch if before is None and bool(advantage.values.any()) else None
             norm, sketch = self._add_clipped(passes, share, self.row, wanted)
         log_pi = torch.log_softmax(-old_G / tau, dim=0)
         metrics |= {

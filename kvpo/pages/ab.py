@@ -55,9 +55,8 @@ def write_page(page: Path, study: str, scripts: Sequence[Script], geometry: Geom
         if embed:
             video.unlink()
         else:
-            os.utime(
-                video, (0, 0)
-            )  # one generator made all of its videos before the other: times would tell
+            # one generator made all of its videos before the other: times would tell
+            os.utime(video, (0, 0))
 
 
 def _shown(number: int, script: Script, page: Path, embed: bool, geometry: Geometry) -> dict:

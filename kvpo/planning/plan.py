@@ -94,18 +94,16 @@ def stages(config: RunConfig, sizes: Sizes, c: Costs, world: int = 1) -> dict[st
         always |= {"text encoder": c.text_encoder}
     if groups_of(config, world) > 1:
         always |= {"gradient so far": trained}
-    kept = (
-        groups_of(config, world) if config.keeps_groups else 1
-    )  # the last of them with its latents up to the end
+    # the last of them with its latents up to the end
+    kept = groups_of(config, world) if config.keeps_groups else 1
     stored = {
         "shared past": max(pasts, kept) * config.rollout.cache_frames * c.frame,
         "trajectories": kept * rows * P * latent * (2 * S + 1)
         + rows * (config.data.blocks - P) * latent,
     }
     bank = g.bank * c.frame
-    decoders = (
-        decoded_together(config) + pasts - 1
-    )  # of prefixes decoded side by side one state is kept for each
+    # of prefixes decoded side by side one state is kept for each
+    decoders = decoded_together(config) + pasts - 1
     swapped = (
         {}
         if config.dtype == "float32" or _sharded(config, world)
@@ -157,9 +155,8 @@ def _kept(config: RunConfig, c: Costs, world: int) -> dict[str, int]:
     if not _sharded(config, world):
         return {"trained copies": c.sets, "optimizer": 8 * c.trainable}
     width = 4 if config.dtype == "float32" else 2
-    copies = (
-        width * c.trainable if config.policy.train == "lora" else 0
-    )  # an adapter's weights in the module; a full set is the generator itself
+    # an adapter's weights in the module; a full set is the generator itself
+    copies = width * c.trainable if config.policy.train == "lora" else 0
     at_hand = (
         width * c.trainable * (1 + (config.policy.sync_interval > 1 or config.inner_updates > 1))
     )
@@ -315,9 +312,8 @@ def work(config: RunConfig, sizes: Sizes, c: Costs, n: Amounts) -> dict[str, flo
         members - 1
     ) * starts_are_one(config, sizes.geometry)
     row, grad = c.replay.flops / c.rows["replay"], c.gradient.flops / c.rows["gradient"]
-    updates = (
-        config.inner_updates
-    )  # what the first has of the other weights' energies serves the further ones
+    # what the first has of the other weights' energies serves the further ones
+    updates = config.inner_updates
     unscored = n.replays - 1 + (not n.single_pass) * updates
     return {
         "prefix": (S + 1) * n.fork * c.prefix.flops,

@@ -121,9 +121,8 @@ def save_checkpoint(
     try:
         ranks.only_first(lambda: _make_anew(part))
         if snapshot.sharded:
-            ranks.only_first(
-                lambda: (folder / ELSEWHERE).unlink(missing_ok=True)
-            )  # of the time before the weights were sharded
+            # of the time before the weights were sharded
+            ranks.only_first(lambda: (folder / ELSEWHERE).unlink(missing_ok=True))
             _write_shards(snapshot.tensors, part, ranks)
         else:
             _write_file(snapshot.tensors, part / WHOLE)
@@ -169,9 +168,8 @@ def newest_whole(found: Sequence[Path], say: Callable[[str], None]) -> Path:
     is none, PermissionError where one may not be read."""
     for checkpoint in reversed(found):
         for name in ("", "state.json", *(p.name for p in checkpoint.glob("*.safetensors"))):
-            check_readable(
-                checkpoint / name
-            )  # one that may not be read is not broken: no older one is taken in its place
+            # one that may not be read is not broken: no older one is taken in its place
+            check_readable(checkpoint / name)
         try:
             _shapes(checkpoint)
             _refuse_changed(checkpoint)
@@ -285,9 +283,8 @@ def _read(checkpoint: Path, into: dict[str, torch.Tensor]) -> None:
     """Every process by itself; of a sharded tensor only its own part."""
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "torch.distributed is disabled", UserWarning
-            )  # it is what no_dist asks for
+            # it is what no_dist asks for
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
             dcp.load(into, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
     except CheckpointException as error:
         raise BrokenCheckpoint(checkpoint / "*.safetensors", _reasons(error)) from None

@@ -219,9 +219,8 @@ def _curves(
             axes.minorticks_off()
         steps = [step for line in lines for step in line.points[0]]
         if min(steps) == max(steps):
-            axes.set_xlim(
-                min(steps) - 2, max(steps) + 2
-            )  # else the axis counts in hundredths of a step
+            # else the axis counts in hundredths of a step
+            axes.set_xlim(min(steps) - 2, max(steps) + 2)
         return svg(picture, title)
 
 

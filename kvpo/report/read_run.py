@@ -191,9 +191,8 @@ def _evaluation(path: Path) -> Evaluation:
         )
         scripts = data["scripts"]
         count = len(scripts) if isinstance(scripts, list) else int(scripts)
-        seed = int(
-            data["seed"] if "seed" in data else data["seeds"][0]
-        )  # the second: runs before 2026-12
+        # the second: runs before 2026-12
+        seed = int(data["seed"] if "seed" in data else data["seeds"][0])
         words = (str(data.get("created", "")), str(data.get("command", "")))
         return Evaluation(
             path,

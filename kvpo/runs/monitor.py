@@ -77,9 +77,8 @@ class Trials:
         )
 
     def missing(self, done: int) -> bool:
-        return (
-            self.due(done) and not self.ranks.gather(self._comparison("ema", done).exists())[0]
-        )  # as the first rank sees it: shared folders lag
+        # as the first rank sees it: shared folders lag
+        return self.due(done) and not self.ranks.gather(self._comparison("ema", done).exists())[0]
 
     def best(self, done: int) -> int:
         """Step of the best held-out evaluation so far; 0 = the start weights."""

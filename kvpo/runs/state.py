@@ -257,9 +257,8 @@ class RunState:
             {k: v for k, v in stored.items() if (k in self.config.__dataclass_fields__) == wanted}
             for wanted in (True, False)
         )
-        old = (
-            to_dict(from_dict(settings)) | others
-        )  # a setting that is newer than the run has its default: what the run did
+        # a setting that is newer than the run has its default: what the run did
+        old = to_dict(from_dict(settings)) | others
         changed = differences(old, {name: value for name, value in new.items() if name in old})
         changed = [
             d for d in changed if not d.startswith(tuple(f"{setting}: " for setting in self.moved))

@@ -259,9 +259,8 @@ def test_another_world_size_goes_on(recipe, half, single, tmp_path):
 
 def test_an_error_of_one_rank_is_everyone_s(folder, tmp_path):
     """NaN as a reward in group 1, which is the second rank's: nobody updates, nobody hangs."""
-    (tmp_path / "prompts.txt").write_text(
-        "a red circle rises slowly\na small square\n"
-    )  # the miniature's stories have clips to try rewards on before
+    # the miniature's stories have clips to try rewards on before
+    (tmp_path / "prompts.txt").write_text("a red circle rises slowly\na small square\n")
     data = {"blocks": 6, "prompts": str(tmp_path / "prompts.txt")}
     recipe = write_recipe(
         tmp_path / "r.yaml",

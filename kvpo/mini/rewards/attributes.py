@@ -40,13 +40,14 @@ class AttributeNet(nn.Module):
 
     def __init__(self):
         super().__init__()
+        # in, out, kernel, stride
         widths = (
             (3, 16, 5, 2),
             (16, 32, 3, 2),
             (32, 48, 3, 2),
             (48, 64, 3, 1),
             (64, 64, 3, 1),
-        )  # in, out, kernel, stride
+        )
         self.body = nn.Sequential(
             *(
                 layer

@@ -47,9 +47,8 @@ class FileScorer:
 
     def __init__(self, path, params):
         spec = importlib.util.spec_from_file_location("kvpo_scorer", path)
-        self.module = sys.modules[spec.name] = importlib.util.module_from_spec(
-            spec
-        )  # dataclasses look for their module there
+        # dataclasses look for their module there
+        self.module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(self.module)
         self.params, self.scorer, self.weights = params, None, ""
 
@@ -208,9 +207,8 @@ def serve_pipes(service):
         try:
             header, payload = wire.read(requests)
         except EOFError:
-            signal.signal(
-                signal.SIGTERM, signal.SIG_IGN
-            )  # for what it has started; itself ends in order
+            # for what it has started; itself ends in order
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             return end_group(signal.SIGTERM)
         wire.write(replies, service(header, payload))
 

@@ -49,9 +49,8 @@ class MiniLM(torch.nn.Module):
 
     def forward(self, texts: Sequence[str]) -> torch.Tensor:
         """[N, 384] of unit length."""
-        order = sorted(
-            range(len(texts)), key=lambda i: len(texts[i])
-        )  # like lengths together: little padding
+        # like lengths together: little padding
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         passes = [order[i : i + TOGETHER] for i in range(0, len(order), TOGETHER)]
         return torch.cat([self._embed([texts[i] for i in some]) for some in passes])[
             torch.tensor(order).argsort()

@@ -190,10 +190,11 @@ class SiglipAlignment(_Stock):
     def classes(self) -> tuple[type, type]:
         from transformers import PreTrainedTokenizerFast, SiglipModel
 
+        # the class that tokenizer.json alone defines: SiglipTokenizer needs sentencepiece
         return (
             SiglipModel,
             PreTrainedTokenizerFast,
-        )  # the class that tokenizer.json alone defines: SiglipTokenizer needs sentencepiece
+        )
 
 
 def _clip_classes() -> tuple[type, type]:

@@ -51,9 +51,8 @@ class Pixels:
                 config["size"],
                 _pair(config["crop_size"]) if config.get("do_center_crop") else None,
             )
-            shorter = (
-                size if isinstance(size, int) else size.get("shortest_edge", 0)
-            )  # old files hold one number
+            # old files hold one number
+            shorter = size if isinstance(size, int) else size.get("shortest_edge", 0)
             resized = (shorter, shorter) if shorter else _pair(size)
             pixels = cls(
                 crop or resized,
@@ -108,10 +107,11 @@ class Pixels:
 
 def _centred(x_NCHW: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Cut, or padded with black, to height and width about its middle."""
+    # an odd row or column goes to the end, cut as padded
     top, left = (
         int((height - x_NCHW.shape[-2]) / 2),
         int((width - x_NCHW.shape[-1]) / 2),
-    )  # an odd row or column goes to the end, cut as padded
+    )
     return F.pad(
         x_NCHW, (left, width - x_NCHW.shape[-1] - left, top, height - x_NCHW.shape[-2] - top)
     )

@@ -77,12 +77,13 @@ def load_stock(reward: str, kind: type, folder: Path) -> torch.nn.Module:
             f"reward {reward!r}: {folder} holds a model of type {found!r}; it must be {kind.config_class.model_type!r}, a {kind.__name__}"
         )
     weight_files(reward, folder)
+    # they are refused below, by name
     options = dict(
         dtype=torch.float32,
         use_safetensors=True,
         local_files_only=True,
         ignore_mismatched_sizes=True,
-    )  # they are refused below, by name
+    )
     try:
         model, info = kind.from_pretrained(folder, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
