@@ -158,7 +158,7 @@ class Alignment:
         return self.out / "report.html"
 
     def _tell(self, doing: str) -> None:
-        """What begins now, to those who wait for this rank and to who watches."""
+        """Say what begins now, to the ranks that wait for this one and on the terminal."""
         self.ranks.tell(doing)
         self.progress.phase(doing.rstrip(","))
 

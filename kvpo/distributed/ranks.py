@@ -41,20 +41,22 @@ class Ranks:
     rank: int = 0
     world: int = 1
     device: torch.device = torch.device("cpu")
-    """Where tensors are when they are sent."""
+    """Device of the tensors that are sent."""
     channel: dist.ProcessGroup | None = None
-    """Whom messages go to; None: all processes."""
+    """Process group that messages go to; None: all processes."""
     store: dist.Store | None = None
-    """Where each says what it is doing, for whoever waits in vain."""
+    """Store in which each rank says what it is doing, for ranks that wait in vain."""
     name: str = "all"
-    """Of these among all such sets of processes, in the store."""
+    """Name of this set of processes in the store."""
     parent: int = 0
-    """Who has started this one: torchrun."""
+    """Process id of torchrun, which has started this one."""
 
     @classmethod
     def join(cls, device: torch.device, patience: float) -> Ranks:
-        """Those that torchrun has started; alone without it. They wait for each other
-        ``patience`` seconds at most."""
+        """Join torchrun's process group; without torchrun, a group of one.
+
+        Ranks wait for each other ``patience`` seconds at most.
+        """
         world, timeout = int(os.environ.get("WORLD_SIZE", "1")), timedelta(seconds=patience)
         if world == 1:
             return cls(device=device)
@@ -117,8 +119,10 @@ class Ranks:
         return column, row
 
     def tell(self, doing: str) -> None:
-        """What this process does from now on; and hear whether another one was stopped. `Lost`
-        where torchrun is gone: it would start a run anew that still goes on."""
+        """Publish what this process is doing, and check whether any rank was asked to stop.
+
+        Raises `Lost` where torchrun is gone: a new one would start a run that still goes on.
+        """
         if self.store is None:
             return
         if os.getppid() != self.parent:
@@ -131,8 +135,7 @@ class Ranks:
                 heed(self.store.get("stopped").decode())
 
     def apart(self, name: str, patience: float) -> Ranks:
-        """The same processes with a channel of their own, for another thread, through main
-        memory. All enter."""
+        """The same ranks on a CPU process group of their own, for another thread; all enter."""
         if self.world == 1:
             return self
         with self._connected():
@@ -141,7 +144,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """This one writes."""
+        """This rank writes what only one should."""
         return self.rank == 0
 
     @property
@@ -149,7 +152,7 @@ class Ranks:
         return self.rank == self.world - 1
 
     def share(self, count: int) -> range:
-        """Which of ``count`` groups are this rank's.  ValueError if some rank would have none."""
+        """Indices of this rank's groups, of ``count``; ValueError if some rank would have none."""
         if count < self.world:
             raise ValueError(
                 f"{count} groups a step leave {self.world - count} of {self.world} ranks idle; set groups to {self.world} or a multiple, start fewer processes, "
@@ -158,8 +161,7 @@ class Ranks:
         return range(self.rank, count, self.world)
 
     def stretch(self, count: int) -> range:
-        """Which of ``count`` scripts or branches are this rank's: neighbours, the first ones on
-        the first rank."""
+        """Indices of this rank's scripts or branches, of ``count``: neighbours, in rank order."""
         return range(self.rank * count // self.world, (self.rank + 1) * count // self.world)
 
     def gather(self, value: T) -> list[T]:
@@ -181,7 +183,7 @@ class Ranks:
         return total.to(x.device)
 
     def process(self, rank: int) -> int:
-        """Its number among all processes."""
+        """Number of a rank among all processes."""
         return rank if self.channel is None else dist.get_global_rank(self.channel, rank)
 
     @contextmanager
@@ -302,7 +304,7 @@ _ERRORS = {
 
 
 def leave() -> None:
-    """At the end, or after an error: the others hear of it at once."""
+    """Leave at the end, or after an error: the others hear of it at once."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

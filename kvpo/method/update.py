@@ -47,7 +47,7 @@ class OptimizerConfig:
     """Largest gradient norm of one group. Groups differ a hundredfold (`auto` temperature
     divides by the spread of their energies): clipped together, one group would speak for all."""
     clip_of: Literal["group", "step"] = "group"
-    """What ``clip`` bounds: the gradient of each group, so that every group above it counts
+    """Gradient that ``clip`` bounds: that of each group, so that every group above it counts
     alike, or the step's sum, where a group weighs what its gradient does, the velocity penalty's
     included. A step's sum is the mean over its groups. With `advantages.std: step` take `step`:
     a clip of each group undoes what that does."""
@@ -65,7 +65,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class GroupUpdate:
-    """What one group added."""
+    """Outcome of one group: its scores and what it added to the step's gradient."""
 
     energy: torch.Tensor
     """E_M float64 of the group's members under the current weights; NaN where the group was
@@ -79,8 +79,8 @@ class GroupUpdate:
     behaviour policy."""
     reference: torch.Tensor | None = None
     sketch: torch.Tensor | None = None
-    """Of the group's gradient before its clip, of length 1; None where its branches are tied, or
-    nobody asked."""
+    """Sketch of the group's gradient before its clip, of length 1; None where its branches are
+    tied, or nobody asked."""
 
 
 class Updater:

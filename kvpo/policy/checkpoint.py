@@ -71,11 +71,11 @@ class BrokenCheckpoint(ValueError):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What goes into a checkpoint, as it was: training may go on while this is written."""
+    """Copy of what goes into a checkpoint: training may go on while it is written."""
 
     state: Mapping[str, Any]
     tensors: Mapping[str, torch.Tensor]
-    """In main memory: of sharded weights this rank's parts, else all of them."""
+    """Tensors in main memory: of sharded weights this rank's parts, else all of them."""
     elsewhere: Mapping[str, torch.Tensor]
     """The averaged weights among them as diffusers names them: a LoRA file, or the transformer's
     own. None of sharded weights, which no rank has whole."""
@@ -146,7 +146,7 @@ def save_checkpoint(
 
 
 def at_step(folder: Path, step: int) -> Path:
-    """Where the checkpoint after ``step`` steps lies, if there is one."""
+    """Path of the checkpoint after ``step`` steps, if there is one."""
     return folder / f"step-{step:06d}"
 
 
@@ -158,8 +158,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def _up_to(target: Path) -> list[Path]:
-    """Those until then: later ones, which could not be read when the run was resumed, do not
-    count as the newest."""
+    """Checkpoints up to ``target``; later ones are leftovers that could not be read on resume."""
     return [found for found in checkpoints(target.parent) if found.name <= target.name]
 
 
@@ -330,7 +329,7 @@ def _make_anew(folder: Path) -> None:
 
 
 def _stock_name(name: str) -> str:
-    """Of a trained weight: an adapter's as in a LoRA file, else the transformer's own."""
+    """Name of a trained weight: an adapter's as in a LoRA file, else the transformer's own."""
     return f"transformer.{name.replace('.default.', '.')}" if ".lora_" in name else name
 
 
@@ -374,7 +373,7 @@ def _reasons(error: CheckpointException) -> str:
 
 
 def _flush(folder: Path) -> None:
-    """On disk before the rename makes it count."""
+    """Write everything to the disk before the rename makes it count."""
     for path in folder.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
