@@ -40,7 +40,7 @@ class Bank:
 
     @classmethod
     def empty(cls, pages_k: Sequence[torch.Tensor], keep: int) -> Bank:
-        """Make an empty bank for a cache whose pages of every layer are ``pages_k``, [R, N, T, H, D]."""
+        """Make an empty bank for a cache whose pages are ``pages_k``, [R, N, T, H, D] a layer."""
         none = tuple(k[:1, :0] for k in pages_k)
         return cls(none, none, torch.zeros(len(none), 1, 0, dtype=torch.long), keep)
 

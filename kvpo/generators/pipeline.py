@@ -196,7 +196,9 @@ class Pipeline:
     known: dict[str, torch.Tensor] = field(default_factory=dict)
     """Prompt -> its embedding up to its end, [n, D] in main memory: every text is encoded once."""
     spec: str = ""
-    """Name it was asked for by, such as RUN:ema, where that is known (`kvpo.api.functions.load`).
+    """Name it was asked for by, such as RUN:ema; "" where that is not known.
+
+    `kvpo.api.functions.load` sets it.
     """
 
     @classmethod

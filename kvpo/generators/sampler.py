@@ -29,8 +29,7 @@ Observer = Callable[[int, torch.Tensor, torch.Tensor], None]
 
 
 class Sampler(Protocol):
-    """Interface of a sampler: it makes the next denoise step's input from the last step's output.
-    """
+    """Interface of a sampler, the rule from one denoise step to the next one's input."""
 
     def next(
         self,

@@ -54,7 +54,9 @@ class AnchorContext:
 
 @dataclass(frozen=True)
 class SelfContext:
-    """Context from what the replaying weights make of the block's last step (the reference code's).
+    """Context from what the replaying weights make of the block's last step.
+
+    It is the reference code's.
     """
 
     def clean(self, rollout, position, rows, last_step):

@@ -64,8 +64,7 @@ def write_page(page: Path, study: str, scripts: Sequence[Script], geometry: Geom
 
 
 def _shown(number: int, script: Script, page: Path, embed: bool, geometry: Geometry) -> dict:
-    """Content of a pair for a rater: two videos, the prompts, and the second each prompt begins at.
-    """
+    """Content of a pair for a rater: two videos, the prompts, and each prompt's first second."""
     paths = {side: page / f"{number:03d}-{side}.mp4" for side in ("left", "right")}
     videos = {
         side: f"data:video/mp4;base64,{base64.b64encode(path.read_bytes()).decode()}"

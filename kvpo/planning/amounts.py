@@ -118,7 +118,11 @@ class Amounts:
     """Calls for the prefix; a group counts its share of those that serve several."""
     branch_calls: float
     replay_calls: float
-    """Calls of each replay: current weights with gradient, reference, and a lagging behaviour policy."""
+    """Calls of each replay.
+
+    The current weights are replayed with gradient, then the reference, and the behaviour policy
+    where it lags.
+    """
     replays: int
     single_pass: bool
     """Whether a replay is one pass: its graph is kept, and no energies are computed beforehand."""
