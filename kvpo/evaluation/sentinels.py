@@ -1,5 +1,6 @@
-"""Sentinels: what no reward names and gamed rewards move first, watched on fixed prompts and seeds
-while training.
+"""Sentinels: measures that no reward names and gamed rewards move first.
+
+They are watched on fixed prompts and seeds while training.
 
 A sentinel's scale is the start weights' own: the standard deviation of one prompt's video over
 seeds. With the weights of now, same prompts and noise, its mean has moved by so many of these;
@@ -51,13 +52,17 @@ class SentinelConfig:
     warn: float = 1.0
     """Spreads of the start weights over seeds from which on a line is said."""
     stop: float = 3.0
-    """And from which on the run ends; 0 = never."""
+    """Spread at which the run stops; 0 = never."""
     least: float = 0.05
-    """Share of the start's value by which a mean must have moved at all: where seeds hardly
-    differ, a spread is nothing."""
+    """Share of the start's value by which a mean must have moved at all.
+
+    Where seeds hardly differ, a spread is nothing.
+    """
     kl_warn: float = 0.3
-    """The same for the mean KL to the start policy since the last look, nats; log G is the most
-    there can be."""
+    """Mean KL to the start policy since the last look from which on a line is said, nats.
+
+    log G is the most there can be.
+    """
     kl_stop: float = 1.0
 
     def __post_init__(self):
@@ -74,8 +79,10 @@ class SentinelConfig:
 
 @dataclass(frozen=True)
 class Look:
-    """Sentinels of one set of weights: name -> value of every watched video, [N scripts, S
-    seeds]."""
+    """Sentinels of one set of weights.
+
+    Name -> value of every watched video, [N scripts, S seeds].
+    """
 
     values: Mapping[str, torch.Tensor]
 
@@ -111,8 +118,10 @@ def look(
     seed: int,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Look:
-    """The weights now in the pipeline on the watched prompts, a prompt's seeds generated
-    together."""
+    """Watch the weights now in the pipeline on fixed prompts.
+
+    A prompt's seeds are generated together.
+    """
     rows = []
     for done, script in enumerate(scripts[: config.scripts], 1):
         names = [noise_name(script, k) for k in range(config.seeds)]
@@ -158,8 +167,10 @@ class Watch:
 
 
 def recent_kl(run: Path, done: int, steps: int) -> float:
-    """Mean KL to the start policy over the last ``steps`` steps, from the run's own log, which a
-    resumed run has too."""
+    """Mean KL to the start policy over the last ``steps`` steps.
+
+    It is read from the run's own log, which a resumed run has too.
+    """
     kl = [
         r["loss/kl"]
         for r in read_metrics(run / "metrics.jsonl")
@@ -209,7 +220,7 @@ def _compare(
 
 
 def _apart(videos_STCHW: torch.Tensor) -> list[float]:
-    """Of every seed's video its mean absolute distance to the others, in [0, 1]."""
+    """Mean absolute distance of every seed's video to the others, in [0, 1]."""
     x = videos_STCHW.float() / 255
     S = len(x)
     return [

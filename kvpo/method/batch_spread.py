@@ -20,7 +20,7 @@ from kvpo.types import RewardTable
 
 @dataclass(frozen=True)
 class Spread:
-    """Of a step: what rewards are divided by, float64."""
+    """Standard deviations of a step that rewards are divided by, float64."""
 
     local: torch.Tensor
     """std_K."""
@@ -42,7 +42,7 @@ def variances(table: RewardTable) -> torch.Tensor:
 
 
 def spread_of(parts: Sequence[Mapping[int, torch.Tensor]]) -> Spread | None:
-    """From every rank's groups, number -> their `variances`; None where no group has any."""
+    """Pool every rank's groups, number -> their `variances`; None where no group has any."""
     groups = {index: var for part in parts for index, var in part.items()}
     if not groups:
         return None

@@ -1,5 +1,6 @@
-"""Rewards by name: shipped, of an installed package (entry point ``kvpo.rewards``), or anyone's own
-class or function.
+"""Rewards by name: shipped, of an installed package, or anyone's own class or function.
+
+An installed package offers them by the entry point ``kvpo.rewards``.
 
 Nothing of a reward is imported before it is asked for, and nothing is loaded before
 `kvpo.rewards.scorer` does.
@@ -52,9 +53,9 @@ SHIPPED: Mapping[str, str] = {
 """Name -> module:class."""
 
 GIVEN = "python:"
-"""How names begin that only this process knows: those of rewards that were given as objects."""
+"""Beginning of names that only this process knows: rewards that were given as objects."""
 _given: dict[str, Any] = {}
-"""Such a name -> the object that was given last under it."""
+"""Name of a given reward -> the object that was given last under it."""
 
 
 @dataclass(frozen=True)
@@ -62,24 +63,31 @@ class RewardEntry:
     """One reward of a recipe."""
 
     name: str
-    """A shipped name (`kvpo rewards list`), that of an entry point, or ``package.module:Class``
-    or ``package.module:function``; isolated also a scorer file or that of a shipped environment
-    (docs/isolated_rewards.md)."""
+    """Name of the reward: a shipped one, an entry point's, or one's own.
+
+    Shipped names are listed by `kvpo rewards list`; one's own is ``package.module:Class`` or
+    ``package.module:function``; isolated also a scorer file or that of a shipped environment
+    (docs/isolated_rewards.md).
+    """
     weight: float = 1.0
-    """Of its advantages; 0 = logged, not trained on."""
+    """Weight of its advantages; 0 = logged, not trained on."""
     role: Literal["train", "eval", "guard"] = "train"
-    """`eval`: held out, only ever used by evaluations, and of another family than the trained
-    ones; `guard`: likewise used, but it may see as the trained ones do: it must not fall."""
+    """Role of the reward: `train`, `eval` or `guard`.
+
+    `eval`: held out, only ever used by evaluations, and of another family than the trained ones;
+    `guard`: likewise used, but it may see as the trained ones do: it must not fall.
+    """
     params: Mapping[str, Any] = field(default_factory=dict)
-    """What its class or function takes."""
+    """Arguments of its class or function."""
     offload: bool = False
     """Leave the device's memory between two uses; evaluators always do."""
     isolation: Literal["inline", "process", "http"] = "inline"
-    """Where it runs: in this process, in a worker with an environment of its own, or on a
-    server."""
+    """Place where it runs: this process, a worker with its own environment, or a server."""
     environment: str = ""
-    """`process`: the environment (`kvpo reward-env create`) or the Python whose worker runs it;
-    empty = this Python."""
+    """Environment (`kvpo reward-env create`) or Python whose worker runs it; empty = this Python.
+
+    For isolation `process`.
+    """
     devices: str = ""
     """`process`: cards of its own, as in CUDA_VISIBLE_DEVICES; empty = the run's."""
     url: str = ""
@@ -150,8 +158,10 @@ def give(reward: Any) -> str:
 
 
 def given_family(name: str) -> str:
-    """Family of a reward that was given as an object, also in another process; "" for one with a
-    name of its own."""
+    """Family of a reward that was given as an object, also in another process.
+
+    "" for one with a name of its own.
+    """
     if not name.startswith(GIVEN):
         return ""
     _, _, *family = name.split(":", 2)
@@ -159,7 +169,7 @@ def given_family(name: str) -> str:
 
 
 INTERFACE = ("spec", "load", "score", "offload")
-"""What a `Reward` has."""
+"""Attributes that a `Reward` has."""
 
 
 def _is_reward(found: Any) -> bool:
@@ -167,8 +177,10 @@ def _is_reward(found: Any) -> bool:
 
 
 def find(name: str) -> Any:
-    """The class, function or object of that name. ValueError with the known names for an unknown
-    one."""
+    """Find the class, function or object of that name.
+
+    Raises ValueError with the known names for an unknown one.
+    """
     if name.startswith(GIVEN):
         if name not in _given:
             raise ValueError(
@@ -227,8 +239,10 @@ def make_reward(name: str, params: Mapping[str, Any] = {}) -> Reward:
 
 
 def check_held_out(entries: Sequence[RewardEntry], specs: Sequence[RewardSpec]) -> None:
-    """ValueError where an evaluator sees as a trained reward does: its gain would be the
-    training's own, not a second opinion."""
+    """Check that no evaluator is of a trained reward's family.
+
+    Raises ValueError where one is: its gain would be the training's own, not a second opinion.
+    """
     trained = {
         spec.family: spec.name for entry, spec in zip(entries, specs) if entry.role == "train"
     }

@@ -1,5 +1,6 @@
-"""Which picture of a prompt people prefer: HPS v2.1 (Wu et al., arXiv 2306.09341), CLIP ViT-H on
-open_clip; about 0.2 to 0.35.
+"""HPS v2.1: the picture of a prompt that people prefer; about 0.2 to 0.35.
+
+It is a CLIP ViT-H on open_clip (Wu et al., arXiv 2306.09341).
 
 Training on it alone is known to end in over-saturated pictures. Frames are judged one by one,
 whole, with black bars.
