@@ -65,9 +65,8 @@ class Timed(Ranks):
     def add_gradients(self, parameters):
         begun = time.perf_counter()
         super().add_gradients(parameters)
-        sent = (
-            2 * (self.world - 1) / self.world * 4 * (1 + sum(p.numel() for p in parameters))
-        )  # a ring, each of its two rounds
+        # a ring, each of its two rounds
+        sent = 2 * (self.world - 1) / self.world * 4 * (1 + sum(p.numel() for p in parameters))
         self.messages.append((time.perf_counter() - begun, int(sent)))
 
 

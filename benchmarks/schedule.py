@@ -145,9 +145,8 @@ def measure(run: Alignment, batched: bool) -> dict:
             run.pipeline, rollout, embeddings, CONTEXTS[run.config.context], run.config.energy
         )
         with phases("replay_old"):
-            reference = (
-                replay.energies()
-            )  # of the initial policy; the behaviour policy's are the detached current ones
+            # of the initial policy; the behaviour policy's are the detached current ones
+            reference = replay.energies()
         with phases("replay_grad"):
             shares = list(replay.passes())
             energy_G = torch.zeros(rollout.num_branches, dtype=torch.float64).index_add(

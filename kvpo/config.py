@@ -1,5 +1,6 @@
-"""A run's settings: strict, one default per knob at its definition, illegal pairs refused when it
-is read.
+"""A run's settings, strict, with one default per knob at its definition.
+
+Illegal pairs are refused when they are read.
 
 Recipes are YAML files of the same shape. Precedence: defaults here and in the parts < recipe <
 command line.
@@ -34,18 +35,23 @@ RECIPES = Path(__file__).parent / "recipes"
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which stories are trained on."""
+    """Settings of the stories that are trained on."""
 
     prompts: str = "mini"
     """A prompt file (see `kvpo.method.prompts`), or `mini`: the miniature's stories without end."""
     blocks: int = 13
     """Length of a video, blocks (of 3 latent frames)."""
     segments: int | None = None
-    """Prompts of every script, also of the evaluation's: of a prompt file's scripts the first so
-    many (None: all); of the miniature's stories exactly so many (None: drawn, 1 to 4)."""
+    """Prompts of every script, also of the evaluation's; None: all of a file's, or drawn.
+
+    Of a prompt file's scripts the first so many are used (None: all); the miniature's stories have
+    exactly so many (None: drawn, 1 to 4).
+    """
     switches: tuple[int, ...] = ()
-    """Blocks at which the second, third, ... prompt of a prompt file's script takes over; empty:
-    evenly spread (prompt files only)."""
+    """Blocks at which the second, third, ... prompt takes over; empty: evenly spread.
+
+    For scripts of a prompt file only.
+    """
     memory: float = 0.0
     """Share of stories that only the past can resolve (`mini` only)."""
 
@@ -59,52 +65,78 @@ class RunConfig:
     device: str = "auto"
     """`cpu`, `cuda`, or `auto`: a GPU if there is one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the generator's and the text encoder's large matrices and of the KV cache;
-    what is trained is float32 in any case."""
+    """Precision of the generator's and text encoder's large matrices and of the KV cache.
+
+    What is trained is float32 in any case.
+    """
     vae_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision in which videos are decoded; trained and evaluated weights are always decoded
-    alike."""
+    """Precision in which videos are decoded.
+
+    Trained and evaluated weights are always decoded alike.
+    """
     seed: int = 0
     """Names all random streams of the run: scripts, forks, plans, noise, adapter."""
     steps: int = 60
-    """Steps: groups are rolled out and scored, then ``inner_updates`` optimizer updates are made
-    on them."""
+    """Steps of the run.
+
+    In each, groups are rolled out and scored, then ``inner_updates`` optimizer updates are made on
+    them.
+    """
     groups: int = 2
-    """Groups (a script, a fork, its branches) of each step; the update takes the mean of their
-    gradients."""
+    """Groups (a script, a fork, its branches) of each step.
+
+    The update takes the mean of their gradients.
+    """
     inner_updates: int = 1
-    """Optimizer updates on the groups of one step; the behaviour policy stays at the weights
-    that rolled them out, so from the second on ratios leave 1 and the clip acts. Each costs a
-    replay with gradient. More than one keeps every group of a rank, its past's cache and
-    trajectories, until the last."""
+    """Optimizer updates on the groups of one step.
+
+    The behaviour policy stays at the weights that rolled them out, so from the second on ratios
+    leave 1 and the clip acts. Each costs a replay with gradient. More than one keeps every group of
+    a rank, its past's cache and trajectories, until the last.
+    """
     branch_parallel: int = 1
-    """Processes that share one group, each with some of its branches: for a group that does not
-    fit one card, or for fewer groups than cards."""
+    """Processes that share one group, each with some of its branches.
+
+    For a group that does not fit one card, or for fewer groups than cards.
+    """
     sampler: Literal["renoise", "ode"] = "renoise"
-    """How a denoise step leads to the next: fresh noise on the predicted clean latents, or Euler
-    along the velocity."""
+    """Rule that leads from a denoise step to the next.
+
+    `renoise`: fresh noise on the predicted clean latents; `ode`: Euler along the velocity.
+    """
     explorer: Literal["kv_routing", "start_noise"] = "kv_routing"
-    """Where branch diversity comes from; the section of that name holds its settings."""
+    """Source of branch diversity; the section of that name holds its settings."""
     surrogate: Literal["velocity_energy", "denoised_energy"] = "velocity_energy"
     """The energy that says how likely a branch is; the section of that name holds its
     settings."""
     context: Literal["branch", "anchor", "self"] = "branch"
-    """What later blocks of the window read in replay: the branch's clean latents, the anchor's,
-    or the policy's own prediction."""
+    """Latents that later blocks of the window read in replay.
+
+    `branch`: the branch's clean latents; `anchor`: the anchor's; `self`: the policy's own
+    prediction.
+    """
     rows_per_pass: int = 0
-    """Most velocities replayed in one pass, 0 = all: lower it where memory is short; the
-    gradient stays exact."""
+    """Most velocities replayed in one pass, 0 = all.
+
+    Lower it where memory is short; the gradient stays exact.
+    """
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     shuffle_advantages: bool = False
-    """A control experiment: advantages are shuffled among the branches of each group, so there
-    is nothing to learn."""
+    """Shuffle advantages among the branches of each group.
+
+    A control experiment: there is then nothing to learn.
+    """
     zero_advantages: bool = False
-    """Another one: advantages are 0, so only the penalty, the KL and the averaging of weights
-    act."""
+    """Set all advantages to 0, so only the penalty, the KL and the averaging of weights act.
+
+    Another control experiment.
+    """
     patience: float = 1800.0
-    """Seconds that processes wait for each other before they name who did not come and end; a
-    group at full size takes minutes."""
+    """Seconds that processes wait for each other before they name who did not come and end.
+
+    A group at full size takes minutes.
+    """
     show_every: int = 20
     """Steps between recorded branch grids; 0 = none."""
     rewards: tuple[RewardEntry, ...] = (
@@ -120,9 +152,11 @@ class RunConfig:
     )
     """Rewards: those that are trained on, and those that only evaluations ask (role)."""
     calibration_clips: str = ""
-    """Folder of good videos with clips.csv (file, prompt), on which the trained rewards must
-    prefer moving to frozen before anything is trained. Empty: the miniature's true clips where
-    its stories are trained on, else no such check."""
+    """Folder of good videos with clips.csv (file, prompt) to check the trained rewards on.
+
+    They must prefer moving to frozen before anything is trained. Empty: the miniature's true clips
+    where its stories are trained on, else no such check.
+    """
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
     kv_routing: KVRouting = KVRouting()
@@ -185,8 +219,10 @@ class RunConfig:
 
     @property
     def keeps_groups(self) -> bool:
-        """All groups of a rank are in memory at once: their rewards are asked for together, or
-        they are learnt from again."""
+        """Whether all groups of a rank are in memory at once.
+
+        They are where their rewards are asked for together, or they are learnt from again.
+        """
         return self.inner_updates > 1 or self.advantages.std == "step"
 
     @property
@@ -212,8 +248,11 @@ def recipe_path(name: str) -> Path:
 
 
 def load_config(path: Path) -> RunConfig:
-    """ValueError, one line with the file and the key, for anything that is not a setting or does
-    not fit it."""
+    """Read a recipe.
+
+    Raises ValueError, one line with the file and the key, for anything that is not a setting or
+    does not fit it.
+    """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

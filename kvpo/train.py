@@ -38,7 +38,7 @@ from kvpo.method.replay import CONTEXTS, Replay
 from kvpo.method.rollout import Name, Start, check_room, go_on, roll_out, starts
 from kvpo.method.score import horizon, pixel_diversity, score
 from kvpo.method.sketch import Sketch
-from kvpo.method.update import Updater, group_means
+from kvpo.method.update import GroupUpdate, Updater, group_means
 from kvpo.method.velocity_penalty import held_velocities
 from kvpo.policy.policy import Policy
 from kvpo.report.report import write_report
@@ -61,52 +61,37 @@ class Alignment:
         self.config, self.out, self.progress = config, out, progress
         self.device = pick_device(config.device)
         make_reproducible(self.device)
+        self.phases = Phases(self._tell, progress.ended)
         self.ranks = Ranks.join(self.device, config.patience)
+        # The ranks of a column have other groups; those of a row share this one's group.
         self.column, self.row = self.ranks.split(config.branch_parallel, config.patience)
-        """The ranks with other groups, and those that share this one's."""
         self.column.share(config.groups)
+
+        # What a user may have got wrong is read before the generator is loaded, and nothing is
+        # left to show itself after the training.
         with progress.timed("loading the rewards"):
             self.judges, self.advantages = judges(config, self.device)
         self.rewards = trained(self.judges)
         refuse_frozen(self.rewards, calibration_clips(config), self.advantages.weights)
-        self.source, self.scripts = (
-            script_source(config),
-            evaluation_scripts(config),
-        )  # read now: a malformed file must not show itself after the training
-        written = (
-            (*self.source.scripts, *self.scripts)
-            if isinstance(self.source, PromptSet)
-            else self.scripts
-        )
-        check_prompts(folder_of(config.pipeline), written, progress.warn)
+        self.source = script_source(config)
+        self.scripts = evaluation_scripts(config)
+        check_prompts(folder_of(config.pipeline), self._written_scripts(), progress.warn)
+
         with progress.timed("loading the generator"):
             self.pipeline = self._load_pipeline()
+        geometry = self.pipeline.geometry
+        check_room(config.exploring, config.rollout, config.data.blocks, geometry)
+        config.energy.step_weights(geometry.sigmas)  # refused here where they do not fit its steps
+        config.velocity_penalty.check(geometry)
+        self.sampler = SAMPLERS[config.sampler]
         if config.gradient_checkpointing:
             self.pipeline.generator.transformer.enable_gradient_checkpointing()
+
         self.policy = Policy(self.pipeline.generator, config.policy, config.seed, self.ranks)
-        self.agreement, sketch = (
-            Agreement(config.agreement),
-            Sketch(len(self.policy.names), config.seed) if config.agreement.window else None,
-        )
-        self.updater = Updater(
-            self.policy,
-            config.optimizer,
-            config.objective,
-            config.temperature,
-            config.unsafe,
-            config.groups,
-            self.row,
-            sketch,
-        )
-        check_room(config.exploring, config.rollout, config.data.blocks, self.pipeline.geometry)
-        config.energy.step_weights(
-            self.pipeline.geometry.sigmas
-        )  # refused now where they do not fit the generator's steps
-        config.velocity_penalty.check(self.pipeline.geometry)
-        self.sampler = SAMPLERS[config.sampler]
-        self.phases = Phases(self._tell, progress.ended)
+        self.agreement = Agreement(config.agreement)
+        self.updater = self._new_updater()
         self.silent = 0
-        """Groups that could not be measured, the last ones on end."""
+        """Groups in a row, the latest ones, that could not be measured."""
         self.state = RunState(
             config,
             out,
@@ -130,37 +115,50 @@ class Alignment:
             self.judges,
         )
 
+    def _new_updater(self) -> Updater:
+        config = self.config
+        sketch = Sketch(len(self.policy.names), config.seed) if config.agreement.window else None
+        return Updater(
+            self.policy,
+            config.optimizer,
+            config.objective,
+            config.temperature,
+            config.unsafe,
+            config.groups,
+            self.row,
+            sketch,
+        )
+
+    def _written_scripts(self) -> Sequence[Script]:
+        """The scripts that are known in advance: stories without end are told one by one."""
+        if isinstance(self.source, PromptSet):
+            return (*self.source.scripts, *self.scripts)
+        return self.scripts
+
     def run(self, resume: bool, override: bool) -> Path:
-        """Train, checkpoint, evaluate; the path of the report. FloatingPointError or ValueError
-        before an update that must not happen, `Stopped` after a signal: the steps before are
-        saved."""
+        """Train, checkpoint, evaluate; the path of the report.
+
+        FloatingPointError or ValueError before an update that must not happen, `Stopped` after a
+        signal: the steps before are saved.
+        """
         with self.state:
-            start = self.state.begin(resume, override)
-            log = (
-                MetricLog(self.out, resume_after=start - 1 if resume else None)
-                if self.ranks.first
-                else NoLog()
-            )
-            with (
-                stoppable(),
-                log,
-                self.state.saver,
-                self.progress.bar("align", self.config.steps, start) as bar,
-            ):
+            begun = self.state.begin(resume, override)
+            log = NoLog()
+            if self.ranks.first:
+                log = MetricLog(self.out, resume_after=begun - 1 if resume else None)
+            bar = self.progress.bar("align", self.config.steps, begun)
+            with stoppable(), log, self.state.saver, bar as shown:
                 try:
-                    self._train(log, bar)
-                except (
-                    Stopped,
-                    ValueError,
-                    FloatingPointError,
-                ):  # all ranks raise these, so all can save
+                    self._train(log, shown)
+                except (Stopped, ValueError, FloatingPointError):
+                    # All ranks raise these, so all are here to save.
                     self.state.save_what_is_left(self.trials.best(self.done))
                     raise
             self.ranks.only_first(lambda: write_report(self.out))
         return self.out / "report.html"
 
     def _tell(self, doing: str) -> None:
-        """What begins now, to those who wait for this rank and to who watches."""
+        """Say what begins now, to the ranks that wait for this one and on the terminal."""
         self.ranks.tell(doing)
         self.progress.phase(doing.rstrip(","))
 
@@ -170,9 +168,9 @@ class Alignment:
         return self.state.done
 
     def _train(self, log: MetricLog | NoLog, bar: Bar) -> None:
-        """The steps that are left, and the evaluations between and behind them."""
+        """The steps that are left, with the evaluations between and behind them."""
         if self.trials.missing(self.done):  # killed between a checkpoint and its evaluation
-            log.write(self.done - 1, self.trials.evaluate(self.done))
+            self._evaluate(log)
         while not self.trials.must_stop(self.done, log) and self.done < self.config.steps:
             metrics = self.step(self.done)
             log.write(self.done, metrics)
@@ -182,60 +180,60 @@ class Alignment:
             if self.done % self.config.checkpoint.every == 0 or self.trials.due(self.done):
                 self._save()
             if self.trials.due(self.done):
-                log.write(self.done - 1, self.trials.evaluate(self.done))
+                self._evaluate(log)
         self._save()
-        if not self.trials.due(
-            self.done
-        ):  # a run that was killed in its last evaluation has only this left to do
-            log.write(self.done - 1, self.trials.evaluate(self.done))
+        if not self.trials.due(self.done):
+            self._evaluate(log)
+
+    def _evaluate(self, log: MetricLog | NoLog) -> None:
+        log.write(self.done - 1, self.trials.evaluate(self.done))
 
     def _save(self) -> None:
         with self.phases("checkpoint"):
             self.state.save(self.trials.best(self.done))
 
+    # ----------------------------------------------------------------------------- one step
+
     def step(self, step: int) -> dict[str, float]:
-        """All groups of a step, this rank's share of them here, then the update on them, or
-        several."""
-        calls = self.pipeline.generator.calls
+        """Explore and learn from this rank's share of a step's groups, then update, once or
+        ``inner_updates`` times; the step's metrics."""
+        calls_before = self.pipeline.generator.calls
         with self.phases("total"):
-            own, learnt = self._first_pass(step)
-            found = [
-                self._update(own, last=self.config.inner_updates == 1)
-                | self.agreement.take(self.ranks)
-            ]
+            of_groups, learnt = self._first_pass(step)
+            found = self._update(of_groups, last=self.config.inner_updates == 1)
+            updates = [found | self.agreement.take(self.ranks)]
             if self.config.inner_updates > 1:
-                found += self._further_updates(step, learnt)
-            metrics = all_updates(found)
-        return (
-            metrics
-            | self.phases.take()
-            | {
-                "memory/peak_gib": take_peak(self.device) / 2**30,
-                "calls/generator": self.pipeline.generator.calls - calls,
-            }
-        )
+                updates += self._further_updates(step, learnt)
+        metrics = all_updates(updates) | self.phases.take()
+        metrics["memory/peak_gib"] = take_peak(self.device) / 2**30
+        metrics["calls/generator"] = self.pipeline.generator.calls - calls_before
+        return metrics
 
     def _first_pass(self, step: int) -> tuple[dict[int, dict[str, float]], list[Learnt]]:
-        """Explore and learn from this rank's groups, one after another, or where the step's
-        spread is asked for all of them before any is learnt from."""
+        """Explore this rank's groups and learn from each of them.
+
+        Group by group, so that only one is held at a time. Where rewards are divided by the
+        step's standard deviation, all groups must be explored before the first is learnt from.
+        """
         with self.policy.for_groups():
             if self.config.advantages.std == "group":
-                return self.ranks.together(
-                    lambda: self._learn_all(step, self._explored(step), None)
-                )
-            kept = self.ranks.together(lambda: list(self._explored(step)))
-            spread = spread_of(
-                self.column.gather({k.index: k.variances for k in kept if k.variances is not None})
-            )
-            return self.ranks.together(lambda: self._learn_all(step, kept, spread))
+                with self.ranks.together():
+                    return self._learn_all(step, self._explored(step), None)
+            with self.ranks.together():
+                kept = list(self._explored(step))
+            own = {group.index: group.variances for group in kept if group.variances is not None}
+            spread = spread_of(self.column.gather(own))
+            with self.ranks.together():
+                return self._learn_all(step, kept, spread)
 
     def _explored(self, step: int) -> Iterator[Kept]:
-        """This rank's groups of a step, as many prefixes at a time as are generated side by
-        side."""
-        # a disk that is full is no reason to train on until the next checkpoint
+        """This rank's groups of a step, explored and scored; prefixes side by side, as asked."""
+        # A disk that is full is no reason to train on until the next checkpoint.
         self.state.saver.check()
-        own, size = list(self.column.share(self.config.groups)), self.config.rollout.prefixes
-        for part in (own[first : first + size] for first in range(0, len(own), size)):
+        own = list(self.column.share(self.config.groups))
+        size = self.config.rollout.prefixes
+        for first in range(0, len(own), size):
+            part = own[first : first + size]
             with self._saying(step, part):
                 begun = self.starts(step, part)
             for index in part:
@@ -252,8 +250,9 @@ class Alignment:
         for group in groups:
             with self._saying(step, [group.index]):
                 metrics[group.index], again = self.learn(step, group, spread)
-            learnt += [again] if again is not None and self.config.inner_updates > 1 else []
-            del group, again
+            if again is not None and self.config.inner_updates > 1:
+                learnt.append(again)
+            del group, again  # before the next one is explored
         return metrics, learnt
 
     def _further_updates(self, step: int, learnt: list[Learnt]) -> list[dict[str, float]]:
@@ -263,33 +262,23 @@ class Alignment:
         self.state.midway = True
         with not_now():
             for made in range(1, n):
-                with self.policy.for_groups():
-                    own = self.ranks.together(
-                        lambda: {k.index: self._learn_again(step, made, k) for k in learnt}  # noqa: B023, called at once
-                    )
+                own = {}
+                with self.policy.for_groups(), self.ranks.together():
+                    for group in learnt:
+                        own[group.index] = self._learn_again(step, made, group)
                 found.append(self._update(own, last=made == n - 1))
         self.state.midway = False
         return found
 
-    def _learn_again(self, step: int, made: int, learnt: Learnt) -> dict[str, float]:
-        with self._saying(step, [learnt.index], made):
-            update = self.updater.accumulate(
-                learnt.replay, learnt.advantage, self.phases, learnt.update
-            )
-            return update.metrics | self._hold(learnt.replay.rollout, learnt.replay.embeddings)
-
     def _update(self, own: dict[int, dict[str, float]], last: bool) -> dict[str, float]:
         """One update from the gradients of all ranks' groups; the mean of their metrics, and its
         own."""
-        groups = {
-            index: found
-            for part in self.ranks.gather(own if self.row.first else {})
-            for index, found in part.items()
-        }
-        self._refuse_silence(
-            [groups[index].get("group/unmeasurable", 0.0) for index in sorted(groups)]
-        )
-        metrics = group_means([groups[index] for index in sorted(groups)])
+        # The ranks of a row share a group, so its first rank alone speaks for it.
+        parts = self.ranks.gather(own if self.row.first else {})
+        groups = [found for part in parts for found in part.items()]
+        of_groups = [metrics for _index, metrics in sorted(groups, key=lambda found: found[0])]
+        self._refuse_silence([found.get("group/unmeasurable", 0.0) for found in of_groups])
+        metrics = group_means(of_groups)
         with self.phases("optimizer"):
             self.policy.layout.add_gradients()
             metrics |= self.updater.step(last)
@@ -307,67 +296,57 @@ class Alignment:
 
     @contextmanager
     def _saying(self, step: int, groups: Sequence[int], made: int = 0) -> Iterator[None]:
-        """When it was, to those who wait for this rank, and of a reward, an energy or an
-        advantage that can not be. ``made``: updates of the step so far."""
+        """Errors of the body say which step and groups they are of; so does what other ranks
+        read while they wait. ``made``: updates of the step so far."""
         when = f"step {step}, group {', '.join(map(str, groups))}"
         self.phases.where = f" of {when},"
         try:
             yield
         except (ValueError, FloatingPointError) as error:
             kind = FloatingPointError if isinstance(error, FloatingPointError) else ValueError
-            applied = (
-                f"{made} of the step's {self.config.inner_updates} updates were applied"
-                if made
-                else "Nothing of this step was applied"
-            )
+            applied = "Nothing of this step was applied"
+            if made:
+                n = self.config.inner_updates
+                applied = f"{made} of the step's {n} updates were applied"
             raise kind(f"{when}: {error}. {applied}") from error
+
+    # ---------------------------------------------------------------------------- one group
 
     def starts(self, step: int, groups: Sequence[int]) -> list[Start]:
         """The pasts of some groups of a step, up to their forks."""
-        config, names, scripts = (
-            self.config,
-            [("train", step, i) for i in groups],
-            [self.source.script(step, i) for i in groups],
-        )
-        embeddings = self.row.together(
-            lambda: {text: e for script in scripts for text, e in self.embed(script).items()}
-        )
+        config = self.config
+        names: list[Name] = [("train", step, i) for i in groups]
+        scripts = [self.source.script(step, i) for i in groups]
+        embeddings: dict[str, torch.Tensor] = {}
+        with self.row.together():
+            for script in scripts:
+                embeddings |= self.embed(script)
         held = [
             functools.partial(self._held, script, stream(config.seed, *name, "hold"))
             for script, name in zip(scripts, names)
         ]
-
-        def generated() -> list[Start]:
-            with self.policy.using(self.policy.behaviour), self.phases("prefix"):
-                return starts(
-                    self.pipeline,
-                    self.sampler,
-                    config.exploring,
-                    config.rollout,
-                    scripts,
-                    embeddings,
-                    config.seed,
-                    names,
-                    held,
-                )
-
-        return self.row.together(generated)
+        with self.row.together(), self.policy.using(self.policy.behaviour), self.phases("prefix"):
+            return starts(
+                self.pipeline,
+                self.sampler,
+                config.exploring,
+                config.rollout,
+                scripts,
+                embeddings,
+                config.seed,
+                names,
+                held,
+            )
 
     def group(self, step: int, index: int, start: Start) -> Kept:
         """One script from its past on: explore, and score."""
-        config, name, script, embeddings = (
-            self.config,
-            ("train", step, index),
-            start.script,
-            start.past.embeddings,
-        )
-        rollout, own, pixels = self.row.together(
-            lambda: self.explore(script, embeddings, name, start=start)
-        )
+        config, embeddings = self.config, start.past.embeddings
+        with self.row.together():
+            rollout, own, pixels = self.explore(
+                start.script, embeddings, ("train", step, index), start=start
+            )
         rewards = all_rewards(self.row, own)
-        spread_of_own = (
-            variances(rewards) if config.advantages.std == "step" and measurable(rewards) else None
-        )
+        compared = config.advantages.std == "step" and measurable(rewards)
         shown = config.show_every and step % config.show_every == 0 and index == 0
         return Kept(
             index,
@@ -375,87 +354,8 @@ class Alignment:
             embeddings,
             rewards,
             pixels if shown else None,
-            spread_of_own,
+            variances(rewards) if compared else None,
             _group_metrics(rollout, pixels, self.row),
-        )
-
-    def learn(
-        self, step: int, group: Kept, spread: Spread | None
-    ) -> tuple[dict[str, float], Learnt | None]:
-        """And add its gradient; its metrics, and what a further update on it needs. A group that
-        can not be measured is skipped, but for the penalty."""
-        config, rollout, rewards = self.config, group.rollout, group.rewards
-        try:
-            advantage = self.advantages(rewards, spread)
-        except Unmeasurable as reason:
-            self.progress.say(f"step {step}, group {group.index} is skipped: {reason}")
-            return {"group/unmeasurable": 1.0, "group/skipped": 1.0} | self._hold(
-                rollout, group.embeddings
-            ) | group.metrics, None
-        agreement = conflicts(
-            rewards.components, self.advantages.by_component(advantage)[:, rewards.valid[:-1]]
-        )
-        if config.shuffle_advantages:
-            advantage = _shuffled(
-                advantage, stream(config.seed, "train", step, group.index, "shuffle")
-            )
-        if config.zero_advantages:
-            advantage = replace(advantage, values=torch.zeros_like(advantage.values))
-        members = range(rollout.num_branches + (config.advantages.anchor and self.row.last))
-        replay = Replay(
-            self.pipeline,
-            rollout,
-            group.embeddings,
-            CONTEXTS[config.context],
-            config.energy,
-            members,
-            config.rows_per_pass,
-            config.rollout.together,
-        )
-        update = self.updater.accumulate(replay, advantage, self.phases)
-        if self.row.first:
-            self.agreement.note(group.index, update.sketch)
-        penalty = self._hold(rollout, group.embeddings)
-        if group.pixels is not None:
-            plans, shown = all_rows(self.row, rollout, group.pixels)
-            self.row.only_first(
-                lambda: show_group(
-                    self.out,
-                    step,
-                    self.pipeline,
-                    replace(rollout, plans=plans),
-                    shown,
-                    rewards,
-                    advantage,
-                    update,
-                    config.exploring,
-                )
-            )
-        found = (
-            {"group/unmeasurable": 0.0}
-            | update.metrics
-            | penalty
-            | advantage.metrics
-            | agreement
-            | _reward_metrics(rewards)
-            | group.metrics
-        )
-        return found | (spread.metrics(rewards.components) if spread else {}), Learnt(
-            group.index, replay, advantage, update
-        )
-
-    def _hold(self, rollout: Rollout, embeddings: Mapping[str, torch.Tensor]) -> dict[str, float]:
-        """Add the gradient of the velocity penalty on a group's held blocks."""
-        penalty = self.config.velocity_penalty
-
-        def velocities():
-            return [
-                held_velocities(self.pipeline, rollout, embeddings, b, penalty.steps)
-                for b in rollout.held
-            ]
-
-        return self.row.together(
-            lambda: self.updater.hold(penalty, velocities, self.phases) if self.row.first else {}
         )
 
     def explore(
@@ -468,16 +368,16 @@ class Alignment:
         start: Start | None = None,
     ) -> tuple[Rollout, RewardTable, torch.Tensor]:
         """A group of the behaviour policy (this rank's branches of it, and the anchor), its
-        rewards, and its pixels from the fork on. ``name`` names its streams; ``explorer``:
-        default the recipe's; ``start``: its past, where that is there already; the rest as in
-        `roll_out`."""
+        rewards, and its pixels from the fork on.
+
+        ``name`` names its random streams; ``explorer``: default the recipe's; ``start``: its
+        past, where that is there already; ``fork`` as in `roll_out`.
+        """
         config, explorer = self.config, explorer or self.config.exploring
-        seen, own = (
-            functools.partial(
-                horizon, script, geometry=self.pipeline.geometry, config=config.score
-            ),
-            self.row.stretch(config.rollout.branches),
+        seen = functools.partial(
+            horizon, script, geometry=self.pipeline.geometry, config=config.score
         )
+        own = self.row.stretch(config.rollout.branches)
         with self.policy.using(self.policy.behaviour):
             if start is None:
                 rollout = roll_out(
@@ -508,6 +408,103 @@ class Alignment:
                 )
         return rollout, *score(self.pipeline, rollout, self.rewards, config.score, self.phases)
 
+    def learn(
+        self, step: int, group: Kept, spread: Spread | None
+    ) -> tuple[dict[str, float], Learnt | None]:
+        """Add a group's gradient to the step's; its metrics, and what a further update needs.
+
+        A group that can not be measured adds nothing but the velocity penalty's gradient.
+        """
+        try:
+            advantage = self.advantages(group.rewards, spread)
+        except Unmeasurable as reason:
+            self.progress.say(f"step {step}, group {group.index} is skipped: {reason}")
+            metrics = {"group/unmeasurable": 1.0, "group/skipped": 1.0}
+            return metrics | self._hold(group.rollout, group.embeddings) | group.metrics, None
+        metrics = (
+            {"group/unmeasurable": 0.0} | advantage.metrics | self._conflicts(group, advantage)
+        )
+        advantage = self._controlled(advantage, step, group.index)
+        replay = self._replay(group)
+        update = self.updater.accumulate(replay, advantage, self.phases)
+        if self.row.first:
+            self.agreement.note(group.index, update.sketch)
+        metrics |= update.metrics | self._hold(group.rollout, group.embeddings)
+        metrics |= _reward_metrics(group.rewards) | group.metrics
+        if spread:
+            metrics |= spread.metrics(group.rewards.components)
+        if group.pixels is not None:
+            self._show(step, group, advantage, update)
+        return metrics, Learnt(group.index, replay, advantage, update)
+
+    def _learn_again(self, step: int, made: int, learnt: Learnt) -> dict[str, float]:
+        """Add the gradient of a group that an earlier update of the step has learnt from."""
+        with self._saying(step, [learnt.index], made):
+            update = self.updater.accumulate(
+                learnt.replay, learnt.advantage, self.phases, learnt.update
+            )
+            return update.metrics | self._hold(learnt.replay.rollout, learnt.replay.embeddings)
+
+    def _conflicts(self, group: Kept, advantage: Advantage) -> dict[str, float]:
+        """How far the rewards agree about the group's branches."""
+        by_component = self.advantages.by_component(advantage)
+        valid = group.rewards.valid[:-1]
+        return conflicts(group.rewards.components, by_component[:, valid])
+
+    def _controlled(self, advantage: Advantage, step: int, index: int) -> Advantage:
+        """The advantage as it is; in a control, shuffled among the branches or zero."""
+        if self.config.shuffle_advantages:
+            generator = stream(self.config.seed, "train", step, index, "shuffle")
+            order = torch.randperm(len(advantage.values), generator=generator)
+            advantage = replace(advantage, values=advantage.values[order])
+        if self.config.zero_advantages:
+            advantage = replace(advantage, values=torch.zeros_like(advantage.values))
+        return advantage
+
+    def _replay(self, group: Kept) -> Replay:
+        config = self.config
+        members = range(group.rollout.num_branches + (config.advantages.anchor and self.row.last))
+        return Replay(
+            self.pipeline,
+            group.rollout,
+            group.embeddings,
+            CONTEXTS[config.context],
+            config.energy,
+            members,
+            config.rows_per_pass,
+            config.rollout.together,
+        )
+
+    def _show(self, step: int, group: Kept, advantage: Advantage, update: GroupUpdate) -> None:
+        """Keep the group's videos and numbers for the report; all ranks of a row enter."""
+        plans, pixels = all_rows(self.row, group.rollout, group.pixels)
+        with self.row.together():
+            if self.row.first:
+                show_group(
+                    self.out,
+                    step,
+                    self.pipeline,
+                    replace(group.rollout, plans=plans),
+                    pixels,
+                    group.rewards,
+                    advantage,
+                    update,
+                    self.config.exploring,
+                )
+
+    def _hold(self, rollout: Rollout, embeddings: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        """Add the gradient of the velocity penalty on a group's held blocks."""
+        penalty = self.config.velocity_penalty
+
+        def velocities() -> list[torch.Tensor]:
+            return [
+                held_velocities(self.pipeline, rollout, embeddings, block, penalty.steps)
+                for block in rollout.held
+            ]
+
+        with self.row.together():
+            return self.updater.hold(penalty, velocities, self.phases) if self.row.first else {}
+
     def _held(self, script: Script, generator: torch.Generator, fork: int) -> list[int]:
         """Opening blocks of a group that the velocity penalty holds."""
         config, geometry = self.config, self.pipeline.geometry
@@ -516,15 +513,14 @@ class Alignment:
             script, fork, opening, geometry, config.rollout.cache_frames, generator
         )
 
+    # ------------------------------------------------------------------------ the generator
+
     def _load_pipeline(self) -> Pipeline:
         config = self.config
-        if not isinstance(
-            self.source, PromptSet
-        ):  # stories without end: their texts are met one by one
+        if not isinstance(self.source, PromptSet):
+            # Stories without end: their texts are met one by one, so the encoder stays.
             return load_pipeline(config.pipeline, self.device, config.vae_dtype, config.dtype)
-        texts = sorted(
-            {text for script in (*self.source.scripts, *self.scripts) for text in script.texts}
-        )
+        texts = sorted({text for script in self._written_scripts() for text in script.texts})
         with self.progress.bar("embed prompts", len(texts)) as bar:
             return load_with_texts(
                 folder_of(config.pipeline),
@@ -537,34 +533,28 @@ class Alignment:
             )
 
     def embed(self, script: Script) -> dict[str, torch.Tensor]:
-        """Prompt -> [L, D]."""
+        """Prompt -> its embedding [L, D]."""
         return dict(zip(script.texts, self.pipeline.encode_text(script.texts)))
 
 
-def _shuffled(advantage: Advantage, generator: torch.Generator) -> Advantage:
-    order = torch.randperm(len(advantage.values), generator=generator)
-    return replace(advantage, values=advantage.values[order])
-
-
 def _reward_metrics(rewards: RewardTable) -> dict[str, float]:
+    """Mean, best and spread of every reward over a group's branches, and the anchor's."""
     metrics = {}
     for signal, r_KB in (("local", rewards.local), ("global", rewards.global_)):
         for name, r_B in zip(rewards.components, r_KB[:, rewards.valid]):
-            metrics |= {
-                f"reward/{signal}/{name}/{k}": float(v)
-                for k, v in (
-                    ("mean", r_B[:-1].mean()),
-                    ("anchor", r_B[-1]),
-                    ("best", r_B[:-1].max()),
-                    ("std", r_B.std()),
-                )
-            }
+            branches, anchor = r_B[:-1], r_B[-1]
+            of_name = f"reward/{signal}/{name}"
+            metrics[f"{of_name}/mean"] = float(branches.mean())
+            metrics[f"{of_name}/anchor"] = float(anchor)
+            metrics[f"{of_name}/best"] = float(branches.max())
+            metrics[f"{of_name}/std"] = float(r_B.std())
     return metrics
 
 
 def _group_metrics(rollout: Rollout, pixels: torch.Tensor, row: Ranks) -> dict[str, float]:
-    length = 4 * rollout.trajectory.clean.shape[1] * rollout.trajectory.clean.shape[2]
+    _branches, blocks, frames, *_ = rollout.trajectory.clean.shape
+    in_window = pixels[:-1, : 4 * blocks * frames]
     return {
         "group/fork": rollout.window.fork,
-        "diversity/pixel": pixel_diversity(pixels[:-1, :length], row),
+        "diversity/pixel": pixel_diversity(in_window, row),
     }

@@ -41,7 +41,7 @@ class Script:
     blocks: int
     """Length of the video in blocks."""
     source: str = field(default="", repr=False, compare=False)
-    """Where a person can find it, such as file and line; it says nothing of what the script is."""
+    """Place where a person can find it, such as file and line; not a part of the script itself."""
 
     def __post_init__(self):
         if not self.texts or len(self.texts) != len(self.starts):
@@ -67,7 +67,7 @@ class Script:
         return max(i for i, start in enumerate(self.starts) if start <= block)
 
     def place(self, segment: int) -> str:
-        """Where a person finds one of its prompts."""
+        """Place where a person finds one of its prompts."""
         return (self.source or f"script {self.id!r}") + (
             f", prompt {segment + 1}" if len(self.texts) > 1 else ""
         )
@@ -98,11 +98,13 @@ class Window:
 
 @dataclass(frozen=True)
 class BranchPlan:
-    """What one branch does differently inside the window.  The empty plan is the anchor's."""
+    """Difference of one branch from the anchor inside the window; the anchor's plan is empty."""
 
     frames: tuple[int, ...] = ()
-    """Routed past frames, absolute ids, in place of the rolling window's; () = the rolling
-    window itself."""
+    """Routed past frames, absolute ids, in place of the rolling window's.
+
+    () = the rolling window itself.
+    """
     noise_mix: float = 0.0
     """Share of fresh start noise (only the start-noise explorer sets it)."""
 
@@ -113,11 +115,13 @@ class BranchPlan:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """What a rollout stores of its window, branch by branch; the anchor is the last row."""
+    """Record of a rollout's window, branch by branch; the anchor is the last row."""
 
     inputs: torch.Tensor
-    """z_BPSFCHW: network inputs, rows = G branches then the anchor, P window blocks, S denoise
-    steps."""
+    """z_BPSFCHW: network inputs.
+
+    Rows = G branches then the anchor, P window blocks, S denoise steps.
+    """
     velocities: torch.Tensor
     """u_BPSFCHW: the network's velocities at those inputs, the energies' targets."""
     clean: torch.Tensor
@@ -142,8 +146,10 @@ class Rollout:
     held: Mapping[int, torch.Tensor] = field(default_factory=dict)
     """Blocks of the prefix that the velocity penalty holds -> z_SFCHW, their network inputs."""
     decoder: Callable[[], Any] | None = None
-    """Gives the `StreamingDecoder` as the prefix has left it; None: the prefix is decoded for
-    it."""
+    """Gives the `StreamingDecoder` as the prefix has left it.
+
+    None: the prefix is decoded for it.
+    """
 
     @property
     def num_branches(self) -> int:
@@ -152,14 +158,18 @@ class Rollout:
 
 @dataclass(frozen=True)
 class RewardTable:
-    """Rewards of one group: one number per component, signal, and row (G branches, then the
-    anchor)."""
+    """Rewards of one group: one number per component, signal, and row.
+
+    Rows are the G branches, then the anchor.
+    """
 
     components: tuple[str, ...]
     local: torch.Tensor
     """r_KB float64: rewards of the window's clip."""
     global_: torch.Tensor
-    """r_KB float64: mean of the rewards of the clips cut per prompt segment from the fork on;
-    NaN-free."""
+    """r_KB float64: mean of the rewards of the clips cut per prompt segment; NaN-free.
+
+    Clips lie from the fork on.
+    """
     valid: torch.Tensor
     """bool_B: rows all of whose rewards could be measured."""

@@ -329,9 +329,8 @@ def forked(
         done, status = os.waitpid(pid, os.WNOHANG)
     if not done:
         time.sleep(delay)
-        os.kill(
-            pid, signal.SIGKILL
-        )  # a process that has just ended by itself is there until it is waited for
+        # a process that has just ended by itself is there until it is waited for
+        os.kill(pid, signal.SIGKILL)
         done, status = os.waitpid(pid, 0)
     return os.waitstatus_to_exitcode(status)
 

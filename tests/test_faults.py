@@ -252,9 +252,8 @@ def test_a_hung_rank_is_named(folder, tmp_path):
         r"rank 0 waited in vain: rank 1 did not come, it was in phase reward of step 0, group 1, since \d\d:\d\d:\d\d \(",
         lines[-1],
     ), "".join(lines)
-    assert run.wait_for(lambda: 0 not in run.ranks()) and run.kill(
-        "1"
-    )  # torchrun would, half a minute later
+    # torchrun would, half a minute later
+    assert run.wait_for(lambda: 0 not in run.ranks()) and run.kill("1")
     run.process.communicate(timeout=60)
     assert run.process.returncode == 1 and not checkpoints(run.out / "checkpoints")
 

@@ -50,9 +50,8 @@ def test_two_updates_are_the_loop_by_hand(folder, tmp_path):
         )
         ratios = []
         for inner in range(2):
-            learnt = [
-                other.learn(step, k, None) for k in kept
-            ]  # replays of all three sets of weights, nothing kept from the first update
+            # replays of all three sets of weights, nothing kept from the first update
+            learnt = [other.learn(step, k, None) for k in kept]
             ratios.append(sum(m["loss/ratio_max"] for m, _ in learnt) / 2)
             assert all(torch.equal(a, b) for a, b in zip(rolled_out, other.policy.behaviour)), (
                 "and its old policy stays"

@@ -50,8 +50,11 @@ from kvpo.types import Script
 Record = TypeVar("Record", Mean, Row)
 
 _preparing = threading.Lock()
-"""Held until a run has its rewards: till then one that was given as an object is known by its name
-only, and another thread may give another object of that name."""
+"""Lock that is held until a run has its rewards.
+
+Till then one that was given as an object is known by its name only, and another thread may give
+another object of that name.
+"""
 
 
 def align(
@@ -255,8 +258,10 @@ def evaluate(
 
 
 def _record(kind: type[Record], row: dict[str, Any]) -> Record:
-    """A table's row as a record; what could not be measured is None in the one and NaN in the
-    other."""
+    """Turn a table's row into a record.
+
+    A value that could not be measured is None in the one and NaN in the other.
+    """
     known = {field.name for field in fields(kind)}
     return kind(**{k: math.nan if v is None else v for k, v in row.items() if k in known})
 

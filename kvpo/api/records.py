@@ -1,4 +1,4 @@
-"""What the library's functions return: frozen records that print as the commands' output does."""
+"""Results of the library's functions: frozen records that print as the commands' output does."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Video:
     fps: float
     """Frames a second."""
     script: Script
-    """Its prompts, and the block from which each of them holds."""
+    """Prompts of the video, and the block from which each of them holds."""
     seed: int
 
     @property
     def seconds(self) -> float:
-        """Its length."""
+        """Length of the video, s."""
         return len(self.frames) / self.fps
 
     def save(self, path: str | Path) -> Path:
@@ -46,13 +46,13 @@ class Video:
 
 @dataclass(frozen=True)
 class Mean:
-    """One component of an evaluation of one generator."""
+    """Mean of one component in an evaluation of one generator."""
 
     component: str
     kind: str
     """train, part, heldout, related or guard, as in `kvpo evaluate`."""
     mean: float
-    """Over the scripts; NaN where no script could be measured."""
+    """Mean over the scripts; NaN where no script could be measured."""
     low: float
     high: float
     """The mean's 95 % bootstrap interval over scripts; NaN below two scripts."""
@@ -65,15 +65,17 @@ class Evaluation:
     """A generator measured on fixed scripts and noise, alone or against another one."""
 
     label: str
-    """Which weights were measured."""
+    """Name of the weights that were measured."""
     against: str
-    """And which they are compared with; "" where they stand alone."""
+    """Name of the weights they are compared with; "" where they stand alone."""
     rows: tuple[Row, ...] | tuple[Mean, ...]
-    """One a component, each with its 95 % interval: a `Row` holds the paired difference, a `Mean`
-    the mean itself.  The first is "mean of trained"."""
+    """One row a component, each with its 95 % interval; the first is "mean of trained".
+
+    A `Row` holds the paired difference, a `Mean` the mean itself.
+    """
     scripts: int
     videos: int
-    """Of every script, each with noise of its own."""
+    """Videos of every script, each with noise of its own."""
     seed: int
     """Names the scripts' and the noise's streams."""
 
@@ -130,7 +132,7 @@ class Exploration:
     """The branches of one story from a fork on, their anchor last, and what the rewards say."""
 
     label: str
-    """Whose weights."""
+    """Name of the weights that made the branches."""
     pixels: torch.Tensor
     """RGB uint8 [B, T, C=3, H, W] from the fork on: G branches, then the anchor."""
     fps: float
@@ -141,7 +143,7 @@ class Exploration:
     energies: torch.Tensor
     """E_M of the members: how unlikely the unrouted policy finds each of them."""
     plans: tuple[BranchPlan, ...]
-    """What each row reads in place of the rolling window; the anchor's plan is empty."""
+    """Plan of each row: what it reads in place of the rolling window; the anchor's is empty."""
     diversity: float
     """Mean squared difference of two branches, pixels in [0, 1]."""
     rollout: Rollout

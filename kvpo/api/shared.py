@@ -1,5 +1,7 @@
-"""What the library's functions and the commands have in common: loading, measuring, and judging
-a group that is only looked at."""
+"""Code that the library's functions and the commands share.
+
+It loads, measures, and judges a group that is only looked at.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,7 @@ def measured(
     device: torch.device,
     progress: Progress,
 ) -> tuple[Scored, str]:
-    """One generator on a recipe's evaluation, with a bar; its numbers and its label."""
+    """Evaluate one generator as a recipe says, with a bar; returns its numbers and its label."""
     pipeline, label = loaded(generator, device, config)
     sampler = SAMPLERS[config.sampler]
     with progress.bar(f"evaluate {label}", len(stories)) as bar:

@@ -46,9 +46,8 @@ class Align:
                 try_folder(self.out)
                 progress.log(self.plan())
                 run = Alignment(self.settings, self.out, progress)
-                again = run.ranks.gather(
-                    restarted_here(self.out)
-                )  # torchrun counts on every node by itself
+                # torchrun counts on every node by itself
+                again = run.ranks.gather(restarted_here(self.out))
                 report = run.run(self.resume or any(again), self.override)
                 progress.say(f"report: {report.resolve()}")
             except Stopped as stop:

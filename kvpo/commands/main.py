@@ -136,6 +136,7 @@ def _parse(name: str, args: list[str]) -> Callable[[], None]:
     from. SystemExit after help."""
     import tyro  # a part of a second, which --help and a mistyped command need not wait for
 
+    # seconds of imports, which --help and a mistyped command need not wait for
     command = find(name)
     whole, args = HELP_ALL in args, ["--help" if arg == HELP_ALL else arg for arg in args]
     if "settings" not in command.__dataclass_fields__:
@@ -152,7 +153,7 @@ def _parse(name: str, args: list[str]) -> Callable[[], None]:
 
         print_brief_help(name, default)
         raise SystemExit(0)
-    # An argument that is there already would be missing from the help.
+    # an argument that is there already would be missing from the help
     given = [] if whole else [recipe]
     return tyro.cli(command, args=[*given, *rest], prog=f"kvpo {name}", default=default)
 

@@ -110,9 +110,8 @@ def git_commit() -> str | None:
         git = functools.partial(
             subprocess.run, capture_output=True, text=True, check=True, cwd=folder
         )
-        git(
-            ["git", "ls-files", "--error-unmatch", Path(__file__).name]
-        )  # an environment inside some other repository is not its commit
+        # an environment inside some other repository is not its commit
+        git(["git", "ls-files", "--error-unmatch", Path(__file__).name])
         found = git(["git", "rev-parse", "HEAD"])
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -24,9 +24,8 @@ def write_atomic(path: Path, data: bytes | str) -> Path:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(
-        f".{path.name}.{uuid.uuid4().hex[:12]}.part"
-    )  # whichever hosts and containers write there
+    # whichever hosts and containers write there
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
     try:
         with part.open("wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
@@ -51,9 +50,8 @@ def open_to_readers(path: Path) -> None:
         if found.is_symlink():
             continue
         facts = found.stat()
-        wanted = (
-            mode | (mode & 0o444) >> 2 if found.is_dir() else mode
-        )  # who may read a folder may look into it
+        # who may read a folder may look into it
+        wanted = mode | (mode & 0o444) >> 2 if found.is_dir() else mode
         if (found.is_dir() or facts.st_nlink == 1) and facts.st_mode & 0o777 != wanted:
             found.chmod(wanted)
 

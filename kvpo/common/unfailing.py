@@ -23,9 +23,8 @@ class Unfailing:
     @property
     def _stream(self) -> Any:
         stream = getattr(sys, self.name)
-        return getattr(
-            stream, "rich_proxied_file", stream
-        )  # what a live display has put itself before
+        # what a live display has put itself before
+        return getattr(stream, "rich_proxied_file", stream)
 
     def write(self, text: str) -> int:
         self._try(

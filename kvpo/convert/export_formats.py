@@ -31,8 +31,11 @@ from kvpo.runs.loading import is_run, load_generator, named, run_config
 
 
 def export(weights: str, format: str, out: Path | None, dtype: str) -> Path:
-    """Write the folder, completely or not at all; arguments as in `kvpo.commands.export.Export`,
-    whose ``run`` is ``weights``. ValueError for what the run can not give."""
+    """Write the folder, completely or not at all; returns its path.
+
+    Arguments are those of `kvpo.commands.export.Export`, whose ``run`` is ``weights``. Raises
+    ValueError for what the run can not give.
+    """
     run, which = named(weights)
     if not is_run(run):
         raise ValueError(f"{run} is no run folder: it has no config.resolved.yaml")
@@ -43,9 +46,8 @@ def export(weights: str, format: str, out: Path | None, dtype: str) -> Path:
         )
     out = out or Path(run) / "export" / f"{which or 'ema'}-{format}"
     must_be_new(out)
-    pipeline, label = load_generator(
-        weights, dtype="float32"
-    )  # the weights as they are trained, whatever the run computes in
+    # the weights as they are trained, whatever the run computes in
+    pipeline, label = load_generator(weights, dtype="float32")
     number = getattr(torch, dtype if dtype != "run" else "float32" if adapter else config.dtype)
     with whole_folder(out) as part:
         WRITERS[format](part, pipeline, number)
@@ -54,8 +56,10 @@ def export(weights: str, format: str, out: Path | None, dtype: str) -> Path:
 
 
 def _adapter(pipeline: Pipeline, dtype: torch.dtype) -> State:
-    """LoRA tensors, named as peft names them within the transformer:
-    blocks.0.attn1.to_q.lora_A.weight."""
+    """LoRA tensors, named as peft names them within the transformer.
+
+    An example is blocks.0.attn1.to_q.lora_A.weight.
+    """
     state = get_peft_model_state_dict(pipeline.generator.transformer, adapter_name="default")
     return {name: tensor.detach().to(dtype).contiguous() for name, tensor in state.items()}
 
@@ -214,8 +218,10 @@ RUNS_THEM = {
 
 
 def card(format: str, folder: str, label: str, base: str) -> str:
-    """README.md of an export: whose weights, how they are meant to be run. Names only: a path of
-    this machine says nothing elsewhere."""
+    """README.md of an export: whose weights, how they are meant to be run.
+
+    It has names only: a path of this machine says nothing elsewhere.
+    """
     adapter = "\nThe adapter acts at scale 1 (alpha = rank).\n" if format in ADAPTER_FORMATS else ""
     other = BIDIRECTIONAL.format(who=RUNS_THEM[format]) if format in RUNS_THEM else ""
     streamed = STREAMED.replace("FOLDER", folder) if format == "pipeline" else ""

@@ -1,5 +1,7 @@
-"""`kvpo import`: a released checkpoint and the Wan2.1 folder it was trained from -> a pipeline
-folder in diffusers layout."""
+"""`kvpo import`: a released checkpoint becomes a pipeline folder in diffusers layout.
+
+It also takes the Wan2.1 folder that the checkpoint was trained from.
+"""
 
 from __future__ import annotations
 
@@ -32,25 +34,33 @@ class Format:
     name: str
     source: str
     licence: str
-    """Of the weights, as their publisher states it."""
+    """Licence of the weights, as their publisher states it."""
     geometry: Geometry
     prefer: tuple[str, ...] = ("generator", "generator_ema", "model")
-    """Keys of the generator in the file, best first: the first is what the family's own
-    inference takes."""
+    """Keys of the generator in the file, best first.
+
+    The first is what the family's own inference takes.
+    """
     named: str = ""
-    """Pattern of the last two parts of a path that mean this format where its family's name was
-    given: framewise/causal_forcing.pt."""
+    """Pattern of the last two parts of a path that mean this format; "" = none do.
+
+    It holds where only its family's name was given: framewise/causal_forcing.pt.
+    """
 
 
 WAN = Geometry(
     block=3, sink=0, window=21, latent_height=60, latent_width=104, fps=16, text_length=512
 )
-"""480 x 832. Window 21: everything, in the 21 latent frames that Self-Forcing and Causal-Forcing
-were trained on; a longer video rolls on."""
+"""Geometry of 480 x 832 pixels with window 21, which is everything.
+
+Self-Forcing and Causal-Forcing were trained on 21 latent frames; a longer video rolls on.
+"""
 LONGLIVE = replace(WAN, sink=3, window=12)
 FRAMEWISE = replace(WAN, block=1)
-"""One latent frame a block. The models of fewer steps denoise a video's first block in four all
-the same."""
+"""Geometry of one latent frame a block.
+
+The models of fewer steps denoise a video's first block in four all the same.
+"""
 MEMFLOW = replace(LONGLIVE, bank=3, bank_every=3)
 """Sparse memory activation (`bank_keep` in streaming.json) is off in its released configuration."""
 UNKNOWN = "not known here; see the source"
@@ -120,8 +130,10 @@ def import_checkpoint(
     lora_scale: float,
     say: Callable[[str], None] = lambda line: None,
 ) -> Path:
-    """Write the pipeline folder. ``say`` is told what is going on. ValueError or
-    FileNotFoundError, before anything is written, for whatever does not fit."""
+    """Write the pipeline folder; ``say`` is told what is going on.
+
+    Raises ValueError or FileNotFoundError, before anything is written, for whatever does not fit.
+    """
     must_be_new(out)  # said before gigabytes are read
     base = open_base(base_folder)
     config = base.transformer_config()
@@ -152,7 +164,7 @@ def import_checkpoint(
 
 
 def _assumed(kind: Format, geometry: Geometry) -> str:
-    """What the files do not say, and how to say otherwise."""
+    """Say what is assumed because the files do not say it, and how to change it."""
     g = geometry
     first = f" (the first block {g.first_steps})" if g.first_steps else ""
     said = f"block {g.block}, steps {g.steps}{first}, sink {g.sink}, window {g.window}" + (
@@ -166,11 +178,12 @@ def _weights(
     kind: Format, paths: Sequence[Path], config: dict[str, Any], lora_scale: float, which: str, say
 ) -> tuple[State, list[Source]]:
     found = [find_weights(path) for path in paths]
+    # shards given one by one are one set
     found = [
         f
         for i, f in enumerate(found)
         if len(f.files) == 1 or f.files not in [g.files for g in found[:i]]
-    ]  # shards given one by one are one set
+    ]
     contents = [(f, f.read()) for f in found]
     generators, adapters = (
         [c for c in contents if is_adapter(c[1]) == wanted] for wanted in (False, True)
@@ -219,7 +232,7 @@ def _weights(
 
 
 def _chosen(content: Mapping[str, Any], key: str, kind: Format, which: str) -> str:
-    """Which of the file's weights were taken, and why."""
+    """Say which of the file's weights were taken, and why."""
     if not key:
         return ""
     others = [

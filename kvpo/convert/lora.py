@@ -35,7 +35,7 @@ from kvpo.generators.pipeline import Pipeline
 
 
 class LowRank(NamedTuple):
-    """What one module's weight W acts with: W + scale * B A."""
+    """Low-rank change of one module's weight W: W + scale * B A."""
 
     A: torch.Tensor
     """[r, in]"""
@@ -73,8 +73,10 @@ FLAT = (
         r"condition_embedder.\1_embedder.linear_\2",
     ),
 )
-"""kohya's trainers write every dot of a module's name as an underscore; which ones were dots is
-known of Wan's modules.
+"""Pattern of a name in kohya's style -> the module's name.
+
+kohya's trainers write every dot of a module's name as an underscore; which ones were dots is known
+of Wan's modules.
 """
 OTHER_KINDS = {
     "dora_scale": "a DoRA, which also rescales the rows of a weight",
@@ -86,8 +88,9 @@ OTHER_KINDS = {
     "lora_embedding_": "a LoRA of an embedding table",
 }
 CHANGES_ITS_BASE = ("pissa", "olora", "corda", "loftq")
-"""Starts of `init_lora_weights` under which PEFT subtracts the adapter's start from the base: the
-halves alone are not the change.
+"""Starts of `init_lora_weights` under which an adapter's halves alone are not the change.
+
+PEFT then subtracts the adapter's start from the base.
 """
 
 
@@ -103,7 +106,7 @@ class Stated:
     stabilised: bool = False
 
     def scale(self, names: Sequence[str], found: int) -> float:
-        """Of a module, known by any of ``names``, whose halves have rank ``found``.
+        """Scale of a module, known by any of ``names``, whose halves have rank ``found``.
 
         ValueError where another rank is stated.
         """
@@ -137,8 +140,9 @@ def read_lora(path: Path) -> Adapter:
 
 
 def adapter_in(found: WeightFiles, content: Mapping[str, Any]) -> Adapter:
-    """The LoRA of files that are read already, with what their header and their adapter_config.json
-    say.
+    """The LoRA of files that are read already.
+
+    It minds what their header and their adapter_config.json say.
     """
     stated = [s for s in (_of_header(found), _of_config(found)) if s is not None]
     return adapter_of(content, found.path, stated)
@@ -175,8 +179,10 @@ def adapter_of(content: Mapping[str, Any], path: Path, stated: Iterable[Stated] 
 def merge(
     state: State, adapter: Mapping[str, LowRank | tuple], strength: float, source: str
 ) -> None:
-    """Add the adapter to the weights it belongs to; those become float32, so that nothing of it is
-    rounded away yet.  ValueError where it is of another base.
+    """Add the adapter to the weights it belongs to.
+
+    They become float32, so that nothing of it is rounded away yet. Raises ValueError where it is of
+    another base.
     """
     if not math.isfinite(strength):
         raise ValueError(
@@ -202,7 +208,7 @@ def merge(
 
 
 def described(adapter: Adapter, strength: float) -> str:
-    """One line for people: rank, modules, and the scale at which it acts."""
+    """Describe the adapter in one line: rank, modules, and the scale at which it acts."""
     ranks, scales = (
         sorted({len(low.A) for low in adapter.values()}),
         sorted({low.scale for low in adapter.values()}),
@@ -273,7 +279,10 @@ def _part(full: str) -> tuple[str, str, str | None] | None:
 
 
 def _module_name(module: str, path: Path) -> str:
-    """Without prefixes, and with its dots."""
+    """Name of a module without prefixes, and with its dots.
+
+    Raises ValueError for a name of kohya's trainers that is no module of Wan's transformer.
+    """
     module = bare_name(module)
     if (kohya := KOHYA.match(module)) is None:
         return module
@@ -333,8 +342,9 @@ def _fits(state: State, module: str, low: LowRank) -> bool:
 
 
 def _of_header(found: WeightFiles) -> Stated | None:
-    """What diffusers has written into the file's header: a PEFT config, its keys prefixed by the
-    component.
+    """Read what diffusers has written into the file's header; None if there is nothing.
+
+    It is a PEFT config, its keys prefixed by the component.
     """
     if (text := found.header().get(HEADER)) is None:
         return None
@@ -356,7 +366,7 @@ def _of_header(found: WeightFiles) -> Stated | None:
 
 
 def _of_config(found: WeightFiles) -> Stated | None:
-    """What PEFT has written beside the file."""
+    """Read what PEFT has written beside the file; None if there is nothing."""
     if found.config is None:
         return None
     try:
@@ -417,8 +427,10 @@ def _by_pattern(patterns: Mapping[str, Any], names: Sequence[str], default: Any)
 
 @torch.no_grad()
 def add_lora(pipeline: Pipeline, path: Path, strength: float) -> str:
-    """Merge a LoRA into the generator's weights; what it is, in one line. ValueError where it is
-    of another base."""
+    """Merge a LoRA into the generator's weights; returns one line that says what it is.
+
+    Raises ValueError where it is of another base.
+    """
     # A run's own adapter lies beside the weights: theirs are then named base_layer.
     parameters = {
         name.replace(".base_layer.", "."): p

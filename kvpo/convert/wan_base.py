@@ -1,5 +1,6 @@
-"""What a released generator checkpoint does not hold: text encoder, tokenizer, VAE, and the
-transformer's sizes.
+"""Parts of Wan2.1 that a released generator checkpoint does not hold.
+
+They are text encoder, tokenizer, VAE, and the transformer's sizes.
 
 They come from Wan2.1 itself, in one of its two public layouts, as a local folder or a hub id:
 
@@ -46,7 +47,7 @@ WANTED = (
     ORIGINAL_VAE,
     f"{ORIGINAL_TOKENIZER}/*",
 )
-"""What is downloaded of a hub id: everything but the weights of its own transformer."""
+"""Patterns of the files downloaded of a hub id: all but its own transformer's weights."""
 
 
 class BaseFolder(Protocol):
@@ -62,8 +63,10 @@ class BaseFolder(Protocol):
 
 
 def open_base(name: str) -> BaseFolder:
-    """The base of a local folder or hub id. FileNotFoundError or ValueError that says what is
-    missing."""
+    """Open the base of a local folder or hub id.
+
+    Raises FileNotFoundError or ValueError that says what is missing.
+    """
     folder = Path(name)
     if not folder.is_dir():
         if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
@@ -141,14 +144,16 @@ class OriginalBase:
 
 
 def _check_part(folder: Path) -> None:
-    """PermissionError for files that may not be read, FloatingPointError for weights that are
-    not finite."""
+    """Check that a part's files may be read and its weights are finite.
+
+    Raises PermissionError or FloatingPointError where not.
+    """
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         check_readable(path)
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 check_finite(
-                    ((name, file.get_tensor(name)) for name in file),
+                    ((name, file.get_tensor(name)) for name in file.keys()),  # noqa: SIM118
                     str(path),
                     "fetch the base once more",
                 )
@@ -220,14 +225,16 @@ def _filled(build, state: State, path: Path):
 
 
 def new_transformer(config: dict[str, Any]) -> WanTransformer3DModel:
-    """Without memory for its weights: to be compared with, or filled by
-    ``load_state_dict(assign=True)``."""
+    """Make a transformer without memory for its weights.
+
+    It is to be compared with, or filled by ``load_state_dict(assign=True)``.
+    """
     with torch.device("meta"):
         return WanTransformer3DModel(**config)
 
 
 def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a stock class, from its config.json: what the library notes for itself left out."""
+    """Arguments of a stock class, from its config.json without the library's own notes."""
     return {k: v for k, v in config.items() if not k.startswith("_")}
 
 
@@ -239,13 +246,14 @@ def save_transformer(config: dict[str, Any], state: State, folder: Path) -> None
 
 
 LARGE = 64 << 20
-"""Bytes from which on a file of weights is linked instead of copied: a text encoder is 11 GB,
-and nothing here changes it."""
+"""Bytes from which on a file of weights is linked instead of copied.
+
+A text encoder is 11 GB, and nothing here changes it.
+"""
 
 
 def copy_tree(source: Path, target: Path) -> None:
-    """Copy a folder of a pipeline; large weights by a second name of the same file, where the disk
-    allows.
+    """Copy a folder of a pipeline; large weights are linked where the disk allows.
 
     Whatever is small enough to be edited by hand is a file of its own: of a linked config.json an
     edit would reach into the installed package, or into a hub's cache.

@@ -1,5 +1,6 @@
-"""Released checkpoints: read without unpickling anything, renamed to diffusers' names and back,
-every tensor accounted for.
+"""Released checkpoints, read without unpickling anything, and renamed.
+
+Names become diffusers' and go back, with every tensor accounted for.
 
     self_forcing_dmd.pt           {"generator": state, "generator_ema": state}
     longlive_base.pt, base.pt     {"generator": state}
@@ -24,8 +25,10 @@ from kvpo.common.weights import State
 GENERATORS = ("generator", "generator_ema", "model")
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 PREFIXES = ("module.", "base_model.model.", "model.", "diffusion_model.", "transformer.")
-"""Taken off as often as they stand at the front: DDP's, PEFT's, the trainers' own, ComfyUI's,
-diffusers'."""
+"""Prefixes that are taken off as often as they stand at the front.
+
+They are DDP's, PEFT's, the trainers' own, ComfyUI's, diffusers'.
+"""
 DIFFUSERS_PARTS = (
     ".attn1.",
     ".attn2.",
@@ -60,8 +63,11 @@ RENAMED = (
 def generator_state(
     content: Mapping[str, Any], path: Path, prefer: tuple[str, ...] = GENERATORS
 ) -> tuple[State, str]:
-    """The generator's tensors with diffusers' names, and where in the file they lay ("" = at its
-    top). ``prefer``: keys in order."""
+    """The generator's tensors with diffusers' names, and their key in the file.
+
+    The key is "" where they lay at its top. ``prefer``: keys in order. Raises ValueError where the
+    file holds no generator.
+    """
     nested = [key for key in prefer if isinstance(content.get(key), Mapping)]
     state = dict(content[nested[0]]) if nested else dict(content)
     strange = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
@@ -73,8 +79,9 @@ def generator_state(
 
 
 def original_to_diffusers(state: Mapping[str, torch.Tensor]) -> State:
-    """State dict of a `WanTransformer3DModel`, or of its LoRA, from one with original names and
-    training wrappers' prefixes.
+    """Rename original names, with training wrappers' prefixes, to diffusers' own.
+
+    Returns the state dict of a `WanTransformer3DModel`, or of its LoRA.
 
     Names that are diffusers' own already stay: the converter would swap their second and third
     norms.
@@ -111,6 +118,8 @@ def _original(name: str) -> str:
 
 
 def keeps_float32(name: str) -> bool:
-    """Tensors that diffusers holds in float32 whatever the model's dtype: time embedding,
-    modulation, norms."""
+    """Whether diffusers holds this tensor in float32 whatever the model's dtype.
+
+    It does so with time embedding, modulation, norms.
+    """
     return any(part in name.split(".") for part in WanTransformer3DModel._keep_in_fp32_modules)

@@ -1,4 +1,6 @@
-"""What a path given for weights is: a file, a sharded set, a LoRA's folder, or no readable form.
+"""Forms of a path given for weights.
+
+It is a file, a sharded set, a LoRA's folder, or no readable form.
 
     X.safetensors, X.pt                          itself
     X.safetensors.index.json, its folder         all shards that the index names

@@ -1,4 +1,4 @@
-"""One group over a row of ranks (``branch_parallel``), for a group that does not fit one card.
+"""Split of one group over a row of ranks (``branch_parallel``), where one card is too small.
 
     prefix, plans    on every rank of the row, and equal: all draws are named by (seed, step, group), none by a rank
     branches         each rank rolls out, scores and replays its own stretch of the G
@@ -31,13 +31,17 @@ def all_rewards(row: Ranks, own: RewardTable) -> RewardTable:
 def all_rows(
     row: Ranks, rollout: Rollout, pixels: torch.Tensor
 ) -> tuple[tuple[BranchPlan, ...], torch.Tensor]:
-    """Plans and pixels [B, T, 3, H, W] of the whole group, for pictures: gigabytes at full size,
-    so only of groups that are shown."""
+    """Plans and pixels [B, T, 3, H, W] of the whole group, for pictures.
+
+    They are gigabytes at full size, so only asked for of groups that are shown.
+    """
     plans, shown = zip(*row.gather((rollout.plans[:-1], pixels)))
     return (*(plan for own in plans for plan in own), BranchPlan()), _joined(shown, 0)
 
 
 def _joined(parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
-    """All rows along ``dim`` from every rank's: of the anchors, which are last, the last rank's
-    stays."""
+    """Join every rank's rows along ``dim``.
+
+    The anchors stand last; the last rank's stays.
+    """
     return torch.cat([*(x.narrow(dim, 0, x.shape[dim] - 1) for x in parts[:-1]), parts[-1]], dim)

@@ -1,5 +1,6 @@
-"""The end of a process that torchrun has started: by its own exit code, whatever the network's
-threads are doing.
+"""The end of a process that torchrun has started, by its own exit code.
+
+It does not depend on what the network's threads are doing.
 
 A thread of gloo drops a message's tensors a moment after the message is through, and needs the
 interpreter for that; one whose rank is lost waits on. If the interpreter is being torn down by

@@ -41,20 +41,22 @@ class Ranks:
     rank: int = 0
     world: int = 1
     device: torch.device = torch.device("cpu")
-    """Where tensors are when they are sent."""
+    """Device of the tensors that are sent."""
     channel: dist.ProcessGroup | None = None
-    """Whom messages go to; None: all processes."""
+    """Process group that messages go to; None: all processes."""
     store: dist.Store | None = None
-    """Where each says what it is doing, for whoever waits in vain."""
+    """Store in which each rank says what it is doing, for ranks that wait in vain."""
     name: str = "all"
-    """Of these among all such sets of processes, in the store."""
+    """Name of this set of processes in the store."""
     parent: int = 0
-    """Who has started this one: torchrun."""
+    """Process id of torchrun, which has started this one."""
 
     @classmethod
     def join(cls, device: torch.device, patience: float) -> Ranks:
-        """Those that torchrun has started; alone without it. They wait for each other
-        ``patience`` seconds at most."""
+        """Join torchrun's process group; without torchrun, a group of one.
+
+        Ranks wait for each other ``patience`` seconds at most.
+        """
         world, timeout = int(os.environ.get("WORLD_SIZE", "1")), timedelta(seconds=patience)
         if world == 1:
             return cls(device=device)
@@ -112,14 +114,15 @@ class Ranks:
             for d, name in names.items()
         )
         for part in (column, row):
-            dist.distributed_c10d._set_pg_timeout(
-                timedelta(seconds=patience), part.channel
-            )  # a mesh is not told, and NCCL's own is ten minutes
+            # a mesh is not told, and NCCL's own is ten minutes
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=patience), part.channel)
         return column, row
 
     def tell(self, doing: str) -> None:
-        """What this process does from now on; and hear whether another one was stopped. `Lost`
-        where torchrun is gone: it would start a run anew that still goes on."""
+        """Publish what this process is doing, and check whether any rank was asked to stop.
+
+        Raises `Lost` where torchrun is gone: a new one would start a run that still goes on.
+        """
         if self.store is None:
             return
         if os.getppid() != self.parent:
@@ -132,8 +135,7 @@ class Ranks:
                 heed(self.store.get("stopped").decode())
 
     def apart(self, name: str, patience: float) -> Ranks:
-        """The same processes with a channel of their own, for another thread, through main
-        memory. All enter."""
+        """The same ranks on a CPU process group of their own, for another thread; all enter."""
         if self.world == 1:
             return self
         with self._connected():
@@ -142,7 +144,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """This one writes."""
+        """This rank writes what only one should."""
         return self.rank == 0
 
     @property
@@ -150,7 +152,7 @@ class Ranks:
         return self.rank == self.world - 1
 
     def share(self, count: int) -> range:
-        """Which of ``count`` groups are this rank's.  ValueError if some rank would have none."""
+        """Indices of this rank's groups, of ``count``; ValueError if some rank would have none."""
         if count < self.world:
             raise ValueError(
                 f"{count} groups a step leave {self.world - count} of {self.world} ranks idle; set groups to {self.world} or a multiple, start fewer processes, "
@@ -159,8 +161,7 @@ class Ranks:
         return range(self.rank, count, self.world)
 
     def stretch(self, count: int) -> range:
-        """Which of ``count`` scripts or branches are this rank's: neighbours, the first ones on
-        the first rank."""
+        """Indices of this rank's scripts or branches, of ``count``: neighbours, in rank order."""
         return range(self.rank * count // self.world, (self.rank + 1) * count // self.world)
 
     def gather(self, value: T) -> list[T]:
@@ -182,7 +183,7 @@ class Ranks:
         return total.to(x.device)
 
     def process(self, rank: int) -> int:
-        """Its number among all processes."""
+        """Number of a rank among all processes."""
         return rank if self.channel is None else dist.get_global_rank(self.channel, rank)
 
     @contextmanager
@@ -224,39 +225,50 @@ class Ranks:
         except RuntimeError:
             return "torchrun or rank 0 is gone, and with it the store in which all say what they do"
 
-    def together(self, work: Callable[[], T]) -> T:
-        """What ``work`` gives; an error of any rank is raised on all of them. So is `Stopped`,
-        but where there is an error, that counts."""
-        result, error = None, None
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """The body is work that may fail: an error of any rank is raised on all of them.
+
+        `Stopped` is one of these errors, but where a rank has another one, that counts. All ranks
+        enter, and leave together.
+        """
+        error = None
         try:
             with giving_way():
-                result = work()
+                yield
         except Lost:  # of a row: to gather now would be to wait once more
             raise
         except (ValueError, OSError, FloatingPointError, Stopped) as found:
             error = found
-            if (
-                isinstance(found, Stopped) and self.store is not None
-            ):  # the others need not end their share of the step first
-                with self._connected():
-                    self.store.set("stopped", str(found))
-        said = enumerate(
-            self.gather(("", "") if error is None else (type(error).__name__, str(error)))
-        )
+            if isinstance(found, Stopped):
+                self._say_stopped(str(found))
+        self._raise_what_any_has(error)
+
+    def _say_stopped(self, reason: str) -> None:
+        """Tell the others by the store: they need not end their share of the step first."""
+        if self.store is not None:
+            with self._connected():
+                self.store.set("stopped", reason)
+
+    def _raise_what_any_has(self, error: Exception | None) -> None:
+        own = ("", "") if error is None else (type(error).__name__, str(error))
+        # False sorts before True, so `Stopped` comes behind the errors.
         raised = sorted(
-            (kind == "Stopped", rank, kind, text) for rank, (kind, text) in said if kind
+            (kind == "Stopped", rank, kind, text)
+            for rank, (kind, text) in enumerate(self.gather(own))
+            if kind
         )
         if error is not None and isinstance(error, Stopped) == raised[0][0]:
             raise error
         for _, rank, kind, text in raised:
-            raise _ERRORS.get(kind, OSError)(
-                text if kind == "Stopped" else f"rank {self.process(rank)}: {text}"
-            )
-        return result
+            said = text if kind == "Stopped" else f"rank {self.process(rank)}: {text}"
+            raise _ERRORS.get(kind, OSError)(said)
 
     def only_first(self, work: Callable[[], Any]) -> None:
-        """Done by the first rank; the others wait, and share its error."""
-        self.together(work if self.first else lambda: None)
+        """Let the first rank do the work; the others wait, and share its error."""
+        with self.together():
+            if self.first:
+                work()
 
     @torch.no_grad()
     def add_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
@@ -292,7 +304,7 @@ _ERRORS = {
 
 
 def leave() -> None:
-    """At the end, or after an error: the others hear of it at once."""
+    """Leave at the end, or after an error: the others hear of it at once."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""Where the ranks of a run find each other: a key-value store, fresh for every start.
+"""Meeting point of a run's ranks: a key-value store, fresh for every start.
 
 torchrun by default shares one store among all starts of a job, with the addresses of killed
 processes still in it, and listens on every interface. On one node a prefix tells the starts apart;
@@ -20,14 +20,19 @@ from kvpo.common.files import first_line
 UNSHARED = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 """torchrun's switch; then every start has a port of its own."""
 MEETING = timedelta(minutes=1)
-"""For the store to be there, tried twice: torchrun opens it before it starts ranks, and a first
-rank is about as fast as the others. With `patience`, ranks whose torchrun is killed meanwhile
-would stay for that long."""
+"""Wait for the store to be there; it is tried twice.
+
+torchrun opens the store before it starts ranks, and a first rank is about as fast as the others.
+With `patience`, ranks whose torchrun is killed meanwhile would stay for that long.
+"""
 
 
 def open_store(timeout: timedelta) -> dist.Store:
-    """By torchrun's environment. ValueError over several nodes without `UNSHARED`;
-    ConnectionError where no store is to be found."""
+    """Open or join the store that torchrun's environment names.
+
+    Raises ValueError over several nodes without `UNSHARED`, ConnectionError where no store is
+    found.
+    """
     address, port, world = (
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),

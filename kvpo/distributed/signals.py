@@ -1,5 +1,6 @@
-"""SIGTERM (pre-emption) and ctrl-C: the step at work is given up, what was trained is saved, the
-program ends well.
+"""SIGTERM (pre-emption) and ctrl-C: save what was trained and end well.
+
+The step at work is given up.
 
 While a run is made ready there is nothing to save, and it ends at once. Later a signal only leaves
 a mark. The next module that computes inside `giving_way` raises `Stopped`: in a rollout, a
@@ -20,16 +21,18 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopped(BaseException):
-    """A signal asked for it; its name. Like KeyboardInterrupt nothing that a library catches in
-    passing."""
+    """Exception that a signal asked for; its text is the signal's name.
+
+    Like KeyboardInterrupt it is nothing that a library catches in passing.
+    """
 
 
 _asked: list[str] = []
-"""Of the process, as signals are."""
+"""Names of the signals that came to this process."""
 
 
 def heed(name: str) -> None:
-    """As if the signal had come here: another rank has it."""
+    """Record a stop request received by another rank."""
     _asked.append(name)
 
 
@@ -38,12 +41,14 @@ def _note(number: int, frame) -> None:
 
 
 _finishing = False
-"""What is half done now must first be whole."""
+"""True while something is half done that must first be whole."""
 
 
 def in_main_thread() -> bool:
-    """Whether signals are this thread's affair: Python lets no other one install handlers, and
-    runs them nowhere else."""
+    """Whether this is the main thread, the only one that signals concern.
+
+    Python lets no other one install handlers, and runs them nowhere else.
+    """
     return threading.current_thread() is threading.main_thread()
 
 
@@ -60,17 +65,21 @@ def _stop(number: int, frame) -> None:
 
 @contextmanager
 def ending_at_once() -> Iterator[None]:
-    """Inside, the first signal raises `Stopped` wherever the program is; further ones change
-    nothing. Nothing but the body in another thread than the main one."""
+    """Let the first signal raise `Stopped` wherever the program is; further ones change nothing.
+
+    Only the main thread installs handlers; in any other the body just runs.
+    """
     with _handled_by(_stop):
         yield
 
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Inside, signals leave a mark. Further ones change nothing here either: ctrl-C reaches a
-    rank twice, from the terminal and from torchrun. A run in another thread (of a notebook, of a
-    server) leaves signals to its program."""
+    """Let signals leave a mark in the body; further ones change nothing.
+
+    ctrl-C reaches a rank twice, from the terminal and from torchrun. A run in another thread (of a
+    notebook, of a server) leaves signals to its program.
+    """
     if not in_main_thread():
         yield
         return
@@ -96,8 +105,10 @@ def _handled_by(handler: Callable) -> Iterator[None]:
 
 @contextmanager
 def not_now() -> Iterator[None]:
-    """Inside, a signal's mark waits: the weights are between two updates of one step, and could
-    not be saved."""
+    """Let a signal's mark wait until the body is done.
+
+    The weights are between two updates of one step there, and could not be saved.
+    """
     if not in_main_thread():
         yield
         return
@@ -111,8 +122,10 @@ def not_now() -> Iterator[None]:
 
 @contextmanager
 def giving_way() -> Iterator[None]:
-    """Inside, any module's call raises `Stopped` once a signal has come. Only in the main
-    thread, whose affair signals are: the one that writes is let finish."""
+    """Let any module's call in the body raise `Stopped` once a signal has come.
+
+    It acts in the main thread only, whose affair signals are: the one that writes is let finish.
+    """
     if not in_main_thread():
         yield
         return

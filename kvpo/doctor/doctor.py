@@ -155,9 +155,8 @@ def examine(config: RunConfig) -> bool:
 
 def findings(config: RunConfig) -> Iterator[Finding]:
     """The checks, cheapest first, on one group of the recipe."""
-    unclipped = replace(
-        config.optimizer, clip=math.inf
-    )  # a clip would hide a gradient that is wrong by a factor
+    # a clip would hide a gradient that is wrong by a factor
+    unclipped = replace(config.optimizer, clip=math.inf)
     run = Alignment(
         replace(config, shuffle_advantages=False, optimizer=unclipped), Path("."), Progress()
     )
@@ -168,9 +167,8 @@ def findings(config: RunConfig) -> Iterator[Finding]:
     yield _at_most(
         "one block without a past == the stock model's forward", _against_stock(run, 0), close
     )
-    rolled = (
-        3 if g.window < 0 else g.window // g.block + 2
-    )  # the window has then moved on, and pages have been given up and used again
+    # the window has then moved on, and pages have been given up and used again
+    rolled = 3 if g.window < 0 else g.window // g.block + 2
     yield _at_most(
         "a block read through the cache == one uncached forward", _against_stock(run, rolled), close
     )

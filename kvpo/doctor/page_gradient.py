@@ -183,9 +183,8 @@ def on_a_tiny_generator(config: RunConfig, pipeline: Pipeline) -> LeftOut:
             Phases(),
             fork,
         )
-        t = (
-            rollout.trajectory
-        )  # noise, and so all latents of the rollout, are float32: a pass gives what it is given
+        # noise, and so all latents of the rollout, are float32: a pass gives what it is given
+        t = rollout.trajectory
         rollout = replace(
             rollout,
             trajectory=Trajectory(t.inputs.double(), t.velocities.double(), t.clean.double()),

@@ -20,7 +20,7 @@ from kvpo.common.text_files import line_at, read_text
 from kvpo.pages.ab import QUESTIONS
 
 Z = 1.959964
-"""Of a 95 % interval."""
+"""Half width of a 95 % interval, in standard deviations."""
 
 
 def read_key(path: Path) -> dict:
@@ -115,8 +115,10 @@ def _check_answer(answer: object, number: int, pairs: int, path: Path) -> None:
 
 
 def judge(question: str, key: Mapping, given: Mapping[str, Sequence[Mapping]]) -> dict:
-    """A question's row: counts of answers, win rate of A, its interval and sign test over
-    scripts; None where nobody answered."""
+    """Make a question's row: counts of answers, win rate of A, its interval and sign test.
+
+    Both are over scripts; None where nobody answered.
+    """
     shares: dict[str, list[float]] = {}
     for answer in (a for answers in given.values() for a in answers if question in a):
         pair = key["pairs"][answer["pair"]]
@@ -163,8 +165,10 @@ def wilson(share: float, trials: int) -> tuple[float, float]:
 
 
 def sign_test(wins: int, losses: int) -> float:
-    """Exact two-sided p of so uneven a split, were both equally likely; 1 without any win or
-    loss."""
+    """Exact two-sided p of so uneven a split, were both equally likely.
+
+    1 without any win or loss.
+    """
     n = wins + losses
     return min(1.0, 2.0 * sum(math.comb(n, k) for k in range(min(wins, losses) + 1)) / 2**n)
 

@@ -1,5 +1,6 @@
-"""`kvpo ab`: two generators' videos side by side on one static page, for people to compare without
-knowing which is which.
+"""`kvpo ab`: two generators' videos side by side on one static page.
+
+People compare them without knowing which is which.
 
     OUT/page/index.html   what raters get; opens offline and asks for every pair VQ, MQ, TA and overall: left, same or right
     OUT/key.json          which side is whose, for `kvpo unblind`; not for raters
@@ -29,7 +30,7 @@ class Pair:
     script: Script
     seed: int
     left: str
-    """Whose video is on the left, "a" or "b"."""
+    """Owner of the video on the left, "a" or "b"."""
 
     def side(self, name: str) -> str:
         return "left" if name == self.left else "right"
@@ -47,8 +48,10 @@ class Pair:
 
 
 def claim(path: Path, key: dict) -> None:
-    """Add to the study's key. ValueError where it says otherwise already: the videos there are
-    then another study's."""
+    """Add to the study's key.
+
+    Raises ValueError where it says otherwise already: the videos there are then another study's.
+    """
     there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if differ := [name for name in key if there.get(name, key[name]) != key[name]]:
         raise ValueError(
@@ -65,15 +68,16 @@ def draw_pairs(scripts: Sequence[Script], seeds: Sequence[int], seed: int) -> li
         torch.randperm(len(both), generator=generator).tolist(),
         torch.randperm(len(both), generator=generator),
     )
-    first = int(
-        torch.randint(2, (), generator=generator)
-    )  # whose is the one more where the number is odd
+    # whose is the one more where the number is odd
+    first = int(torch.randint(2, (), generator=generator))
     return [Pair(*both[i], "ab"[(int(side) + first) % 2]) for i, side in zip(order, sides)]
 
 
 def check_alike(a: Geometry, b: Geometry) -> None:
-    """ValueError where the sides could be told apart by size or length, or do not share their
-    noise."""
+    """Check that the two sides look alike and share their noise.
+
+    Raises ValueError where they could be told apart by size or length.
+    """
     of_a, of_b = (
         {name: getattr(g, name) for name in ("block", "latent_height", "latent_width", "fps")}
         for g in (a, b)

@@ -31,8 +31,11 @@ from kvpo.rewards.scorer import Scorer
 from kvpo.types import Script, Window
 
 DIVERSITY = "diversity"
-"""Of a script's videos over seeds: mean squared difference of two of them, pixels in [0, 1]. A
-guard: it falls where a policy collapses, but noise has most of it."""
+"""Name of the guard that compares a script's videos over seeds.
+
+It is the mean squared difference of two of them, pixels in [0, 1]. It falls where a policy
+collapses, but noise has most of it.
+"""
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,10 @@ class Scored:
 
     components: tuple[str, ...]
     r_KN: torch.Tensor
-    """float64, one number per component and script; NaN where a script has no clip the component
-    could measure."""
+    """r_KN float64: one number per component and script.
+
+    NaN where a script has no clip the component could measure.
+    """
     videos: tuple[torch.Tensor, ...]
     """uint8 [T, 3, H, W] of the first scripts."""
 
@@ -56,8 +61,10 @@ def evaluate(
     config: EvaluateConfig,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Scored:
-    """The weights now in the pipeline on all scripts; a script's number is the mean over its
-    seeds of the mean over its segments' clips."""
+    """Evaluate the weights now in the pipeline on all scripts.
+
+    A script's number is the mean over its seeds of the mean over its segments' clips.
+    """
     columns, videos, apart, alike = [], [], [], []
     jobs = [(script, seed) for script in scripts for seed in range(config.seeds)]
     for first in range(0, len(jobs), config.batch):
@@ -75,9 +82,8 @@ def evaluate(
             del alike[: config.seeds]
         progress((first + len(part)) // config.seeds)
     components = tuple(c for r in rewards for c in r.spec.columns)
-    nothing = torch.empty(
-        len(components), 0, dtype=torch.float64
-    )  # a rank's share of fewer scripts than ranks
+    # a rank's share of fewer scripts than ranks
+    nothing = torch.empty(len(components), 0, dtype=torch.float64)
     r_KN = (
         torch.cat([nothing, *columns], dim=1)
         .view(len(components), len(scripts), config.seeds)
@@ -103,10 +109,10 @@ def _score(
     rewards: Sequence[Reward],
     clips: ScoreConfig,
 ) -> torch.Tensor:
-    """r_KN of some videos: mean over the clips of each video's segments, clips that a component can
-    not tell left out.
+    """r_KN of some videos: mean over the clips of each video's segments.
 
-    Clips of one length are scored together, whatever video they come from.
+    Clips that a component can not tell are left out. Clips of one length are scored together,
+    whatever video they come from.
     """
     by_length: dict[int, list[tuple[int, Clip]]] = {}
     for i, script in enumerate(scripts):
@@ -123,17 +129,18 @@ def _score(
             found, torch.cat([_columns(reward, batch) for reward in rewards]).T
         ):
             columns[i].append(column)
-    nothing = torch.full(
-        (sum(len(r.spec.columns) for r in rewards),), float("nan")
-    )  # of a script whose segments are all too short
+    # of a script whose segments are all too short
+    nothing = torch.full((sum(len(r.spec.columns) for r in rewards),), float("nan"))
     return torch.stack(
         [torch.stack(column or [nothing]).double().nanmean(dim=0) for column in columns], dim=1
     )
 
 
 def _columns(reward: Reward, batch: VideoBatch) -> torch.Tensor:
-    """Score and reported parts, r_KB in the order of `RewardSpec.columns`; NaN for what a clip
-    can not tell."""
+    """Score and reported parts, r_KB in the order of `RewardSpec.columns`.
+
+    NaN for what a clip can not tell.
+    """
     output = reward.score(batch)
     nothing = torch.full_like(output.scores, float("nan"))
     return torch.stack(
@@ -166,8 +173,10 @@ def _kind(scorer: Scorer, column: str, trained_on: Collection[str]) -> str:
 
 
 def compare(a: Scored, b: Scored, kinds: Sequence[str], seed: int = 0) -> list[dict]:
-    """Rows of the table A against B: means, paired difference with its 95 % interval over
-    scripts (BCa bootstrap), win rate (ties half)."""
+    """Rows of the table A against B: means, paired difference, its interval, win rate (ties half).
+
+    The interval is at 95 % over scripts (BCa bootstrap).
+    """
     total = [k for k, kind in enumerate(kinds) if kind == "train"]
     rows = [
         _row(name, kind, a.r_KN[k], b.r_KN[k], seed)
@@ -204,8 +213,10 @@ def _row(component: str, kind: str, a_N: torch.Tensor, b_N: torch.Tensor, seed: 
 
 
 def means(scored: Scored, kinds: Sequence[str], seed: int = 0) -> list[dict]:
-    """Rows of one set of weights alone: the mean over scripts of every component, with its 95 %
-    interval over scripts."""
+    """Rows of one set of weights alone: the mean over scripts of every component.
+
+    Each has its 95 % interval over scripts.
+    """
     total = [k for k, kind in enumerate(kinds) if kind == "train"]
     rows = [_mean(*row, seed) for row in zip(scored.components, kinds, scored.r_KN, strict=True)]
     return [_mean(TOTAL, "train", scored.r_KN[total].mean(dim=0), seed)] * bool(total) + rows
@@ -243,8 +254,10 @@ def means_table(rows: Sequence[dict]) -> str:
 
 
 def values_of(scored: Scored) -> dict[str, list[float | None]]:
-    """Component -> its number on every script, in the order of the scripts; None where it could
-    not be measured."""
+    """Component -> its number on every script, in the order of the scripts.
+
+    None where it could not be measured.
+    """
     return {
         name: [value if math.isfinite(value) else None for value in r_N.tolist()]
         for name, r_N in zip(scored.components, scored.r_KN)
@@ -269,8 +282,10 @@ def table(rows: Sequence[dict], label_a: str, label_b: str) -> str:
 
 
 def enough_scripts(rows: Sequence[dict]) -> str:
-    """Whether there were enough scripts for the difference in the trained rewards' mean; ""
-    where that was not measured."""
+    """Say whether there were enough scripts for the difference in the trained rewards' mean.
+
+    "" where that was not measured.
+    """
     row = next((r for r in rows if r["component"] == TOTAL and r["diff"] is not None), None)
     return sentence(TOTAL, row["n"], row["diff"], row["sd"]) if row else ""
 

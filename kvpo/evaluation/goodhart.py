@@ -1,5 +1,6 @@
-"""Goodhart's stop: where trained rewards rise and a held-out evaluator falls, twice in succession,
-the reward is being gamed.
+"""Goodhart's stop: end a run whose rewards are being gamed.
+
+They are where trained rewards rise and a held-out evaluator falls, twice in succession.
 
 Both are read off a run's evaluations against its start weights. *Rises* and *falls* mean that the
 paired difference's 95 % interval leaves out 0, on enough scripts for that to mean something
@@ -17,19 +18,21 @@ from pathlib import Path
 from kvpo.evaluation.intervals import TOTAL, VERDICT_PAIRS
 
 Rows = Sequence[Mapping]
-"""Of one comparison, as `kvpo.evaluation.evaluate.compare` makes them."""
+"""Rows of one comparison, as `kvpo.evaluation.evaluate.compare` makes them."""
 SUCCESSIVE = 2
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the evaluations so far say."""
+    """Verdict of the evaluations so far."""
 
     best: int
     """Step of the evaluation with the best held-out score; 0 = the start weights are the best."""
     fallen: tuple[str, ...]
-    """Held-out evaluators that fell in each of the last evaluations, while the trained rewards
-    rose; () = go on."""
+    """Held-out evaluators that fell in each of the last evaluations; () = go on.
+
+    The trained rewards rose meanwhile.
+    """
 
 
 def judge(evaluations: Mapping[int, Rows]) -> Verdict:
@@ -42,8 +45,10 @@ def judge(evaluations: Mapping[int, Rows]) -> Verdict:
 
 
 def held_out_score(rows: Rows) -> float:
-    """Mean over held-out evaluators of difference / half width of its interval, so that units do
-    not matter; 0 is the start weights'."""
+    """Mean over held-out evaluators of difference / half width of its interval.
+
+    Units do not matter so; 0 is the start weights'.
+    """
     measured = [
         row
         for row in rows

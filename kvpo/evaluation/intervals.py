@@ -26,8 +26,10 @@ VERDICT_PAIRS = 16
 def bootstrap_interval(
     values_N: torch.Tensor, generator: torch.Generator, level: float = 0.95
 ) -> tuple[float, float]:
-    """BCa interval of the mean over scripts. ``generator`` seeds the resampling, so the same
-    stream gives the same interval."""
+    """BCa interval of the mean over scripts.
+
+    ``generator`` seeds the resampling, so the same stream gives the same interval.
+    """
     values = values_N.double().numpy()
     seed = int(torch.randint(2**62, (), generator=generator))
     # Equal values, of equal weights say, have no distribution to correct; nor have those that

@@ -1,5 +1,6 @@
-"""How many scripts an evaluation needs: from the spread of its paired differences
-(`kvpo.evaluation.evaluate`).
+"""Number of scripts an evaluation needs, from the spread of its paired differences.
+
+The differences are those of `kvpo.evaluation.evaluate`.
 
     n = ((1.960 + 0.842) sd / difference)^2
 
@@ -22,21 +23,28 @@ FACTOR = NormalDist().inv_cdf(0.5 + LEVEL / 2) + NormalDist().inv_cdf(POWER)
 
 
 def scripts_needed(sd: float, difference: float) -> int:
-    """At least `VERDICT_PAIRS`; 0 where no number is enough, or none can be told."""
+    """Scripts needed to see a difference, at least `VERDICT_PAIRS`.
+
+    0 where no number is enough, or none can be told.
+    """
     if not (math.isfinite(sd) and math.isfinite(difference)) or difference == 0.0:
         return 0
     return max(VERDICT_PAIRS, math.ceil((FACTOR * sd / abs(difference)) ** 2))
 
 
 def spread(low: float, high: float, n: int) -> float:
-    """Standard deviation of the differences, from their 95 % interval: of evaluations that did
-    not note it."""
+    """Standard deviation of the differences, from their 95 % interval.
+
+    For evaluations that did not note it.
+    """
     return (high - low) / 2.0 / NormalDist().inv_cdf(0.5 + LEVEL / 2) * math.sqrt(n)
 
 
 def sentence(component: str, n: int, difference: float, sd: float) -> str:
-    """Whether ``n`` scripts were enough for the difference that was found, and for a small one;
-    "" where that can not be told."""
+    """Say whether ``n`` scripts were enough for the difference that was found, and for a small one.
+
+    "" where that can not be told.
+    """
     observed, small = scripts_needed(sd, difference), scripts_needed(sd, SMALL)
     if not small:
         return ""

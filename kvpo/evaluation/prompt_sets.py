@@ -1,5 +1,6 @@
-"""`kvpo prompts`: public prompt sets as prompt files of `kvpo.method.prompts`, each with a record
-of where it is from and under which licence.
+"""`kvpo prompts`: public prompt sets as prompt files of `kvpo.method.prompts`.
+
+Each has a record of where it is from and under which licence.
 
     OUT/NAME.jsonl         one script a line, {"id": "vbench-0001", "prompts": [...]}; ids name the noise, so they do not depend on the file
     OUT/NAME.source.json   source, address or file, its SHA-256, licence
@@ -31,19 +32,21 @@ class PublicSet:
 
     what: str
     source: str
-    """Its authors' repository, and the file there."""
+    """Repository of its authors, and the file there."""
     url: str
     """Address of that file; empty where no lasting one is known."""
     licence: str
     scripts: int
-    """How many there are; a file with another number is not the set."""
+    """Number of scripts; a file with another number is not the set."""
     read: Callable[[str], list[list[str]]]
     """Text of the file -> prompts of every script."""
 
 
 def _full_info(text: str) -> list[list[str]]:
-    """VBench's list of prompts with the dimensions they are for. Two of the 946 prompts stand in
-    it twice."""
+    """Read VBench's list of prompts with the dimensions they are for.
+
+    Two of the 946 prompts stand in it twice.
+    """
     return [[prompt] for prompt in dict.fromkeys(row["prompt_en"] for row in json.loads(text))]
 
 
@@ -97,8 +100,10 @@ SETS = {
 
 
 def write_set(name: str, source: str, out: Path) -> Path:
-    """The prompt file of a set. ValueError where ``source`` is not the set; OSError where it
-    cannot be had."""
+    """Write the prompt file of a set; returns its path.
+
+    Raises ValueError where ``source`` is not the set; OSError where it cannot be had.
+    """
     wanted = SETS[name]
     place = source or wanted.url
     if not place:

@@ -1,5 +1,6 @@
-"""Sentinels: what no reward names and gamed rewards move first, watched on fixed prompts and seeds
-while training.
+"""Sentinels: measures that no reward names and gamed rewards move first.
+
+They are watched on fixed prompts and seeds while training.
 
 A sentinel's scale is the start weights' own: the standard deviation of one prompt's video over
 seeds. With the weights of now, same prompts and noise, its mean has moved by so many of these;
@@ -43,8 +44,10 @@ BAD: Mapping[str, Side] = {
 
 @dataclass(frozen=True)
 class Look:
-    """Sentinels of one set of weights: name -> value of every watched video, [N scripts, S
-    seeds]."""
+    """Sentinels of one set of weights.
+
+    Name -> value of every watched video, [N scripts, S seeds].
+    """
 
     values: Mapping[str, torch.Tensor]
 
@@ -80,8 +83,10 @@ def look(
     seed: int,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Look:
-    """The weights now in the pipeline on the watched prompts, a prompt's seeds generated
-    together."""
+    """Watch the weights now in the pipeline on fixed prompts.
+
+    A prompt's seeds are generated together.
+    """
     rows = []
     for done, script in enumerate(scripts[: config.scripts], 1):
         names = [noise_name(script, k) for k in range(config.seeds)]
@@ -127,8 +132,10 @@ class Watch:
 
 
 def recent_kl(run: Path, done: int, steps: int) -> float:
-    """Mean KL to the start policy over the last ``steps`` steps, from the run's own log, which a
-    resumed run has too."""
+    """Mean KL to the start policy over the last ``steps`` steps.
+
+    It is read from the run's own log, which a resumed run has too.
+    """
     kl = [
         r["loss/kl"]
         for r in read_metrics(run / "metrics.jsonl")
@@ -178,7 +185,7 @@ def _compare(
 
 
 def _apart(videos_STCHW: torch.Tensor) -> list[float]:
-    """Of every seed's video its mean absolute distance to the others, in [0, 1]."""
+    """Mean absolute distance of every seed's video to the others, in [0, 1]."""
     x = videos_STCHW.float() / 255
     S = len(x)
     return [

@@ -13,14 +13,18 @@ class EvaluateConfig:
     every: int = 0
     """Steps between evaluations during training; 0 = only after the last."""
     prompts: str = ""
-    """Prompt file of scripts that are not trained on. Empty: unseen stories where the
-    miniature's are trained on; else the training prompts themselves under other noise, and the
-    report says so."""
+    """Prompt file of scripts that are not trained on.
+
+    Empty: unseen stories where the miniature's are trained on; else the training prompts themselves
+    under other noise, and the report says so.
+    """
     scripts: int = 64
     """Scripts of an evaluation."""
     seeds: int = 1
-    """Videos of every script, each with noise of its own; a script's number is their mean. From
-    2 on their diversity stands in the table too."""
+    """Videos of every script, each with noise of its own.
+
+    A script's number is their mean. From 2 on their diversity stands in the table too.
+    """
     batch: int = 16
     """Videos generated together."""
     seed: int = 1000
@@ -28,8 +32,10 @@ class EvaluateConfig:
     videos: int = 4
     """Scripts whose videos are kept, before and after."""
     stop_when_gamed: bool = True
-    """End the run where trained rewards rise and a held-out evaluator falls in two successive
-    evaluations (`kvpo.evaluation.goodhart`)."""
+    """End the run where trained rewards rise and a held-out evaluator falls.
+
+    It takes two successive evaluations (`kvpo.evaluation.goodhart`).
+    """
 
     def __post_init__(self):
         if self.every < 0 or self.videos < 0 or min(self.batch, self.seeds) < 1 or self.scripts < 2:
@@ -51,13 +57,17 @@ class SentinelConfig:
     warn: float = 1.0
     """Spreads of the start weights over seeds from which on a line is said."""
     stop: float = 3.0
-    """And from which on the run ends; 0 = never."""
+    """Spread at which the run stops; 0 = never."""
     least: float = 0.05
-    """Share of the start's value by which a mean must have moved at all: where seeds hardly
-    differ, a spread is nothing."""
+    """Share of the start's value by which a mean must have moved at all.
+
+    Where seeds hardly differ, a spread is nothing.
+    """
     kl_warn: float = 0.3
-    """The same for the mean KL to the start policy since the last look, nats; log G is the most
-    there can be."""
+    """Mean KL to the start policy since the last look from which on a line is said, nats.
+
+    log G is the most there can be.
+    """
     kl_stop: float = 1.0
     """The mean KL from which on the run ends; 0 = never."""
 

@@ -1,5 +1,6 @@
-"""`kvpo vbench`: videos named as VBench wants them, its dimensions measured in its own environment,
-and its totals.
+"""`kvpo vbench`: videos named as VBench wants them, its dimensions measured, and its totals.
+
+The dimensions are measured in VBench's own environment.
 
     normalised d = (score - least) / (most - least)                      DIMENSIONS, from VBench's scripts/constant.py
     Quality      = weighted mean of the 7 quality dimensions             Semantic = of the 9 semantic ones
@@ -70,12 +71,11 @@ vbench.VBench(device, info, job["out"]).evaluate(job["videos"], job["dimension"]
 
 
 def named_scripts(prompts: Path, extended: Path | None, blocks: int) -> list[Script]:
-    """Scripts whose id is the prompt that VBench reads from the file name, and whose text is what
-    is generated.
+    """Scripts whose id is the prompt that VBench reads from the file name.
 
-    A prompt that stands twice gets its videos once, as VBench has it: by its first line. ValueError
-    where a script has several prompts, where the files' lines do not belong together, or a prompt
-    is no file name.
+    Their text is what is generated. A prompt that stands twice gets its videos once, as VBench has
+    it: by its first line. Raises ValueError where a script has several prompts, where the files'
+    lines do not belong together, or a prompt is no file name.
     """
     short = read_scripts(prompts, blocks)
     long = read_scripts(extended, blocks) if extended else short
@@ -146,8 +146,10 @@ def measure(
 
 
 def read_score(path: Path, dimension: str) -> float:
-    """The dimension's score in VBench's own result file, {dimension: [score, videos]}.
-    ValueError where it is none in [0, 1]."""
+    """Read the dimension's score in VBench's own result file, {dimension: [score, videos]}.
+
+    Raises ValueError where it is none in [0, 1].
+    """
     try:
         score = float(json.loads(path.read_text(encoding="utf-8"))[dimension][0])
     except (ValueError, KeyError, IndexError, TypeError):

@@ -1,1 +1,1 @@
-"""What makes video: a stock Wan transformer driven block by block over a frame-paged KV cache."""
+"""Video generators: a stock Wan transformer driven block by block over a frame-paged KV cache."""

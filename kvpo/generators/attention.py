@@ -19,11 +19,11 @@ from kvpo.generators.rope import Angles, rotate
 
 @dataclass(frozen=True)
 class LayerView:
-    """What one self-attention layer needs beyond the stock block's arguments; goes where the block
-    expects ``rotary_emb``.
+    """Input of one self-attention layer beyond the stock block's arguments.
 
-    It holds tensors and sizes only (no layer number, no cache object), so one compiled graph serves
-    every layer and an activation checkpoint recomputes from exactly what it saw.
+    It goes where the block expects ``rotary_emb``. It holds tensors and sizes only (no layer
+    number, no cache object), so one compiled graph serves every layer and an activation checkpoint
+    recomputes from exactly what it saw.
     """
 
     batch: int
@@ -32,14 +32,20 @@ class LayerView:
     num_past: int
     """Past frames each row reads."""
     activated: tuple[int, int] | None
-    """(candidates, kept): of the first past frames, how many each head reads, chosen by its
-    queries; None: all."""
+    """(candidates, kept): each head reads ``kept`` of the first ``candidates`` past frames.
+
+    A head chooses them by its queries. None: it reads all.
+    """
     own: int
-    """Newest tokens of the pass itself that serve as keys; all of them but in a re-encoding
-    pass."""
+    """Newest tokens of the pass itself that serve as keys.
+
+    They are all of its tokens, except in a re-encoding pass.
+    """
     write: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None
-    """Key pages, value pages, cache rows [B, 1] and slots [F] to write the pass's clean frames
-    to; None: read only."""
+    """Destination of the pass's clean frames; None: read only.
+
+    It holds key pages, value pages, cache rows [B, 1] and slots [F].
+    """
 
 
 def _project(attn: WanAttention, x: torch.Tensor, encoder: torch.Tensor | None):
@@ -55,8 +61,10 @@ def _output(attn: WanAttention, x: torch.Tensor, like: torch.Tensor) -> torch.Te
 
 
 class PagedSelfAttention:
-    """Queries of a pass over gathered past pages and the pass's own keys. No mask: what may not
-    be seen is not gathered."""
+    """Attention of a pass's queries to gathered past pages and the pass's own keys.
+
+    There is no mask: what may not be seen is not gathered.
+    """
 
     _attention_backend = _parallel_config = None
 
@@ -80,8 +88,10 @@ class PagedSelfAttention:
 
 
 class FoldedCrossAttention:
-    """Text [P, L, D] is projected once per prompt; the queries of all rows and frames that share
-    it fold onto it."""
+    """Cross-attention that projects the text [P, L, D] once per prompt.
+
+    The queries of all rows and frames that share a prompt fold onto it.
+    """
 
     _attention_backend = _parallel_config = None
 

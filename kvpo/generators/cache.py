@@ -20,8 +20,10 @@ Frames = Sequence[int]
 
 @dataclass(frozen=True)
 class Source:
-    """Where some of the requested pages live. Tensors only: one compiled graph then serves every
-    layer."""
+    """Location of some of the requested pages.
+
+    It holds tensors only: one compiled graph then serves every layer.
+    """
 
     k: torch.Tensor
     v: torch.Tensor
@@ -30,13 +32,17 @@ class Source:
     slot: torch.Tensor
     """Cache row and slot of every page found here, [M]."""
     at: tuple[torch.Tensor, torch.Tensor] | None
-    """Query row and position in its list of every page, 2 x [M]; None: these pages are the whole
-    request, [B * n] in order."""
+    """Query row and position in its list of every page, 2 x [M].
+
+    None: these pages are the whole request, [B * n] in order.
+    """
 
 
 def gather(sources: Sequence[Source], batch: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of ``n`` frames for every one of ``batch`` rows, 2 x [B, n * T, H, D].
-    Never carries gradient."""
+    """Gather keys and values of ``n`` frames for each of ``batch`` rows, 2 x [B, n * T, H, D].
+
+    They never carry gradient.
+    """
     if len(sources) == 1 and sources[0].at is None:
         s = sources[0]
         k, v = (pages[s.row, s.slot].unflatten(0, (-1, n)).flatten(1, 2) for pages in (s.k, s.v))
@@ -100,11 +106,10 @@ class FrameCache:
         return sum(t.nbytes for t in (*self.k, *self.v))
 
     def fork(self, rows: int, capacity: int) -> FrameCache:
-        """A cache of ``rows`` histories that share this one's pages; this one can not be written
-        any more.
+        """Make a cache of ``rows`` histories that share this one's pages.
 
-        ``capacity``: frames each row may hold of its own at a time. ValueError unless this cache
-        has one row or ``rows``.
+        This one can not be written any more. ``capacity``: frames each row may hold of its own at a
+        time. Raises ValueError unless this cache has one row or ``rows``.
         """
         if self.rows not in (1, rows):
             raise ValueError(
@@ -126,8 +131,10 @@ class FrameCache:
         )
 
     def part(self, first: int, count: int) -> FrameCache:
-        """``count`` of the rows as a cache of their own in this one's memory: these rows must
-        not be written here any more."""
+        """Give ``count`` of the rows as a cache of their own in this one's memory.
+
+        These rows must not be written here any more.
+        """
         part = copy.copy(self)
         part.rows, part.slots, part.evicted = count, dict(self.slots), set(self.evicted)
         part.k, part.v = (
@@ -137,11 +144,12 @@ class FrameCache:
         return part
 
     def reserve(self, frames: Frames, rows: Sequence[int] | None = None) -> torch.Tensor:
-        """Slots to write ``frames`` to, [F]: their own where resident, else free ones, else the
-        oldest frames' after the sink.
+        """Find slots to write ``frames`` to, [F].
 
-        RuntimeError if the cache has been forked, ValueError if it has no room, or if only some
-        ``rows`` are to be written to a new page: the others would read nothing there.
+        A frame gets its own slot where it is resident, else a free one, else that of the oldest
+        frame after the sink. Raises RuntimeError if the cache has been forked, ValueError if it has
+        no room, or if only some ``rows`` are to be written to a new page: the others would read
+        nothing there.
         """
         if self.frozen:
             raise RuntimeError(
@@ -173,12 +181,13 @@ class FrameCache:
     def find(
         self, frames: Frames | Sequence[Frames], batch: int, rows: Sequence[int] | None = None
     ) -> list[tuple[FrameCache | Bank, torch.Tensor, torch.Tensor, tuple | None]]:
-        """Where the pages of ``batch`` query rows live: (cache, row [M], slot [M], at). See
-        `Source`, which `sources` makes of it for a layer.
+        """Find the pages of ``batch`` query rows: (cache, row [M], slot [M], at).
+
+        `sources` makes a `Source` of it for a layer.
 
         ``frames``: one list for all rows, or one list per query row (all of one length). ``rows``:
         the cache row of every query row; default: one to one, and a cache of one row serves all.
-        KeyError naming frames not resident.
+        Raises a KeyError that names the frames that are not resident.
         """
         lists = frames if frames and not isinstance(frames[0], int) else [frames]
         if len({len(row) for row in lists}) > 1:

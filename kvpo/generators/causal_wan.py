@@ -20,8 +20,11 @@ from kvpo.generators.rope import check_positions, frame_angles
 
 
 class CausalWan(nn.Module):
-    """Adds no parameters and patches no module: attention processors and this loop are all there
-    is."""
+    """A stock Wan transformer that runs block by block over a `FrameCache`.
+
+    It adds no parameters and patches no module: attention processors and this loop are all there
+    is.
+    """
 
     def __init__(self, transformer: WanTransformer3DModel):
         super().__init__()
@@ -73,8 +76,9 @@ class CausalWan(nn.Module):
         past: Frames | Sequence[Frames] = (),
         rows: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        """v_BFCHW, the network's velocity at noise level ``sigma`` (a number, [B], or [B, F]); the
-        cache is left as it was.
+        """v_BFCHW, the network's velocity at noise level ``sigma`` (a number, [B], or [B, F]).
+
+        The cache is left as it was.
 
         ``frames``: absolute ids, one list for all rows or one per row. ``past``: frames to read,
         likewise. ``rows``: cache row of every row (default: one to one). P divides B: rows of a
@@ -97,8 +101,9 @@ class CausalWan(nn.Module):
         rows: Sequence[int] | None = None,
         own: int | None = None,
     ) -> torch.Tensor:
-        """The clean pass (time 0): write the keys and values of clean frames to the cache. Returns
-        the velocity, rarely wanted.
+        """Run the clean pass (time 0), which writes keys and values of clean frames to the cache.
+
+        Returns the velocity, rarely wanted.
 
         ``rows``: the cache rows written and read (default: all of them, in order). ``own``: only
         the newest ``own`` frames of the pass serve as keys in it (the re-encoding at a prompt
@@ -129,8 +134,10 @@ class CausalWan(nn.Module):
 
     @torch.no_grad()
     def mean_text_keys(self, text_PLD: torch.Tensor) -> list[torch.Tensor]:
-        """Mean key of every prompt in every layer's cross-attention, [P, H, D] float32: what a
-        memory bank is scored by."""
+        """Mean key of every prompt in every layer's cross-attention, [P, H, D] float32.
+
+        A memory bank is scored by them.
+        """
         text = self.transformer.condition_embedder.text_embedder(text_PLD.to(self.dtype))
         heads = self.transformer.config.num_attention_heads
         return [
@@ -193,15 +200,16 @@ class CausalWan(nn.Module):
         shift, scale = (net.scale_shift_table + embedding.unsqueeze(1)).chunk(2, dim=1)
         x = net.proj_out((net.norm_out(x.float()) * (1 + scale) + shift).type_as(x))
         _, ph, pw = net.config.patch_size
-        x = x.unflatten(2, (ph, pw, -1)).unflatten(
-            1, self.grid(H, W)
-        )  # [B * F, rows, columns, ph, pw, C]
+        # [B * F, rows, columns, ph, pw, C]
+        x = x.unflatten(2, (ph, pw, -1)).unflatten(1, self.grid(H, W))
         return x.permute(0, 5, 1, 3, 2, 4).reshape(B, F, -1, H, W).to(latents_BFCHW.dtype)
 
 
 def _activated(past: Frames | Sequence[Frames], cache: FrameCache) -> tuple[int, int] | None:
-    """Of sink and bank, which stand first, how many there are and how many are read; ValueError
-    where rows have unequally many."""
+    """(candidates, kept): number of sink and bank frames, which stand first, and of those read.
+
+    None where all are read. Raises ValueError where rows have unequally many.
+    """
     if cache.bank is None or not cache.bank.keep:
         return None
     lists = [past] if isinstance(past[0], int) else past

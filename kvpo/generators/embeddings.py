@@ -1,5 +1,7 @@
-"""Embeddings of a prompt file, computed once: kept on disk, and the text encoder (11 GB at Wan's
-size) then leaves memory."""
+"""Embeddings of a prompt file, computed once and kept on disk.
+
+The text encoder (11 GB at Wan's size) then leaves memory.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +18,21 @@ from kvpo.common.files import first_line, try_folder, write_atomic
 from kvpo.generators.pipeline import Pipeline
 
 SAMPLES, SAMPLE_BYTES = 64, 1 << 16
-"""Of a weights file, read to tell it from others: all of 11 GB would take longer than a prompt."""
+"""Number and length of the samples of a weights file that tell it from others.
+
+Reading all of 11 GB would take longer than embedding a prompt.
+"""
 
 
 WAY_OUT = "KVPO_CACHE names another folder for them"
 
 
 def cache_folder() -> Path:
-    """$KVPO_CACHE, or ~/.cache/kvpo. OSError where the user has no home, as in a container under
-    a number that no list of users has."""
+    """Folder of cached files: $KVPO_CACHE, or ~/.cache/kvpo.
+
+    Raises OSError where the user has no home, as in a container under a number that no list of
+    users has.
+    """
     if given := os.environ.get("KVPO_CACHE"):
         return Path(given)
     try:
@@ -34,8 +42,10 @@ def cache_folder() -> Path:
 
 
 def text_cache(warn: Callable[[str], None]) -> Path | None:
-    """The folder of stored embeddings; None, and one line to ``warn``, where there is none for
-    this user."""
+    """Folder of stored embeddings; None where this user can have none.
+
+    ``warn`` is then told why, in one line.
+    """
     try:
         return cache_folder() / "text"
     except OSError as error:
@@ -44,8 +54,10 @@ def text_cache(warn: Callable[[str], None]) -> Path | None:
 
 
 def can_keep(folder: Path | None, warn: Callable[[str], None]) -> bool:
-    """Whether something can be written there, asked before the text encoder works for it; one
-    line to ``warn`` where not."""
+    """Check that the folder can be written to, before the text encoder works for it.
+
+    Returns False and gives ``warn`` one line where not.
+    """
     if folder is None:
         return False
     try:
@@ -65,11 +77,11 @@ def load_with_texts(
     progress: Callable[[int], None] = lambda done: None,
     warn: Callable[[str], None] = lambda line: None,
 ) -> Pipeline:
-    """The pipeline with all ``texts`` embedded and without its text encoder, which is not even read
-    where the embeddings are on disk.
+    """Load the pipeline with all ``texts`` embedded and without its text encoder.
 
-    ValueError for a prompt that would be cut. ``progress`` is told how many are done, ``warn`` why
-    nothing is kept where it can not be.
+    The encoder is not even read where the embeddings are on disk. Raises ValueError for a prompt
+    that would be cut. ``progress`` is told how many are done, ``warn`` why nothing is kept where it
+    can not be.
     """
     name, cache = f"{_digest(Path(folder), texts, dtype)}.safetensors", text_cache(warn)
     stored = _read(cache / name) if cache else None
@@ -88,8 +100,7 @@ def load_with_texts(
 
 
 def _keep(path: Path, content: bytes, warn: Callable[[str], None]) -> None:
-    """Write what was computed; a disk that is full costs the next run some time, and this one
-    nothing."""
+    """Write the embeddings; a full disk only costs the next run some time."""
     try:
         write_atomic(path, content)
     except OSError as error:
@@ -97,7 +108,10 @@ def _keep(path: Path, content: bytes, warn: Callable[[str], None]) -> None:
 
 
 def _read(path: Path) -> dict[str, torch.Tensor] | None:
-    """What is stored; None where there is nothing, or nothing whole: it can be computed again."""
+    """Read stored embeddings; None where there are none or they are broken.
+
+    They can be computed again.
+    """
     try:
         return load_file(path)
     except (OSError, SafetensorError):
@@ -105,8 +119,10 @@ def _read(path: Path) -> dict[str, torch.Tensor] | None:
 
 
 def _digest(folder: Path, texts: Sequence[str], dtype: torch.dtype) -> str:
-    """Of everything an embedding hangs on: encoder, tokenizer, length, precision, the texts and
-    their order."""
+    """Hash of everything that embeddings depend on.
+
+    That is encoder, tokenizer, length, precision, the texts and their order.
+    """
     digest = hashlib.blake2b(digest_size=16)
     for path in sorted(
         p

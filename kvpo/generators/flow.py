@@ -23,8 +23,10 @@ def warp(s: float, shift: float = 5.0) -> float:
 
 
 def warped_sigmas(steps: int = 4, shift: float = 5.0) -> tuple[float, ...]:
-    """The few-step schedule of the released models; 4 steps: 1, .9375, .83333, .625. The final 0
-    is not listed."""
+    """The few-step schedule of the released models; 4 steps: 1, .9375, .83333, .625.
+
+    The final 0 is not listed.
+    """
     if steps < 1:
         raise ValueError(f"a schedule needs at least 1 denoise step, not {steps}")
     return tuple(warp(1.0 - i / steps, shift) for i in range(steps))

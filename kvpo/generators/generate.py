@@ -25,8 +25,10 @@ def generate(
     seed: int,
     names: Sequence[tuple[int | str, ...]],
 ) -> torch.Tensor:
-    """uint8 [B, T, 3, H, W]: a video per script, all of one length, with noise from the streams
-    (seed, *name)."""
+    """Generate a video per script, uint8 [B, T, 3, H, W]; all have one length.
+
+    The noise comes from the streams (seed, *name).
+    """
     return torch.cat(list(streamed(pipeline, sampler, scripts, seed, names)), dim=1)
 
 
@@ -38,17 +40,18 @@ def streamed(
     seed: int,
     names: Sequence[tuple[int | str, ...]],
 ) -> Iterator[torch.Tensor]:
-    """The same block by block. Memory does not grow with the length, unless the generator's
-    window is everything."""
+    """Generate as `generate` does, but yield the pixels block by block.
+
+    Memory does not grow with the length, unless the generator's window is everything.
+    """
     lengths = {s.blocks for s in scripts}
     if len(lengths) != 1:
         raise ValueError(
             f"videos generated together must be equally long, not {sorted(lengths)} blocks"
         )
     g, (blocks,) = pipeline.geometry, lengths
-    check_positions(
-        pipeline.generator.transformer.rope, [[blocks * g.block - 1]]
-    )  # before anything is made, not at the frame that has none
+    # before anything is made, not at the frame that has none
+    check_positions(pipeline.generator.transformer.rope, [[blocks * g.block - 1]])
     texts = sorted({t for s in scripts for t in s.texts})
     embeddings = dict(zip(texts, pipeline.encode_text(texts)))
     noise = StackedNoise(
@@ -73,8 +76,10 @@ def write_video(
     bar,
     about: Mapping[str, Any] | None = None,
 ) -> float:
-    """Frames a second. The file is there when it is whole, or not at all; ``about``: what it
-    says of itself."""
+    """Generate one video into a file; returns frames a second.
+
+    The file is there when it is whole, or not at all. ``about``: what it says of itself.
+    """
     frames, started = 0, time.perf_counter()
     with Mp4Writer(path, pipeline.geometry.fps, about=about) as writer:
         for pixels in streamed(pipeline, sampler, [script], seed, [("generate", script.id)]):
@@ -94,8 +99,10 @@ def write_missing(
     progress: Progress,
     blind: bool = False,
 ) -> None:
-    """(script, seed, file) each; files that are there already stay, so that a second call goes
-    on where the first stopped. ``blind``: they do not say whose they are."""
+    """Write the videos (script, seed, file) that are not there yet.
+
+    A second call goes on where the first stopped. ``blind``: files do not say whose they are.
+    """
     todo = [video for video in videos if not video[2].exists()]
     with progress.bar(f"videos of {label}", sum(script.blocks for script, _, _ in todo)) as bar:
         for script, seed, path in todo:

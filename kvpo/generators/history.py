@@ -1,4 +1,6 @@
-"""Which past frames a block reads. A history is an argument of a pass, never a mode of the network.
+"""Histories say which past frames a block reads.
+
+A history is an argument of a pass, never a mode of the network.
 
 `SinkWindow` (Self-Forcing, LongLive) and `MemoryBank` (MemFlow) are what generators were trained
 for; `Routed` wraps one of them and obeys the plans of an exploration (method.md section 2).
@@ -15,8 +17,10 @@ from kvpo.types import BranchPlan, Window
 
 class History(Protocol):
     def past(self, start: int, count: int) -> tuple[int, ...] | list[tuple[int, ...]]:
-        """Absolute past frames that the block of ``count`` frames from ``start`` on reads: one
-        list for all rows, or one per row."""
+        """Absolute past frames that the block of ``count`` frames from ``start`` on reads.
+
+        One list for all rows, or one per row.
+        """
         ...
 
 
@@ -24,13 +28,17 @@ class Deployed(History, Protocol):
     """A history that a generator was trained for."""
 
     def kept(self, start: int) -> tuple[int, ...]:
-        """What every block from ``start`` on reads, routed or not, before all else: the sink,
-        and the bank's slots."""
+        """Frames that every block from ``start`` on reads before all else: sink and bank slots.
+
+        They are read whether the block is routed or not.
+        """
         ...
 
     def kept_at_switch(self, start: int, block: int) -> tuple[int, ...]:
-        """What a prompt switch before ``block`` reads beside the frames from ``start`` on that
-        it encodes once more."""
+        """Frames that a prompt switch before ``block`` reads beside those it encodes once more.
+
+        The latter begin at ``start``.
+        """
         ...
 
     def recorded(self, block: int) -> tuple[int, int] | None:
@@ -44,8 +52,10 @@ class Deployed(History, Protocol):
 
 @dataclass(frozen=True)
 class SinkWindow:
-    """The oldest ``sink`` frames and the latest ones, ``size`` in all with the block itself;
-    size -1: everything."""
+    """The oldest ``sink`` frames and the latest ones, ``size`` in all with the block itself.
+
+    A size of -1 means everything.
+    """
 
     sink: int
     size: int
@@ -77,8 +87,9 @@ class SinkWindow:
 
 @dataclass(frozen=True)
 class MemoryBank:
-    """MemFlow's: a sink, a rolling window, and between them a bank of ``size`` prototypes
-    (`kvpo.generators.memory`).
+    """MemFlow's history: a sink, a rolling window, and between them a bank of ``size`` prototypes.
+
+    The prototypes are those of `kvpo.generators.memory`.
 
     The first frame of every ``every``-th block is recorded, once, right before the next block,
     which so reads it under its own prompt. The public code takes the same frame in again at every
@@ -128,8 +139,10 @@ class MemoryBank:
 
 @dataclass(frozen=True)
 class Routed:
-    """One plan per row inside the window, the base history outside it and for the rows whose
-    plan routes nothing."""
+    """History that follows one plan per row inside the window.
+
+    Outside it, and for rows whose plan routes nothing, the base history holds.
+    """
 
     base: Deployed
     plans: tuple[BranchPlan, ...]

@@ -1,5 +1,6 @@
-"""MemFlow's memory bank: single frames that outlive the rolling window, because they answer the
-prompt.
+"""MemFlow's memory bank: single frames that outlive the rolling window.
+
+They are kept because they answer the prompt.
 
 A prototype is one frame's keys and values in one layer; every layer and row makes its own choice. A
 full bank gives up the prototype whose keys agree least with the text's keys in that layer's
@@ -30,14 +31,16 @@ class Bank:
     v: tuple[torch.Tensor, ...]
     """Pages of every layer, [R, N, T, H, D]; R = 1: the same for all rows of the cache."""
     frames: torch.Tensor
-    """Which frame fills each slot, [layers, R, N]."""
+    """Frame that fills each slot, [layers, R, N]."""
     keep: int = 0
-    """Of sink and bank, frames that each head reads, chosen by its queries (sparse memory
-    activation, SMA); 0 = all."""
+    """Frames of sink and bank that each head reads, chosen by its queries; 0 = all.
+
+    This is sparse memory activation (SMA).
+    """
 
     @classmethod
     def empty(cls, pages_k: Sequence[torch.Tensor], keep: int) -> Bank:
-        """For a cache whose pages [R, N, T, H, D] of every layer are ``pages_k``."""
+        """Make an empty bank for a cache whose pages are ``pages_k``, [R, N, T, H, D] a layer."""
         none = tuple(k[:1, :0] for k in pages_k)
         return cls(none, none, torch.zeros(len(none), 1, 0, dtype=torch.long), keep)
 
@@ -50,7 +53,7 @@ class Bank:
         return {-1 - slot: slot for slot in range(self.frames.shape[2])}
 
     def part(self, first: int, count: int) -> Bank:
-        """Of ``count`` of the rows."""
+        """Give the bank of ``count`` of the rows."""
         if self.rows == 1:
             return self
         k, v = (
@@ -66,8 +69,10 @@ class Bank:
         slot: int,
         size: int,
     ) -> Bank:
-        """The bank with ``frame`` in it: in its ``slot`` if that is below ``size``, else in place
-        of the prototype that agrees least with the text.
+        """Return the bank with ``frame`` recorded in it.
+
+        It fills its ``slot`` if that is below ``size``, else it replaces the prototype that agrees
+        least with the text.
 
         ``page(layer)``: the frame's keys and values. ``text_keys``: mean text keys of every layer,
         [P, H, D]; rows of a prompt stand together.
@@ -121,8 +126,10 @@ def activated(
     candidates: int,
     keep: int,
 ) -> Page:
-    """SMA: of the first ``candidates`` of the ``frames`` past frames, only the ``keep`` whose
-    mean key agrees best with the mean query, head by head."""
+    """Select past frames by SMA: ``keep`` of the first ``candidates`` of the ``frames`` frames.
+
+    Each head keeps those whose mean key agrees best with its mean query. All later frames stay.
+    """
     T = k_BLHD.shape[1] // frames
     memory_k, memory_v = (
         x[:, : candidates * T].unflatten(1, (candidates, T)) for x in (k_BLHD, v_BLHD)

@@ -1,5 +1,6 @@
-"""A generator with everything around it, from one folder in diffusers layout: text encoder,
-transformer, VAE, geometry.
+"""A generator with everything around it, from one folder in diffusers layout.
+
+It has text encoder, transformer, VAE and geometry.
 
     model_index.json  transformer/  vae/  text_encoder/  tokenizer/  scheduler/  streaming.json
 
@@ -41,15 +42,17 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 @dataclass(frozen=True)
 class Geometry:
-    """How the generator streams: the content of `streaming.json`."""
+    """Geometry of the generator's streaming: the content of `streaming.json`."""
 
     block: int
     """Latent frames generated together."""
     sink: int
     """Oldest latent frames, always read."""
     window: int
-    """Latent frames a block reads in all: sink, rolling past and the block itself; -1:
-    everything."""
+    """Latent frames a block reads in all; -1: everything.
+
+    They are sink, rolling past and the block itself.
+    """
     latent_height: int
     latent_width: int
     fps: int
@@ -65,7 +68,7 @@ class Geometry:
     bank_every: int = 3
     """Blocks between frames recorded to the bank."""
     bank_keep: int = 0
-    """Of sink and bank, latent frames that each head reads, chosen by its queries (SMA); 0: all."""
+    """Latent frames of sink and bank that each head reads, chosen by its queries (SMA); 0: all."""
     first_steps: int = 0
     """Denoise steps of a video's first block, which has no past to lean on; 0: as all others."""
 
@@ -114,11 +117,11 @@ class Geometry:
 
     @property
     def sigmas(self) -> tuple[float, ...]:
-        """Of every block that may be explored: all but a video's first."""
+        """Noise levels of every block that may be explored: all but a video's first."""
         return warped_sigmas(self.steps, self.shift)
 
     def sigmas_of(self, block: int) -> tuple[float, ...]:
-        """Of a block by its number."""
+        """Noise levels of a block, by its number."""
         return (
             warped_sigmas(self.first_steps, self.shift)
             if block == 0 and self.first_steps
@@ -131,21 +134,27 @@ class Geometry:
         return MemoryBank(window, self.bank, self.bank_every, self.block) if self.bank else window
 
     def resident(self, blocks: int) -> int:
-        """Latent frames a cache must hold to stream so many blocks: a prompt switch re-encodes
-        the latest ``window`` frames beside the sink."""
+        """Latent frames a cache must hold to stream so many blocks.
+
+        A prompt switch re-encodes the latest ``window`` frames beside the sink.
+        """
         return min(
             blocks * self.block, blocks * self.block if self.window < 0 else self.sink + self.window
         )
 
     def reencoded(self, block: int) -> range:
-        """Frames that a prompt switch before ``block`` encodes once more: the window's past
-        without the sink."""
+        """Frames that a prompt switch before ``block`` encodes once more.
+
+        They are the window's past without the sink.
+        """
         stop = block * self.block
         return range(self.sink if self.window < 0 else max(self.sink, stop - self.window), stop)
 
     def pixel_frames(self, latent_frames: int) -> int:
-        """Pixel frames of a video of so many latent frames: 1 for the first, 4 for each after
-        it."""
+        """Pixel frames of a video of so many latent frames.
+
+        The first gives 1, each after it gives 4.
+        """
         return max(0, 4 * latent_frames - 3)
 
     @classmethod
@@ -182,13 +191,15 @@ class Pipeline:
     vae: AutoencoderKLWan
     geometry: Geometry
     stock: WanPipeline
-    """The same modules as diffusers' own pipeline: prompt encoding and saving are its business."""
+    """diffusers' own pipeline of the same modules, for prompt encoding and saving."""
     folder: str
     known: dict[str, torch.Tensor] = field(default_factory=dict)
     """Prompt -> its embedding up to its end, [n, D] in main memory: every text is encoded once."""
     spec: str = ""
-    """What it was asked for by, such as RUN:ema, where that is known
-    (`kvpo.api.functions.load`)."""
+    """Name it was asked for by, such as RUN:ema; "" where that is not known.
+
+    `kvpo.api.functions.load` sets it.
+    """
 
     @classmethod
     def load(
@@ -199,12 +210,14 @@ class Pipeline:
         vae_dtype: torch.dtype | None = None,
         text_encoder: bool = True,
     ) -> Pipeline:
-        """``vae_dtype``: default ``dtype``. Without ``text_encoder`` only texts that are put into
-        ``known`` can be asked for.
+        """Load a pipeline from its folder; ``vae_dtype``: default ``dtype``.
 
-        FileNotFoundError or ValueError, one line that names the file, for anything missing,
-        broken, foreign or pickled; PermissionError for what may not be read, FloatingPointError
-        for weights that are not finite."""
+        Without ``text_encoder`` only texts that are put into ``known`` can be asked for.
+
+        Raises FileNotFoundError or ValueError, one line that names the file, for anything missing,
+        broken, foreign or pickled; PermissionError for what may not be read, FloatingPointError for
+        weights that are not finite.
+        """
         # transformers' own, one per component: stderr belongs to errors and to our bars
         disable_progress_bar()
         folder = Path(folder)
@@ -234,8 +247,10 @@ class Pipeline:
 
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str]) -> torch.Tensor:
-        """Prompts -> embeddings [P, L, D], zeros after each prompt's end (the network reads them
-        unmasked). ValueError for a prompt that would be cut."""
+        """Embed prompts: [P, L, D], with zeros after each prompt's end.
+
+        The network reads them unmasked. Raises ValueError for a prompt that would be cut.
+        """
         if new := [t for t in dict.fromkeys(texts) if t not in self.known]:
             for text in new:
                 if (count := len(self.stock.tokenizer(text).input_ids)) > self.geometry.text_length:
@@ -263,7 +278,7 @@ class Pipeline:
         ).to(self.device)
 
     def forget_text_encoder(self) -> None:
-        """Its memory is free again; only texts in ``known`` can be asked for then."""
+        """Free the text encoder's memory; only texts in ``known`` can be asked for then."""
         self.stock.register_modules(text_encoder=None)
 
     def new_cache(self, capacity: int, rows: int = 1) -> FrameCache:
@@ -297,8 +312,10 @@ class Pipeline:
 
 
 def check_folder(folder: Path) -> Geometry:
-    """How the generator of a pipeline folder streams, read without any weights. PermissionError,
-    FileNotFoundError or ValueError where the folder is none, or not whole."""
+    """Read how the generator of a pipeline folder streams, without any weights.
+
+    Raises PermissionError, FileNotFoundError or ValueError where the folder is none, or not whole.
+    """
     check_readable(folder)
     check_readable(folder / "model_index.json")
     if not (folder / "model_index.json").is_file():
@@ -321,8 +338,10 @@ def load_tokenizer(folder: Path):
 
 
 def use_channels_last(vae: AutoencoderKLWan) -> None:
-    """Order the weights of the convolutions as CPUs like them: decoding then takes a little more
-    than half the time."""
+    """Order the weights of the convolutions as CPUs like them.
+
+    Decoding then takes a little more than half the time.
+    """
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     for p in vae.parameters():
         if p.dim() in formats:
@@ -330,8 +349,10 @@ def use_channels_last(vae: AutoencoderKLWan) -> None:
 
 
 def _check_folder(folder: Path) -> None:
-    """PermissionError where a folder, or a file in it, may not be read: before any reader calls
-    it missing or broken."""
+    """Check that a folder, and every file in it, may be read.
+
+    Raises PermissionError, before any reader calls it missing or broken.
+    """
     check_readable(folder)
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         check_readable(path)
@@ -399,7 +420,7 @@ def _load_weightless(kind, folder: Path):
 
 
 def _not_json(folder: Path) -> str:
-    """Which of the folder's files is no JSON and why; nothing if all are."""
+    """Name the folder's file that is no JSON, and why; "" if all are."""
     for path in sorted(folder.glob("*.json")):
         try:
             json.loads(path.read_text(encoding="utf-8"))
@@ -414,13 +435,14 @@ def pixel_span(blocks: tuple[int, int], geometry: Geometry) -> tuple[int, int]:
 
 
 def block_at(second: float, geometry: Geometry, up: bool = False) -> int:
-    """The block whose first pixel frame is nearest to a time of the video; ``up``: how many
-    blocks reach it."""
+    """Number of the block whose first pixel frame is nearest to a time of the video, s.
+
+    ``up``: number of blocks that reach the time. Raises ValueError unless it is above 0 and finite.
+    """
     if not 0.0 < second < math.inf:
         raise ValueError(
             f"{second} s is no time of a video that a block could begin or end at; give more than 0"
         )
-    blocks = (second * geometry.fps + 3) / (
-        4 * geometry.block
-    )  # the first latent frame gives one pixel frame, every later one four
+    # the first latent frame gives one pixel frame, every later one four
+    blocks = (second * geometry.fps + 3) / (4 * geometry.block)
     return int(-(-blocks // 1)) if up else max(1, round(blocks))

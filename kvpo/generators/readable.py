@@ -1,5 +1,7 @@
-"""Whether a generator can read the prompts it is given: asked of its tokenizer alone, before any
-weights are loaded."""
+"""Check whether a generator can read the prompts it is given.
+
+Its tokenizer alone is asked, before any weights are loaded.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +18,10 @@ NAMED = 12
 def check_prompts(
     folder: str | Path, scripts: Iterable[Script], warn: Callable[[str], None]
 ) -> None:
-    """ValueError, with the prompt's place, where one is longer than the generator reads or has no
-    word that it knows.
+    """Check that every prompt fits the generator's length and has a word that it knows.
 
-    ``warn`` is told once which other words it does not know: they are all the same to it, and
-    stand for nothing.
+    Raises ValueError with the prompt's place where not. ``warn`` is told once which other words it
+    does not know: they are all the same to it, and stand for nothing.
     """
     geometry, tokenizer = check_folder(Path(folder)), load_tokenizer(Path(folder))
     vocabulary = Path(folder) / "tokenizer"

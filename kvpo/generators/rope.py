@@ -1,5 +1,4 @@
-"""Rotary embedding at arbitrary absolute frame positions, read from the stock module's own
-tables."""
+"""Rotary embedding at arbitrary absolute frame positions, from the stock module's own tables."""
 
 from __future__ import annotations
 
@@ -13,8 +12,9 @@ Angles = tuple[torch.Tensor, torch.Tensor]
 
 
 def frame_angles(rope: WanRotaryPosEmbed, frames_BF: torch.Tensor, grid: tuple[int, int]) -> Angles:
-    """Angles of whole frames at absolute positions; ``grid`` is (rows, columns) of tokens in a
-    frame.
+    """Angles of whole frames at absolute positions.
+
+    ``grid`` is (rows, columns) of tokens in a frame.
 
     The stock module only offers positions 0 .. F-1 of one video, but its tables hold every position
     up to their end, which `check_positions` knows.
@@ -32,8 +32,11 @@ def frame_angles(rope: WanRotaryPosEmbed, frames_BF: torch.Tensor, grid: tuple[i
 
 
 def check_positions(rope: WanRotaryPosEmbed, frames: Iterable[Sequence[int]]) -> None:
-    """ValueError for a frame beyond the tables' end (1024 frames in Wan2.1). Asked of plain
-    numbers: asking a tensor makes a GPU wait."""
+    """Check that every frame lies within the tables (1024 frames in Wan2.1).
+
+    Raises ValueError for one that does not. It takes plain numbers: asking a tensor makes a GPU
+    wait.
+    """
     if (last := max(map(max, frames))) >= len(rope.freqs_cos):
         raise ValueError(
             f"frame {last} has no rotary position: the tables end at {len(rope.freqs_cos) - 1}; shorten the video or raise rope_max_seq_len"

@@ -1,5 +1,6 @@
-"""The sampler: one block through the denoise steps, and a stream of blocks. Every stage generates
-through this file.
+"""The sampler: one block through the denoise steps, and a stream of blocks.
+
+Every stage generates through this file.
 
     x_0 = start noise      x0 = x_i - sigma_i v(x_i)      x_{i+1} = sampler.next(...)      clean latents = the last x0
 
@@ -28,7 +29,7 @@ Observer = Callable[[int, torch.Tensor, torch.Tensor], None]
 
 
 class Sampler(Protocol):
-    """How a denoise step leads to the next one's input."""
+    """Interface of a sampler, the rule from one denoise step to the next one's input."""
 
     def next(
         self,
@@ -43,8 +44,10 @@ class Sampler(Protocol):
 
 @dataclass(frozen=True)
 class Renoise:
-    """Fresh noise on the predicted clean latents: what the released few-step models were
-    distilled for."""
+    """Sampler that mixes fresh noise into the predicted clean latents.
+
+    The released few-step models were distilled for it.
+    """
 
     def next(self, x, v, x0, sigma, sigma_next, noise):
         return add_noise(x0, noise(), sigma_next)
@@ -71,8 +74,10 @@ class Noise(Protocol):
 
 @dataclass(frozen=True)
 class NamedNoise:
-    """Noise from the named streams of one video: the same whatever else is drawn, and on every
-    device."""
+    """Noise from the named streams of one video.
+
+    It is the same whatever else is drawn, and on every device.
+    """
 
     shape: tuple[int, int, int, int]
     """F, C, H, W of a block."""
@@ -110,8 +115,10 @@ def denoise_block(
     renoise: Callable[[int], torch.Tensor],
     observe: Observer | None = None,
 ) -> torch.Tensor:
-    """Clean latents of a block from its start noise. ``velocity(x, sigma)``; ``renoise(i)`` is
-    the noise mixed in after step i."""
+    """Denoise a block from its start noise; returns its clean latents.
+
+    ``velocity(x, sigma)``; ``renoise(i)`` is the noise mixed in after step i.
+    """
     x = start
     for i, sigma in enumerate(sigmas):
         v = velocity(x, sigma)
@@ -141,8 +148,10 @@ class Stream:
         cache: FrameCache,
         past: Sequence[torch.Tensor] = (),
     ):
-        """``scripts``: one for all rows, or one per row. ``embeddings``: prompt -> [L, D].
-        ``past``: clean blocks [B or 1, F, C, H, W] so far."""
+        """Begin a stream after the clean blocks ``past`` [B or 1, F, C, H, W].
+
+        ``scripts``: one for all rows, or one per row. ``embeddings``: prompt -> [L, D].
+        """
         self.model, self.geometry, self.sampler, self.scripts, self.embeddings = (
             model,
             geometry,
@@ -158,8 +167,10 @@ class Stream:
         return self.cache.rows
 
     def part(self, first: int, count: int) -> Stream:
-        """``count`` rows of a batch of videos (a script and a noise each) as a stream of their
-        own, which goes on in this one's memory: these rows must not go on here."""
+        """Give ``count`` rows of a batch of videos (a script and a noise each) as their own stream.
+
+        It goes on in this one's memory: these rows must not go on here.
+        """
         blocks = [b[first : first + count] for b in self.blocks]
         part = Stream(
             self.model,
@@ -175,8 +186,10 @@ class Stream:
         return part
 
     def text(self, block: int, rows: Sequence[int] | None = None) -> torch.Tensor:
-        """Embeddings of the prompts that hold at ``block``, [1, L, D] if one script serves all
-        rows, else [B, L, D]."""
+        """Embeddings of the prompts that hold at ``block``.
+
+        [1, L, D] if one script serves all rows, else [B, L, D].
+        """
         scripts = (
             self.scripts
             if len(self.scripts) == 1 or rows is None
@@ -188,8 +201,10 @@ class Stream:
     def advance(
         self, history: History | None = None, observe: Observer | None = None
     ) -> torch.Tensor:
-        """Generate and commit the next block; its clean latents [B, F, C, H, W]. ``history``:
-        default the deployed window."""
+        """Generate and commit the next block; returns its clean latents [B, F, C, H, W].
+
+        ``history``: default the deployed window.
+        """
         self.switch()
         block, F = len(self.blocks), self.geometry.block
         frames = list(range(block * F, (block + 1) * F))
@@ -211,8 +226,11 @@ class Stream:
         return x0
 
     def switch(self) -> None:
-        """What comes before the next block: the memory bank's recording, and re-encoding in the
-        rows whose segment changes there. Done by `advance`; call it to fork at a switch."""
+        """Prepare the next block: the memory bank's recording, and re-encoding at a prompt switch.
+
+        Only rows whose segment changes there are re-encoded. `advance` does it; call it to fork at
+        a switch.
+        """
         block = len(self.blocks)
         if block == 0 or self.reencoded == block:
             return
@@ -225,13 +243,15 @@ class Stream:
             )
 
     def forget(self) -> None:
-        """Let go of latents that no prompt switch can need any more; `blocks` keeps their
-        places."""
+        """Let go of latents that no prompt switch can need any more.
+
+        `blocks` keeps their places.
+        """
         first = self.geometry.reencoded(len(self.blocks)).start // self.geometry.block
         self.blocks[:first] = [None] * first
 
     def _remember(self, block: int) -> None:
-        """What the history records enters the memory bank under the prompt of the next block."""
+        """Record the history's frame in the memory bank, under the prompt of the next block."""
         history = self.geometry.history
         if (recorded := history.recorded(block)) is not None:
             frame, number = recorded

@@ -1,5 +1,7 @@
-"""Latents to pixels while they are generated: the causal VAE's decoder with its state outside
-the module."""
+"""Decoding of latents to pixels while they are generated.
+
+The causal VAE's decoder keeps its state outside the module.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,9 @@ def latent_scale(vae: AutoencoderKLWan, like: torch.Tensor) -> tuple[torch.Tenso
 
 
 class StreamingDecoder:
-    """Decodes a stream of latent frames; the first gives 1 pixel frame, every later one 4 (in Wan's
-    VAE).
+    """Decoder of a stream of latent frames.
+
+    The first gives 1 pixel frame, every later one 4 (in Wan's VAE).
 
     ``fork`` continues from the same state in several branches: a clip from the middle of a video is
     decoded as that, not as if its first latent started a video.
@@ -35,8 +38,10 @@ class StreamingDecoder:
         """Latent frames decoded so far."""
 
     def fork(self, rows: int) -> StreamingDecoder:
-        """A decoder of ``rows`` streams that all continue from this one's state, which stays as
-        it is."""
+        """Make a decoder of ``rows`` streams that all continue from this one's state.
+
+        This one stays as it is.
+        """
         other = StreamingDecoder(self.vae)
         # The convolutions replace their entries and never write into them, so sharing the memory is
         # safe.
@@ -96,8 +101,10 @@ class StreamingDecoder:
         return pixels
 
     def _name_fault(self, frames: Iterable[torch.Tensor], what: str, way_out: str) -> None:
-        """FloatingPointError for the first of ``frames`` that is not finite: one [B, ...] each,
-        from the next to be decoded on."""
+        """Raise FloatingPointError for the first of ``frames`` that is not finite.
+
+        ``frames``: one [B, ...] each, from the next to be decoded on.
+        """
         for frame, x in enumerate(frames, self._frames):
             if not is_finite(x):
                 rows = [row for row, one in enumerate(x) if not is_finite(one)]
@@ -107,13 +114,17 @@ class StreamingDecoder:
                 raise FloatingPointError(f"the {what} of {where} are NaN or infinite; {way_out}")
 
     def _pixels(self, decoded: torch.Tensor) -> torch.Tensor:
-        """uint8 [B, T, 3, H, W], a quarter of the decoder's float32, frame by frame: a long
-        video in float would not fit."""
+        """Pixels uint8 [B, T, 3, H, W], a quarter of the decoder's float32.
+
+        They are made frame by frame: a long video in float would not fit.
+        """
         if (patch := self.vae.config.patch_size) is not None:
             decoded = unpatchify(decoded, patch)
         return ((decoded.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).transpose(1, 2)
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> list:
-        """The state with every tensor of it changed; what a convolution has not met yet is no
-        tensor."""
+        """Map every tensor of the state with ``change``.
+
+        An entry of a convolution that has met nothing yet is no tensor, and stays.
+        """
         return [change(x) if isinstance(x, torch.Tensor) else x for x in self._cache]

@@ -1,5 +1,4 @@
-"""Stage 4: rewards of a group -> one advantage per branch, measured against the anchor (method.md
-section 3).
+"""Stage 4: one advantage per branch, its reward against the anchor's (method.md section 3).
 
 In this order, each step on the scale the one before left:
 
@@ -38,12 +37,14 @@ else:
     torch = Late("torch")
 
 MIN_VALID = 0.75
-"""Share of rows that must be valid: a mean over fewer says more about the failures than about
-the branches."""
+"""Smallest share of valid rows with which a group is used.
+
+A mean over fewer says more about the failures than about the branches.
+"""
 
 
 class Unmeasurable(ValueError):
-    """Too few rows of a group have rewards, or its anchor has none: there is nothing to compare."""
+    """Error of a group that can not be compared: too few rows or its anchor lack rewards."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,12 @@ class Advantage:
     """Advantages of one group, and how they came about."""
 
     values: torch.Tensor
-    """A_M float64 of the group's M members, the first M rows of the rollout: centred and
-    clamped; 0 where rewards are missing."""
+    """A_M float64 of the group's M members, the first M rows of the rollout.
+
+    Centred and clamped; 0 where rewards are missing.
+    """
     fused: torch.Tensor
-    """A_G float64 before centring: above 0 = better than the anchor; 0 for branches without
-    rewards."""
+    """A_G float64 before centring; above 0 = better than the anchor, 0 = no rewards."""
     local: torch.Tensor
     """A_KG float64 per component, unweighted: the window's clip."""
     global_: torch.Tensor
@@ -72,26 +74,39 @@ class Advantages:
     """The advantage rule and its settings."""
 
     weights: Mapping[str, float] = field(default_factory=dict)
-    """Component -> weight; empty = every component counts 1. Otherwise it must name every
-    component."""
+    """Component -> weight; empty = every component counts 1.
+
+    Otherwise it must name every component.
+    """
     local: float = 1.0
     """Weight of the local signal: rewards of the window's clip."""
     global_: float = 0.5
     """Weight of the global signal: rewards of the clips from the fork on."""
     anchor: bool = False
-    """The anchor is a member of the group: it has A = 0 before centring, an energy (0 under the
-    weights that made it) and a share of pi. Then branches compete with what the policy does by
-    itself, not only with each other."""
+    """The anchor is a member of the group, so branches compete with it too.
+
+    It has A = 0 before centring, an energy (0 under the weights that made it) and a share of pi.
+    Then branches compete with what the policy does by itself, not only with each other.
+    """
     clamp: float = 5.0
-    """Bound of |A| after centring, 0 = none. One component of weight 1 in a group of 8 stays
-    below 1.5 * 2.7 = 4, so the default only acts on heavier or several agreeing components."""
+    """Bound of |A| after centring, 0 = none.
+
+    One component of weight 1 in a group of 8 stays below 1.5 * 2.7 = 4, so the default only acts on
+    heavier or several agreeing components.
+    """
     std: Literal["group", "step"] = "group"
-    """What rewards are divided by, per component and signal: the group's own standard deviation,
-    so that every group counts alike however little its branches differ, or one for all groups of
-    the step (`kvpo.method.batch_spread`), so that a group counts by its spread."""
+    """Standard deviation that rewards are divided by, per component and signal.
+
+    `group`: the group's own, so that every group counts alike however little its branches differ.
+    `step`: one for all groups of the step (`kvpo.method.batch_spread`), so that a group counts by
+    its spread.
+    """
     std_floor: float = 1e-5
-    """Least spread, in reward units: a component whose std (of ``std``'s kind) is below this says
-    nothing. It contributes 0, not amplified rounding."""
+    """Smallest standard deviation that counts, in reward units.
+
+    A component whose std (of ``std``'s kind) is below this says nothing: it contributes 0, not
+    amplified rounding.
+    """
 
     def __post_init__(self):
         if self.clamp < 0.0 or self.std_floor <= 0.0:
@@ -102,8 +117,11 @@ class Advantages:
             raise ValueError(f"advantages.std = {self.std!r} is unknown; choose group or step")
 
     def __call__(self, table: RewardTable, spread: Spread | None = None) -> Advantage:
-        """``spread``: the step's, None: the group's own. `Unmeasurable` if the anchor or over a
-        quarter of the rows lack rewards, ValueError if a valid row holds a NaN."""
+        """Compute the group's advantages; ``spread``: the step's, None: the group's own.
+
+        Raises `Unmeasurable` if the anchor or over a quarter of the rows lack rewards, ValueError
+        if a valid row holds a NaN.
+        """
         valid = _checked(table)
         stds = (None, None) if spread is None else (spread.local, spread.global_)
         local_KG, global_KG = (
@@ -143,7 +161,7 @@ class Advantages:
 
 @dataclass(frozen=True)
 class UnsafePolicy:
-    """What becomes of a group in which no branch beats the anchor: a factor on its whole loss."""
+    """Treatment of a group in which no branch beats the anchor: a factor on its whole loss."""
 
     kind: Literal["skip", "scale", "none"] = "none"
     """`skip` = 0, `scale` = ``factor``, `none` = the group counts like any other."""
@@ -166,16 +184,21 @@ class UnsafePolicy:
 
 
 def anchor_advantage(r_B: torch.Tensor, eps: float = 0.0) -> torch.Tensor:
-    """A_(B-1) = (r_g - r_anchor) / (std + eps), unbiased std over all rows; the anchor is the
-    last row."""
+    """A_(B-1) = (r_g - r_anchor) / (std + eps), unbiased std over all rows.
+
+    The anchor is the last row.
+    """
     return (r_B[:-1] - r_B[-1]) / (r_B.std() + eps)
 
 
 def relative_to_anchor(
     r_KB: torch.Tensor, valid_B: torch.Tensor, std_floor: float, std_K: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """A_KG float64 of every component over the valid rows; 0 for invalid rows and components
-    without spread. ``std_K``: divide by these."""
+    """A_KG float64 of every component over the valid rows.
+
+    0 for invalid rows and for components without spread. ``std_K``: divide by these instead of the
+    group's own.
+    """
     A_KG = torch.zeros(r_KB.shape[0], r_KB.shape[1] - 1, dtype=torch.float64)
     for k, (A_G, r_B) in enumerate(zip(A_KG, r_KB.double())):
         r = r_B[valid_B]
@@ -244,8 +267,10 @@ def _metrics(
 
 
 def conflicts(components: Sequence[str], A_KG: torch.Tensor) -> dict[str, float]:
-    """Metrics of a group from the advantages of its branches that have rewards, both signals
-    fused; pairs without spread have no rank correlation."""
+    """Metrics of how far components disagree, from A_KG of the branches that have rewards.
+
+    Both signals are fused already. Pairs without spread have no rank correlation.
+    """
     metrics = {f"conflict/{name}/flat": float(not A_G.any()) for name, A_G in zip(components, A_KG)}
     for (a, A_G), (b, B_G) in combinations(zip(components, A_KG), 2):
         metrics[f"conflict/{a}-{b}/sign"] = float((A_G * B_G < 0).double().mean())

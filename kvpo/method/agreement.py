@@ -1,5 +1,6 @@
-"""How much of a group's gradient is signal: the mean cosine rho between gradients of different
-groups, while training.
+"""Signal in a group's gradient: mean cosine rho between gradients of different groups.
+
+It is measured while training.
 
 Gradients of pure noise are orthogonal. If every group's is a common direction plus noise of its
 own, the mean of N has a cosine of about sqrt(N rho / (1 + N rho)) with the common direction: N = 1
@@ -22,7 +23,7 @@ from kvpo.method.settings import LEAST_GROUPS, AgreementConfig
 from kvpo.method.sketch import SIZE
 
 NAME = "agreement.sketches"
-"""Of the tensor in a checkpoint."""
+"""Name of the sketches' tensor in a checkpoint."""
 
 
 class Agreement:
@@ -32,7 +33,7 @@ class Agreement:
         self.config = config
         self._latest = torch.zeros(0, SIZE)
         self._noted: dict[int, torch.Tensor] = {}
-        """This rank's of the step at work."""
+        """Group number -> sketch: this rank's groups of the step at work."""
 
     def note(self, group: int, sketch: torch.Tensor | None) -> None:
         """A group of this step; None where it has nothing to say."""
@@ -40,8 +41,10 @@ class Agreement:
             self._noted[group] = sketch.float()
 
     def take(self, ranks: Ranks) -> dict[str, float]:
-        """The step is done: all ranks' groups join the window, in their order. Metrics, once
-        there are enough; all ranks enter."""
+        """End the step: all ranks' groups join the window, in their order.
+
+        Returns the metrics, empty until there are enough groups. All ranks must enter.
+        """
         if not self.config.window:
             return {}
         noted, self._noted = self._noted, {}
@@ -52,17 +55,17 @@ class Agreement:
         return metrics_of(self._latest)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """For a checkpoint."""
+        """Tensors for a checkpoint, by name."""
         return {NAME: self._latest} if len(self._latest) else {}
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """From a checkpoint; those of before it was measured have none."""
+        """Take over a checkpoint's sketches; checkpoints older than the measurement have none."""
         if NAME in tensors and self.config.window:
             self._latest = tensors[NAME][-self.config.window :].clone()
 
 
 def metrics_of(x_ND: torch.Tensor) -> dict[str, float]:
-    """Of gradients of length 1, or their sketches."""
+    """Metrics of gradients x_ND of length 1, or of their sketches; empty if they are too few."""
     N = len(x_ND)
     if N < LEAST_GROUPS:
         return {}
@@ -95,13 +98,18 @@ def needed_groups(cosine: float) -> float:
 
 
 def signal(groups: int, cosine: float) -> float:
-    """Share of the squared length of a mean of so many groups' gradients that is common to all:
-    N rho / (1 + N rho)."""
+    """Common share of the squared length of the mean of so many groups' gradients.
+
+    It is N rho / (1 + N rho).
+    """
     return max(groups * cosine, 0.0) / (1.0 + max(groups * cosine, 0.0))
 
 
 def sentence(cosine: float, error: float, groups: int, step: int) -> str:
-    """What it means.  ``groups``: it was measured over.  ``step``: groups of one step."""
+    """Explain the mean cosine and its standard error in a sentence.
+
+    ``groups``: number over which it was measured. ``step``: groups of one step.
+    """
     begin = f"Over the last {groups} groups, gradients of two groups have a mean cosine of {cosine:.3f} (standard error {error:.3f})"
     most = cosine + 2.0 * error
     if cosine < 2.0 * error:

@@ -25,7 +25,7 @@ else:
 
 @dataclass(frozen=True)
 class Spread:
-    """Of a step: what rewards are divided by, float64."""
+    """Standard deviations of a step that rewards are divided by, float64."""
 
     local: torch.Tensor
     """std_K."""
@@ -47,7 +47,7 @@ def variances(table: RewardTable) -> torch.Tensor:
 
 
 def spread_of(parts: Sequence[Mapping[int, torch.Tensor]]) -> Spread | None:
-    """From every rank's groups, number -> their `variances`; None where no group has any."""
+    """Pool every rank's groups, number -> their `variances`; None where no group has any."""
     groups = {index: var for part in parts for index, var in part.items()}
     if not groups:
         return None

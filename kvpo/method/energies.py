@@ -1,5 +1,4 @@
-"""How likely a branch is: an energy per branch, and the temperature that turns energies into
-logits.
+"""Energy of a branch, which says how likely it is, and the temperature that makes it a logit.
 
     E(g) = 1 / (P S) sum_{b,s} w_s mean_{F,C,H,W} (v_{b,s} - u_{b,s})^2        logit_g = -E(g) / tau
 
@@ -33,8 +32,10 @@ class Surrogate(Protocol):
     """An energy that ranks branches by how well the unperturbed policy explains them."""
 
     needs_differing_context: ClassVar[bool]
-    """True: zero, with zero gradient, on branches that the unperturbed policy would have made
-    itself."""
+    """True: branches that the unperturbed policy would have made itself have energy 0.
+
+    Their gradient is zero as well.
+    """
 
     def step_weights(self, sigmas: Sequence[float]) -> torch.Tensor:
         """w_S float64, one weight per denoise step."""
@@ -61,12 +62,16 @@ class Temperature:
     """tau of the Gibbs policy, fixed for a group once its old energies are known."""
 
     value: float | Literal["auto"] = "auto"
-    """A number in units of energy, or `auto`: the unbiased std over the group's members of the
-    old policy's energies, so that logits have spread 1. Without it pi is uniform to several
-    digits and clip and KL never act."""
+    """Divisor of energies: a number in units of energy, or `auto`.
+
+    `auto` is the unbiased std over the group's members of the old policy's energies, so that logits
+    have spread 1. Without it pi is uniform to several digits and clip and KL never act.
+    """
     floor: float = 1e-6
-    """`auto` is at least ``floor`` times the mean energy: a smaller spread is rounding and must
-    not be amplified."""
+    """Lower bound of `auto`: ``floor`` times the mean energy.
+
+    A smaller spread is rounding and must not be amplified.
+    """
 
     def __post_init__(self):
         number = isinstance(self.value, (int, float)) and not isinstance(self.value, bool)
@@ -101,17 +106,19 @@ class Temperature:
 
 @dataclass(frozen=True)
 class DenoisedEnergy:
-    """The reference code's energy, the squared error of the denoised latents.
+    """The reference code's energy: the squared error of the denoised latents.
 
-    w_s = sigma_s^2 / (2 max(sigma_s, floor)^2), so that w_s ||v - u||^2 = ||x0_v - x0_u||^2 / (2
-    max(sigma_s, floor)^2).
-
-    It holds because both x0 come from one input: x0_v - x0_u = sigma (u - v).
+    w_s = sigma_s^2 / (2 max(sigma_s, floor)^2), so w_s ||v - u||^2 = ||x0_v - x0_u||^2 / (2
+    max(sigma_s, floor)^2). It holds because both x0 come from one input: x0_v - x0_u =
+    sigma (u - v).
     """
 
     floor: float = 1.0
-    """1 gives sigma^2 / 2, the plain x0 error; 0 gives 1/2 at every step, half the velocity
-    energy. Between them lie the reference code's other settings, for comparison only."""
+    """Smallest sigma that the x0 error is divided by.
+
+    1 gives sigma^2 / 2, the plain x0 error; 0 gives 1/2 at every step, half the velocity energy.
+    Between them lie the reference code's other settings, for comparison only.
+    """
 
     needs_differing_context: ClassVar[bool] = True
 
@@ -130,19 +137,25 @@ class DenoisedEnergy:
 
 @dataclass(frozen=True)
 class VelocityEnergy:
-    """The paper's energy: the mean squared residual of the velocities, in units of velocity
-    squared; w_s = 1 unless ``weights`` says otherwise."""
+    """The paper's energy: the mean squared residual of the velocities.
+
+    In units of velocity squared; w_s = 1 unless ``weights`` says otherwise.
+    """
 
     weights: StepWeights = "equal"
-    """Weights of the denoise steps: `equal` (the paper's), `kernel` (the KL of the `renoise` sampler's
-    own Gaussian steps), or a number a step. Brought to mean 1. A step of weight 0 is not
-    replayed, which saves its time: `[0, 0, 1, 1]` halves the replay."""
+    """Weights of the denoise steps: `equal` (the paper's), `kernel`, or a number a step.
+
+    `kernel` is the KL of the `renoise` sampler's own Gaussian steps. Weights are brought to mean 1.
+    A step of weight 0 is not replayed, which saves its time: `[0, 0, 1, 1]` halves the replay.
+    """
     last_sigma: float = 0.35
-    """`kernel` only: the noise level through which the last step's output is seen; it has no
-    re-noise of its own, and its exact weight is infinite. At 0.35 the last step of the released
-    schedule weighs 5.4 times the one before it: measured on the miniature's shipped weights, 72
-    branches, is 5.3 (share of the change of the final latents, .472 to .072, per share of the
-    energy, .31 to .25)."""
+    """Noise level through which the last step's output is seen; `kernel` only.
+
+    The last step has no re-noise of its own, and its exact weight is infinite. At 0.35 the last
+    step of the released schedule weighs 5.4 times the one before it: measured on the miniature's
+    shipped weights, 72 branches, is 5.3 (share of the change of the final latents, .472 to .072,
+    per share of the energy, .31 to .25).
+    """
 
     needs_differing_context: ClassVar[bool] = True
 

@@ -1,4 +1,4 @@
-"""What an explorer is: it says where branches may fork, and what each of them does differently.
+"""Explorers say where branches may fork, and what each of them does differently.
 
 A plan never touches the generator: it is data (`kvpo.types.BranchPlan`) that the rollout carries
 out, so an explorer can be tested, replayed and shown without a network (method.md section 2).
@@ -35,7 +35,7 @@ class Geometry(Protocol):
 
 
 class Explorer(Protocol):
-    """Where branch diversity comes from."""
+    """Interface of a source of branch diversity."""
 
     window_blocks: int
     """P, blocks explored after the fork."""
@@ -43,12 +43,16 @@ class Explorer(Protocol):
     """Latest past frames that every branch reads as they are; 0 = none is set apart."""
     deterministic_replay: ClassVar[bool]
     """True: the unperturbed policy, given the branch's own inputs, produces that very branch.
-    Its energy is then identically 0 with zero gradient, so an energy objective on such branches
-    is refused (method.md section 7)."""
+
+    Its energy is then identically 0 with zero gradient, so an energy objective on such branches is
+    refused (method.md section 7).
+    """
 
     def eligible_forks(self, blocks: int, geometry: Geometry) -> list[int]:
-        """Blocks of a video of ``blocks`` blocks at which a window may start. ValueError if
-        there is none."""
+        """Blocks of a video of ``blocks`` blocks at which a window may start.
+
+        Raises ValueError if there is none.
+        """
         ...
 
     def plan(
@@ -59,7 +63,7 @@ class Explorer(Protocol):
         generator: torch.Generator,
         resident: Sequence[int] | None = None,
     ) -> tuple[BranchPlan, ...]:
-        """One plan per branch, the anchor not included.
+        """Plan every branch of a group; the anchor is not included.
 
         ``resident``: absolute frames in the cache at the fork; None = all frames before it.
         """
@@ -90,8 +94,10 @@ def forks_from(first: int, blocks: int, window_blocks: int, why_first: str) -> l
 
 @dataclass(frozen=True)
 class StartNoise:
-    """Explore by mixing fresh noise into the start noise of the window's blocks; re-noising
-    stays shared."""
+    """Exploration by fresh noise, mixed into the start noise of the window's blocks.
+
+    Re-noising stays shared.
+    """
 
     mix: float = 0.5
     """m in (0, 1]: the start noise is sqrt(1 - m^2) shared + m fresh, see `mix_noise`."""
@@ -112,8 +118,10 @@ class StartNoise:
             )
 
     def eligible_forks(self, blocks: int, geometry: Geometry) -> list[int]:
-        """Every block after the first whose P blocks fit: a group shares a prefix, so it needs
-        one."""
+        """Every block after the first whose P blocks fit.
+
+        Block 0 is none of them: a group shares a prefix, so it needs one.
+        """
         return forks_from(1, blocks, self.window_blocks, "a shared prefix of 1 block")
 
     def plan(
@@ -124,15 +132,18 @@ class StartNoise:
         generator: torch.Generator,
         resident: Sequence[int] | None = None,
     ) -> tuple[BranchPlan, ...]:
-        """G equal plans; the fresh noise itself comes from streams named after the branch, in
-        the rollout."""
+        """Give all G branches equal plans.
+
+        The fresh noise itself comes from streams named after the branch, in the rollout.
+        """
         check_branches(num_branches)
         return (BranchPlan(noise_mix=self.mix),) * num_branches
 
 
 def mix_noise(shared: torch.Tensor, fresh: torch.Tensor, mix: float) -> torch.Tensor:
-    """sqrt(1 - mix^2) shared + mix fresh: of unit variance if both are, and correlated sqrt(1 -
-    mix^2) with shared.
+    """Compute sqrt(1 - mix^2) shared + mix fresh.
+
+    It has unit variance if both have, and correlation sqrt(1 - mix^2) with ``shared``.
 
     mix = 0 gives ``shared`` and mix = 1 gives ``fresh``, bit for bit.
     """

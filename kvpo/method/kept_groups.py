@@ -1,5 +1,4 @@
-"""A group between its exploration and what is learnt from it: as a step keeps it where it is
-learnt from later, or again."""
+"""Groups as a step keeps them between their exploration and a later or repeated update."""
 
 from __future__ import annotations
 
@@ -32,34 +31,36 @@ class Kept:
     rollout: Rollout
     embeddings: Mapping[str, torch.Tensor]
     rewards: RewardTable
-    """Of all its branches, whichever rank has them."""
+    """Rewards of all its branches, whichever rank has them."""
     pixels: torch.Tensor | None
     """uint8 [B, T, 3, H, W] from the fork on, where they are to be shown."""
     variances: torch.Tensor | None
-    """var_2K of its rewards, where the step's standard deviation is asked for and this group can
-    be measured."""
+    """var_2K of its rewards; None unless a step's std is asked for and the group is measurable."""
     metrics: Mapping[str, float]
 
     def slim(self) -> Kept:
-        """Without what no replay reads: the decoder's state, and the latents that were decoded."""
+        """Copy without what no replay reads: the decoder's state and the decoded latents."""
         rollout = replace(self.rollout, decoder=None, latents=self.rollout.latents[:, :0].clone())
         return replace(self, rollout=rollout)
 
 
 @dataclass(frozen=True)
 class Learnt:
-    """What a further update on a group needs."""
+    """Data that a further update on a group needs."""
 
     index: int
     replay: Replay
     advantage: Advantage
     update: GroupUpdate
-    """The first one's: the energies under the behaviour policy, and under the reference."""
+    """Energies of the first update: under the behaviour policy, and under the reference."""
 
 
 def all_updates(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """A step's metrics from those of its updates: what the last says holds, and what differs
-    from one to the next is there for each."""
+    """Merge the metrics of a step's updates: the last one's values hold.
+
+    Metrics that differ from one update to the next are there for each as well, as
+    `inner/NUMBER/NAME`.
+    """
     found = {name: value for update in metrics for name, value in update.items()}
     if len(metrics) > 1:
         found |= {

@@ -47,14 +47,19 @@ class ClippedObjective:
     clip_high: float = 0.2
     """How far above 1: r is clipped to [1 - clip_low, 1 + clip_high]."""
     kl_beta: float = 1.0
-    """Weight of the KL to the reference policy, in advantage per nat. Without clipping, and for a uniform old policy, the optimum
-    is pi_theta ~ pi_ref exp(A / beta): a branch one advantage better may end 1 / beta in log
-    odds above where the reference put it. Automatic temperature gives logits of spread 1 and A
-    has a spread of about 1 per component, so 1 lets preferences move pi by about as much as
-    branches differ already; 10 holds it to a tenth of that, 0 is free."""
+    """Strength of the KL to the reference policy, in advantage per nat; 0 = none.
+
+    Without clipping, and for a uniform old policy, the optimum is pi_theta ~ pi_ref exp(A / beta):
+    a branch one advantage better may end 1 / beta in log odds above where the reference put it.
+    Automatic temperature gives logits of spread 1 and A has a spread of about 1 per component, so 1
+    lets preferences move pi by about as much as branches differ already; 10 holds it to a tenth of
+    that.
+    """
     kl_to: Literal["initial", "old"] = "initial"
-    """The reference policy: the start weights, or the behaviour weights (then KL acts only
-    between syncs)."""
+    """Reference policy of the KL: `initial` = the start weights, `old` = the behaviour weights.
+
+    With `old` the KL acts only between syncs.
+    """
 
     def __post_init__(self):
         if not (0.0 < self.clip_low < 1.0 and self.clip_high > 0.0):
@@ -133,16 +138,20 @@ def clipped_policy_loss(
 
 
 def discrete_kl(theta_G: torch.Tensor, ref_G: torch.Tensor, eps: float = 0.0) -> torch.Tensor:
-    """KL(pi_theta || pi_ref) in nats, from logits. ``eps`` is added inside log pi_theta (the
-    reference code's)."""
+    """KL(pi_theta || pi_ref) in nats, from logits.
+
+    ``eps`` is added inside log pi_theta, as in the reference code.
+    """
     log_pi, log_ref = torch.log_softmax(theta_G, dim=0), torch.log_softmax(ref_G, dim=0)
     pi = log_pi.exp()
     return (pi * ((log_pi if eps == 0.0 else (pi + eps).log()) - log_ref)).sum()
 
 
 def entropy(log_pi: torch.Tensor) -> torch.Tensor:
-    """Entropy in nats; the largest is log G, a uniform policy, which no clip or KL can tell from
-    another."""
+    """Entropy in nats, from log pi.
+
+    The largest is log G, a uniform policy, which no clip or KL can tell from another.
+    """
     return -(log_pi.exp() * log_pi).sum()
 
 

@@ -39,16 +39,20 @@ from kvpo.common.wording import count_of
 from kvpo.types import Script
 
 _BRACKETED = re.compile(r"\s*(\d+\s*,\s*(\[|$)|\[)")
-"""How a line of the bracketed format begins, its forgotten count included."""
+"""Beginning of a line in the bracketed format, its forgotten count included."""
 _JSON = re.compile(r"""\s*(\{\s*["'}]|\[\s*(["'{\[]|$))""")
-"""How JSON begins, single quotes and an opening bracket alone on its line included: a prompt in
-braces is none."""
+"""Beginning of JSON, single quotes and an opening bracket alone on its line included.
+
+A prompt in braces is no JSON.
+"""
 _KEYS = ("prompts", "prompt", "starts", "id")
 
 
 class ScriptSource(Protocol):
-    """Where scripts come from: a prompt file (`PromptSet`), or stories without end
-    (`kvpo.mini.source.StorySource`)."""
+    """Interface of a source of scripts: a prompt file, or stories without end.
+
+    These are `PromptSet` and `kvpo.mini.source.StorySource`.
+    """
 
     def script(self, step: int, index: int) -> Script:
         """The script of group ``index`` of a step, whichever rank asks."""
@@ -57,8 +61,10 @@ class ScriptSource(Protocol):
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Scripts in an endless shuffled order: every epoch is a permutation, and the place in it
-    follows from the step alone."""
+    """Scripts in an endless shuffled order.
+
+    Every epoch is a permutation, and the place in it follows from the step alone.
+    """
 
     scripts: tuple[Script, ...]
     groups: int
@@ -82,8 +88,10 @@ class PromptSet:
 
 
 def even_starts(segments: int, blocks: int) -> tuple[int, ...]:
-    """First block of every segment; segments as even as possible, lengths differing by at most
-    one block."""
+    """First block of every segment; lengths differ by at most one block.
+
+    Raises ValueError if there are more segments than blocks.
+    """
     if not 1 <= segments <= blocks:
         raise ValueError(
             f"{segments} segments in a video of {count_of(blocks, 'block')}: every segment needs at least one block; lengthen the video or drop segments"
@@ -92,8 +100,10 @@ def even_starts(segments: int, blocks: int) -> tuple[int, ...]:
 
 
 def starts_at(switches: Sequence[int], segments: int) -> tuple[int, ...]:
-    """First block of every segment from a list of switch blocks, of which a shorter script uses
-    the first ones."""
+    """First block of every segment, from a list of switch blocks.
+
+    A script of fewer segments uses the first switches. Raises ValueError if there are too few.
+    """
     if len(switches) < segments - 1:
         raise ValueError(
             f"{segments} segments need {segments - 1} switch blocks, but switches = {list(switches)}; add switches, drop segments, or leave switches out"
@@ -154,7 +164,7 @@ class _Where:
     line: int
     text: str
     name: str = ""
-    """Its script's id where it gives none itself; "" = file and line."""
+    """Id of the script where it gives none itself; "" = file and line."""
 
     @property
     def id(self) -> str:
@@ -210,8 +220,10 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[_Where, Any]]:
 
 
 def _bracketed(where: _Where) -> Texts:
-    """Prompts of one line ``N,[a],[b]``; brackets inside a prompt must be balanced, and belong
-    to it."""
+    """Prompts of one line ``N,[a],[b]``.
+
+    Brackets inside a prompt must be balanced, and belong to it.
+    """
     text = where.text
     count = re.match(r"\s*(\d+)\s*,", text)
     if not count:
@@ -237,8 +249,10 @@ def _bracketed(where: _Where) -> Texts:
 
 
 def outer_brackets(text: str) -> tuple[list[tuple[int, int]], list[int]]:
-    """Offsets of the outermost closed pairs (opening, closing), and of all brackets without a
-    partner."""
+    """Find the outermost closed pairs and all brackets without a partner.
+
+    Returns the offsets (opening, closing) of the pairs, and the offsets of the others.
+    """
     pairs, opened, stray = [], [], []
     for at, letter in enumerate(text):
         if letter == "[":
@@ -253,7 +267,7 @@ def outer_brackets(text: str) -> tuple[list[tuple[int, int]], list[int]]:
 
 
 def _check_separators(where: _Where, begin: int, spans: Sequence[tuple[int, int]]) -> None:
-    """Between prompts stands one comma; before the first and after the last nothing."""
+    """Check that one comma stands between prompts, and nothing before or after them."""
     opens, closes = [start for start, _ in spans], [stop + 1 for _, stop in spans]
     for i, (left, right) in enumerate(zip([begin, *closes], [*opens, len(where.text)])):
         found, wanted = where.text[left:right].strip(), "," if 0 < i < len(spans) else ""
@@ -299,8 +313,10 @@ def _prompt(where: _Where, text: object, at: int | None = None) -> str:
 
 
 def readable(text: object) -> str:
-    """A prompt without the blanks around it. ValueError for what is no text, shows nothing, or
-    can not be read as it was meant."""
+    """Return a prompt without the blanks around it.
+
+    Raises ValueError for what is no text, shows nothing, or can not be read as it was meant.
+    """
     if not isinstance(text, str) or shows_nothing(text):
         raise ValueError(f"a prompt must be text that is not blank, not {json.dumps(text)}")
     if fault := fault_of_text(text):

@@ -29,8 +29,10 @@ class Context(Protocol):
     def clean(
         self, rollout: Rollout, position: int, rows: Sequence[int], last_step
     ) -> torch.Tensor:
-        """x0_BFCHW of the window's block number ``position``. ``last_step()`` gives the
-        replaying weights' own prediction."""
+        """x0_BFCHW of the window's block number ``position``.
+
+        ``last_step()`` gives the replaying weights' own prediction.
+        """
         ...
 
 
@@ -52,8 +54,10 @@ class AnchorContext:
 
 @dataclass(frozen=True)
 class SelfContext:
-    """What the replaying weights themselves make of the block's last step (the reference
-    code's)."""
+    """Context from what the replaying weights make of the block's last step.
+
+    It is the reference code's.
+    """
 
     def clean(self, rollout, position, rows, last_step):
         return last_step()
@@ -68,7 +72,7 @@ CONTEXTS: Mapping[str, Context] = {
 
 @dataclass(frozen=True)
 class _Row:
-    """One velocity to replay."""
+    """One velocity to replay: of a branch, a block and a denoise step."""
 
     branch: int
     position: int
@@ -90,9 +94,12 @@ class Replay:
         rows_per_pass: int = 0,
         together: int = 0,
     ):
-        """``rows``: rollout rows to replay (default: the G branches). ``rows_per_pass``: most
-        velocities in a pass, 0 = all. ``together``: most rows that have their past in memory at
-        a time, 0 = all."""
+        """Plan the passes of a replay.
+
+        ``rows``: rollout rows to replay (default: the G branches). ``rows_per_pass``: most
+        velocities in a pass, 0 = all. ``together``: most rows that have their past in memory at a
+        time, 0 = all.
+        """
         self.pipeline, self.rollout, self.embeddings = pipeline, rollout, embeddings
         self.context, self.surrogate = context, surrogate
         self.rows = list(range(rollout.num_branches) if rows is None else rows)
@@ -100,7 +107,7 @@ class Replay:
         self.sigmas = pipeline.geometry.sigmas
         self.weights_S = surrogate.step_weights(self.sigmas)
         self.steps = [s for s, w in enumerate(self.weights_S.tolist()) if w > 0.0]
-        """Those that are replayed: what has no weight is worth no pass."""
+        """Denoise steps that are replayed; a step of weight 0 is worth no pass."""
         start = rollout.trajectory.inputs[self.rows, 0, 0]
         self.shared_start = bool((start == start[:1]).all())
         size = together or len(self.rows)
@@ -122,10 +129,10 @@ class Replay:
         return energy
 
     def passes(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """(branch [R], share of its energy [R] float64) of every pass: E_g is the sum of branch g's
-        shares.
+        """Yield (branch [R], share of its energy [R] float64) of every pass.
 
-        Shares carry gradient where gradients are enabled; every pass is independent of the others.
+        E_g is the sum of branch g's shares. Shares carry gradient where gradients are enabled;
+        every pass is independent of the others.
         """
         terms = self.rollout.window.blocks * len(self.sigmas)
         for (cache, chunk), parts in zip(self.contexts(), self.plan):
@@ -143,9 +150,12 @@ class Replay:
         return sum(len(parts) for parts in self.plan) == 1
 
     def contexts(self) -> Iterator[tuple[FrameCache, range]]:
-        """(cache, its branches) for every run of every chunk. A new fork at every prompt switch
-        and recording of the memory bank, which would otherwise change what an earlier block has
-        read and may have to read again in its backward pass."""
+        """Yield (cache, its branches) for every run of every chunk.
+
+        The cache is forked anew at every prompt switch and recording of the memory bank, which
+        would otherwise change what an earlier block has read and may have to read again in its
+        backward pass.
+        """
         r, g = self.rollout, self.pipeline.geometry
         prefix = [r.prefix[None, i : i + g.block] for i in range(0, len(r.prefix), g.block)]
         for chunk in self.chunks:
@@ -166,8 +176,10 @@ class Replay:
 
     @torch.no_grad()
     def _commit(self, stream: Stream, position: int, chunk: range) -> torch.Tensor:
-        """Leave the window's block ``position`` behind as past; its clean latents [B, F, C, H,
-        W]."""
+        """Leave the window's block ``position`` behind as past.
+
+        Returns its clean latents [B, F, C, H, W].
+        """
         text = stream.text(self.rollout.window.fork + position)
 
         def last_step() -> torch.Tensor:
@@ -198,8 +210,10 @@ class Replay:
         return runs
 
     def _parts(self, positions: list[int], chunk: range) -> list[list[_Row]]:
-        """The rows of a run, cut into passes: as many as allowed, and all of one pass with
-        equally many past frames."""
+        """Cut the rows of a run into passes.
+
+        Passes are as large as allowed, and all rows of one pass have equally many past frames.
+        """
         alike: dict[int, list[_Row]] = {}
         for p in positions:
             alike.setdefault(len(self._past(p)), []).extend(
@@ -242,8 +256,10 @@ class Replay:
         return v if len(distinct) == len(rows) else v[index]
 
     def _representative(self, row: _Row, chunk: range) -> _Row:
-        """At the fork all branches start from one noise and one past: that velocity is computed
-        once."""
+        """Return the row whose velocity stands for this one.
+
+        At the fork all branches start from one noise and one past: that velocity is computed once.
+        """
         return (
             replace(row, branch=chunk.start)
             if self.shared_start and row.position == row.step == 0

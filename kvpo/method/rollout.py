@@ -1,5 +1,6 @@
-"""Stage 2: one prefix, then all branches and their anchor in one batch over one shared cache
-(method.md section 2).
+"""Stage 2: one prefix, then all branches and their anchor in one batch (method.md section 2).
+
+All rows read one shared cache.
 
 Everything but the plans is shared bit for bit: prefix, start noise, re-noise, prompts, tail noise.
 The anchor is the row whose plan is empty; it goes through the same code in the same batch.
@@ -31,12 +32,12 @@ from kvpo.types import BranchPlan, Rollout, Script, Trajectory, Window
 
 @dataclass(frozen=True)
 class Start:
-    """What all rows of a group begin with."""
+    """Common beginning of all rows of a group."""
 
     window: Window
     noise: NamedNoise
     past: Stream
-    """At the fork, of one row."""
+    """Stream of the prefix, stopped at the fork; it has one row."""
     held: Mapping[int, torch.Tensor]
     """Blocks of the past that the velocity penalty holds -> z_SFCHW, their network inputs."""
     decoder: Callable[[], StreamingDecoder]
@@ -57,8 +58,10 @@ def start_groups(
     cache_frames: int,
     held: Sequence[Sequence[int]],
 ) -> list[Start]:
-    """One a script, with the weights now in the pipeline; ``held``: blocks of each prefix whose
-    network inputs are kept."""
+    """Generate the prefix of every script, with the weights now in the pipeline.
+
+    ``held``: blocks of each prefix whose network inputs are kept.
+    """
     order = sorted(range(len(scripts)), key=lambda i: -windows[i].fork)
 
     def pick(values):
@@ -92,8 +95,11 @@ def generate_prefixes(
     cache_frames: int,
     held: Sequence[Sequence[int]],
 ) -> tuple[list[Stream], list[dict[int, torch.Tensor]]]:
-    """Each script's stream up to its fork (falling ``forks``), of one row, and the inputs
-    z_SFCHW of its ``held`` blocks. A prompt switch at the fork itself is part of it."""
+    """Generate each script's stream of one row up to its fork; ``forks`` must fall.
+
+    Returns the streams, and the inputs z_SFCHW of each one's ``held`` blocks. A prompt switch at
+    the fork itself is part of the stream.
+    """
     n = len(scripts)
     batch = Stream(
         pipeline.generator,
@@ -131,8 +137,11 @@ def latents(past: Stream) -> torch.Tensor:
 
 
 class PrefixDecoders:
-    """Decoders that have seen their prefix, each handed out once. Decoded when the first is
-    asked for, side by side: a row alone takes a CPU as long as two."""
+    """Decoders that have seen their prefix, each handed out once.
+
+    The prefixes are decoded when the first is asked for, side by side: a row alone takes a CPU as
+    long as two.
+    """
 
     def __init__(self, pipeline: Pipeline, prefixes: Sequence[torch.Tensor]):
         """``prefixes``: x0_NCHW each, none longer than the one before it."""
@@ -156,7 +165,7 @@ class PrefixDecoders:
 
 
 Name = tuple[int | str, ...]
-"""Of a group's random streams."""
+"""Name of a group's random streams, e.g. ("train", step, index)."""
 Held = Callable[[int], Sequence[int]]
 """Fork -> blocks of the prefix whose network inputs are kept."""
 
@@ -206,8 +215,9 @@ def roll_out(
     held: Held = lambda fork: (),
     own: range | None = None,
 ) -> Rollout:
-    """A group under ``script`` with the weights now in the pipeline. ``name`` names its random
-    streams.
+    """Roll out a group under ``script`` with the weights now in the pipeline.
+
+    ``name`` names its random streams.
 
     ``fork``: fork block (default: drawn among the eligible ones). ``horizon``: the block to stop
     before, but never within the window (default: the whole script). ``held``: fork -> blocks of the
@@ -317,8 +327,11 @@ def _branches(
     window: Window,
     stop: int,
 ) -> tuple[torch.Tensor, ...]:
-    """Some rows of a group from the fork to block ``stop``: the window's inputs and velocities
-    [B, P, S, F, C, H, W], and all latents [B, N, C, H, W]."""
+    """Generate some rows of a group from the fork to block ``stop``.
+
+    Returns the window's inputs and velocities [B, P, S, F, C, H, W], and all latents [B, N, C, H,
+    W].
+    """
     geometry, steps = pipeline.geometry, []
     branches = branch_out(pipeline, prefix, plans, noise, window)
     history = Routed(geometry.history, plans, window, geometry.block)
@@ -334,8 +347,10 @@ def _branches(
 
 
 def check_room(explorer: Explorer, config: RolloutConfig, blocks: int, geometry: Geometry) -> None:
-    """ValueError, before anything is generated, where settings and generator do not fit: no
-    block can be a fork, or the cache is too small."""
+    """Check, before anything is generated, that settings and generator fit.
+
+    Raises ValueError if no block can be a fork, or the cache is too small.
+    """
     explorer.eligible_forks(blocks, geometry)
     if config.cache_frames < (least := geometry.resident(blocks)):
         raise ValueError(

@@ -1,5 +1,6 @@
-"""Causal history routing (CHR): a branch reads older frames in place of the rolling window's
-(method.md section 2).
+"""Causal history routing (CHR): branches read older frames instead of the rolling window's.
+
+See method.md section 2.
 
 In every block of the window a branch reads
 
@@ -41,11 +42,15 @@ class KVRouting:
     """Explore by routing the KV cache."""
 
     draw: str = "balanced"
-    """`balanced`, `dispersed` (the reference code's) or `independent`; see
-    `kvpo.method.routing`."""
+    """Name of the draw: `balanced`, `dispersed` (the reference code's) or `independent`.
+
+    See `kvpo.method.routing`.
+    """
     nearest: int = 1
-    """Frames right before each block that every branch reads: without any, motion breaks at the
-    fork."""
+    """Frames right before each block that every branch reads.
+
+    Without any, motion breaks at the fork.
+    """
     window_blocks: int = 3
     """P, blocks explored after the fork."""
 
@@ -74,8 +79,10 @@ class KVRouting:
         return n
 
     def eligible_forks(self, blocks: int, geometry: Geometry) -> list[int]:
-        """Blocks whose pool is larger than n (at n its only choice is the anchor's window) and
-        whose P blocks fit."""
+        """Blocks whose pool is larger than n and whose P blocks fit.
+
+        With a pool of n frames the only choice is the anchor's window.
+        """
         history = self.routed(geometry) + geometry.sink + self.nearest + 1
         first = -(-history // geometry.block)
         return forks_from(
@@ -117,8 +124,9 @@ class KVRouting:
         generator: torch.Generator,
         resident: Sequence[int] | None = None,
     ) -> tuple[BranchPlan, ...]:
-        """G plans, each different from the anchor's rolling window and, where the pool allows, from
-        each other.
+        """Plan G branches, each with frames that differ from the anchor's rolling window.
+
+        Branches differ from each other too, where the pool allows.
 
         A group in which a set repeats, or equals the rolling window's, is drawn anew; after
         `REDRAWS` groups the offending sets alone are redrawn uniformly. Where the pool has fewer
@@ -155,8 +163,10 @@ def _repaired(
     choices: int,
     generator: torch.Generator,
 ) -> list[Frames]:
-    """``drawn`` with repeats and the anchor's set replaced by uniform draws; ends because an
-    unused set remains."""
+    """Replace repeats and the anchor's set in ``drawn`` by uniform draws.
+
+    It ends because an unused set remains.
+    """
     kept: list[Frames] = []
     used: set[Frames] = set()
     for frames in drawn:
@@ -172,8 +182,10 @@ def _repaired(
 Frames = tuple[int, ...]
 
 CANDIDATES = 32
-"""Random candidates `balanced` weighs for every branch; more lower the overlap little (14
-frames, 5 drawn, 8 branches)."""
+"""Random candidates that `balanced` weighs for every branch.
+
+More of them lower the overlap little (14 frames, 5 drawn, 8 branches).
+"""
 
 
 class Draw(Protocol):
@@ -196,8 +208,9 @@ def independent(
 def dispersed(
     pool: Sequence[int], n: int, num_branches: int, generator: torch.Generator
 ) -> list[Frames]:
-    """The reference code's draw: windows of n over one cyclic permutation, max(1, |pool| // G)
-    apart.
+    """Draw as the reference code does: windows of n over one cyclic permutation.
+
+    They lie max(1, |pool| // G) apart.
 
     Neighbouring branches overlap strongly when the pool is small (4 of 5 frames for 14 frames and 8
     branches).

@@ -35,8 +35,10 @@ class Clip:
 def local_clips(
     script: Script, window: Window, geometry: Geometry, config: ScoreConfig
 ) -> list[Clip]:
-    """The window's pixel frames, one clip per prompt in it; where all are short, the window is
-    one clip of its last prompt."""
+    """Cut the window's pixel frames into one clip per prompt in it.
+
+    Where all of them are short, the window is one clip of its last prompt.
+    """
     segments = sorted({script.segment(b) for b in range(window.fork, window.stop)})
     clips = []
     for segment in segments:
@@ -51,7 +53,7 @@ def local_clips(
 def global_clips(
     script: Script, window: Window, geometry: Geometry, config: ScoreConfig
 ) -> list[Clip]:
-    """One clip in every segment from the fork on; stretches too short to be judged are left out."""
+    """Choose one clip in every segment from the fork on; too short stretches are left out."""
     clips = []
     for segment in range(script.segment(window.fork), len(script.texts)):
         first, stop = script.span(segment)
@@ -66,8 +68,10 @@ def global_clips(
 def group_clips(
     script: Script, window: Window, geometry: Geometry, config: ScoreConfig
 ) -> dict[str, list[Clip]]:
-    """A group's clips by signal; the local ones serve for both where no global clip is asked
-    for, or long enough."""
+    """A group's clips by signal, `local` and `global`.
+
+    The local ones serve for both where no global clip is asked for, or none is long enough.
+    """
     local, after = (
         local_clips(script, window, geometry, config),
         global_clips(script, window, geometry, config),
@@ -78,8 +82,7 @@ def group_clips(
 
 
 def horizon(script: Script, window: Window, geometry: Geometry, config: ScoreConfig) -> int:
-    """The block before which everything lies that `score` looks at: what comes after need not be
-    generated."""
+    """First block after everything that `score` looks at; it need not be generated."""
     last = _last_frame(group_clips(script, window, geometry, config))
     return next(
         b
@@ -93,8 +96,9 @@ def _last_frame(clips: dict[str, list[Clip]]) -> int:
 
 
 def decode(pipeline: Pipeline, rollout: Rollout, frames: int, together: int = 0) -> torch.Tensor:
-    """uint8 [B, T, 3, H, W] of all rows from the fork on, in main memory, at least ``frames`` pixel
-    frames of it.
+    """Decode all rows from the fork on to uint8 [B, T, 3, H, W] in main memory.
+
+    T is at least ``frames`` pixel frames.
 
     The prefix goes through the decoder once and leaves it in the state from which every row
     continues.
@@ -102,9 +106,8 @@ def decode(pipeline: Pipeline, rollout: Rollout, frames: int, together: int = 0)
     decoder = (
         rollout.decoder() if rollout.decoder else PrefixDecoders(pipeline, [rollout.prefix]).take(0)
     )
-    latents = -(
-        -frames // 4
-    )  # after the video's first latent frame every one gives four pixel frames
+    # after the video's first latent frame every one gives four pixel frames
+    latents = -(-frames // 4)
     chunks = rollout.latents[:, :latents].split(together or len(rollout.plans))
     return torch.cat([decoder.fork(len(rows))(rows).cpu() for rows in chunks])
 
@@ -161,8 +164,10 @@ def _score_clip(
 
 
 def pixel_diversity(pixels_BTCHW: torch.Tensor, ranks: Ranks = Ranks()) -> float:
-    """Mean squared difference of two rows' pixels in [0, 1], over all pairs of rows, those of
-    the other ``ranks`` included."""
+    """Mean squared difference of two rows' pixels in [0, 1].
+
+    It runs over all pairs of rows, the other ``ranks``' rows included.
+    """
     x = pixels_BTCHW.flatten(1).float() / 255.0
     B = int(ranks.sum(torch.tensor(len(x))))
     # Sum over pairs |a - b|^2 = B sum |a|^2 - |sum a|^2, and the last sum is 0 once the mean is

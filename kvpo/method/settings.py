@@ -15,19 +15,26 @@ LEAST_GROUPS = 4
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """How a group is rolled out."""
+    """Settings of a group's rollout."""
 
     branches: int = 8
     """G, besides the anchor."""
     cache_frames: int = 33
-    """Latent frames the prefix keeps: the pool that routing draws from, sink and nearest frames
-    included."""
+    """Latent frames the prefix keeps, sink and nearest frames included.
+
+    They are the pool that routing draws from.
+    """
     prefixes: int = 1
-    """Groups of a process whose prefixes are generated and decoded side by side: fewer and
-    larger calls, and a cache of ``cache_frames`` for each of them from then on."""
+    """Groups of a process whose prefixes are generated and decoded side by side.
+
+    More means fewer and larger calls, and a cache of ``cache_frames`` for each of them from then
+    on.
+    """
     together: int = 0
-    """Most branches (the anchor counts) that are generated, or replayed, side by side; 0 = all.
-    Each holds a past of its own in the cache: lower it where memory is short."""
+    """Most branches, the anchor included, that are generated or replayed side by side; 0 = all.
+
+    Each holds a past of its own in the cache: lower it where memory is short.
+    """
 
     def __post_init__(self):
         if self.branches < 2:
@@ -46,17 +53,21 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """Which clips are scored."""
+    """Settings of the clips that are scored."""
 
     clip_frames: int = 36
-    """Longest clip of the global signal, pixel frames; it lies in the middle of what its segment
-    has from the fork on."""
+    """Longest clip of the global signal, pixel frames.
+
+    It lies in the middle of what its segment has from the fork on.
+    """
     min_frames: int = 12
     """Shorter stretches are not scored: too little to judge motion by."""
     segments: int | None = None
-    """Prompt segments that a group's global signal looks at, its fork's own the first; None: all
-    of them, 0: the local signal is all. What comes after is neither generated nor decoded.
-    Evaluations look at all."""
+    """Prompt segments that a group's global signal looks at, its fork's own the first.
+
+    None: all of them; 0: the local signal is all. What comes after is neither generated nor
+    decoded. Evaluations look at all.
+    """
 
     together: int = 0
     """Most rows that are decoded side by side, 0 = all: lower it where memory is short."""
@@ -99,7 +110,7 @@ class OptimizerConfig:
     """Largest gradient norm of one group. Groups differ a hundredfold (`auto` temperature
     divides by the spread of their energies): clipped together, one group would speak for all."""
     clip_of: Literal["group", "step"] = "group"
-    """What ``clip`` bounds: the gradient of each group, so that every group above it counts
+    """Gradient that ``clip`` bounds: that of each group, so that every group above it counts
     alike, or the step's sum, where a group weighs what its gradient does, the velocity penalty's
     included. A step's sum is the mean over its groups. With `advantages.std: step` take `step`:
     a clip of each group undoes what that does."""
@@ -117,11 +128,13 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class AgreementConfig:
-    """What is measured of the groups' gradients; training does not depend on it."""
+    """Settings of the measurement on the groups' gradients; training does not depend on it."""
 
     window: int = 128
-    """Groups over which the mean cosine runs, the latest ones, 0 = it is not measured. 128 tell
-    a cosine of 0.01 from 0; each keeps 16 kB."""
+    """Latest groups over which the mean cosine runs; 0 = it is not measured.
+
+    128 tell a cosine of 0.01 from 0; each keeps 16 kB.
+    """
 
     def __post_init__(self):
         if self.window != 0 and self.window < LEAST_GROUPS:

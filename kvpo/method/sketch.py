@@ -24,7 +24,7 @@ PART = 1024 * SIZE
 
 
 class Sketch:
-    """One random projection, for gradients of ``count`` tensors."""
+    """One random projection for gradients of ``count`` tensors."""
 
     def __init__(self, count: int, seed: int):
         self.salts = torch.randint(2**32, (count, 2), generator=stream(seed, "agreement")).tolist()
@@ -42,8 +42,10 @@ class Sketch:
 
 
 def _folded(x: torch.Tensor, first: int, signs: int, places: int) -> torch.Tensor:
-    """[SIZE] float64: the signed weights from number ``first`` on, a multiple of SIZE, added up
-    at their rows' places."""
+    """Sum of the signed weights at their rows' places, [SIZE] float64.
+
+    ``first``: number of the first weight, a multiple of SIZE.
+    """
     rows = -(-len(x) // SIZE)
     number = torch.arange(first, first + len(x), device=x.device)
     x = pad(
@@ -57,8 +59,10 @@ def _folded(x: torch.Tensor, first: int, signs: int, places: int) -> torch.Tenso
 
 
 def _mixed(x: torch.Tensor, salt: int) -> torch.Tensor:
-    """A hash of 32 bits: every bit of the input turns over about half of them. Held in int64, in
-    which no product overflows."""
+    """A hash of 32 bits: every bit of the input turns over about half of them.
+
+    Held in int64, in which no product overflows.
+    """
     x = (x + salt) & 0xFFFFFFFF
     for factor in (0x45D9F3B, 0x119DE1F3):
         x = ((x ^ (x >> 16)) * factor) & 0xFFFFFFFF

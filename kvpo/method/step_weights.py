@@ -1,4 +1,4 @@
-"""How much each denoise step says about a branch: w_S, of mean 1 (method.md section 5).
+"""Weight of each denoise step in a branch's energy: w_S, of mean 1 (method.md section 5).
 
     equal    1 at every step, the paper's
     kernel   the `renoise` sampler's own.  Its step x' = (1 - sigma') x0 + sigma' eps is a Gaussian of mean (1 - sigma') x0 and
@@ -63,8 +63,10 @@ def step_weights(weights: StepWeights, sigmas: Sequence[float], last_sigma: floa
 
 
 def kernel(sigmas: Sequence[float], last_sigma: float) -> torch.Tensor:
-    """sigma^2 (1 - sigma')^2 / (2 sigma'^2) of every step, float64; the last one's sigma' is
-    ``last_sigma``."""
+    """sigma^2 (1 - sigma')^2 / (2 sigma'^2) of every step, float64.
+
+    The last step's sigma' is ``last_sigma``.
+    """
     here = torch.tensor([float(s) for s in sigmas], dtype=torch.float64)
     after = torch.tensor([*(float(s) for s in sigmas[1:]), last_sigma], dtype=torch.float64)
     if not (here > after).all():

@@ -30,7 +30,7 @@ from kvpo.policy.policy import Policy
 
 @dataclass(frozen=True)
 class GroupUpdate:
-    """What one group added."""
+    """Outcome of one group: its scores and what it added to the step's gradient."""
 
     energy: torch.Tensor
     """E_M float64 of the group's members under the current weights; NaN where the group was
@@ -44,8 +44,8 @@ class GroupUpdate:
     behaviour policy."""
     reference: torch.Tensor | None = None
     sketch: torch.Tensor | None = None
-    """Of the group's gradient before its clip, of length 1; None where its branches are tied, or
-    nobody asked."""
+    """Sketch of the group's gradient before its clip, of length 1; None where its branches are
+    tied, or nobody asked."""
 
 
 class Updater:
@@ -95,36 +95,33 @@ class Updater:
             return GroupUpdate(unknown, unknown, metrics)
         old_G, reference_G = (None, None) if before is None else (before.old, before.reference)
         with phases("replay_old"):
-            moved = (
-                self.policy.updates > 0 and self.objective.kl_to == "initial"
-            )  # also where kl_beta is 0: the drift is to be seen
+            # also where kl_beta is 0: the drift is to be seen
+            moved = self.policy.updates > 0 and self.objective.kl_to == "initial"
             if before is None and moved:
                 reference_G = self._energies_under(self.policy.reference, replay)
             if before is None and not self.policy.on_policy:
                 old_G = self._energies_under(self.policy.behaviour, replay)
         with phases("replay_grad"):
-            shares = self.row.together(lambda: list(replay.passes()) if replay.single_pass else [])
+            with self.row.together():
+                shares = list(replay.passes()) if replay.single_pass else []
             energy_G = self._of_all(
                 lambda: _sum(shares, len(replay.rows)) if shares else replay.energies()
             )
-            old_G = (
-                energy_G if old_G is None else old_G
-            )  # the same weights: the old scores are the detached new ones
+            # the same weights: the old scores are the detached new ones
+            old_G = energy_G if old_G is None else old_G
             tau = self.temperature.resolve(old_G)
             reference_G = energy_G if self.policy.updates == 0 else reference_G
             logits = [None if e is None else -e / tau for e in (energy_G, old_G, reference_G)]
             loss = self.objective(*logits, advantage.values, share)
             first = self.row.stretch(len(advantage.fused)).start
-            cotangent_G = (-loss.cotangent / tau)[
-                first : first + len(replay.rows)
-            ]  # dL / dE of the members here
+            # dL / dE of the members here
+            cotangent_G = (-loss.cotangent / tau)[first : first + len(replay.rows)]
             passes = (
                 torch.dot(cotangent_G[branch].to(energy.device), energy)
                 for branch, energy in shares or replay.passes()
             )
-            wanted = (
-                self.sketch if before is None and bool(advantage.values.any()) else None
-            )  # a tied group's gradient is the KL's, or rounding
+            # a tied group's gradient is the KL's, or rounding
+            wanted = self.sketch if before is None and bool(advantage.values.any()) else None
             norm, sketch = self._add_clipped(passes, share, self.row, wanted)
         log_pi = torch.log_softmax(-old_G / tau, dim=0)
         metrics |= {
@@ -232,7 +229,9 @@ class Updater:
         earlier = [p.grad for p in collecting]
         for p in collecting:
             p.grad = None
-        row.together(lambda: [loss.backward() for loss in losses])
+        with row.together():
+            for loss in losses:
+                loss.backward()
         row.add_gradients(collecting)
         norm = _norm(collecting)
         taken = (
@@ -256,7 +255,9 @@ class Updater:
     def _of_all(self, energies: Callable[[], torch.Tensor]) -> torch.Tensor:
         """E_M of a group from every rank's own members: its branches in order, then the anchor
         where that is one."""
-        return torch.cat(self.row.gather(self.row.together(energies)))
+        with self.row.together():
+            own = energies()
+        return torch.cat(self.row.gather(own))
 
 
 def _norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:

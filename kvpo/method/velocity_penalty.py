@@ -1,5 +1,6 @@
-"""What no branch can explore is held: a penalty on how far velocities of a video's opening move
-from the start weights'.
+"""Penalty on how far velocities of a video's opening move from the start weights'.
+
+It holds what no branch can explore.
 
     L_hold = weight mean_{b,s,F,C,H,W} (v_theta(z_{b,s}) - v_ref(z_{b,s}))^2        b: blocks before the first eligible fork
 
@@ -33,8 +34,10 @@ class VelocityPenalty:
     """The penalty's settings, and which blocks it holds."""
 
     weight: float = 0.0
-    """Per velocity squared; 0 = no penalty. Beside groups' gradients of norm ``optimizer.clip``
-    each."""
+    """Strength per velocity squared; 0 = no penalty.
+
+    It acts beside groups' gradients of norm ``optimizer.clip`` each.
+    """
     blocks: int = 1
     """Blocks drawn from every group's opening."""
     steps: tuple[int, ...] = ()
@@ -70,8 +73,10 @@ class VelocityPenalty:
         cache_frames: int,
         generator: torch.Generator,
     ) -> list[int]:
-        """Blocks to hold among the first ``opening`` ones of a rollout forked at ``fork``,
-        ascending; all there are where they are fewer than asked."""
+        """Draw the blocks to hold among the first ``opening`` ones of a rollout forked at ``fork``.
+
+        They ascend; all there are where they are fewer than asked.
+        """
         if self.weight == 0.0:
             return []
         found = [b for b in replayable(script, fork, geometry, cache_frames) if b < opening]
@@ -101,8 +106,10 @@ def held_velocities(
     block: int,
     steps: Sequence[int] = (),
 ) -> torch.Tensor:
-    """v_SFCHW of a held block under the weights in the module; ``steps``: at these denoise steps
-    only, ascending."""
+    """v_SFCHW of a held block under the weights in the module.
+
+    ``steps``: at these denoise steps only, ascending; empty = all.
+    """
     g = pipeline.geometry
     frames, sigmas = list(range(block * g.block, (block + 1) * g.block)), g.sigmas_of(block)
     steps = sorted(steps) or list(range(len(sigmas)))

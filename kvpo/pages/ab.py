@@ -1,5 +1,6 @@
-"""The A/B page: pairs of videos, four questions each, answers kept in the browser and saved as a
-file.
+"""The A/B page: pairs of videos, with four questions each.
+
+Answers are kept in the browser and saved as a file.
 
 It opens from a file without a network: style, script and, up to `EMBED`, the videos are inside it.
 What makes it is not told whose video is on which side, so it cannot give it away.
@@ -33,8 +34,10 @@ QUESTIONS = {
 
 
 def write_page(page: Path, study: str, scripts: Sequence[Script], geometry: Geometry) -> None:
-    """page/index.html from page/000-left.mp4, page/000-right.mp4 and so on, a pair for every
-    script; videos that went into it are removed."""
+    """Write page/index.html from page/000-left.mp4, page/000-right.mp4 and so on.
+
+    There is a pair for every script. Videos that went into the page are removed.
+    """
     videos = list(page.glob("*.mp4"))
     embed = sum(video.stat().st_size for video in videos) <= EMBED
     shown = {
@@ -55,14 +58,12 @@ def write_page(page: Path, study: str, scripts: Sequence[Script], geometry: Geom
         if embed:
             video.unlink()
         else:
-            os.utime(
-                video, (0, 0)
-            )  # one generator made all of its videos before the other: times would tell
+            # one generator made all of its videos before the other: times would tell
+            os.utime(video, (0, 0))
 
 
 def _shown(number: int, script: Script, page: Path, embed: bool, geometry: Geometry) -> dict:
-    """What a rater sees of a pair: two videos, the prompts, and the second from which each of
-    them holds."""
+    """Content of a pair for a rater: two videos, the prompts, and each prompt's first second."""
     paths = {side: page / f"{number:03d}-{side}.mp4" for side in ("left", "right")}
     videos = {
         side: f"data:video/mp4;base64,{base64.b64encode(path.read_bytes()).decode()}"

@@ -1,5 +1,4 @@
-"""The report's page: its template, its style, and the small pieces of HTML that sections are made
-of.
+"""The report's page: its template, its style, and the small pieces that sections are made of.
 
 The page opens from a file without a network: style, scripts, pictures and videos are inside it.
 """
@@ -17,7 +16,7 @@ SHORT = {"train": "trained on", "heldout": "held out", "related": "not held out"
 
 
 def missing(reason: str) -> str:
-    """What stands in a section's place when its part of the run is not there."""
+    """HTML that replaces a section whose part of the run is not there."""
     return f'<p class="missing">Not shown: {html.escape(reason)}.</p>'
 
 
@@ -40,8 +39,9 @@ def section(title: str, body: str, lead: str = "") -> str:
 def table(
     head: Sequence[str], rows: Iterable[Sequence[str]], name: str = "", marked: int | None = None
 ) -> str:
-    """A table of cells that are HTML already; the first column is the row's name. It scrolls by
-    itself on narrow screens.
+    """HTML of a table; cells are HTML already, and the first column is the row's name.
+
+    It scrolls by itself on narrow screens.
 
     ``marked``: number of a row that stands out.
     """
@@ -61,10 +61,10 @@ def _line(row: Sequence[str], marked: bool) -> str:
 
 
 def num(value: float, sign: bool = False) -> str:
-    """A number for reading, the one format of all pages: three significant digits, and all before
-    the point.
+    """Format a number for reading: three significant digits, and all before the point.
 
-    Powers of ten only where zeros would hide the digits; a dash for NaN.
+    All pages use this one format. Powers of ten appear only where zeros would hide the digits; a
+    dash stands for NaN.
     """
     if not math.isfinite(value):
         return "–" if math.isnan(value) else ("∞" if value > 0 else "−∞")
@@ -108,7 +108,7 @@ HEAD = """<!doctype html>
 <style>$style</style>
 </head>
 """
-"""Of every page: one file, without anything from elsewhere."""
+"""Head of every page, which is one file without anything from elsewhere."""
 PAGE = Template(
     HEAD
     + """<body>

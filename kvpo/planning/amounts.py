@@ -1,5 +1,7 @@
-"""How much of each part a step of a recipe has: counted from its scripts, forks and settings,
-mean over all forks that can be."""
+"""Counts of each part of a recipe's step, from its scripts, forks and settings.
+
+They are means over all forks that can be.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ from kvpo.types import Script, Window
 
 
 def branches_of(config: RunConfig) -> int:
-    """Of a group, on the card that has most of them."""
+    """Branches of a group on the card that has most of them."""
     return -(-config.rollout.branches // config.branch_parallel)
 
 
@@ -35,8 +37,10 @@ def decoded_together(config: RunConfig) -> int:
 
 
 def replay_rows(config: RunConfig, geometry: Geometry) -> int:
-    """Velocities of the largest pass: all branches start alike, so the first step of the first
-    block is one for all."""
+    """Velocities of the largest replay pass.
+
+    All branches may start alike; the first step of the first block is then one for all.
+    """
     members = branches_of(config) + config.advantages.anchor
     members = min(config.rollout.together or members, members)
     found = members * config.exploring.window_blocks * replayed_steps(config, geometry)
@@ -55,8 +59,10 @@ def starts_are_one(config: RunConfig, geometry: Geometry) -> bool:
 
 
 def reward_memory(config: RunConfig) -> tuple[int, int]:
-    """Bytes of this run's cards that trained rewards take by their own account: those that stay,
-    and the largest that comes and goes."""
+    """Bytes on this run's cards that trained rewards take by their own account.
+
+    Returns the sum of those that stay, and the largest that comes and goes.
+    """
     here = [
         s for s in make_scorers(config.rewards_of("train")) if not (s.entry.devices or s.entry.url)
     ]
@@ -72,7 +78,7 @@ def reward_memory(config: RunConfig) -> tuple[int, int]:
 
 
 def groups_of(config: RunConfig, world: int) -> int:
-    """Of a step, on the card that has most of them."""
+    """Groups of a step on the card that has most of them."""
     return -(-config.groups * config.branch_parallel // world)
 
 
@@ -102,19 +108,24 @@ def scripts_of(config: RunConfig) -> list[Script]:
 
 @dataclass(frozen=True)
 class Amounts:
-    """Of one group (of a card's share of it, with branch_parallel), mean over scripts and
-    eligible forks."""
+    """Amounts of one group, mean over scripts and eligible forks.
+
+    With branch_parallel they are those of a card's share of the group.
+    """
 
     fork: float
     prefix_calls: float
-    """A group's share of those that serve several."""
+    """Calls for the prefix; a group counts its share of those that serve several."""
     branch_calls: float
     replay_calls: float
-    """Of each replay: of the current weights with gradient, of the reference, and of the
-    behaviour policy where it lags."""
+    """Calls of each replay.
+
+    The current weights are replayed with gradient, then the reference, and the behaviour policy
+    where it lags.
+    """
     replays: int
     single_pass: bool
-    """Its graph is kept, and no energies are computed beforehand."""
+    """Whether a replay is one pass: its graph is kept, and no energies are computed beforehand."""
     branch_rows: float
     """Rows that go through the network for the branches, in blocks: rows times blocks."""
     decoded_prefix: float
@@ -175,8 +186,10 @@ def amounts(config: RunConfig, geometry: Geometry, world: int = 1) -> Amounts:
 
 
 def own_past(config: RunConfig, geometry: Geometry) -> tuple[int, int]:
-    """Cache frames of a branch of its own: in the rollout at most, over scripts and forks, and
-    in a replay."""
+    """Cache frames that a branch needs of its own, in the rollout and in a replay.
+
+    The rollout's is the most over scripts and forks.
+    """
     g, P = geometry, config.exploring.window_blocks
     rollout = max(
         own_frames(g, s, Window(f, P))

@@ -1,5 +1,6 @@
-"""What a recipe costs, without weights: its own network, cache, decoder and policy, made and run on
-tensors without memory.
+"""Costs of a recipe, found without weights.
+
+Its own network, cache, decoder and policy are made and run on tensors without memory.
 
 Every part of a step is run once at its real shapes (`kvpo.planning.peak`); how often it runs is
 counted in `kvpo.planning.amounts`.
@@ -58,7 +59,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a pipeline: everything but weights."""
+    """Shape of a pipeline: everything but weights."""
 
     transformer: dict[str, Any]
     vae: dict[str, Any]
@@ -68,8 +69,10 @@ class Sizes:
 
 
 def sizes_of(config: RunConfig, size: str = "") -> Sizes:
-    """Of the recipe's pipeline folder; where there is none yet, of what `kvpo import` would
-    write there. FileNotFoundError if its name says no format."""
+    """Read the sizes of the recipe's pipeline folder, or of what `kvpo import` would write there.
+
+    Raises FileNotFoundError if there is no folder yet and its name says no format.
+    """
     folder = folder_of(config.pipeline)
     if (folder / "model_index.json").is_file() and not size:
         read = {
@@ -99,7 +102,7 @@ def sizes_of(config: RunConfig, size: str = "") -> Sizes:
 
 @dataclass(frozen=True)
 class Pass:
-    """One run of a part of the step."""
+    """Cost of running one part of the step once."""
 
     bytes: int
     flops: int
@@ -122,15 +125,15 @@ class Costs:
     branches: Pass
     replay: Pass
     gradient: Pass
-    """Without the gradients themselves."""
+    """Cost of a pass with gradient, without the gradients themselves."""
     decode_prefix: Pass
     decode_rows: Pass
-    """Per latent frame; its bytes include the decoder's state."""
+    """Cost of decoding per latent frame; its bytes include the decoder's state."""
     rows: Mapping[str, int]
     """Part -> rows it was run with."""
 
     def with_trainable(self, share: float) -> Costs:
-        """As if ``share`` times as many numbers were trained."""
+        """Costs if ``share`` times as many numbers were trained."""
         return replace(self, trainable=int(self.trainable * share), sets=int(self.sets * share))
 
 
@@ -205,8 +208,10 @@ def _bytes(tensors) -> int:
 
 
 def _materialise(module: torch.nn.Module) -> None:
-    """Tensors that operations can be run on, in place of those on meta; peft can not be run on
-    fake ones."""
+    """Replace tensors on meta by ones that operations can be run on.
+
+    peft can not be run on fake ones.
+    """
     for m in module.modules():
         for name, p in m._parameters.items():
             if p is not None:
@@ -219,7 +224,7 @@ def _materialise(module: torch.nn.Module) -> None:
 
 
 def _velocity(model: CausalWan, cache, sizes: Sizes, rows: int) -> torch.Tensor:
-    """Of ``rows`` blocks that read a whole window."""
+    """Velocity of ``rows`` blocks that read a whole window."""
     g, start = (
         sizes.geometry,
         max(sizes.geometry.window, sizes.geometry.sink + sizes.geometry.block),
@@ -251,8 +256,11 @@ def _forward(ledger: Ledger, model: CausalWan, cache, sizes: Sizes, rows: int) -
 
 @torch.no_grad()
 def _decode(ledger: Ledger, vae: AutoencoderKLWan, sizes: Sizes, rows: int) -> Pass:
-    """A latent frame in the middle of a video; the bytes are the state's and the activations'. A
-    row alone counts as half of two: on a CPU it is decoded as two."""
+    """Cost of decoding a latent frame in the middle of a video.
+
+    The bytes are the state's and the activations'. A row alone counts as half of two: on a CPU it
+    is decoded as two.
+    """
     g, decoder, many = sizes.geometry, StreamingDecoder(vae), max(rows, 2)
     latents = torch.zeros(many, 1, vae.config.z_dim, g.latent_height, g.latent_width)
     with cost(ledger) as found:

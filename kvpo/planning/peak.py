@@ -1,5 +1,6 @@
-"""What code would cost, found by running it on tensors without memory: bytes alive at once,
-floating-point operations.
+"""Cost of code in bytes alive at once and floating-point operations.
+
+It is found by running the code on tensors without memory.
 
 Fake tensors have shapes, dtypes and an autograd graph, and no data: what is counted is the program
 itself, not a formula about it. Scratch memory inside a kernel is not seen.
@@ -68,19 +69,19 @@ class Cost:
     bytes: int = 0
     """Most memory alive at once, above what there was before."""
     kept: int = 0
-    """Of it, what is still alive afterwards."""
+    """Bytes of the peak that are still alive afterwards."""
 
 
 @contextmanager
 def fake() -> Iterator[Ledger]:
-    """Inside, tensors have no memory."""
+    """Give all tensors in the body shapes, but no memory."""
     with FakeTensorMode(allow_non_fake_inputs=True), Ledger() as ledger:
         yield ledger
 
 
 @contextmanager
 def cost(ledger: Ledger) -> Iterator[Cost]:
-    """Of what runs inside, known when it ends."""
+    """Peak memory of the body; filled in on exit."""
     found, before, ledger.peak = Cost(), ledger.now, ledger.now
     yield found
     found.bytes, found.kept = ledger.peak - before, ledger.now - before
@@ -88,7 +89,9 @@ def cost(ledger: Ledger) -> Iterator[Cost]:
 
 @contextmanager
 def flops() -> Iterator[FlopCounterMode]:
-    """Counts multiplications and additions of what runs inside; not around a backward pass,
-    whose activations it would keep alive."""
+    """Count multiplications and additions of the body.
+
+    Not to be used around a backward pass, whose activations it would keep alive.
+    """
     with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
         yield counter

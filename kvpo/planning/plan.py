@@ -1,5 +1,7 @@
-"""`kvpo plan`: memory, work and time of a recipe before anything is loaded, and what would make
-it fit."""
+"""`kvpo plan`: memory, work and time of a recipe before anything is loaded.
+
+It also says what would make the recipe fit.
+"""
 
 from __future__ import annotations
 
@@ -37,15 +39,20 @@ CARDS: Mapping[str, tuple[float, float]] = {
 }
 """Dense bf16 TFLOP/s as its maker states them, and GiB that a program can have."""
 UTILISATION = 0.25
-"""Share of that rate: what a group of the paper's shape reached on an H200, 21 to 26 % in every
-phase (docs/results.md, claim 5)."""
+"""Share of the card's rate that is reached.
+
+It is what a group of the paper's shape reached on an H200, 21 to 26 % in every phase
+(docs/results.md, claim 5).
+"""
 
 
 def planned(
     recipe: str, config: RunConfig, gpus: int, nodes: int, card: str, gpu_memory: float, size: str
 ) -> tuple[list[str], dict[str, Any]]:
-    """What is said of a recipe, and the same as a record; arguments as in
-    `kvpo.commands.plan.Plan`. ValueError for a geometry that there is not."""
+    """Plan a recipe; returns the lines to print, and the same as a record.
+
+    Arguments are those of `kvpo.commands.plan.Plan`. Raises ValueError for an impossible geometry.
+    """
     if gpus < 1 or nodes < 1 or gpu_memory < 0:
         raise ValueError(
             f"--gpus {gpus} and --nodes {nodes} must be 1 or more, and --gpu-memory {gpu_memory} positive"
@@ -73,8 +80,10 @@ def planned(
 
 
 def stages(config: RunConfig, sizes: Sizes, c: Costs, world: int = 1) -> dict[str, dict[str, int]]:
-    """Bytes on one of ``world`` devices in every stage of a step, by part. Passes cost as many
-    times their row's bytes as they have rows."""
+    """Bytes on one of ``world`` devices in every stage of a step, by part.
+
+    Passes cost as many times their row's bytes as they have rows.
+    """
     g, B, R = sizes.geometry, side_by_side(config), replay_rows(config, sizes.geometry)
     rollout_own, replay_own = own_past(config, sizes.geometry)
     members = min(config.rollout.together or branches_of(config), branches_of(config))
@@ -94,18 +103,16 @@ def stages(config: RunConfig, sizes: Sizes, c: Costs, world: int = 1) -> dict[st
         always |= {"text encoder": c.text_encoder}
     if groups_of(config, world) > 1:
         always |= {"gradient so far": trained}
-    kept = (
-        groups_of(config, world) if config.keeps_groups else 1
-    )  # the last of them with its latents up to the end
+    # the last of them with its latents up to the end
+    kept = groups_of(config, world) if config.keeps_groups else 1
     stored = {
         "shared past": max(pasts, kept) * config.rollout.cache_frames * c.frame,
         "trajectories": kept * rows * P * latent * (2 * S + 1)
         + rows * (config.data.blocks - P) * latent,
     }
     bank = g.bank * c.frame
-    decoders = (
-        decoded_together(config) + pasts - 1
-    )  # of prefixes decoded side by side one state is kept for each
+    # of prefixes decoded side by side one state is kept for each
+    decoders = decoded_together(config) + pasts - 1
     swapped = (
         {}
         if config.dtype == "float32" or _sharded(config, world)
@@ -152,14 +159,16 @@ def _sharded(config: RunConfig, world: int) -> bool:
 
 
 def _kept(config: RunConfig, c: Costs, world: int) -> dict[str, int]:
-    """What is kept per trained number from step to step. Sharded, a card has its part of
-    masters, sets and moments; whole are the module's weights, and the sets that groups ask for."""
+    """Bytes kept per trained number from step to step, by part.
+
+    Sharded, a card has its part of masters, sets and moments; whole are the module's weights, and
+    the sets that groups ask for.
+    """
     if not _sharded(config, world):
         return {"trained copies": c.sets, "optimizer": 8 * c.trainable}
     width = 4 if config.dtype == "float32" else 2
-    copies = (
-        width * c.trainable if config.policy.train == "lora" else 0
-    )  # an adapter's weights in the module; a full set is the generator itself
+    # an adapter's weights in the module; a full set is the generator itself
+    copies = width * c.trainable if config.policy.train == "lora" else 0
     at_hand = (
         width * c.trainable * (1 + (config.policy.sync_interval > 1 or config.inner_updates > 1))
     )
@@ -214,8 +223,10 @@ def changes(config: RunConfig, sizes: Sizes, stage: str) -> Iterator[tuple[str, 
 def fitted(
     config: RunConfig, sizes: Sizes, c: Costs, room: float, world: int = 1
 ) -> tuple[dict[str, Any], float]:
-    """Changes that bring every stage under ``room`` GiB, as far as they go, and the peak with
-    them, GiB."""
+    """Find changes that bring every stage under ``room`` GiB, as far as they go.
+
+    Returns the changes and the peak with them, GiB.
+    """
     made: dict[str, Any] = {}
     while True:
         now = with_changes(config, made)
@@ -315,9 +326,8 @@ def work(config: RunConfig, sizes: Sizes, c: Costs, n: Amounts) -> dict[str, flo
         members - 1
     ) * starts_are_one(config, sizes.geometry)
     row, grad = c.replay.flops / c.rows["replay"], c.gradient.flops / c.rows["gradient"]
-    updates = (
-        config.inner_updates
-    )  # what the first has of the other weights' energies serves the further ones
+    # what the first has of the other weights' energies serves the further ones
+    updates = config.inner_updates
     unscored = n.replays - 1 + (not n.single_pass) * updates
     return {
         "prefix": (S + 1) * n.fork * c.prefix.flops,
@@ -363,8 +373,11 @@ def _work(
 
 
 def shares_of(groups: int, nodes: int, gpus: int, row: int = 1) -> list[range]:
-    """Groups of a step that every rank has, rank = node x gpus + card; ``row`` neighbours share
-    theirs. ValueError where one would have none, or a row is not full."""
+    """Groups of a step that every rank has, rank = node x gpus + card.
+
+    ``row`` neighbours share theirs. Raises ValueError where one would have none, or a row is not
+    full.
+    """
     world = nodes * gpus
     if world % row:
         raise ValueError(

@@ -57,11 +57,11 @@ class BrokenCheckpoint(ValueError):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What goes into a checkpoint, as it was: training may go on while this is written."""
+    """Copy of what goes into a checkpoint: training may go on while it is written."""
 
     state: Mapping[str, Any]
     tensors: Mapping[str, torch.Tensor]
-    """In main memory: of sharded weights this rank's parts, else all of them."""
+    """Tensors in main memory: of sharded weights this rank's parts, else all of them."""
     elsewhere: Mapping[str, torch.Tensor]
     """The averaged weights among them as diffusers names them: a LoRA file, or the transformer's
     own. None of sharded weights, which no rank has whole."""
@@ -107,9 +107,8 @@ def save_checkpoint(
     try:
         ranks.only_first(lambda: _make_anew(part))
         if snapshot.sharded:
-            ranks.only_first(
-                lambda: (folder / ELSEWHERE).unlink(missing_ok=True)
-            )  # of the time before the weights were sharded
+            # of the time before the weights were sharded
+            ranks.only_first(lambda: (folder / ELSEWHERE).unlink(missing_ok=True))
             _write_shards(snapshot.tensors, part, ranks)
         else:
             _write_file(snapshot.tensors, part / WHOLE)
@@ -133,7 +132,7 @@ def save_checkpoint(
 
 
 def at_step(folder: Path, step: int) -> Path:
-    """Where the checkpoint after ``step`` steps lies, if there is one."""
+    """Path of the checkpoint after ``step`` steps, if there is one."""
     return folder / f"step-{step:06d}"
 
 
@@ -145,8 +144,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def _up_to(target: Path) -> list[Path]:
-    """Those until then: later ones, which could not be read when the run was resumed, do not
-    count as the newest."""
+    """Checkpoints up to ``target``; later ones are leftovers that could not be read on resume."""
     return [found for found in checkpoints(target.parent) if found.name <= target.name]
 
 
@@ -155,9 +153,8 @@ def newest_whole(found: Sequence[Path], say: Callable[[str], None]) -> Path:
     is none, PermissionError where one may not be read."""
     for checkpoint in reversed(found):
         for name in ("", "state.json", *(p.name for p in checkpoint.glob("*.safetensors"))):
-            check_readable(
-                checkpoint / name
-            )  # one that may not be read is not broken: no older one is taken in its place
+            # one that may not be read is not broken: no older one is taken in its place
+            check_readable(checkpoint / name)
         try:
             _shapes(checkpoint)
             _refuse_changed(checkpoint)
@@ -192,7 +189,8 @@ def load_checkpoint(checkpoint: Path, policy: Policy, optimizer: torch.optim.Opt
 
     ValueError naming the file where it is broken, or the checkpoint where it is of another policy.
     """
-    state = policy.layout.ranks.together(lambda: _put_back(checkpoint, policy, optimizer))
+    with policy.layout.ranks.together():
+        state = _put_back(checkpoint, policy, optimizer)
     policy.layout.refresh()
     policy.updates, policy.lag = state["updates"], state["lag"]
     return state["step"]
@@ -270,9 +268,8 @@ def _read(checkpoint: Path, into: dict[str, torch.Tensor]) -> None:
     """Every process by itself; of a sharded tensor only its own part."""
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "torch.distributed is disabled", UserWarning
-            )  # it is what no_dist asks for
+            # it is what no_dist asks for
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
             dcp.load(into, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
     except CheckpointException as error:
         raise BrokenCheckpoint(checkpoint / "*.safetensors", _reasons(error)) from None
@@ -318,7 +315,7 @@ def _make_anew(folder: Path) -> None:
 
 
 def _stock_name(name: str) -> str:
-    """Of a trained weight: an adapter's as in a LoRA file, else the transformer's own."""
+    """Name of a trained weight: an adapter's as in a LoRA file, else the transformer's own."""
     return f"transformer.{name.replace('.default.', '.')}" if ".lora_" in name else name
 
 
@@ -362,7 +359,7 @@ def _reasons(error: CheckpointException) -> str:
 
 
 def _flush(folder: Path) -> None:
-    """On disk before the rename makes it count."""
+    """Write everything to the disk before the rename makes it count."""
     for path in folder.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())

@@ -1,5 +1,6 @@
-"""One backbone, three parameter sets: current (trained), behaviour (rolls out), reference (holds
-the KL); and the EMA.
+"""One backbone with three parameter sets and an EMA.
+
+The sets are current (trained), behaviour (rolls out) and reference (holds the KL).
 
 The current weights are float32 masters; the module computes with them, or with their copies in its
 own dtype. The other sets are lists of tensors that are swapped in for passes without gradient. With
@@ -55,8 +56,10 @@ class Policy:
         self.updates = self.lag = 0
         """Optimizer updates in all, and since the last sync."""
         self.broken = False
-        """An update has made the weights, or the optimizer's moments, not finite: they may not
-        be saved."""
+        """True once an update has made the weights or the optimizer's moments not finite.
+
+        They may not be saved then.
+        """
 
     @property
     def num_trainable(self) -> int:
@@ -72,8 +75,10 @@ class Policy:
 
     @contextmanager
     def using(self, weights: list[torch.Tensor]) -> Iterator[None]:
-        """The module computes with ``weights`` inside; no gradient may be taken there. If
-        sharded, all ranks enter, or it is `at_hand`."""
+        """Let the module compute with ``weights`` in the body; no gradient may be taken there.
+
+        If sharded, all ranks must enter, unless the set is `at_hand`.
+        """
         computing = self.layout.computing
         current = [p.data for p in computing]
         whole = self._at_hand.get(id(weights)) or self.layout.whole(weights)
@@ -106,8 +111,10 @@ class Policy:
 
     @torch.no_grad()
     def updated(self, last: bool = True) -> None:
-        """After an optimizer update: refresh the module, move the EMA, and sync the behaviour
-        policy when it is time. ``last``: of its step."""
+        """Follow an optimizer update: refresh the module, move the EMA, sync the behaviour policy.
+
+        The sync is made when it is time. ``last``: the update is the last of its step.
+        """
         self.layout.refresh()
         self.updates, self.lag = self.updates + 1, self.lag + 1
         decay = min(self.config.ema, (1 + self.updates) / (10 + self.updates))
@@ -117,8 +124,10 @@ class Policy:
             self.lag = 0
 
     def drift(self) -> float:
-        """Distance of the current weights from the reference, relative to the reference's norm
-        (for LoRA: absolute)."""
+        """Distance of the current weights from the reference, relative to the reference's norm.
+
+        For LoRA it is absolute.
+        """
         moved = self._norm(p.detach() - r for p, r in zip(self.parameters, self.reference))
         base = self._norm(self.reference)
         return moved if self.config.train == "lora" else moved / base
@@ -133,8 +142,11 @@ class Policy:
 
 
 def _add_adapter(transformer, rank: int, seed: int) -> None:
-    """A LoRA on every linear map of the blocks. It starts at zero effect (B = 0); A comes from a
-    named stream."""
+    """Add a LoRA to every linear map of the blocks.
+
+    It starts at zero effect (B = 0); A comes from a named stream. Raises ValueError for a
+    transformer without such maps.
+    """
     if not any(re.fullmatch(ADAPTER_TARGETS, name) for name, _ in transformer.named_modules()):
         raise ValueError(
             f"{type(transformer).__name__} has no module that matches {ADAPTER_TARGETS}; set policy.train to full"

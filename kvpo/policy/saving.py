@@ -23,8 +23,10 @@ from kvpo.policy.policy import Policy
 
 
 class Saver:
-    """Of one run: of its checkpoints one at a time is being written. A context: at its end all
-    are written, or the error is raised."""
+    """Writes a run's checkpoints beside the training, one at a time.
+
+    A context manager: at its end all are written, or the error is raised.
+    """
 
     def __init__(self, folder: Path, keep: int, policy: Policy, patience: float):
         self.folder, self.keep, self.policy, self.ranks = folder, keep, policy, policy.layout.ranks
@@ -55,8 +57,9 @@ class Saver:
             self._join()
 
     def wait(self) -> None:
-        """For the write under way; all ranks enter, and share its OSError."""
-        self.ranks.together(self._join)
+        """Wait for the write under way; all ranks enter, and share its OSError."""
+        with self.ranks.together():
+            self._join()
 
     def _join(self) -> None:
         if self._writing is not None:

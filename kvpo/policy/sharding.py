@@ -1,4 +1,4 @@
-"""Where the trained weights lie: whole on every rank, or shared out over the ranks by FSDP2.
+"""Layout of the trained weights: whole on every rank, or shared out over the ranks by FSDP2.
 
 Groups take unequally many passes (forks, horizons and skipped groups differ), and a pass of FSDP2
 that gathers weights waits for the same pass of every other rank. So no pass gathers any: the
@@ -29,15 +29,14 @@ class Whole:
         self.masters = tuple(master_of(p) for p in computing)
         """float32, what the optimizer moves."""
         self.collecting = self.masters
-        """Weights whose ``grad``, float32 and whole, is what backward passes of this rank add up
-        to."""
+        """Weights whose ``grad``, float32 and whole, sums up this rank's backward passes."""
 
     def whole(self, weights: list[torch.Tensor]) -> list[torch.Tensor]:
         """A set of weights in the module's own shapes."""
         return weights
 
     def described(self, weights: Sequence[torch.Tensor | None]) -> Sequence[torch.Tensor | None]:
-        """The same memory as tensors that know the whole's shape, for a checkpoint."""
+        """Weights in the same memory as tensors that know the whole's shape, for a checkpoint."""
         return weights
 
     def total(self, value: torch.Tensor) -> torch.Tensor:
@@ -50,7 +49,7 @@ class Whole:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """After the masters have changed: the module computes with what they are now."""
+        """Copy the masters into the module's weights, after they have changed."""
         for p, master in zip(self.computing, self.masters):
             if p is not master:
                 p.copy_(master)
@@ -154,8 +153,10 @@ class Shards:
 
 
 def master_of(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
-    """The float32 weight that is trained: the parameter itself, or one beside it that collects
-    its gradients."""
+    """The float32 weight that is trained for a parameter.
+
+    It is the parameter itself, or one beside it that collects its gradients.
+    """
     if parameter.dtype == torch.float32:
         return parameter
     master = torch.nn.Parameter(parameter.detach().float())

@@ -52,7 +52,7 @@ def gradients(records: Records, run: Path) -> tuple[str, str]:
 
 
 def _groups(run: Path) -> int:
-    """Of a step, as the run's settings say."""
+    """Groups of a step, as the run's settings say."""
     try:
         return int(read_config(run)[1].get("groups", 1))
     except (Missing, AttributeError, TypeError, ValueError):

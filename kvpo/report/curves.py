@@ -1,5 +1,7 @@
-"""Curves of a report as inline SVG, coloured by the page's own variables, so that light and dark
-pages share them."""
+"""Curves of a report as inline SVG.
+
+They are coloured by the page's own variables, so that light and dark pages share them.
+"""
 
 from __future__ import annotations
 
@@ -42,14 +44,16 @@ class Line:
     """1 to 12, as in the page's --c1 to --c12."""
     dashed: bool = False
     smooth: bool = False
-    """Also draw a running mean, and the values themselves faintly."""
+    """True: also draw a running mean, and the values themselves faintly."""
     band: tuple[Points, Points] | None = None
     """Lower and upper bound, shaded."""
 
 
 def distinct(number: int) -> dict[str, int | bool]:
-    """Colour and dash of a chart's line by its number: as many as two rounds of the colours look
-    different."""
+    """Colour and dash of a chart's line by its number.
+
+    As many lines as two rounds of the colours look different.
+    """
     return {"colour": 1 + number % len(COLOURS), "dashed": number // len(COLOURS) % 2 == 1}
 
 
@@ -109,8 +113,9 @@ COST_CHARTS = (
 
 
 def series(records: Sequence[Mapping[str, float]], pattern: str) -> dict[str, Points]:
-    """Steps and values of the metrics that match ``pattern``, keyed as by
-    `kvpo.common.metrics.pick`; a step's last value holds.
+    """Steps and values of the metrics that match ``pattern``; a step's last value holds.
+
+    Keys are those of `kvpo.common.metrics.pick`.
 
     Records count from 0, and what is logged at 74 belongs to the 75th update: a point stands at the
     number of updates made, where checkpoints, evaluations and samples have the same number in their
@@ -168,8 +173,10 @@ def figure(
     note: str = "",
     level: tuple[float, str] | None = None,
 ) -> str:
-    """HTML of one chart: a caption that is the legend, and the curves. ``level``: a horizontal
-    line and its label."""
+    """HTML of one chart: a caption that is the legend, and the curves.
+
+    ``level``: a horizontal line and its label.
+    """
     values = np.array([v for line in lines for v in line.points[1]], dtype=float)
     lost = int((~np.isfinite(values)).sum())
     notes = [note] * bool(note) + [f"{lost} value{'s' * (lost > 1)} not finite, left out."] * bool(
@@ -219,9 +226,8 @@ def _curves(
             axes.minorticks_off()
         steps = [step for line in lines for step in line.points[0]]
         if min(steps) == max(steps):
-            axes.set_xlim(
-                min(steps) - 2, max(steps) + 2
-            )  # else the axis counts in hundredths of a step
+            # else the axis counts in hundredths of a step
+            axes.set_xlim(min(steps) - 2, max(steps) + 2)
         return svg(picture, title)
 
 
@@ -295,8 +301,10 @@ def _spacing(steps: Sequence[float]) -> float:
 
 
 def svg(picture: Figure, label: str) -> str:
-    """The figure as an `<svg>` to stand inside HTML: no prologue, no namespaces, nothing that
-    names an address."""
+    """The figure as an `<svg>` to stand inside HTML.
+
+    It has no prologue, no namespaces, nothing that names an address.
+    """
     file = io.StringIO()
     picture.savefig(
         file,

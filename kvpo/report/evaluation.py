@@ -1,5 +1,7 @@
-"""The report's statistics: what changed against the start weights, in a table, in words and over
-the steps."""
+"""The report's statistics of what changed against the start weights.
+
+They stand in a table, in words and over the steps.
+"""
 
 from __future__ import annotations
 
@@ -50,8 +52,10 @@ def tables(evaluations: Sequence[Evaluation]) -> tuple[str, str]:
 
 
 def sentence(evaluations: Sequence[Evaluation]) -> str:
-    """What training changed, in one sentence with its interval: of the averaged weights where
-    they were evaluated. ``evaluations``: newest first."""
+    """Say in one sentence, with its interval, what training changed.
+
+    It speaks of the averaged weights where they were evaluated. ``evaluations``: newest first.
+    """
     found = [
         (e, row)
         for e in evaluations
@@ -96,7 +100,7 @@ def _when(created: str) -> str:
 
 
 def _words(evaluation: Evaluation) -> str:
-    """What is clear and what is not, one line a kind of component."""
+    """List what is clear and what is not, one line a kind of component."""
     lines = []
     for kind in _kinds(evaluation):
         rows = [row for row in evaluation.rows if row.kind == kind]
@@ -149,7 +153,7 @@ def _table(evaluation: Evaluation) -> str:
 
 
 def _power(evaluation: Evaluation) -> str:
-    """Whether there were enough scripts for the trained rewards' mean, or for the first of them."""
+    """Say whether there were enough scripts for the first trained reward, or for their mean."""
     row = next(
         (row for row in evaluation.rows if row.kind == "train" and row.verdict != "unmeasured"),
         None,
@@ -231,8 +235,10 @@ def warnings(evaluations: Sequence[Evaluation]) -> list[str]:
 def curves(
     records: Sequence[Mapping[str, float]], evaluations: Sequence[Evaluation]
 ) -> tuple[str, str]:
-    """One chart a component over the steps: the paired difference and its interval, or the means
-    if that was not logged."""
+    """Draw one chart a component over the steps: the paired difference and its interval.
+
+    Means are drawn instead if that was not logged.
+    """
     found = {
         kind: series(records, f"eval/{{weights}}/{{component}}/{kind}")
         for kind in ("mean", "diff", "low", "high")

@@ -1,5 +1,4 @@
-"""The report's guards: whether the rewards agree, whether one is being gamed, whether the videos
-drift off."""
+"""The report's guards against rewards that disagree or are gamed, and videos that drift."""
 
 from __future__ import annotations
 
@@ -52,8 +51,10 @@ def conflicts(records: Records) -> tuple[str, str]:
 
 
 def sentinels(records: Records) -> tuple[str, str]:
-    """Charts of the sentinels: how far each has moved from the start weights, in spreads of
-    these over seeds."""
+    """Draw charts of the sentinels: the way each has moved from the start weights.
+
+    Its unit is the spread of the start weights over seeds.
+    """
     moved = series(records, "sentinel/{component}/moved")
     if not moved:
         raise Missing("no sentinels were watched: set sentinels.every")
@@ -81,7 +82,7 @@ def sentinels(records: Records) -> tuple[str, str]:
 
 
 def warnings(run: Path) -> list[str]:
-    """What the evaluations say of gamed rewards."""
+    """Warnings of the evaluations about gamed rewards."""
     try:
         verdict = goodhart.judge(goodhart.history(run / "evaluation", "ema"))
     except (OSError, ValueError, LookupError, TypeError):

@@ -27,8 +27,10 @@ from kvpo.evaluation.intervals import VERDICT_PAIRS
 
 
 class Missing(ValueError):
-    """A part of the run that cannot be shown; its text is the reason, a whole sentence without
-    the full stop."""
+    """Error for a part of the run that cannot be shown.
+
+    Its text is the reason, a whole sentence without the full stop.
+    """
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Group:
     folder: Path
     step: int
     record: Mapping[str, Any]
-    """As `group_record` makes it."""
+    """Numbers of the group, as `group_record` makes them."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +79,14 @@ class Row:
     n: int
     better: str = "higher"
     sd: float = math.nan
-    """Of the paired differences over the scripts."""
+    """Standard deviation of the paired differences over the scripts."""
 
     @property
     def verdict(self) -> str:
-        """What the interval says: better, worse, unclear, or unmeasured; few where there are too
-        few pairs for an interval to say anything."""
+        """Verdict of the interval: better, worse, unclear, unmeasured or few.
+
+        `few` = there are too few pairs for an interval to say anything.
+        """
         sign = -1.0 if self.better == "lower" else 1.0
         if any(math.isnan(x) for x in (self.diff, self.low, self.high)):
             return "unmeasured"
@@ -101,7 +105,7 @@ class Evaluation:
     scripts: int
     seed: int
     videos: int
-    """Of every script, each with noise of its own."""
+    """Videos of every script, each with noise of its own."""
     rows: tuple[Row, ...]
     created: str
     command: str
@@ -152,8 +156,10 @@ def read_environment(run: Path) -> Mapping[str, Any]:
 
 
 def read_evaluations(run: Path) -> tuple[list[Evaluation], list[str]]:
-    """Newest first, of several of the same pair (steps apart) only the newest; and why files
-    that are there could not be used."""
+    """Read the run's evaluations, newest first; returns also why files could not be used.
+
+    Of several of the same pair (steps apart) only the newest is kept.
+    """
     newest: dict[tuple[str, ...], Evaluation] = {}
     problems = []
     for path in sorted((run / "evaluation").glob("*.json")):
@@ -191,9 +197,8 @@ def _evaluation(path: Path) -> Evaluation:
         )
         scripts = data["scripts"]
         count = len(scripts) if isinstance(scripts, list) else int(scripts)
-        seed = int(
-            data["seed"] if "seed" in data else data["seeds"][0]
-        )  # the second: runs before 2026-12
+        # the second: runs before 2026-12
+        seed = int(data["seed"] if "seed" in data else data["seeds"][0])
         words = (str(data.get("created", "")), str(data.get("command", "")))
         return Evaluation(
             path,

@@ -1,5 +1,6 @@
-"""A run's folder -> one HTML page that opens offline: what training changed, how sure that is, and
-what it cost.
+"""The report: a run's folder as one HTML page that opens offline.
+
+It says what training changed, how sure that is, and what it cost.
 
 Every section is made from its own part of the folder. A part that is not there, or cannot be read,
 is said to be missing, with the reason, in its section's place: a report of half a run is still a
@@ -44,8 +45,10 @@ from kvpo.report.read_run import (
 )
 
 RARE = ("checkpoint", "evaluate", "sentinels")
-"""Phases of some steps only, beside the step's total: they would hide the others in a picture of
-time per step."""
+"""Phases of some steps only, beside the step's total.
+
+They would hide the others in a picture of time per step.
+"""
 Records = Sequence[Mapping[str, float]]
 
 
@@ -139,7 +142,10 @@ def last_step(records: Records) -> int | None:
 
 
 def planned_steps(run: Path) -> int | None:
-    """How many steps the config asks for: `steps` at its top level or in its training section."""
+    """Number of steps that the config asks for; None if it says nothing.
+
+    It is `steps` at its top level or in its training section.
+    """
     try:
         config = read_config(run)[1]
     except Missing:
@@ -156,7 +162,7 @@ def planned_steps(run: Path) -> int | None:
 
 
 def warnings(run: Path, records: Records, evaluations: Sequence[Any]) -> list[str]:
-    """What a reader must know before believing the page."""
+    """Warnings that a reader must know before believing the page."""
     found, last, planned = [], last_step(records), planned_steps(run)
     if last is None:
         found.append("no training step was logged")
@@ -292,7 +298,7 @@ def _cost(records: Records) -> tuple[str, str]:
 
 
 def _time(phases: Mapping[str, Points]) -> tuple[str, str]:
-    """Where the run's time went: in all, as a table, and step by step."""
+    """Show the run's time by phase: in all, as a table, and step by step."""
     sums = {
         phase: sum(v for v in points[1] if math.isfinite(v)) for phase, points in phases.items()
     }

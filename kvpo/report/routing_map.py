@@ -66,8 +66,9 @@ def routing_map(
     starts: Sequence[int] = (0,),
     labels: Sequence[str] | None = None,
 ) -> bytes:
-    """PNG: rows = anchor, then branches; columns = latent frames up to the window's end; colour =
-    role.
+    """Draw the routing map as a PNG; colour = role.
+
+    Rows = anchor, then branches; columns = latent frames up to the window's end.
 
     ``plans``: branches, then the anchor's, as in `kvpo.types.Rollout`; ``starts``: first block of
     every prompt segment, drawn as lines; ``labels``: text beside each row, in the order of

@@ -32,8 +32,10 @@ def show_group(
     update: GroupUpdate,
     explorer: Explorer,
 ) -> Path:
-    """groups/step-.../: the anchor and the branches as one video, the routing map, the numbers.
-    ``pixels``: uint8 [B, T, 3, H, W] from the fork on."""
+    """Write groups/step-.../: anchor and branches as one video, the routing map, the numbers.
+
+    ``pixels``: uint8 [B, T, 3, H, W] from the fork on.
+    """
     folder = out / "groups" / f"step-{step:06d}"
     order = [len(rollout.plans) - 1, *range(rollout.num_branches)]
     write_mp4(
@@ -102,8 +104,10 @@ def show_samples(
 
 
 def before_after(run: Path, stories: int = 3, frames: int = 12) -> bytes:
-    """PNG: the first stories' videos by the start weights and by the last ones, as strips.
-    `Missing` where the run has none."""
+    """PNG with the first stories' videos by the start weights and by the last ones, as strips.
+
+    Raises `Missing` where the run has none.
+    """
     samples = read_samples(run)
     last = max(s.step for s in samples)
     before = {s.script_id: s for s in samples if s.which == "start"}
@@ -126,8 +130,10 @@ def group_record(
     advantage_G: torch.Tensor,
     pi_G: torch.Tensor,
 ) -> dict[str, Any]:
-    """What group.json holds: numbers of the rows in the order branches, anchor; JSON-ready, NaN
-    as null."""
+    """Content of group.json: numbers of the rows in the order branches, anchor.
+
+    It is JSON-ready, NaN as null.
+    """
 
     def numbers(x: torch.Tensor) -> list[float | None]:
         return [value if math.isfinite(value) else None for value in x.double().flatten().tolist()]

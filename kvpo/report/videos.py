@@ -1,5 +1,7 @@
-"""The report's moving pictures: before and after, and the branches of one group with what they
-read and what came of it."""
+"""The report's moving pictures: before and after, and the branches of one group.
+
+The branches are shown with what they read and what came of it.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +15,19 @@ from kvpo.pages import html as page
 from kvpo.report.read_run import Group, Missing, Sample, number
 
 MAX_PAIRS = 8
-"""Before/after pairs shown."""
+"""Largest number of before/after pairs shown."""
 MAX_VIDEO_BYTES = 48 * 2**20
-"""Videos beyond this are named, not embedded: a page of base64 much larger than this opens badly
-on a phone."""
+"""Bytes of video that a page embeds; videos beyond this are only named.
+
+A page of base64 much larger than this opens badly on a phone.
+"""
 
 
 def pairs(samples: Sequence[Sample], sentence: str = "") -> tuple[str, str]:
-    """The same script and seed from the start weights and from the last ones, side by side.
-    ``sentence``: what was measured, in one."""
+    """Show one script and seed from the start weights and from the last ones, side by side.
+
+    ``sentence``: what was measured, in one.
+    """
     both = _paired(samples)
     cards, left, room = [], [], MAX_VIDEO_BYTES
     for pair in both[:MAX_PAIRS]:
@@ -43,8 +49,10 @@ def pairs(samples: Sequence[Sample], sentence: str = "") -> tuple[str, str]:
 
 
 def _paired(samples: Sequence[Sample]) -> list[tuple[Sample, Sample]]:
-    """(before, after) by script and seed; after = the last step's, EMA weights rather than
-    online ones."""
+    """Pair samples (before, after) by script and seed.
+
+    After = the last step's, EMA weights rather than online ones.
+    """
     before = {
         (s.script_id, s.seed): s for s in reversed(samples) if s.which == "start" or s.step == 0
     }
@@ -80,8 +88,10 @@ def _card(before: Sample, after: Sample) -> str:
 
 
 def _prompts(texts: Sequence[str], starts: Sequence[int], blocks: int | None) -> str:
-    """The segments' prompts; where the video's length is known the page's script lights up the
-    one that holds."""
+    """List the segments' prompts.
+
+    Where the video's length is known the page's script lights up the one that holds.
+    """
     items = []
     for text, start in zip(texts, starts):
         place = f' data-from="{start / blocks:.4f}"' if blocks else ' class="now"'
@@ -154,8 +164,10 @@ def _best(advantages: list[float]) -> int | None:
 
 
 def _column(values: list[float], rows: int, ranked: bool) -> list[str]:
-    """Cells of a column; one that ``ranked`` has its largest value bold, unless all are equal.
-    The anchor may lack a value."""
+    """Cells of a column; one that is ``ranked`` has its largest value bold, unless all are equal.
+
+    The anchor may lack a value.
+    """
     finite = {value for value in values if math.isfinite(value)}
     best = max(finite) if ranked and len(finite) > 1 else None
     values = values + [math.nan] * (rows - len(values))

@@ -25,15 +25,15 @@ UNBOUNDED = (float("-inf"), float("inf"))
 
 @dataclass(frozen=True, eq=False)
 class VideoBatch:
-    """Clips to be scored together: equal length, equal size. Compared by identity, so that
-    measurements can be shared.
+    """Clips to be scored together: equal length, equal size.
 
-    ValueError for frames of another layout or type, and for lists of another length than the clips.
+    They are compared by identity, so that measurements can be shared. Raises ValueError for frames
+    of another layout or type, and for lists of another length than the clips.
 
-    >>> frames = torch.zeros(2, 16, 3, 64, 64, dtype=torch.uint8)
-    >>> batch = kvpo.VideoBatch(frames, fps=16.0, prompts=("a red circle rises", "it turns blue"))
-    >>> len(batch), batch.length
-    (2, 16)
+        >>> frames = torch.zeros(2, 16, 3, 64, 64, dtype=torch.uint8)
+        >>> batch = kvpo.VideoBatch(frames, fps=16.0, prompts=("a red circle rises", "it turns blue"))
+        >>> len(batch), batch.length
+        (2, 16)
     """
 
     frames: torch.Tensor
@@ -41,15 +41,19 @@ class VideoBatch:
     fps: float
     """True rate of the pixel frames given, frames a second."""
     prompts: tuple[str, ...]
-    """One per clip: the prompt that holds in this clip."""
+    """Prompt of each clip: the one that holds in this clip."""
     history: tuple[tuple[str, ...], ...] = ()
-    """Per clip the earlier prompts of its script, oldest first (a later prompt may only say
-    "it"). () = none for all clips."""
+    """Earlier prompts of each clip's script, oldest first; () = none for all clips.
+
+    A later prompt may only say "it".
+    """
     group: torch.Tensor | None = None
-    """int64 [B]: clips that are compared with each other (branches of one fork). None becomes
-    all zeros."""
+    """int64 [B]: number of the group of clips that a clip is compared with.
+
+    A group is the branches of one fork. None becomes all zeros.
+    """
     meta: tuple[Mapping[str, Any], ...] = ()
-    """Per clip, for logs only: seed, branch, segment ...  () = nothing."""
+    """Notes on each clip, for logs only: seed, branch, segment ...; () = nothing."""
 
     def __post_init__(self):
         _check_frames(self.frames)
@@ -86,7 +90,7 @@ class VideoBatch:
 
     @functools.cached_property
     def digests(self) -> tuple[bytes, ...]:
-        """One per clip: what names its pixels."""
+        """Hash of each clip's pixels, by which it is known again."""
         return tuple(
             hashlib.blake2b(clip.contiguous().cpu().numpy(), digest_size=16).digest()
             for clip in self.frames
@@ -97,11 +101,14 @@ class VideoBatch:
         return (*self.history[clip], self.prompts[clip])
 
     def cut(self, first: int, stop: int) -> VideoBatch:
-        """The same clips, frames [first, stop) only."""
+        """Clips of the same videos with frames [first, stop) only."""
         return replace(self, frames=self.frames[:, first:stop])
 
     def take(self, frames: Sequence[int]) -> VideoBatch:
-        """The same clips, these frames only, evenly spread; ``fps`` is that of what remains."""
+        """Clips of the same videos with these frames only, evenly spread.
+
+        ``fps`` becomes the rate of what remains.
+        """
         return replace(
             self, frames=self.frames[:, frames], fps=self.fps * len(frames) / self.length
         )
@@ -121,22 +128,24 @@ class VideoBatch:
 
 @dataclass(frozen=True)
 class RewardOutput:
-    """What a reward says about a batch."""
+    """Scores of a batch by one reward."""
 
     scores: torch.Tensor
     """float32 [B], higher is better; NaN where not valid."""
     valid: torch.Tensor
     """bool [B]: clips that could be measured."""
     parts: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """Name -> float32 [B]: what the score is made of, for logs; NaN where a clip has no such
-    part."""
+    """Name -> float32 [B]: parts that the score is made of, for logs.
+
+    NaN where a clip has no such part.
+    """
     info: Mapping[str, Any] = field(default_factory=dict)
     """``seconds`` it took, versions ..."""
 
 
 @dataclass(frozen=True)
 class RewardSpec:
-    """What one must know of a reward without running it.
+    """Facts about a reward that are known without running it.
 
     >>> kvpo.RewardSpec("redness", family="colour", looks_at="how red a clip is").bounds
     (0.0, 1.0)
@@ -144,25 +153,34 @@ class RewardSpec:
 
     name: str
     family: str
-    """Rewards of one family see alike and fail alike; an evaluator is held out only from
-    training rewards of other families."""
+    """Name of a family: its rewards see alike and fail alike.
+
+    An evaluator is held out only from training rewards of other families.
+    """
     bounds: tuple[float, float] = (0.0, 1.0)
     looks_at: str = ""
-    """What it judges, in a few words."""
+    """Description of what it judges, in a few words."""
     needs_prompt: bool = True
     min_frames: int = 1
-    """Shorter clips are invalid; also the fewest frames of a clip that are looked at, whatever
-    ``fps`` asks."""
+    """Fewest frames of a clip; shorter clips are invalid.
+
+    It is also the fewest frames of a clip that are looked at, whatever ``fps`` asks.
+    """
     fps: float = 0.0
     """Frames a second that it looks at, 0 = every frame."""
     max_frames: int = 0
     """Most frames of a clip that it looks at, 0 = any number."""
     max_pixels: int = 0
-    """Most pixels (clips x frames x height x width) of one call, 0 = any number: more are scored
-    in several calls."""
+    """Most pixels (clips x frames x height x width) of one call, 0 = any number.
+
+    More are scored in several calls.
+    """
     level: Literal["frame", "clip", "segment", "rollout"] = "clip"
-    """What a clip has to be for the score to make sense: any frame, any stretch, one prompt
-    segment, a whole video."""
+    """Kind of clip for which the score makes sense.
+
+    `frame`: any frame; `clip`: any stretch; `segment`: one prompt segment; `rollout`: a whole
+    video.
+    """
     licence: str = "Apache-2.0"
     weights: str = ""
     """Identity of the weights (name and hash), known once they are loaded; "" = none."""
@@ -177,7 +195,7 @@ class RewardSpec:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What an evaluation lists: the score, then the reported parts."""
+        """Columns of an evaluation's table: the score, then the reported parts."""
         return (self.name, *(f"{self.name}.{part}" for part in self.report))
 
 

@@ -1,5 +1,6 @@
-"""The calibration suite: degraded copies of good clips, which every training reward's recipe must
-score below the good ones.
+"""The calibration suite: degraded copies of good clips, to test training rewards on.
+
+Every training reward's recipe must score them below the good ones.
 
 A degradation is a function (frames [B, T, C, H, W] uint8, generator) -> the same; ``wrong_caption``
 changes the prompts instead. Each single reward may be blind to some of them (blind spots are its
@@ -29,15 +30,19 @@ from kvpo.common.rng import stream
 from kvpo.rewards.base import Reward, VideoBatch, check_output
 
 WINDOW = 0.8
-"""Share of the picture's sides that a panning camera sees; it never reaches the edge, so nothing
-wraps around."""
+"""Share of the picture's sides that a panning camera sees.
+
+It never reaches the edge, so nothing wraps around.
+"""
 NEAREST = 0.7
-"""The same at the end of a zoom."""
+"""Share of the picture's sides that a camera sees at the end of a zoom."""
 
 
 def pan_of_still(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """The first frame under a camera that moves evenly in a random direction, in steps of parts
-    of a pixel."""
+    """Film the first frame with a camera that moves evenly in a random direction.
+
+    It moves in steps of parts of a pixel.
+    """
     T = frames.shape[1]
     angle = 2 * math.pi * torch.rand((), generator=generator)
     way = (1 - WINDOW) * torch.stack((angle.cos(), angle.sin()))
@@ -59,8 +64,11 @@ def loop(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 def _filmed(
     stills_BCHW: torch.Tensor, scale_T: torch.Tensor, centre_T2: torch.Tensor
 ) -> torch.Tensor:
-    """What a camera sees of each still, [B, T, C, H, W]: frame t is the window of ``scale``
-    times its sides about ``centre`` (x, y; the edges are at -1 and 1)."""
+    """Film each still with a moving camera, [B, T, C, H, W].
+
+    Frame t is the window of ``scale`` times its sides about ``centre`` (x, y; the edges are at -1
+    and 1).
+    """
     view = torch.cat((scale_T[:, None, None] * torch.eye(2), centre_T2[:, :, None]), dim=2)
     points = F.affine_grid(view, [len(scale_T), *stills_BCHW.shape[1:]], align_corners=False)
     films = [
@@ -143,15 +151,17 @@ def darkening(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def cut(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """From the middle on the picture is displaced by 20 to 44 pixels, both ways: the object
-    jumps, the place breaks or stays."""
+    """Displace the picture by 20 to 44 pixels, both ways, from the middle of the clip on.
+
+    The object jumps, the place breaks or stays.
+    """
     by = torch.randint(20, 45, (2,), generator=generator).tolist()
     half = frames.shape[1] // 2
     return torch.cat((frames[:, :half], frames[:, half:].roll(by, (-2, -1))), 1)
 
 
 def vanish(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """In the second half the object fades to the grey of its place."""
+    """Fade the object to the grey of its place in the second half."""
     keep = torch.ones(frames.shape[1])
     keep[frames.shape[1] // 2 :] = 0
     grey = torch.full((3, 3), 1 / 3)
@@ -208,8 +218,11 @@ DEGRADATIONS: dict[str, Degrade] = {
 
 
 def wrong_captions(prompts: Sequence[str], generator: torch.Generator) -> tuple[str, ...]:
-    """Every clip gets the prompt of another one: a cyclic shift by a random amount of clips with
-    different prompts."""
+    """Give every clip the prompt of another one.
+
+    It is a cyclic shift by a random amount, of clips with different prompts. Raises ValueError
+    where no shift does it.
+    """
     n = len(prompts)
     start = int(torch.randint(1, n, (), generator=generator)) if n > 1 else 0
     for shift in ((start + i - 1) % (n - 1) + 1 for i in range(n - 1)):
@@ -222,8 +235,10 @@ def wrong_captions(prompts: Sequence[str], generator: torch.Generator) -> tuple[
 
 
 def degrade(batch: VideoBatch, name: str, seed: int) -> VideoBatch:
-    """A copy of the batch with one flaw: a name of DEGRADATIONS, or ``wrong_caption`` (which
-    also drops the history)."""
+    """Copy the batch with one flaw: a name of DEGRADATIONS, or ``wrong_caption``.
+
+    The latter also drops the history.
+    """
     if name == "wrong_caption":
         (wrong,) = miscaptioned([batch], seed)
         return wrong
@@ -231,8 +246,10 @@ def degrade(batch: VideoBatch, name: str, seed: int) -> VideoBatch:
 
 
 def miscaptioned(batches: Sequence[VideoBatch], seed: int) -> list[VideoBatch]:
-    """Copies in which every clip has the prompt of another clip of any of the batches, and no
-    history."""
+    """Copy the batches so that every clip has the prompt of another clip, and no history.
+
+    The other clip may be in any of the batches.
+    """
     moved = iter(
         wrong_captions(
             [prompt for batch in batches for prompt in batch.prompts],
@@ -247,14 +264,18 @@ def miscaptioned(batches: Sequence[VideoBatch], seed: int) -> list[VideoBatch]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How the good clips fare against one degradation under one score."""
+    """Result of the good clips against one degradation under one score."""
 
     won: float
-    """Share of clips scored above their own degraded copy (ties and invalid scores count as
-    lost)."""
+    """Share of clips scored above their own degraded copy.
+
+    Ties and invalid scores count as lost.
+    """
     margin: float
-    """Mean of good minus degraded over the pairs that have both scores: reward units of a
-    reward; of ``all``, standard deviations."""
+    """Mean of good minus degraded over the pairs that have both scores.
+
+    In reward units for a reward; for ``all`` in standard deviations.
+    """
 
 
 FLAWS = (*DEGRADATIONS, "wrong_caption")
@@ -268,12 +289,12 @@ def calibrate(
     seed: int = 0,
     flaws: Sequence[str] = FLAWS,
 ) -> dict[str, dict[str, Verdict]]:
-    """Flaw -> score name, or ``all`` -> verdict, over all clips of the batches (each batch of clips
-    of one length).
+    """Compare good clips with degraded ones: flaw -> score name, or ``all`` -> verdict.
 
-    ``all`` is what training would see: rewards over their spread, here that of the good and the
-    spoilt clips, times their weights, summed. ValueError where no clip can be given a wrong
-    caption."""
+    Each batch has clips of one length. ``all`` is what training would see: rewards over their
+    spread, here that of the good and the spoilt clips, times their weights, summed. Raises
+    ValueError where no clip can be given a wrong caption.
+    """
     good = _scores(rewards, batches)
     table = {}
     for flaw in flaws:
@@ -299,8 +320,11 @@ def calibrate(
 def refuse_frozen(
     rewards: Sequence[Reward], batches: Sequence[VideoBatch], weights: Mapping[str, float]
 ) -> None:
-    """ValueError where a still picture wins: the first thing that training on such rewards would
-    find."""
+    """Check that no still picture wins.
+
+    Raises ValueError where one does: it is the first thing that training on such rewards would
+    find.
+    """
     if not batches:
         return
     won = calibrate(rewards, batches, weights, flaws=("frozen",))["frozen"]["all"].won
@@ -313,8 +337,10 @@ def refuse_frozen(
 
 
 MUST_WIN = 0.9
-"""Share of good clips that the combination must score above their frozen copy; some clips hardly
-move."""
+"""Share of good clips that the combination must score above their frozen copy.
+
+Some clips hardly move.
+"""
 MAY_PASS = ("backwards",)
 """Flaws that are none in many good clips: what swings or stands looks the same backwards."""
 SPREAD_FLOOR = 1e-6

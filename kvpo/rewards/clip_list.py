@@ -1,5 +1,7 @@
-"""clips.csv, the list of a folder's videos: ``file,prompt``, a line each, refused with its line
-where it does not fit."""
+"""Reader of clips.csv, the list of a folder's videos: ``file,prompt``, a line each.
+
+A line that does not fit is refused with its number.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,10 @@ class ClipRow(NamedTuple):
 
 
 def clip_rows(path: Path) -> list[ClipRow]:
-    """Every line of a clips.csv, in order.  ValueError that names file and line for anything that
-    is not one file and its prompt."""
+    """Every line of a clips.csv, in order.
+
+    Raises ValueError that names file and line for anything that is not one file and its prompt.
+    """
     cells = _cells(path)
     _, head = next(cells, (0, []))
     head = [name.strip().lower() for name in head]
@@ -46,8 +50,10 @@ def clip_rows(path: Path) -> list[ClipRow]:
 
 
 def _cells(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """(line at which it begins, cells) of every row that is not blank; a cell in quotes may go
-    over several lines."""
+    """Yield (line at which it begins, cells) of every row that is not blank.
+
+    A cell in quotes may go over several lines.
+    """
     lines = [f"{line}\n" for _, line in lines_of(path, read_text(path))]
     reader, begin = csv.reader(lines, strict=True, skipinitialspace=True), 1
     while True:

@@ -1,5 +1,6 @@
-"""Good clips to calibrate rewards on: the miniature's true ones, or a folder of anyone's own
-videos.
+"""Good clips to calibrate rewards on.
+
+They are the miniature's true ones, or a folder of anyone's own videos.
 
 folder/clips.csv    file,prompt      one line a video; paths from the folder
 """
@@ -13,12 +14,14 @@ from kvpo.rewards.base import VideoBatch
 from kvpo.rewards.clip_list import clip_rows
 
 FRAMES = 36
-"""Of a clip: three blocks, as in training."""
+"""Frames of a clip: three blocks, as in training."""
 
 
 def folder_clips(folder: Path, seconds: float = FRAMES / FPS) -> list[VideoBatch]:
-    """A batch of one clip per line of ``folder/clips.csv``: the middle ``seconds`` of its video.
-    ValueError or FileNotFoundError that names file and line."""
+    """Make a batch of one clip per line of ``folder/clips.csv``: its video's middle ``seconds``.
+
+    Raises ValueError or FileNotFoundError that names file and line.
+    """
     path = Path(folder) / "clips.csv"
     if not path.is_file():
         raise FileNotFoundError(

@@ -12,24 +12,31 @@ class RewardEntry:
     """One reward of a recipe."""
 
     name: str
-    """A shipped name (`kvpo rewards list`), that of an entry point, or ``package.module:Class``
-    or ``package.module:function``; isolated also a scorer file or that of a shipped environment
-    (docs/isolated_rewards.md)."""
+    """Name of the reward: a shipped one, an entry point's, or one's own.
+
+    Shipped names are listed by `kvpo rewards list`; one's own is ``package.module:Class`` or
+    ``package.module:function``; isolated also a scorer file or that of a shipped environment
+    (docs/isolated_rewards.md).
+    """
     weight: float = 1.0
-    """Of its advantages; 0 = logged, not trained on."""
+    """Weight of its advantages; 0 = logged, not trained on."""
     role: Literal["train", "eval", "guard"] = "train"
-    """`eval`: held out, only ever used by evaluations, and of another family than the trained
-    ones; `guard`: likewise used, but it may see as the trained ones do: it must not fall."""
+    """Role of the reward: `train`, `eval` or `guard`.
+
+    `eval`: held out, only ever used by evaluations, and of another family than the trained ones;
+    `guard`: likewise used, but it may see as the trained ones do: it must not fall.
+    """
     params: Mapping[str, Any] = field(default_factory=dict)
-    """What its class or function takes."""
+    """Arguments of its class or function."""
     offload: bool = False
     """Leave the device's memory between two uses; evaluators always do."""
     isolation: Literal["inline", "process", "http"] = "inline"
-    """Where it runs: in this process, in a worker with an environment of its own, or on a
-    server."""
+    """Place where it runs: this process, a worker with its own environment, or a server."""
     environment: str = ""
-    """`process`: the environment (`kvpo reward-env create`) or the Python whose worker runs it;
-    empty = this Python."""
+    """Environment (`kvpo reward-env create`) or Python whose worker runs it; empty = this Python.
+
+    For isolation `process`.
+    """
     devices: str = ""
     """`process`: cards of its own, as in CUDA_VISIBLE_DEVICES; empty = the run's."""
     url: str = ""

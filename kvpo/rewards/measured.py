@@ -1,4 +1,4 @@
-"""What rewards are made from, so that each of them is only its own measure.
+"""Base classes of rewards, so that each reward is only its own measure.
 
     Measured      a reward that is one function, with nothing to load
     Pretrained    one with a network: made once, moved to the device by ``load``, to main memory by ``offload``
@@ -21,11 +21,11 @@ from kvpo.rewards.base import RewardOutput, RewardSpec, VideoBatch
 
 
 def sampled(length: int, fps: float, spec: RewardSpec) -> list[int]:
-    """Which of a clip's ``length`` frames at ``fps`` a scorer looks at: evenly spread from the
-    first on, at ``spec.fps``, within [min_frames, max_frames].
+    """Numbers of the frames that a scorer looks at, of a clip of ``length`` frames at ``fps``.
 
-    36 frames at 16 a second and a scorer of 2 a second give 4 frames, or 8 where it needs at
-    least 8."""
+    They are evenly spread from the first on, at ``spec.fps``, within [min_frames, max_frames]. 36
+    frames at 16 a second and a scorer of 2 a second give 4 frames, or 8 where it needs at least 8.
+    """
     count = max(round(length * spec.fps / fps), spec.min_frames) if spec.fps else length
     if spec.max_frames:
         count = min(count, spec.max_frames)
@@ -34,8 +34,10 @@ def sampled(length: int, fps: float, spec: RewardSpec) -> list[int]:
 
 
 class Measured:
-    """A reward that is one function, ``measure``: what has nothing to load needs no more than
-    that and its ``spec``."""
+    """A reward that is one function, ``measure``.
+
+    A reward that has nothing to load needs no more than that and its ``spec``.
+    """
 
     spec: RewardSpec
 
@@ -52,8 +54,11 @@ class Measured:
 
 
 class Pretrained(Measured):
-    """A reward with a network. A dataclass of its parameters with ``model: Any =
-    field(init=False, default=None, repr=False)``; it writes ``build`` and ``measure``."""
+    """A reward with a network.
+
+    A subclass is a dataclass of its parameters with ``model: Any = field(init=False, default=None,
+    repr=False)``; it writes ``build`` and ``measure``.
+    """
 
     model: Any
 
@@ -63,8 +68,10 @@ class Pretrained(Measured):
         return id(self)
 
     def build(self) -> torch.nn.Module:
-        """The network in main memory. May set ``self.spec = replace(self.spec, weights=...)``,
-        now that they are known."""
+        """Make the network in main memory.
+
+        It may set ``self.spec = replace(self.spec, weights=...)``, now that they are known.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no build()")
 
     def load(self, device: str | torch.device = "cpu") -> None:
@@ -79,7 +86,7 @@ class Pretrained(Measured):
 
     @property
     def device(self) -> torch.device:
-        """Where the network is.  RuntimeError before ``load``."""
+        """Device that the network is on; RuntimeError before ``load``."""
         if self.model is None:
             raise RuntimeError(
                 f"{self.spec.name} is not loaded; call load(device) before score(batch)"
@@ -94,12 +101,15 @@ REDUCTIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
         max(1, round(0.3 * s_BT.shape[1])), dim=1, largest=False
     ).values.mean(dim=1),
 }
-"""How the scores of a clip's frames become one: their mean, or that of the best or worst 30 %."""
+"""Ways to make one score of those of a clip's frames: mean, or mean of the best or worst 30 %."""
 
 
 class FrameScorer(Pretrained):
-    """A reward that judges single frames: a dataclass that also has the parameters ``stride``
-    (every how many frames one is judged) and ``reduce``."""
+    """A reward that judges single frames.
+
+    A subclass is a dataclass that also has the parameters ``stride`` (every how many frames one is
+    judged) and ``reduce``.
+    """
 
     stride: int
     reduce: str
@@ -122,8 +132,10 @@ class FrameScorer(Pretrained):
 
 
 def check_frame_options(stride: int, reduce: str) -> None:
-    """ValueError for a stride or a reduction that does not exist; a FrameScorer's
-    ``__post_init__`` calls it."""
+    """Check a FrameScorer's options; its ``__post_init__`` calls it.
+
+    Raises ValueError for a stride or a reduction that does not exist.
+    """
     if stride < 1:
         raise ValueError(
             f"stride = {stride} must be 1 or more: every how many frames one is judged"
@@ -133,7 +145,7 @@ def check_frame_options(stride: int, reduce: str) -> None:
 
 
 def missing_packages(spec: RewardSpec) -> list[str]:
-    """Those of ``spec.packages`` that can not be imported; nothing is imported for it."""
+    """Names of ``spec.packages`` that can not be imported; nothing is imported for it."""
     return [
         name for name in spec.packages if importlib.util.find_spec(name.partition(".")[0]) is None
     ]
@@ -152,8 +164,10 @@ def scored(
     batch: VideoBatch,
     measure: Callable[[VideoBatch], tuple[torch.Tensor, Mapping[str, torch.Tensor]]],
 ) -> RewardOutput:
-    """``measure(batch) -> (scores [B], parts)`` with what every reward owes: its frames, no
-    gradient, the clock, invalid clips, float32 on the CPU."""
+    """Score a batch with ``measure(batch) -> (scores [B], parts)``, and add what every reward owes.
+
+    That is its frames, no gradient, the clock, invalid clips, float32 on the CPU.
+    """
     begin = time.perf_counter()
     if batch.length < spec.min_frames:
         nothing = torch.full((len(batch),), float("nan"))

@@ -1,5 +1,6 @@
-"""Rewards by name: shipped, of an installed package (entry point ``kvpo.rewards``), or anyone's own
-class or function.
+"""Rewards by name: shipped, of an installed package, or anyone's own class or function.
+
+An installed package offers them by the entry point ``kvpo.rewards``.
 
 Nothing of a reward is imported before it is asked for, and nothing is loaded before
 `kvpo.rewards.scorer` does.
@@ -52,9 +53,9 @@ SHIPPED: Mapping[str, str] = {
 """Name -> module:class."""
 
 GIVEN = "python:"
-"""How names begin that only this process knows: those of rewards that were given as objects."""
+"""Beginning of names that only this process knows: rewards that were given as objects."""
 _given: dict[str, Any] = {}
-"""Such a name -> the object that was given last under it."""
+"""Name of a given reward -> the object that was given last under it."""
 
 
 class Function(Measured):
@@ -105,8 +106,10 @@ def give(reward: Any) -> str:
 
 
 def given_family(name: str) -> str:
-    """Family of a reward that was given as an object, also in another process; "" for one with a
-    name of its own."""
+    """Family of a reward that was given as an object, also in another process.
+
+    "" for one with a name of its own.
+    """
     if not name.startswith(GIVEN):
         return ""
     _, _, *family = name.split(":", 2)
@@ -114,7 +117,7 @@ def given_family(name: str) -> str:
 
 
 INTERFACE = ("spec", "load", "score", "offload")
-"""What a `Reward` has."""
+"""Attributes that a `Reward` has."""
 
 
 def _is_reward(found: Any) -> bool:
@@ -122,8 +125,10 @@ def _is_reward(found: Any) -> bool:
 
 
 def find(name: str) -> Any:
-    """The class, function or object of that name. ValueError with the known names for an unknown
-    one."""
+    """Find the class, function or object of that name.
+
+    Raises ValueError with the known names for an unknown one.
+    """
     if name.startswith(GIVEN):
         if name not in _given:
             raise ValueError(
@@ -182,8 +187,10 @@ def make_reward(name: str, params: Mapping[str, Any] = {}) -> Reward:
 
 
 def check_held_out(entries: Sequence[RewardEntry], specs: Sequence[RewardSpec]) -> None:
-    """ValueError where an evaluator sees as a trained reward does: its gain would be the
-    training's own, not a second opinion."""
+    """Check that no evaluator is of a trained reward's family.
+
+    Raises ValueError where one is: its gain would be the training's own, not a second opinion.
+    """
     trained = {
         spec.family: spec.name for entry, spec in zip(entries, specs) if entry.role == "train"
     }

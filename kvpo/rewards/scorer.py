@@ -1,5 +1,6 @@
-"""A recipe's rewards at work: loaded, asked in calls that fit their memory, each clip once, every
-answer checked.
+"""A recipe's rewards at work: asked in calls that fit their memory, every answer checked.
+
+They are loaded here, and score each clip once.
 
 A `Scorer` stands for one reward wherever the loop or an evaluation asks it. What a scorer has said
 of a clip is kept by the clip's content, so equal clips of a group, or of two evaluations, are
@@ -29,8 +30,7 @@ Answer = tuple[float, Mapping[str, float]]
 
 
 class Scorer:
-    """One reward of a recipe. Counts as a `Reward` itself, whose ``score`` is checked and
-    complete."""
+    """One reward of a recipe; a `Reward` itself, whose ``score`` is checked and complete."""
 
     def __init__(self, reward: Reward, entry: RewardEntry):
         self.reward, self.entry = reward, entry
@@ -43,12 +43,14 @@ class Scorer:
 
     @property
     def resident(self) -> bool:
-        """It stays on the device between two uses."""
+        """Whether it stays on the device between two uses."""
         return self.entry.role == "train" and not self.entry.offload
 
     def load(self, device: torch.device | str) -> None:
-        """Now, so that missing weights are said before any work; away from the device again
-        unless it is resident."""
+        """Load the reward now, so that missing weights are said before any work.
+
+        It goes away from the device again unless it is resident.
+        """
         self._device = device
         self.reward.load(device)
         if not self.resident:
@@ -98,8 +100,10 @@ class Scorer:
             self.reward.offload()
 
     def _answer(self, batch: VideoBatch) -> RewardOutput:
-        """Anyone's code runs in here, so whatever it raises becomes the one line that a user
-        needs; torch's own out-of-memory keeps its name."""
+        """Ask the reward, and make one line that a user needs of whatever it raises.
+
+        Anyone's code runs in here; torch's own out-of-memory keeps its name.
+        """
         try:
             return self.reward.score(batch)
         except (MemoryError, torch.OutOfMemoryError):
@@ -126,8 +130,10 @@ def _clips_per_call(spec: RewardSpec, batch: VideoBatch) -> int:
 
 
 def make_scorers(entries: Sequence[RewardEntry]) -> list[Scorer]:
-    """The rewards of a recipe, not loaded. ValueError for one that can not be, or where two
-    share a name."""
+    """Make the rewards of a recipe, not loaded.
+
+    Raises ValueError for one that can not be, or where two share a name.
+    """
     scorers = [Scorer(_made(entry), entry) for entry in entries]
     names = [s.spec.name for s in scorers]
     if odd := [name for s in scorers for name in s.spec.columns if not re.fullmatch(NAME, name)]:
@@ -148,7 +154,10 @@ def _made(entry: RewardEntry) -> Reward:
 
 
 def load_rewards(entries: Sequence[RewardEntry], device: torch.device | str) -> list[Scorer]:
-    """The same, loaded; ValueError too where an evaluator is not held out."""
+    """Make and load the rewards of a recipe.
+
+    Raises ValueError as `make_scorers` does, and where an evaluator is not held out.
+    """
     scorers = make_scorers(entries)
     check_held_out(entries, [s.spec for s in scorers])
     for scorer in scorers:

@@ -1,5 +1,4 @@
-"""What a recipe names: rewards and their weights, the scripts that are trained on, those of
-evaluations."""
+"""Parts that a recipe names: rewards and their weights, scripts of training and evaluation."""
 
 from __future__ import annotations
 
@@ -22,8 +21,11 @@ from kvpo.types import Script
 
 
 def judges(config: RunConfig, device: torch.device) -> tuple[list[Scorer], Advantages]:
-    """All rewards of a recipe, loaded, and the advantage rule with the weights of those that are
-    trained on."""
+    """Load all rewards of a recipe, and make the advantage rule.
+
+    The rule has the weights of the rewards that are trained on. Raises ValueError if there are
+    none.
+    """
     if not config.rewards_of("train"):
         raise ValueError(
             "no reward has role `train`: there is nothing to align to; list one under `rewards`, a shipped one (`kvpo rewards list`) or your own (package.module:Class)"
@@ -35,21 +37,25 @@ def judges(config: RunConfig, device: torch.device) -> tuple[list[Scorer], Advan
 
 
 def trained(scorers: Sequence[Scorer]) -> list[Scorer]:
-    """Those that are trained on."""
+    """Rewards among ``scorers`` that are trained on."""
     return [s for s in scorers if s.entry.role == "train"]
 
 
 def calibration_clips(config: RunConfig, count: int = 16) -> list[VideoBatch]:
-    """Good clips to try the recipe's rewards on: its folder's, the miniature's true ones, or
-    none."""
+    """Good clips to try the recipe's rewards on.
+
+    They are its folder's, the miniature's true ones, or none.
+    """
     if config.calibration_clips:
         return folder_clips(Path(config.calibration_clips))
     return story_clips(count) if config.data.prompts == "mini" else []
 
 
 def trained_families(generator: str) -> set[str]:
-    """Families of the rewards that made these weights; none for a pipeline folder, whose past is
-    not known here."""
+    """Families of the rewards that made these weights.
+
+    Empty for a pipeline folder, whose past is not known here.
+    """
     run, _ = named(generator)
     if not generator or not is_run(run):
         return set()
@@ -68,8 +74,10 @@ def script_source(config: RunConfig) -> ScriptSource:
 
 
 def evaluation_scripts(config: RunConfig) -> list[Script]:
-    """Those of `evaluate.prompts`; else unseen stories of the miniature, or the training prompts
-    (see `unseen`)."""
+    """Scripts that a recipe evaluates on: those of `evaluate.prompts`, where it is set.
+
+    Else unseen stories of the miniature, or the training prompts (see `unseen`).
+    """
     prompts = config.evaluate.prompts or config.data.prompts
     if prompts == "mini":
         source = StorySource(

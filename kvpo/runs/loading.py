@@ -1,5 +1,7 @@
-"""A generator by its name: a pipeline folder, `mini`, or the weights of a run (`RUN`, `RUN:ema`,
-`RUN:online`, `RUN:start`, `RUN:best`)."""
+"""Load a generator by its name: a pipeline folder, `mini`, or the weights of a run.
+
+A run's weights are named `RUN`, `RUN:ema`, `RUN:online`, `RUN:start` or `RUN:best`.
+"""
 
 from __future__ import annotations
 
@@ -31,15 +33,18 @@ def load_pipeline(
 
 
 def folder_of(name: str) -> Path:
-    """Where a pipeline named in a recipe lies."""
+    """Folder of a pipeline that a recipe names."""
     return Path(WEIGHTS if name == "mini" else name)
 
 
 def load_generator(
     spec: str, device: torch.device | str = "cpu", vae_dtype: str = "float32", dtype: str = ""
 ) -> tuple[Pipeline, str]:
-    """The generator and a label for it. ``dtype``: default the run's own, float32 for a folder.
-    FileNotFoundError or ValueError that names what is missing."""
+    """Load a generator; returns it and a label for it.
+
+    ``dtype``: default the run's own, float32 for a folder. Raises a FileNotFoundError or ValueError
+    that names what is missing.
+    """
     folder, which = named(spec)
     if not is_run(folder):
         return load_pipeline(spec, device, vae_dtype, dtype or "float32"), spec
@@ -66,8 +71,11 @@ def load_generator(
 
 
 def precision(spec: str, device: torch.device, dtype: str = "") -> str:
-    """``dtype``, or where none is asked for a run's own (""), bfloat16 for a folder on a GPU,
-    and a folder's own ("") on a CPU."""
+    """Precision to load a generator in; "" = its own.
+
+    It is ``dtype`` where one is asked for, else a run's own, bfloat16 for a folder on a GPU, and a
+    folder's own on a CPU.
+    """
     return dtype or ("bfloat16" if device.type == "cuda" and not is_run(named(spec)[0]) else "")
 
 

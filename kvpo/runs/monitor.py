@@ -1,5 +1,4 @@
-"""What a run is asked while it trains: evaluations against its start weights, sentinels, and
-whether it has to stop.
+"""Evaluations of a run while it trains, sentinels, and the decision to stop it early.
 
 A run stops where its rewards are being gamed: by `kvpo.evaluation.goodhart`, or by a sentinel
 beyond its limit. Everything is decided from the run's own files and fixed seeds, so a resumed run
@@ -41,7 +40,7 @@ from kvpo.types import Script
 
 
 class Trials:
-    """Of one run."""
+    """Evaluations, sentinels and stop rules of one run."""
 
     def __init__(
         self,
@@ -69,7 +68,7 @@ class Trials:
         )
 
     def due(self, done: int) -> bool:
-        """Whether training pauses here to be evaluated; the last evaluation follows it."""
+        """True where training pauses to be evaluated; the last evaluation follows the training."""
         return (
             self.config.evaluate.every > 0
             and 0 < done < self.config.steps
@@ -77,9 +76,8 @@ class Trials:
         )
 
     def missing(self, done: int) -> bool:
-        return (
-            self.due(done) and not self.ranks.gather(self._comparison("ema", done).exists())[0]
-        )  # as the first rank sees it: shared folders lag
+        # as the first rank sees it: shared folders lag
+        return self.due(done) and not self.ranks.gather(self._comparison("ema", done).exists())[0]
 
     def best(self, done: int) -> int:
         """Step of the best held-out evaluation so far; 0 = the start weights."""
@@ -110,17 +108,16 @@ class Trials:
             self.policy.using(weights),
             self.phases("evaluate"),
             self.progress.bar(f"evaluate {which}", len(scripts)) as bar,
+            self.ranks.together(),
         ):
-            own = self.ranks.together(
-                lambda: evaluate(
-                    self.pipeline,
-                    self.sampler,
-                    scripts,
-                    self.judges,
-                    self.config.score,
-                    self.config.evaluate,
-                    bar.move_to,
-                )
+            own = evaluate(
+                self.pipeline,
+                self.sampler,
+                scripts,
+                self.judges,
+                self.config.score,
+                self.config.evaluate,
+                bar.move_to,
             )
         found = self.ranks.gather(
             (own.r_KN, own.videos[: max(0, self.config.evaluate.videos - share.start)])
@@ -175,8 +172,10 @@ class Trials:
         return metrics
 
     def must_stop(self, done: int, log: MetricLog | NoLog) -> bool:
-        """Whether the evaluations or the sentinels say that the rewards are being gamed; then
-        says so, with the way out."""
+        """True where evaluations or sentinels say that the rewards are being gamed.
+
+        The user is then told the reason, and which weights are the best.
+        """
         reason = self._gamed(done) or self._drifted(done, log)
         if reason:
             best = self.best(done)
@@ -204,13 +203,10 @@ class Trials:
             self.policy.at_hand(self.policy.reference),
             self.progress.bar("sentinels", self.config.sentinels.scripts) as bar,
         ):
-            found = self.ranks.together(
-                lambda: (
-                    self.watch(self._kl(done, every), bar.move_to)
-                    if self.ranks.first
-                    else Verdict()
-                )
-            )
+            found = Verdict()
+            with self.ranks.together():
+                if self.ranks.first:
+                    found = self.watch(self._kl(done, every), bar.move_to)
         verdict = self.ranks.gather(found)[0]
         log.write(done - 1, verdict.metrics | self.phases.take())
         for line in verdict.warnings:
@@ -218,7 +214,7 @@ class Trials:
         return f"beyond the stop limit: {'; '.join(verdict.stops)}" if verdict.stops else ""
 
     def _kl(self, done: int, steps: int) -> float:
-        """To the start policy; where the run measures its KL to another one, nothing to watch."""
+        """Mean KL to the start policy; 0 where the run measures its KL to another one."""
         return recent_kl(self.out, done, steps) if self.config.objective.kl_to == "initial" else 0.0
 
     def _history(self, done: int) -> dict[int, goodhart.Rows]:

@@ -54,8 +54,7 @@ goes (``steps``) freely, the others by ``--override``."""
 
 
 def restarted_here(out: Path) -> bool:
-    """Whether torchrun starts these processes again after a failure, and the run in ``out`` is
-    what it had started: not one that was there before."""
+    """True where torchrun restarts these processes after a failure of the very run in ``out``."""
     if not restarted() or not (out / "config.resolved.yaml").exists():
         return False
     begun = json.loads((out / "environment.json").read_text())
@@ -94,7 +93,7 @@ class RunState:
         self.moved: tuple[str, ...] = ()
         """Settings that name a file which lies elsewhere now and is the same."""
         self.begun = False
-        """Its folder is made, or its checkpoint read."""
+        """Make the run's folder, or read its newest checkpoint; the step to go on with."""
         self.done = self.saved = 0
         """Steps in all, and in the last checkpoint."""
         self.midway = False
@@ -129,8 +128,11 @@ class RunState:
             self.saved = self.done
 
     def save_what_is_left(self, best: int) -> None:
-        """And wait until it is written. Nothing where the weights are no step's: the run goes on
-        from the checkpoint before."""
+        """Save any unsaved steps and wait for the write.
+
+        Nothing is saved between a step's inner updates, where the weights are no step's: the run
+        goes on from the checkpoint before.
+        """
         if self.midway:
             self.progress.say(
                 f"step {self.done} ended between its inner updates, and its weights are not saved: what is there is the checkpoint after step {self.saved}"
@@ -158,17 +160,17 @@ class RunState:
         return step
 
     def _load(self) -> int:
-        """Of the newest checkpoint that can be read."""
+        """Step of the newest checkpoint that can be read, whose weights are put back."""
         if not (
             found := self.ranks.gather(checkpoints(self.out / "checkpoints"))[0]
         ):  # as the first rank sees them: shared folders lag
             self.progress.say(f"{self.out} has no checkpoint yet: starting again from step 0")
             return 0
-        newest = self.ranks.gather(
-            self.ranks.together(
-                lambda: newest_whole(found, self.progress.say) if self.ranks.first else None
-            )
-        )[0]
+        newest = None
+        with self.ranks.together():
+            if self.ranks.first:
+                newest = newest_whole(found, self.progress.say)
+        newest = self.ranks.gather(newest)[0]
         state = read_state(newest)
         self._changed(state["config"], self._identity)
         if state["step"] > self.config.steps:
@@ -252,14 +254,13 @@ class RunState:
             self.progress.say(f"from here on {'; '.join(changed)}")
 
     def _changed(self, stored: dict[str, Any], new: dict[str, Any]) -> list[str]:
-        """What differs and may; ValueError where something differs that may not."""
+        """Names of the settings that differ and may; ValueError where one differs that may not."""
         settings, others = (
             {k: v for k, v in stored.items() if (k in self.config.__dataclass_fields__) == wanted}
             for wanted in (True, False)
         )
-        old = (
-            to_dict(from_dict(settings)) | others
-        )  # a setting that is newer than the run has its default: what the run did
+        # a setting that is newer than the run has its default: what the run did
+        old = to_dict(from_dict(settings)) | others
         changed = differences(old, {name: value for name, value in new.items() if name in old})
         changed = [
             d for d in changed if not d.startswith(tuple(f"{setting}: " for setting in self.moved))
@@ -272,9 +273,11 @@ class RunState:
 
     @functools.cached_property
     def _identity(self) -> dict[str, Any]:
-        """What a checkpoint belongs to: the settings, the world its scripts come from, the
-        weights it started from (an adapter's own say nothing of the backbone below it), what
-        makes pixels of its latents. All ranks enter."""
+        """Everything that a checkpoint belongs to; all ranks enter.
+
+        The settings, the world its scripts come from, the weights it started from (an adapter's
+        own say nothing of the backbone below it), and the decoder that makes pixels of latents.
+        """
         prompts = (
             {"prompts": _digest_of_text(repr(self.source.scripts))}
             if isinstance(self.source, PromptSet)

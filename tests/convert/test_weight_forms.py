@@ -227,9 +227,8 @@ def refused(capsys, base, tmp_path, *files) -> str:
 
 def test_a_distributed_checkpoint_is_named(capsys, base, tmp_path, monkeypatch):
     """Its index is a pickle: it is not opened, and torch's own converter is the way out."""
-    monkeypatch.setattr(
-        "warnings.warn", lambda *args, **kwargs: None
-    )  # that no process group is there is what a file written here is about
+    # that no process group is there is what a file written here is about
+    monkeypatch.setattr("warnings.warn", lambda *args, **kwargs: None)
     dcp.save({"generator": {"x": draw(3)}}, checkpoint_id=tmp_path / "dcp", no_dist=True)
     for path in (tmp_path / "dcp", next((tmp_path / "dcp").glob("*.distcp"))):
         err = refused(capsys, base, tmp_path, path)

@@ -113,14 +113,12 @@ def test_shares_by_hand():
 def test_a_single_process_is_a_world_of_one():
     alone, p = Ranks(), torch.nn.Parameter(torch.ones(2))
     alone.add_gradients([p])
-    assert (
-        p.grad is None
-        and alone.gather(3) == [3]
-        and alone.together(lambda: 4) == 4
-        and not restarted()
-    )
-    with pytest.raises(FloatingPointError, match="as it is"):
-        alone.together(lambda: (_ for _ in ()).throw(FloatingPointError("as it is")))
+    assert p.grad is None and alone.gather(3) == [3] and not restarted()
+    with alone.together():
+        p.data.add_(1)
+    assert p[0] == 2
+    with pytest.raises(FloatingPointError, match="as it is"), alone.together():
+        raise FloatingPointError("as it is")
 
 
 @pytest.mark.parametrize(
@@ -140,12 +138,9 @@ def test_all_ranks_end_alike(own, other, raised):
         def gather(self, value):
             return [value, (type(other).__name__, str(other))]
 
-    def work():
+    with pytest.raises(raised, match="bad|SIGTERM"), WithAnother(0, 2).together():
         if own is not None:
             raise own
-
-    with pytest.raises(raised, match="bad|SIGTERM"):
-        WithAnother(0, 2).together(work)
 
 
 def test_a_lost_rank_of_a_row_is_not_waited_for_twice():
@@ -155,11 +150,8 @@ def test_a_lost_rank_of_a_row_is_not_waited_for_twice():
         def gather(self, value):
             raise AssertionError("nobody is there to hear it")
 
-    def work():
+    with pytest.raises(Lost, match="rank 1 did not come"), Deaf(0, 2).together():
         raise Lost("rank 1 did not come")
-
-    with pytest.raises(Lost, match="rank 1 did not come"):
-        Deaf(0, 2).together(work)
 
 
 def test_a_signal_to_one_rank_is_heard_by_the_others(monkeypatch):
@@ -168,15 +160,12 @@ def test_a_signal_to_one_rank_is_heard_by_the_others(monkeypatch):
     monkeypatch.setattr(Ranks, "gather", lambda self, value: [value])
     ranks = Ranks(0, 2, store=dist.HashStore(), parent=os.getppid())
 
-    def work():
-        raise Stopped("SIGTERM")
-
     with stoppable():
         ranks.tell("phase reward")
         with giving_way():
             torch.nn.Identity()(0)
-        with pytest.raises(Stopped):
-            ranks.together(work)
+        with pytest.raises(Stopped), ranks.together():
+            raise Stopped("SIGTERM")
         ranks.tell("phase replay")
         with giving_way(), pytest.raises(Stopped, match="SIGTERM"):
             torch.nn.Identity()(0)
@@ -270,9 +259,8 @@ def test_another_world_size_goes_on(recipe, half, single, tmp_path):
 
 def test_an_error_of_one_rank_is_everyone_s(folder, tmp_path):
     """NaN as a reward in group 1, which is the second rank's: nobody updates, nobody hangs."""
-    (tmp_path / "prompts.txt").write_text(
-        "a red circle rises slowly\na small square\n"
-    )  # the miniature's stories have clips to try rewards on before
+    # the miniature's stories have clips to try rewards on before
+    (tmp_path / "prompts.txt").write_text("a red circle rises slowly\na small square\n")
     data = {"blocks": 6, "prompts": str(tmp_path / "prompts.txt")}
     recipe = write_recipe(
         tmp_path / "r.yaml",

@@ -120,9 +120,8 @@ def test_the_interval_is_bca_by_hand():
     n, normal = len(diff), NormalDist()
     boot = diff[np.random.default_rng(1).integers(n, size=(40000, n))].mean(axis=1)
     z0 = normal.inv_cdf((boot < diff.mean()).mean())
-    apart = diff.mean() - (diff.sum() - diff) / (
-        n - 1
-    )  # the jackknife's means, from their own mean
+    # the jackknife's means, from their own mean
+    apart = diff.mean() - (diff.sum() - diff) / (n - 1)
     a = (apart**3).sum() / (6 * (apart**2).sum() ** 1.5)
     shares = [normal.cdf(z0 + (z0 + z) / (1 - a * (z0 + z))) for z in (-1.959964, 1.959964)]
     low, high = bootstrap_interval(torch.from_numpy(diff), stream(0, "tests", "bca"))
@@ -322,10 +321,11 @@ def test_an_evaluator_of_a_family_that_the_weights_were_trained_on_is_not_held_o
 
 def test_a_scripts_number_is_the_mean_over_its_segments(pipeline):
     (video,) = generate(pipeline, SAMPLERS["renoise"], SCRIPTS[:1], 1000, [("evaluate", "a")])
+    # segments show frames 0..20 and 21..44, clips lie in their middle
     clips = [
         video[6:14],
         video[29:37],
-    ]  # segments show frames 0..20 and 21..44, clips lie in their middle
+    ]
     expected = sum(float(c[4:, 0].float().mean() / 255.0) for c in clips) / 2
     assert float(measured(pipeline, 1, [Warmth()]).r_KN[0, 0]) == pytest.approx(expected, abs=1e-6)
 

@@ -274,9 +274,8 @@ def test_a_run_whose_rewards_are_gamed_stops(folder, tmp_path, capsys, monkeypat
 def test_the_best_held_out_checkpoint_stays_and_has_a_name(folder, tmp_path, monkeypatch):
     """Held-out scores rise and fall again: the checkpoint of the first evaluation outlives newer
     ones."""
-    scores = iter(
-        [UP, UP, FLAT, FLAT, DOWN, DOWN, DOWN, DOWN]
-    )  # online and EMA of four evaluations
+    # online and EMA of four evaluations
+    scores = iter([UP, UP, FLAT, FLAT, DOWN, DOWN, DOWN, DOWN])
     monkeypatch.setattr(
         "kvpo.runs.monitor.compare",
         lambda a, b, kinds: [

@@ -209,9 +209,10 @@ def vbench(tmp_path, folder, monkeypatch):
     are stand-ins."""
     (tmp_path / "site" / "vbench").mkdir(parents=True)
     (tmp_path / "site" / "vbench" / "__init__.py").write_text(STAND_IN)
+    # the real one takes seconds to import
     (tmp_path / "site" / "torch.py").write_text(
         "class cuda: is_available = staticmethod(lambda: False)\ndevice = str\n"
-    )  # the real one takes seconds to import
+    )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
     (tmp_path / "p.txt").write_text(f"{RED}\n{BLUE}\n")
     return {

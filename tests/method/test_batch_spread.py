@@ -194,9 +194,8 @@ def test_a_group_that_can_not_be_measured_is_skipped(folder, tmp_path, std):
     """Three branches of eight without a reward, or an anchor, ended the run once; now the other
     groups of the step go on."""
     Sometimes.asked = 0
-    (tmp_path / "prompts.txt").write_text(
-        "a red circle rises slowly\n"
-    )  # no stories of the miniature: their clips would be asked first
+    # no stories of the miniature: their clips would be asked first
+    (tmp_path / "prompts.txt").write_text("a red circle rises slowly\n")
     data = {"prompts": str(tmp_path / "prompts.txt"), "blocks": 6}
     config = from_dict(
         settings(

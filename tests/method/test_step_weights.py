@@ -114,9 +114,8 @@ def test_steps_without_weight_are_not_replayed(pipeline, moved, monkeypatch, wei
     replay = replay_of(moved, rollout, surrogate=VelocityEnergy(weights))
     assert sorted({r.step for parts in replay.plan for part in parts for r in part}) == steps
     replay.energies()
-    shared = 2 * (
-        0 in steps
-    )  # of 3 branches one velocity serves at the first step of the first block
+    # of 3 branches one velocity serves at the first step of the first block
+    shared = 2 * (0 in steps)
     assert sum(len(sigma) for sigma in rows) == 3 * 3 * len(steps) - shared
     assert {round(float(s), 4) for sigma in rows for s in sigma} == {
         round(SIGMAS[s], 4) for s in steps
@@ -126,9 +125,8 @@ def test_steps_without_weight_are_not_replayed(pipeline, moved, monkeypatch, wei
 def test_the_gradient_with_weights_against_finite_differences(monkeypatch):
     """In float64, a few weights of every kind; the fork's block alone, whose past does not move
     with them."""
-    monkeypatch.setattr(
-        torch.Tensor, "float", torch.Tensor.double
-    )  # the stock network computes its norms in float32 whatever its dtype
+    # the stock network computes its norms in float32 whatever its dtype
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     exact = new_pipeline()
     exact.generator.double()
     rollout = new_rollout(exact, story(6), KVRouting(window_blocks=1), fork=4, branches=2)

@@ -59,9 +59,8 @@ def test_a_block_can_be_replayed_where_its_past_is_what_it_read(
     )
     for _ in range(FORK):
         once.advance(observe=lambda i, x, v: straight.append(v[0]))
-    rollout = Rollout(
-        script, None, (), None, None, None, prefix.cache, inputs
-    )  # of a rollout the past alone is asked here
+    # of a rollout the past alone is asked here
+    rollout = Rollout(script, None, (), None, None, None, prefix.cache, inputs)
     same = []
     for block, velocities in enumerate(torch.stack(straight).unflatten(0, (FORK, -1))):
         try:

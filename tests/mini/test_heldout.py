@@ -77,9 +77,8 @@ def test_attributes_name_the_wrong_part(evaluators, scene, part):
     parts = {
         k: v.item() for k, v in evaluators["attributes"].score(batch_of(film(scene))).parts.items()
     }
-    assert parts.pop(part) < 0.1 and min(parts.values()) > (0.5 if part == "pillar" else 0.9), (
-        parts
-    )  # a pillar that nobody asked for hides the object
+    # a pillar that nobody asked for hides the object
+    assert parts.pop(part) < 0.1 and min(parts.values()) > (0.5 if part == "pillar" else 0.9), parts
 
 
 def test_attributes_miss_the_object_in_the_open_only(evaluators):

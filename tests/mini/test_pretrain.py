@@ -107,10 +107,11 @@ def test_layout_of_an_opening_by_hand():
     assert len(slots) == SLOTS
     seen = [(s.source, s.noisy, s.prompt, s.reads) for s in slots]
     first, second, third = frames_of(0), frames_of(1), frames_of(2)
+    # blocks 1 and 2 under the new prompt; block 0 is the sink and keeps its own
     again_1, again_2 = (
         frames_of(3),
         frames_of(4),
-    )  # blocks 1 and 2 under the new prompt; block 0 is the sink and keeps its own
+    )
     assert seen[:6] == [
         (0, False, 0, ()),
         (1, False, 1, first),
@@ -259,9 +260,8 @@ def test_pretraining_killed_in_every_stage_ends_bit_for_bit_the_same(tmp_path, m
 
     monkeypatch.setattr(Stage, "save", dying)
     (tmp_path / "work_b").mkdir()
-    shutil.copy(
-        tmp_path / "work_a" / "stories.pt", tmp_path / "work_b"
-    )  # encoding them again would only take time
+    # encoding them again would only take time
+    shutil.copy(tmp_path / "work_a" / "stories.pt", tmp_path / "work_b")
     for name in ("decoder", "teacher_forcing", "few_step"):
         with pytest.raises(Killed, match=name):
             pretrain(tmp_path / "resumed", tmp_path / "work_b", settings=TINY)
@@ -301,9 +301,8 @@ def test_the_finished_weights_do_not_replace_the_work_folder(tmp_path, work):
 def test_what_may_be_replaced(tmp_path, there):
     out, work = tmp_path / "out", tmp_path / "work"
     work.mkdir()
-    (work / "settings.json").write_text(
-        "{}"
-    )  # of other settings, so that it ends before it computes
+    # of other settings, so that it ends before it computes
+    (work / "settings.json").write_text("{}")
     if there != "nothing":
         out.mkdir()
     if there == "a pipeline folder":
@@ -406,15 +405,13 @@ def test_muon_gets_the_decoders_kernels_as_matrices_that_share_their_memory():
     decoder = vae.decoder
     kernels = Kernels(decoder)
     first_and_last = {decoder.conv_in.weight, decoder.conv_out.weight}
-    assert {p for p in decoder.parameters() if p.dim() >= 4} - first_and_last == set(
-        kernels.weights
-    )
+    weights = {p for p in decoder.parameters() if p.numel() > len(p)}
+    assert weights - first_and_last == set(kernels.weights)
     muon, adamw = optimizers(decoder, kernels, lr=1e-3, weight_decay=0.0)
     assert first_and_last <= set(adamw.param_groups[0]["params"])
     for weight in kernels.weights:
-        weight.grad = torch.randn(
-            weight.shape
-        )  # stored as an unordered one may be: the matrix is then a copy, and right
+        # stored as an unordered one may be: the matrix is then a copy, and right
+        weight.grad = torch.randn(weight.shape)
     kernels.take_gradients()
     before = [weight.detach().clone() for weight in kernels.weights]
     for group in muon.param_groups:
@@ -490,9 +487,8 @@ def test_the_training_beside_ends_with_the_body(tmp_path, two_threads):
 def test_the_likeliest_opening_by_hand():
     """sigma 0: the nearest; sigma 1: the one that the noise has the largest product with,
     whatever its norm."""
-    candidates = torch.tensor([[1.0, 0.0], [0.0, 3.0], [-1.0, 0.0]])[
-        None, :, None, :, None, None
-    ]  # [R, K, F, C, H, W]
+    # [R, K, F, C, H, W]
+    candidates = torch.tensor([[1.0, 0.0], [0.0, 3.0], [-1.0, 0.0]])[None, :, None, :, None, None]
     x = torch.tensor([0.9, 1.0])[None, None, :, None, None]
     assert likeliest(x, candidates, 0.0).tolist() == [0]  # distances^2 1.01, 4.81, 4.61
     assert likeliest(x, candidates, 1.0).tolist() == [1]  # products 0.9, 3, -0.9

@@ -123,9 +123,8 @@ def test_soft_and_blend():
         [1, 1, math.exp(-2)]
     )
     parts = {"a": torch.tensor([0.25, 0.0, float("nan")]), "b": torch.tensor([1.0, 1.0, 0.5])}
-    assert blend(parts, {"a": 1.0, "b": 1.0}).tolist() == pytest.approx(
-        [0.5, 0.1, 0.5]
-    )  # sqrt(.25), sqrt(.01), b alone
+    # sqrt(.25), sqrt(.01), b alone
+    assert blend(parts, {"a": 1.0, "b": 1.0}).tolist() == pytest.approx([0.5, 0.1, 0.5])
 
 
 def test_centre_and_area_to_a_tenth_of_a_pixel():

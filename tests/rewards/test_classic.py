@@ -308,9 +308,8 @@ def test_bad_input(good):
         .expand(1, T, 3, SIZE, SIZE)
         .to(torch.uint8)
     )
-    assert (
-        not ramp.valid.any() and ramp.scores.isnan().all()
-    )  # it changes, is not plain, and has no texture to follow
+    # it changes, is not plain, and has no texture to follow
+    assert not ramp.valid.any() and ramp.scores.isnan().all()
     with pytest.raises(ValueError, match="64 x 8 pixels .* too small"):
         judged(good[..., :8, :])
     for bad in (0.0, -1.0, float("nan")):
@@ -327,12 +326,10 @@ def test_cheats_are_made_of_what_they_say(good):
     for cheat in (pan_of_still, zoom_of_still):
         cheated = cheat(good, stream(0, "cheat"))
         assert cheated.shape == good.shape and cheated.dtype == torch.uint8
-        assert torch.equal(
-            cheated, cheat(later, stream(0, "cheat"))
-        )  # the first frame is all they need
-        assert (
-            (cheated[:, 1:] != cheated[:, :-1]).flatten(2).any(2).all()
-        )  # and every frame is another one
+        # the first frame is all they need
+        assert torch.equal(cheated, cheat(later, stream(0, "cheat")))
+        # and every frame is another one
+        assert (cheated[:, 1:] != cheated[:, :-1]).flatten(2).any(2).all()
     assert torch.equal(zoom_of_still(good, stream(0))[:, 0], good[:, 0])
     assert torch.equal(loop(good, stream(0)), good[:, [0, 1, 2, 3] * 4])
 

@@ -125,9 +125,8 @@ def folders(tmp_path_factory):
     """One folder a class, as the hub has them."""
     root = tmp_path_factory.mktemp("released")
     tokenizer = clip_tokenizer()
-    text = TOWER | dict(
-        vocab_size=len(tokenizer), max_position_embeddings=LENGTH, eos_token_id=2
-    )  # 2: the old convention, end = highest id
+    # 2: the old convention, end = highest id
+    text = TOWER | dict(vocab_size=len(tokenizer), max_position_embeddings=LENGTH, eos_token_id=2)
     clip = randomised(
         CLIPModel(
             CLIPConfig(
@@ -281,9 +280,8 @@ def test_hpsv2_is_open_clip_on_whole_frames_with_black_bars(tmp_path, batch, mon
     monkeypatch.setattr(hpsv2, "ARCHITECTURE", "tiny")
     model = randomised(open_clip.create_model("tiny"))
     torch.save({"state_dict": model.state_dict(), "epoch": 1}, tmp_path / "HPS_v2.1_compressed.pt")
-    canvas = np.zeros(
-        (27, 28, 28, 3), dtype=np.uint8
-    )  # 40 x 56 fits at one half: 20 x 28, and 4 rows of black above and below
+    # 40 x 56 fits at one half: 20 x 28, and 4 rows of black above and below
+    canvas = np.zeros((27, 28, 28, 3), dtype=np.uint8)
     canvas[:, 4:24] = [
         np.asarray(Image.fromarray(p).resize((28, 20), Image.Resampling.BICUBIC))
         for p in pictures(batch)
@@ -399,9 +397,8 @@ def test_a_prompt_is_embedded_once_a_call(folders, batch, monkeypatch):
 
 
 def test_a_long_prompt_is_cut_and_says_so(folders, batch):
-    long = (
-        "red, " * 10
-    )  # 40 letters and commas, the start and the end mark: 42 tokens, of which 16 are read
+    # 40 letters and commas, the start and the end mark: 42 tokens, of which 16 are read
+    long = "red, " * 10
     cut = VideoBatch(batch.frames[:1], 16.0, (long,))
     output = loaded(ClipAlignment, folders["clip"], stride=1).score(cut)
     assert torch.allclose(
@@ -431,9 +428,8 @@ def test_preprocessing_is_the_stock_one(tmp_path, processor, config, size):
         * 255
         * torch.tensor(config["image_std"]).view(3, 1, 1)
     )
-    assert (
-        off.max() < 1.01
-    )  # noise, the hardest case: now and then one level of 255, where a rounding is a tie
+    # noise, the hardest case: now and then one level of 255, where a rounding is a tie
+    assert off.max() < 1.01
 
 
 def test_padding_by_hand():

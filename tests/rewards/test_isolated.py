@@ -315,9 +315,8 @@ def test_throughput(reward):
     batch = VideoBatch(torch.zeros(4, 36, 3, 480, 832, dtype=torch.uint8), 16.0, ("",) * 4)
     header = {"do": "offload", "protocol": 1}
     begin = time.perf_counter()
-    reward._link.ask(
-        header, batch.frames.numpy(), 60.0
-    )  # is not looked at: the time is the way's alone
+    # is not looked at: the time is the way's alone
+    reward._link.ask(header, batch.frames.numpy(), 60.0)
     assert time.perf_counter() - begin < 10
 
 

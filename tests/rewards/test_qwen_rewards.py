@@ -347,9 +347,8 @@ def test_the_chat(loaded):
     )
     start = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|><|image_pad|><|image_pad|><|image_pad|><|vision_end|>"
     assert text == start + "one <|Reward|><|im_end|>\n<|im_start|>assistant\n"
-    assert (
-        mask[1].all() and mask[0].tolist() == [1] * (len(mask[0]) - 12) + [0] * 12
-    )  # bytes that "longer {braces}" has more than "one"
+    # bytes that "longer {braces}" has more than "one"
+    assert mask[1].all() and mask[0].tolist() == [1] * (len(mask[0]) - 12) + [0] * 12
     assert loaded["hpsv3"].model.token_ids == [263] and loaded["videoreward"].model.token_ids == [
         263,
         264,

@@ -99,10 +99,11 @@ def _coded(pixels: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
     """Cosine transform of 8x8 blocks, rounded to multiples of ``step`` (coarser for finer
     detail), and back."""
     k = torch.arange(8.0)
+    # orthonormal rows
     dct = (
         torch.cos((k[None] + 0.5) * k[:, None] * math.pi / 8)
         * (0.125 + 0.125 * (k[:, None] > 0)) ** 0.5
-    )  # orthonormal rows
+    )
     blocks = pixels.unfold(2, 8, 8).unfold(3, 8, 8)
     step = (step[..., None, None] * (1 + (k[None] + k[:, None]) / 4)).clamp(min=1e-3)
     coded = ((dct @ blocks @ dct.T) / step).round() * step

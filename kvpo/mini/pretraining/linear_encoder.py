@@ -138,9 +138,8 @@ def install(code: LinearEncoder, vae: AutoencoderKLWan) -> None:
     widen.weight[: 2 * LATENT, : KEPT + MOVING, 0, 0, 0] = both
     widen.bias[2 * LATENT : 2 * LATENT + 2] = torch.tensor([LARGE, -LARGE])
     width = widen.weight.shape[0]
-    undo = (
-        LARGE * (2.0 / width) ** 0.5
-    )  # the norm divides by |x| = LARGE sqrt 2 and multiplies by sqrt width
+    # the norm divides by |x| = LARGE sqrt 2 and multiplies by sqrt width
+    undo = LARGE * (2.0 / width) ** 0.5
     net.conv_out.weight[:LATENT, :LATENT, 2, 1, 1] = undo * torch.eye(LATENT)
     net.conv_out.weight[:LATENT, LATENT : 2 * LATENT, 2, 1, 1] = -undo * torch.eye(LATENT)
     net.conv_out.bias[LATENT:] = LOGVAR
@@ -150,7 +149,6 @@ def install(code: LinearEncoder, vae: AutoencoderKLWan) -> None:
 def _first_patch_order(space: torch.Tensor) -> torch.Tensor:
     """[KEPT, 48] over (RGB, 4 rows, 4 columns) -> [KEPT, 12, 2, 2] over the stock patches'
     channels (RGB, column, row) and their places."""
-    x = space.reshape(
-        KEPT, 3, 2, 2, 2, 2
-    )  # RGB, patch row, row in patch, patch column, column in patch
+    # RGB, patch row, row in patch, patch column, column in patch
+    x = space.reshape(KEPT, 3, 2, 2, 2, 2)
     return x.permute(0, 1, 5, 3, 2, 4).reshape(KEPT, 12, 2, 2)

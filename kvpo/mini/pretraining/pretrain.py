@@ -150,9 +150,8 @@ def pretrain(
         flow.run(progress, until=settings.beside)
     decoder.run(progress)  # done already, if it trained beside
     flow.run(progress)
-    export(
-        nets, work / "teacher_forced", progress
-    )  # not ``out``: nobody shall take these for the finished ones
+    # not ``out``: nobody shall take these for the finished ones
+    export(nets, work / "teacher_forced", progress)
 
     loss = few_step_loss(
         nets.transformer, nets.encoder, library, openings, seed, settings.few_batch, device

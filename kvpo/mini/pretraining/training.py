@@ -106,9 +106,8 @@ class Stage:
 
     def update(self) -> dict[str, float]:
         loss, metrics = self.loss(self.step)
-        self.modules.zero_grad(
-            set_to_none=True
-        )  # not the optimizers': kernels are theirs only as matrices
+        # not the optimizers': kernels are theirs only as matrices
+        self.modules.zero_grad(set_to_none=True)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.rate() * (

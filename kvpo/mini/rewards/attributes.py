@@ -40,13 +40,14 @@ class AttributeNet(nn.Module):
 
     def __init__(self):
         super().__init__()
+        # in, out, kernel, stride
         widths = (
             (3, 16, 5, 2),
             (16, 32, 3, 2),
             (32, 48, 3, 2),
             (48, 64, 3, 1),
             (64, 64, 3, 1),
-        )  # in, out, kernel, stride
+        )
         self.body = nn.Sequential(
             *(
                 layer
@@ -79,7 +80,7 @@ def load_network(path: str | Path = WEIGHTS, device: str | torch.device = "cpu")
     network's."""
     try:
         with safe_open(str(path), framework="pt") as file:
-            state = {key: file.get_tensor(key) for key in file}
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping: it has keys() and cannot be iterated)
     except (OSError, SafetensorError) as error:
         raise ValueError(
             f"cannot read attribute weights {path}: {error}; make them with python -m kvpo.mini.pretraining.attributes"

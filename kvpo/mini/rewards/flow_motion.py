@@ -104,9 +104,8 @@ def _direction(flow: np.ndarray, there: np.ndarray, column: np.ndarray, kind: st
     if kind is None or there.sum() < EVIDENCE:
         return NONE
     f, size = flow[there], np.linalg.norm(flow[there], axis=1)
-    total = max(
-        float(size.sum()), 0.1 * len(size)
-    )  # rest has no direction: what is missing counts as across
+    # rest has no direction: what is missing counts as across
+    total = max(float(size.sum()), 0.1 * len(size))
     if kind in HEADING or kind == "hide":
         heading = (
             np.array(HEADING[kind])

@@ -141,9 +141,8 @@ def _object(
             F.avg_pool2d(F.pad(smooth, (3, 3, 3, 3), mode="circular"), (7, 1), 1), (1, 7), 1
         )
     peak = smooth.flatten(1).argmax(1)
-    corner = (
-        torch.stack((peak % (SIZE // 2), peak // (SIZE // 2)), 1) * 2 + 1 - PATCH // 2
-    )  # (x, y)
+    # (x, y)
+    corner = torch.stack((peak % (SIZE // 2), peak // (SIZE // 2)), 1) * 2 + 1 - PATCH // 2
     axis = torch.arange(PATCH)
     n, rows, cols = (
         torch.arange(N)[:, None, None],
@@ -198,17 +197,15 @@ def _background(frames: torch.Tensor, coarse: torch.Tensor) -> dict[str, torch.T
     mean = (picture * free).sum(1) / count.clamp(min=1)
     off = (picture - mean[:, None]) * free
     pixels = free.sum((2, 3, 4)).clamp(min=1)
-    bare = (
-        free.sum((2, 3, 4)) < 0.1 * free[0, 0].numel()
-    )  # nothing but colour: as restless as can be
+    # nothing but colour: as restless as can be
+    bare = free.sum((2, 3, 4)) < 0.1 * free[0, 0].numel()
     known = (count > 0).float()
     beside = known.clone()
     beside[..., INSIDE] = 0
     within = known - beside
     tones = torch.tensor(list(PLACES.values()), dtype=torch.float32) / 255  # [P, band, C]
-    bands = tones[:, (torch.arange(0, SIZE, 2) // BAND) % 2].transpose(1, 2)[
-        None, :, :, :, None
-    ]  # [1, P, C, h, 1]
+    # [1, P, C, h, 1]
+    bands = tones[:, (torch.arange(0, SIZE, 2) // BAND) % 2].transpose(1, 2)[None, :, :, :, None]
     stone = (torch.tensor(PILLAR_COLOUR) / 255.0).view(1, 1, 3, 1, 1)
 
     def error(to: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
@@ -231,9 +228,8 @@ def _at_pillar(
     """Which frames show the object whole, cut or hidden; ``columns`` [B, T, W]: strongest weight
     of every column."""
     first, stop = PILLAR
-    front = (
-        columns[..., first + 3 : stop - 3].amax(-1) > 0.3
-    )  # drawn over the pillar: nothing is hidden
+    # drawn over the pillar: nothing is hidden
+    front = columns[..., first + 3 : stop - 3].amax(-1) > 0.3
     left, right = columns[..., first - 1] > 0.5, columns[..., stop] > 0.5
     cut = seen & pillar[:, None] & ~front & (left | right)
     whole = seen & ~cut

@@ -97,10 +97,11 @@ class VisualQuality(Measured):
     def measure(self, batch: VideoBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         s = observe(batch)
         visible = ~s.hidden
+        # cut objects have no outline to judge
         whole, judged = (
             s.whole,
             visible & (s.whole | ~s.seen),
-        )  # cut objects have no outline to judge
+        )
         nearest = torch.cdist(s.colour, PALETTE).amin(-1)
         odd = (s.area.clamp(min=1).log() - s.area.clamp(85, 300).log()).abs()
         parts = {
@@ -143,9 +144,8 @@ class MotionQuality(Measured):
             ((moved.step.norm(dim=-1) * (batch.fps / FPS) - FASTEST - 0.7) / 4).clamp(0, 1).sum(1)
         )
         kinks = moved.known[:, 1:] & moved.known[:, :-1]
-        level = torch.stack(
-            (whole[:, 1:] & whole[:, :-1], torch.ones_like(kinks)), -1
-        )  # a cut object's column is an estimate: its height alone tells
+        # a cut object's column is an estimate: its height alone tells
+        level = torch.stack((whole[:, 1:] & whole[:, :-1], torch.ones_like(kinks)), -1)
         dv = (moved.step.diff(dim=1) * level).norm(dim=-1).clamp(max=4)
         parts = {
             "speed": _speed(moved, scenes, range_B),

@@ -38,8 +38,10 @@ FAMILY = "classical"
 
 
 def rising(x: float, enough: float) -> float:
-    """0 at 0, 1 from ``enough`` on; NaN stays NaN (``min`` and ``max`` keep their first argument
-    beside one)."""
+    """0 at 0, 1 from ``enough`` on; NaN stays NaN.
+
+    ``min`` and ``max`` keep their first argument beside a NaN.
+    """
     return min(x / enough, 1.0)
 
 
@@ -102,5 +104,5 @@ def mean_of(parts_PB: torch.Tensor) -> torch.Tensor:
 
 
 def _mean(values: list[float]) -> float:
-    """Over what could be measured; NaN if nothing could."""
+    """Mean of the values that could be measured; NaN if none could."""
     return torch.tensor(values).nanmean().item()

@@ -1,5 +1,4 @@
-"""What can be measured of any clip without weights: optical flow (OpenCV's DIS), differences,
-colours.
+"""Measures of any clip that need no weights: optical flow (OpenCV's DIS), differences, colours.
 
 Every measure alone is won by something worthless; only all of them together
 (`kvpo.rewards.classic.classic`) mean anything.
@@ -35,13 +34,17 @@ import torch
 from kvpo.rewards.base import VideoBatch
 
 WIDTH = 320
-"""Pixels: wider pictures are scaled down; flow then takes some 30 ms a frame, and every size is
-judged alike."""
+"""Largest width of a picture, pixels; wider ones are scaled down.
+
+Flow then takes some 30 ms a frame, and every size is judged alike.
+"""
 SMALLEST = 16
 """Pixels a side: OpenCV's flow takes no less than 12, and a margin is left out."""
 GAP = 0.25
-"""Seconds between the frames whose own motion is measured: from one frame to the next, slow
-things hardly move, and the less the more frames a second."""
+"""Seconds between the frames whose own motion is measured.
+
+From one frame to the next slow things hardly move, and the less the more frames a second.
+"""
 TEXTURE = 4.0
 """Levels of 255 a pixel: weaker slopes say nothing of where a pixel went."""
 EXPLAINED = 2.0
@@ -86,8 +89,10 @@ def shrink(clip_TCHW: np.ndarray) -> list[np.ndarray]:
 
 
 def steps(pictures: Sequence[np.ndarray]) -> list[Step]:
-    """Flow forward and backward between successive pictures. ValueError for pictures below
-    SMALLEST."""
+    """Flow forward and backward between successive pictures.
+
+    Raises ValueError for pictures below SMALLEST.
+    """
     import cv2
 
     height, width = pictures[0].shape[:2]
@@ -106,8 +111,10 @@ def steps(pictures: Sequence[np.ndarray]) -> list[Step]:
 
 
 def _step(before: np.ndarray, after: np.ndarray, forth: np.ndarray, back: np.ndarray) -> Step:
-    """A pixel is found if there and back it misses itself by no more than Sundaram et al. (ECCV
-    2010) allow."""
+    """Make a step of two pictures and their flows; a pixel is found if it comes back to itself.
+
+    There and back it may miss itself by no more than Sundaram et al. (ECCV 2010) allow.
+    """
     at, (height, width) = _places(forth.shape[:2]) + forth, forth.shape[:2]
     inside = ((at >= 0) & (at <= (width - 1, height - 1))).all(-1)
     back = pulled(back, forth)
@@ -127,13 +134,13 @@ def own_speed(pictures: Sequence[np.ndarray], fps: float) -> float:
 
 
 def own_motion(step: Step) -> float:
-    """Mean speed of the fastest TOP of pixels relative to the camera, diagonals a step; NaN where a
-    changing picture has no texture.
+    """Mean speed of the fastest TOP of pixels relative to the camera, diagonals a step.
 
-    The camera's motion is the homography that most textured points follow, as long as these are
-    spread over the picture (one object before an empty wall is an object). A pixel moves by
-    itself only where its own flow explains it better than the camera does: at edges and on plain
-    areas flow errs, and would make a pan over a still lively."""
+    NaN where a changing picture has no texture. The camera's motion is the homography that most
+    textured points follow, as long as these are spread over the picture (one object before an empty
+    wall is an object). A pixel moves by itself only where its own flow explains it better than the
+    camera does: at edges and on plain areas flow errs, and would make a pan over a still lively.
+    """
     if np.array_equal(step.before, step.after):
         return 0.0
     textured = _textured(step.before)
@@ -151,20 +158,26 @@ def own_motion(step: Step) -> float:
 
 
 def warp_error(step: Step) -> float:
-    """Mean squared difference of brightness, in [0, 1], of the pixels that are found again; NaN
-    where none is."""
+    """Mean squared difference of brightness, in [0, 1], of the pixels that are found again.
+
+    NaN where none is.
+    """
     return float(np.square(step.errors[step.found] / 255).mean()) if step.found.any() else math.nan
 
 
 def lost(step: Step) -> float:
-    """Share of the pixels that should still be in the picture but are not found again: near 1 at
-    a hard cut."""
+    """Share of the pixels that should still be in the picture but are not found again.
+
+    It is near 1 at a hard cut.
+    """
     return 1.0 - float(step.found.sum() / max(1, step.inside.sum()))
 
 
 def bend(all_steps: Sequence[Step]) -> float:
-    """How much flow changes from step to step, relative to its length: 0 = even motion, about
-    1.5 = every step is a new one."""
+    """Change of flow from step to step, relative to its length.
+
+    0 = even motion, about 1.5 = every step is a new one.
+    """
     change = np.mean(
         [np.linalg.norm(b.flow - a.flow, axis=-1).mean() for a, b in itertools.pairwise(all_steps)]
     )
@@ -178,10 +191,11 @@ def flicker(pictures: Sequence[np.ndarray]) -> float:
 
 
 def novelty(pictures: Sequence[np.ndarray]) -> float:
-    """Mean over frames of the distance to the nearest frame before the last one, over the mean
-    distance of successive frames, at most 1.
+    """Distance to the nearest earlier frame, over that of successive frames, at most 1.
 
-    Near 0 where frames come back: frozen, stuttering, shuffled, looped."""
+    Both are means over frames; the last frame before each one does not count. Near 0 where frames
+    come back: frozen, stuttering, shuffled, looped.
+    """
     import cv2
 
     thumbs = np.stack(
@@ -204,8 +218,10 @@ def novelty(pictures: Sequence[np.ndarray]) -> float:
 
 
 def sharpness(picture: np.ndarray) -> float:
-    """Root mean square of curvature over that of slope, 1/pixels: the fineness of what is seen,
-    whatever its contrast. 0 for a plain picture."""
+    """Fineness of what is seen, 1/pixels, whatever its contrast; 0 for a plain picture.
+
+    It is the root mean square of curvature over that of slope.
+    """
     import cv2
 
     curve = cv2.Laplacian(grey(picture).astype(np.float32), cv2.CV_32F)
@@ -215,27 +231,32 @@ def sharpness(picture: np.ndarray) -> float:
 
 
 def colour_drift(all_steps: Sequence[Step]) -> float:
-    """Furthest that brightness, saturation (natural logarithms of their gain) and hue (radians) of
-    tracked pixels get from the start: their root sum of squares.
+    """Furthest that the colour of tracked pixels gets from the start.
 
-    Steps add up along the flow, so that a camera which finds other colours has no drift."""
+    It is the root sum of squares of brightness, saturation (natural logarithms of their gain) and
+    hue (radians). Steps add up along the flow, so that a camera which finds other colours has no
+    drift.
+    """
     return float(
         np.linalg.norm(np.cumsum([_gain(step) for step in all_steps], axis=0), axis=-1).max()
     )
 
 
 def _gain(step: Step) -> tuple[float, float, float]:
-    """(log brightness, log saturation, hue) of one step. A step that finds hardly anything again
-    is a cut, and says nothing."""
+    """(log brightness, log saturation, hue) of one step.
+
+    A step that finds hardly anything again is a cut, and says nothing.
+    """
     import cv2
 
     if step.found.mean() < 0.2:
         return 0.0, 0.0, 0.0
     a, b = (cv2.blur(picture.astype(np.float32), (5, 5)) for picture in (step.before, step.after))
+    # nearest: interpolation would bleach, step by step
     a, b = (
         a[step.found],
         pulled(b, step.flow, nearest=True)[step.found],
-    )  # nearest: interpolation would bleach, step by step
+    )
     chroma_a, chroma_b = _chroma(a), _chroma(b)
     floor = 64.0  # squared levels: a grey picture has no hue
     saturation = 0.5 * math.log(
@@ -251,8 +272,10 @@ def _chroma(rgb: np.ndarray) -> np.ndarray:
 
 
 def _camera_flow(step: Step, reliable: np.ndarray) -> np.ndarray:
-    """float32 [H, W, 2]: the motion that most of the picture shares; 0 unless points in at least
-    half of its cells do."""
+    """float32 [H, W, 2]: the motion that most of the picture shares.
+
+    0 unless points in at least half of its cells do.
+    """
     import cv2
 
     places = _places(reliable.shape)
@@ -267,13 +290,15 @@ def _camera_flow(step: Step, reliable: np.ndarray) -> np.ndarray:
 
 
 def _cells(points: np.ndarray, shape: tuple[int, int]) -> int:
-    """In how many of CELLS x CELLS parts of the picture there are points."""
+    """Number of the CELLS x CELLS parts of the picture that have points in them."""
     return len(np.unique(points * CELLS // shape[::-1], axis=0))
 
 
 def _misfit(step: Step, flow: np.ndarray) -> np.ndarray:
-    """float32 [H, W]: difference of brightness, levels of 255, if ``before`` went along
-    ``flow``."""
+    """float32 [H, W]: difference of brightness if ``before`` went along ``flow``.
+
+    Levels of 255.
+    """
     return np.abs(pulled(grey(step.after).astype(np.float32), flow) - grey(step.before))
 
 
@@ -348,7 +373,9 @@ def one_thread():
 
 
 def in_parallel(measure: Callable[[np.ndarray], T], batch: VideoBatch) -> list[T]:
-    """``measure`` of every clip's frames, uint8 [T, C, H, W], as many at a time as torch has
-    threads: OpenCV and numpy let each other run."""
+    """Measure every clip's frames, uint8 [T, C, H, W], several clips at a time.
+
+    As many as torch has threads: OpenCV and numpy let each other run.
+    """
     with one_thread(), ThreadPoolExecutor(torch.get_num_threads()) as pool:
         return list(pool.map(lambda clip: measure(clip.cpu().numpy()), batch.frames))

@@ -1,5 +1,6 @@
-"""NIQE: how far the statistics of a frame's local contrasts are from those of natural, undistorted
-photographs.
+"""NIQE: distance of a frame from natural photographs, by the statistics of local contrasts.
+
+The photographs are undistorted.
 
     Y -> (Y - local mean) / (local deviation + 1) = contrasts, at full and at half size, in patches
          of 96 (48) pixels
@@ -38,12 +39,14 @@ FEWEST = 4
 NEIGHBOURS = ((0, 1), (1, 0), (1, 1), (1, -1))
 """Rows and columns by which contrasts are moved before they are multiplied with themselves."""
 LUMA = (65.481, 128.553, 24.966)
-"""Of red, green and blue in [0, 1]: Y of BT.601, which begins at 16."""
+"""Weights of red, green and blue in [0, 1] in the Y of BT.601, which begins at 16."""
 
 
 class Photographs(torch.nn.Module):
-    """``mean`` [36] and ``covariance`` [36, 36] of natural photographs, float64; a frame's
-    distance to them."""
+    """Statistics of natural photographs, and a frame's distance to them.
+
+    ``mean`` [36] and ``covariance`` [36, 36] are float64.
+    """
 
     def __init__(self, mean: torch.Tensor, covariance: torch.Tensor):
         super().__init__()
@@ -58,8 +61,10 @@ class Photographs(torch.nn.Module):
         )
 
     def forward(self, frame_CHW: torch.Tensor) -> torch.Tensor:
-        """NIQE of a uint8 frame, a scalar; NaN where it has fewer than FEWEST patches with any
-        contrast."""
+        """NIQE of a uint8 frame, a scalar.
+
+        NaN where it has fewer than FEWEST patches with any contrast.
+        """
         features = self.features(frame_CHW)
         features = features[features.isfinite().all(1)]
         if len(features) < FEWEST:
@@ -85,8 +90,11 @@ class Photographs(torch.nn.Module):
         )
 
     def of_patches(self, contrasts_11HW: torch.Tensor, side: int) -> torch.Tensor:
-        """[P, 18]: shape and mean width of the contrasts, then shape, mean and both widths of
-        each product of neighbours."""
+        """Statistics of patches, [P, 18].
+
+        Shape and mean width of the contrasts, then shape, mean and both widths of each product of
+        neighbours.
+        """
         x = F.unfold(contrasts_11HW, side, stride=side)[0].T.reshape(-1, side, side)
         alpha, _, left, right = self.fit(x)
         products = [torch.stack(self.fit(x * x.roll(by, (1, 2))), 1) for by in NEIGHBOURS]
@@ -95,8 +103,10 @@ class Photographs(torch.nn.Module):
     def fit(
         self, x_PHW: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Shape, mean, left and right width [P] of the asymmetric generalised Gaussian with
-        these patches' moments."""
+        """Fit the asymmetric generalised Gaussian with these patches' moments.
+
+        Returns its shape, mean, left and right width, [P] each.
+        """
         x = x_PHW.flatten(1)
         left, right = (
             (x.square() * side).sum(1).div(side.sum(1)).sqrt() for side in (x < 0, x > 0)
@@ -117,8 +127,10 @@ class Photographs(torch.nn.Module):
 
 
 def contrasts(image_11HW: torch.Tensor) -> torch.Tensor:
-    """Each pixel less its surroundings' mean, over their deviation (Gaussian window of 7 pixels,
-    deviation 7/6; levels of 255)."""
+    """Each pixel less its surroundings' mean, over their deviation.
+
+    The window is a Gaussian of 7 pixels, deviation 7/6; levels of 255.
+    """
     at = torch.arange(-3.0, 4.0, dtype=image_11HW.dtype, device=image_11HW.device)
     window = (-(at**2) / (2 * (7 / 6) ** 2)).exp()
     window = torch.outer(window, window)[None, None] / window.sum() ** 2

@@ -1,5 +1,4 @@
-"""What the sentinels measure of a video: how much moves, and how its colours and its light are and
-stay.
+"""Measures of a video for the sentinels: its motion, its colours and its light.
 
 motion           mean over pairs of frames of the fastest 5 % of the flow, share of the diagonal a second
 residual_motion  the same of what no camera explains: a pan over a still picture has none
@@ -17,11 +16,11 @@ import torch
 from kvpo.rewards.classic.measures import TOP, Step, one_thread, own_speed, shrink, steps
 
 STILL = 1.0
-"""Of 255: below it two frames count as the same."""
+"""Difference of two frames, in levels of 255, below which they count as the same."""
 
 
 def watched(video_TCHW: torch.Tensor, fps: float) -> dict[str, float]:
-    """Of one uint8 video of two frames or more."""
+    """Measure one uint8 video of two frames or more."""
     x = video_TCHW.float() / 255
     fifth = max(1, len(x) // 5)
     light = torch.tensor([0.299, 0.587, 0.114])

@@ -1,5 +1,6 @@
-"""Environments for rewards whose packages can not live beside kvpo's: made from a locked list,
-found by name.
+"""Environments for rewards whose packages can not live beside kvpo's.
+
+They are made from a locked list and found by name.
 
 kvpo reward-env create hpsv3          from kvpo/rewards/isolated/envs/hpsv3/requirements.txt
 kvpo reward-env create mine.txt       from any requirements file; the environment is called mine
@@ -20,11 +21,11 @@ from kvpo.common.files import write_atomic
 ENVS = Path(__file__).parent / "envs"
 """NAME/requirements.txt, and NAME/scorer.py where that environment comes with a reward."""
 COMPLETE = "complete.json"
-"""What an environment holds, written last: without it, the environment is half-made."""
+"""File that lists an environment's packages, written last: without it, it is half-made."""
 
 
 def default_folder() -> Path:
-    """Where environments live: KVPO_ENVS, else the user's cache; a run does not own them."""
+    """Folder of the environments: KVPO_ENVS, else the user's cache; a run does not own them."""
     if given := os.environ.get("KVPO_ENVS"):
         return Path(given)
     try:
@@ -37,8 +38,10 @@ def default_folder() -> Path:
 
 
 def python_of(environment: str) -> str:
-    """Its Python; "" is this one, and a path is taken for a Python. ValueError with the way out
-    where there is none."""
+    """Path of an environment's Python; "" is this one, and a path is taken for a Python.
+
+    Raises ValueError with the way out where there is none.
+    """
     if not environment:
         return sys.executable
     if os.sep in environment:
@@ -75,10 +78,10 @@ def table(folder: Path) -> list[str]:
 
 
 def create(name: str, folder: Path, python: str = sys.executable) -> Path:
-    """The environment's folder, complete; a half-made one there is replaced, and an error leaves
-    nothing.
+    """Make an environment; returns its folder, complete.
 
-    ValueError for a name that is not shipped, or made already; OSError where installing fails.
+    A half-made one there is replaced, and an error leaves nothing. Raises ValueError for a name
+    that is not shipped, or made already; OSError where installing fails.
     """
     requirements = Path(name) if name.endswith(".txt") else ENVS / name / "requirements.txt"
     if not name or not requirements.is_file():
@@ -108,7 +111,7 @@ def create(name: str, folder: Path, python: str = sys.executable) -> Path:
 
 
 def commands(target: Path, requirements: Path, python: str) -> list[list[str]]:
-    """What makes it: uv where there is one, else venv and pip."""
+    """Commands that make an environment: uv where there is one, else venv and pip."""
     inside, uv = str(target / "bin" / "python"), shutil.which("uv")
     if uv:
         return [
@@ -138,7 +141,7 @@ def _run(command: list[str]) -> None:
 
 
 def _packages(target: Path) -> dict[str, str]:
-    """What is installed in it."""
+    """Name -> version of every package that is installed in it."""
     query = "import importlib.metadata as m, json; print(json.dumps({d.metadata['Name']: d.version for d in m.distributions()}))"
     return json.loads(
         subprocess.run(

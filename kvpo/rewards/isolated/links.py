@@ -1,5 +1,6 @@
-"""The two ways to a reward outside this process: a worker started here, on pipes, or a server, over
-HTTP.
+"""The two ways to a reward outside this process: a worker on pipes, or a server over HTTP.
+
+The worker is started here.
 
     link.ask(header, frames, timeout) -> the reply's header
     link.open                            whether it can be asked; a worker that broke is closed, and `ask` starts a new one
@@ -29,19 +30,23 @@ import numpy as np
 from kvpo.rewards.isolated import wire
 
 LINES = 12
-"""How much of a dead worker's stderr is shown."""
+"""Number of lines of a dead worker's stderr that are shown."""
 PATIENCE = 2.0
 """Seconds for a worker to end by itself."""
 
 
 class Broken(OSError):
-    """The other side ended, was late, or talked something else. One line, then what it had last
-    written to stderr."""
+    """Error of a link: the other side ended, was late, or talked something else.
+
+    Its text is one line, then what the other side had last written to stderr.
+    """
 
 
 class Worker:
-    """A process of its own, its stderr kept. Ended with all that it has started when this object
-    goes, or this process does."""
+    """A process of its own, whose stderr is kept.
+
+    It ends with all that it has started when this object goes, or this process does.
+    """
 
     def __init__(self, command: Sequence[str], environ: Mapping[str, str]):
         self.command, self.environ = command, environ
@@ -125,7 +130,7 @@ class Worker:
 
 
 def _listen(stderr: BinaryIO, lines: deque[str]) -> None:
-    """Until the worker and all that it has started have ended."""
+    """Collect lines of stderr until the worker and all that it has started have ended."""
     with TextIOWrapper(stderr, errors="replace") as text:
         lines.extend(text)
 
@@ -147,8 +152,10 @@ def _end(process: subprocess.Popen) -> None:
 
 
 class Server:
-    """A worker that serves HTTP, here or elsewhere. ValueError for an address that can not be
-    one."""
+    """A worker that serves HTTP, here or elsewhere.
+
+    Raises ValueError for an address that can not be one.
+    """
 
     def __init__(self, url: str):
         address = urllib.parse.urlsplit(url)
@@ -161,8 +168,10 @@ class Server:
     def ask(
         self, header: Mapping[str, Any], frames: np.ndarray | None, timeout: float
     ) -> dict[str, Any]:
-        """The handshake is its /spec, whatever device is asked for: a server's model stays where
-        it is."""
+        """Send a request; the reply to a handshake is the server's /spec, whatever the device.
+
+        A server's model stays where it is.
+        """
         connection = http.client.HTTPConnection(self.host, self.port, timeout=timeout)
         try:
             if header["do"] == "load":

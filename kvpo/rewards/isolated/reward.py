@@ -45,22 +45,27 @@ RANK_VARIABLES = [
     "MASTER_ADDR",
     "MASTER_PORT",
 ]
-"""What torchrun tells its ranks: a worker is none, and a library in it that believed so would
-wait for the others."""
+"""Variables by which torchrun makes ranks; they are kept from a worker.
+
+A worker is no rank, and a library in it that believed so would wait for the others.
+"""
 NOT_FOR_WORKERS = {*RANK_VARIABLES, "PYTHONHOME"}
 
 
 @dataclass
 class Isolated(Measured):
-    """As the reward it stands for.
+    """A proxy with the interface of the reward it runs elsewhere.
 
-    ValueError for what can not be one, and where the scorer raises or returns other than a number
-    per clip; OSError, with what the worker last wrote to stderr, where the other side breaks.
+    Raises ValueError for what can not be one, and where the scorer raises or returns other than a
+    number per clip; OSError, with what the worker last wrote to stderr, where the other side
+    breaks.
     """
 
     name: str
-    """Any reward's name, a scorer file (.py), or ``envs/NAME`` for the scorer shipped with an
-    environment."""
+    """Name of any reward, a scorer file (.py), or ``envs/NAME``.
+
+    The latter is the scorer shipped with an environment.
+    """
     params: Mapping[str, Any] = field(default_factory=dict)
     environment: str = ""
     """Name of an environment, or a Python; "" = this Python."""
@@ -69,8 +74,10 @@ class Isolated(Measured):
     timeout: float = 600.0
     """Seconds for a reply, loading included."""
     devices: str = ""
-    """CUDA_VISIBLE_DEVICES of the worker, "1" for a card of its own; "" = as here, on the device
-    that `load` names."""
+    """CUDA_VISIBLE_DEVICES of the worker, "1" for a card of its own.
+
+    "" = as here, on the device that `load` names.
+    """
     spec: RewardSpec = field(init=False)
     packages: Mapping[str, str] = field(init=False, default_factory=dict)
     """Versions on the other side, known once it is loaded."""
@@ -138,7 +145,10 @@ class Isolated(Measured):
         return f"reward {self.spec.name!r}"
 
     def _command(self) -> tuple[list[str], dict[str, str]]:
-        """What starts a worker, and its variables: another Python's packages are its own."""
+        """Command that starts a worker, and its variables.
+
+        Another Python's packages are its own.
+        """
         environ = {
             key: value
             for key, value in os.environ.items()
@@ -248,8 +258,11 @@ def scorer_file(name: str) -> Path | None:
 
 
 def spec_of(name: str, params: Mapping[str, Any]) -> RewardSpec:
-    """What a reward is, without running it: a file's SPEC is read, not executed, for what it
-    imports is not installed here."""
+    """Read a reward's spec without running it.
+
+    A file's SPEC is read, not executed, for what it imports is not installed here. Raises
+    ValueError where it has none.
+    """
     path = scorer_file(name)
     if path is None:
         return make_reward(name, params).spec
@@ -265,7 +278,10 @@ def spec_of(name: str, params: Mapping[str, Any]) -> RewardSpec:
 
 
 def as_spec(values: Mapping[str, Any], source: str) -> RewardSpec:
-    """From JSON or a literal: lists for tuples, None for a bound that there is not."""
+    """Make a spec from JSON or a literal: lists for tuples, None for a missing bound.
+
+    Raises ValueError that names ``source`` for unknown or missing entries.
+    """
     known = [f.name for f in fields(RewardSpec)]
     if wrong := [key for key in values if key not in known] + [
         key for key in ("name", "family") if key not in values

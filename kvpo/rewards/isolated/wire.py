@@ -1,5 +1,6 @@
-"""Messages between kvpo and a worker, on a pipe or as the body of an HTTP request: a JSON header,
-then raw bytes.
+"""Messages between kvpo and a worker: a JSON header, then raw bytes.
+
+They travel on a pipe or as the body of an HTTP request.
 
     bytes    0-3   b"KVPO"
              4-7   length of the header, unsigned, big-endian
@@ -20,7 +21,7 @@ import struct
 import numpy as np
 
 PROTOCOL = 1
-"""Both sides must have the same."""
+"""Version of the messages; both sides must have the same."""
 CONTENT_TYPE = "application/x-kvpo"
 MARK = b"KVPO"
 PREFIX = struct.Struct(">4sIQ")
@@ -30,8 +31,10 @@ ANY = 2**63
 
 
 def pack(header, frames=None):
-    """A message as byte strings to be sent one after another; ``frames`` are not copied.
-    ValueError for a header that JSON can not hold, NaN included."""
+    """Pack a message as byte strings to be sent one after another; ``frames`` are not copied.
+
+    Raises ValueError for a header that JSON can not hold, NaN included.
+    """
     text = json.dumps(header, allow_nan=False).encode()
     payload = (
         memoryview(b"")
@@ -48,8 +51,11 @@ def write(stream, header, frames=None):
 
 
 def read(stream, most=ANY):
-    """(header, payload) of the next message. EOFError where there is none or it breaks off;
-    ValueError for what is no message, or has a payload of more than ``most`` bytes."""
+    """Read (header, payload) of the next message.
+
+    Raises EOFError where there is none or it breaks off; ValueError for what is no message, or has
+    a payload of more than ``most`` bytes.
+    """
     prefix = _exactly(stream, PREFIX.size)
     mark, header, payload = PREFIX.unpack(prefix)
     if mark != MARK:

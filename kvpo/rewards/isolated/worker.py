@@ -1,5 +1,6 @@
-"""A reward in a process of its own: reads requests, scores, replies; on pipes, or as an HTTP
-server.
+"""A reward in a process of its own: it reads requests, scores, and replies.
+
+It talks on pipes, or as an HTTP server.
 
     python worker.py --reward scorer.py --params '{"stride": 4}'              on pipes: `kvpo.rewards.isolated.reward` starts it
     python worker.py --reward scorer.py --device cuda --http 8100       a server on 127.0.0.1
@@ -42,14 +43,15 @@ LOOPBACK = ("127.0.0.1", "localhost")
 
 
 class FileScorer:
-    """A scorer file: what it loads is asked for numbers; it moves between devices where it has
-    ``to(device)``."""
+    """A scorer file: what it loads is asked for numbers.
+
+    It moves between devices where it has ``to(device)``.
+    """
 
     def __init__(self, path, params):
         spec = importlib.util.spec_from_file_location("kvpo_scorer", path)
-        self.module = sys.modules[spec.name] = importlib.util.module_from_spec(
-            spec
-        )  # dataclasses look for their module there
+        # dataclasses look for their module there
+        self.module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(self.module)
         self.params, self.scorer, self.weights = params, None, ""
 
@@ -127,8 +129,10 @@ def identity(files):
 
 
 def numbers(name, values):
-    """Plain numbers, None for a clip that can not be measured. ValueError for NaN and infinity:
-    a calculation that failed, not a verdict."""
+    """Turn a scorer's values into plain numbers, None for a clip that can not be measured.
+
+    Raises ValueError for NaN and infinity: a calculation that failed, not a verdict.
+    """
     plain = [None if value is None else float(value) for value in values]
     for clip, value in enumerate(plain):
         if value is not None and not math.isfinite(value):
@@ -197,8 +201,10 @@ def packages():
 
 
 def serve_pipes(service):
-    """Until the pipe ends. What a library prints, from Python or from C, goes to stderr, and not
-    between the messages."""
+    """Answer requests until the pipe ends.
+
+    Whatever a library prints, from Python or from C, goes to stderr, and not between the messages.
+    """
     requests, replies = os.fdopen(os.dup(0), "rb", 0), os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
@@ -208,16 +214,17 @@ def serve_pipes(service):
         try:
             header, payload = wire.read(requests)
         except EOFError:
-            signal.signal(
-                signal.SIGTERM, signal.SIG_IGN
-            )  # for what it has started; itself ends in order
+            # for what it has started; itself ends in order
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             return end_group(signal.SIGTERM)
         wire.write(replies, service(header, payload))
 
 
 def end_with_parent(pipe):
-    """Ends this process and all that it has started once nobody can ask any more, even in the
-    middle of a call: a killed run leaves no model on the card."""
+    """End this process and all that it has started once nobody can ask any more.
+
+    It does so even in the middle of a call: a killed run leaves no model on the card.
+    """
     poll = select.poll()
     poll.register(pipe, 0)  # nothing but the other end's closing, which is always reported
     poll.poll()
@@ -227,7 +234,7 @@ def end_with_parent(pipe):
 
 
 def end_group(how):
-    """To this process and all that it has started; to nobody where the group is a shell's."""
+    """Send a signal to this process and all it has started; to none if the group is a shell's."""
     if os.getpgrp() == os.getpid():
         os.killpg(os.getpid(), how)
 

@@ -1,5 +1,6 @@
-"""How much people like a frame's looks: the LAION aesthetic predictor V2 on CLIP ViT-L/14, about 1
-to 10, mostly 4 to 7.
+"""Looks of a frame as people like them: the LAION aesthetic predictor V2 on CLIP ViT-L/14.
+
+Its scores lie in about 1 to 10, mostly 4 to 7.
 
 It reads no prompt and judges frames one by one, so style alone raises it, and a frozen clip loses
 nothing: train on it only beside a term for the prompt and one for motion.
@@ -26,10 +27,13 @@ from kvpo.rewards.pretrained.pixels import Pixels
 from kvpo.rewards.pretrained.released import STOCK_FILES, file_in, find, load_stock, weight_files
 
 HEAD_FILE = "aesthetic-model.pth"
-"""The hub's name of sac+logos+ava1-l14-linearMSE.pth of
-github.com/christophschuhmann/improved-aesthetic-predictor."""
+"""Name of the head's file on the hub.
+
+It is sac+logos+ava1-l14-linearMSE.pth of
+github.com/christophschuhmann/improved-aesthetic-predictor.
+"""
 WIDTH = 768
-"""Of the embeddings of CLIP ViT-L/14, on which the head was trained."""
+"""Width of the embeddings of CLIP ViT-L/14, on which the head was trained."""
 
 
 @dataclass
@@ -87,8 +91,10 @@ class Aesthetic(FrameScorer):
 
 
 def load_head(reward: str, path: Path) -> nn.ModuleDict:
-    """The five linear layers of the released file, by its names: layers.0, 2, 4, 6 and 7; the
-    gaps were dropout. ValueError for any other file."""
+    """Load the five linear layers of the released file, by its names: layers.0, 2, 4, 6 and 7.
+
+    The gaps were dropout. Raises ValueError for any other file.
+    """
     d = nn.Dropout()
     layers = nn.Sequential(
         nn.Linear(WIDTH, 1024),

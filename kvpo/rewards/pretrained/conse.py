@@ -1,5 +1,6 @@
-"""Text alignment without an image-text model: ConSE (Norouzi et al., 2014, arXiv 1312.5650),
-EfficientNet x MiniLM.
+"""Text alignment without an image-text model: ConSE on EfficientNet and MiniLM.
+
+ConSE: Norouzi et al., 2014, arXiv 1312.5650.
 
     p          ImageNet probabilities of a frame, the ``top`` largest of them, made to sum to 1
     e_k        MiniLM sentence embedding of class k's name
@@ -49,9 +50,8 @@ class MiniLM(torch.nn.Module):
 
     def forward(self, texts: Sequence[str]) -> torch.Tensor:
         """[N, 384] of unit length."""
-        order = sorted(
-            range(len(texts)), key=lambda i: len(texts[i])
-        )  # like lengths together: little padding
+        # like lengths together: little padding
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         passes = [order[i : i + TOGETHER] for i in range(0, len(order), TOGETHER)]
         return torch.cat([self._embed([texts[i] for i in some]) for some in passes])[
             torch.tensor(order).argsort()
@@ -66,14 +66,16 @@ class MiniLM(torch.nn.Module):
 
 
 def places(logits_NK: torch.Tensor, names_KD: torch.Tensor, top: int) -> torch.Tensor:
-    """Unit vectors [N, D]: the names of the ``top`` likeliest classes, weighted by their
-    probabilities."""
+    """Place every frame among the class names: unit vectors [N, D].
+
+    They are the names of the ``top`` likeliest classes, weighted by their probabilities.
+    """
     p, k = logits_NK.softmax(-1).topk(top)
     return F.normalize((p[..., None] * names_KD[k]).sum(1), dim=-1)
 
 
 class ConseModel(torch.nn.Module):
-    """Both networks, and where the class names are."""
+    """Both networks, and the embeddings of the class names."""
 
     def __init__(self):
         super().__init__()
@@ -86,7 +88,7 @@ class ConseModel(torch.nn.Module):
         self.identity = f"{self.eye.identity}, {self.language.identity}"
 
     def forward(self, frames_NCHW: torch.Tensor, size: int, top: int) -> torch.Tensor:
-        """Where frames are among the names, [N, 384]."""
+        """Place frames among the names, [N, 384]."""
         return places(self.eye.logits(self.eye(frames_NCHW, size)), self.names_KD, top)
 
 
@@ -97,7 +99,7 @@ class Conse(FrameScorer):
     stride: int = 4
     reduce: str = "mean"
     top: int = 10
-    """How many of a frame's likeliest classes count."""
+    """Number of a frame's likeliest classes that count."""
     size: int = 224
     """Shorter side of what the network sees, pixels."""
     spec: RewardSpec = RewardSpec(

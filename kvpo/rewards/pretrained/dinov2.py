@@ -1,5 +1,6 @@
-"""How much a clip stays itself: DINOv2's embedding of every frame against the frame before and
-against the first.
+"""Consistency of a clip: DINOv2's embedding of every frame against others of the clip.
+
+The others are the frame before and the first one.
 
     c(t) = ( max(0, cos(f_t, f_t-1)) + max(0, cos(f_t, f_0)) ) / 2        score = reduce over t >= 1
 
@@ -27,8 +28,11 @@ from kvpo.rewards.pretrained.released import STOCK_FILES, find, load_stock, weig
 
 @dataclass
 class DinoConsistency(Pretrained):
-    """Parts: ``adjacent`` and ``first``, the means of the two cosines. Adjacent means ``stride``
-    frames apart: compare at one stride only."""
+    """Consistency of a clip by DINOv2.
+
+    Parts: ``adjacent`` and ``first``, the means of the two cosines. Adjacent means ``stride``
+    frames apart: compare at one stride only.
+    """
 
     weights: str = "facebook/dinov2-base"
     """A local folder, or a hub id, of a Dinov2Model."""
@@ -74,8 +78,10 @@ class DinoConsistency(Pretrained):
 
 
 def similarities(f_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[B, T-1] each, in [0, 1]: cosine of every later frame's embedding with the one before, and
-    with the first."""
+    """Cosine of every later frame's embedding with the one before, and with the first.
+
+    [B, T-1] each, in [0, 1].
+    """
     f = F.normalize(f_BTD, dim=-1)
     adjacent, first = (f[:, 1:] * f[:, :-1]).sum(-1), (f[:, 1:] * f[:, :1]).sum(-1)
     return adjacent.clamp(0, 1), first.clamp(0, 1)

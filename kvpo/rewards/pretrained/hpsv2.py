@@ -1,5 +1,6 @@
-"""Which picture of a prompt people prefer: HPS v2.1 (Wu et al., arXiv 2306.09341), CLIP ViT-H on
-open_clip; about 0.2 to 0.35.
+"""HPS v2.1: the picture of a prompt that people prefer; about 0.2 to 0.35.
+
+It is a CLIP ViT-H on open_clip (Wu et al., arXiv 2306.09341).
 
 Training on it alone is known to end in over-saturated pictures. Frames are judged one by one,
 whole, with black bars.
@@ -47,18 +48,16 @@ class HPSv2(ImageText):
 
         path = file_in(self.spec.name, find(self.spec.name, self.weights, [FILE]), FILE)
         try:
-            model = open_clip.create_model(
-                ARCHITECTURE, pretrained=str(path)
-            )  # strict, and weights only
+            # strict, and weights only
+            model = open_clip.create_model(ARCHITECTURE, pretrained=str(path))
         except (OSError, EOFError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
             raise ValueError(
                 f"reward {self.spec.name!r}: {path} does not hold the weights of a {ARCHITECTURE} ({first_line(error)}); copy {FILE} again"
             ) from None
         self.tokenizer = open_clip.get_tokenizer(ARCHITECTURE)
         height, width = model.visual.image_size
-        self.pixels = Pixels(
-            (height, width), "pad"
-        )  # the released preprocessing fits the longer side
+        # the released preprocessing fits the longer side
+        self.pixels = Pixels((height, width), "pad")
         self.spec = replace(self.spec, weights=identity(self.weights, [path]))
         return model
 
@@ -69,7 +68,8 @@ class HPSv2(ImageText):
         return self.model.encode_text(self.tokenizer(prompts).to(self.device))
 
     def prompt_read(self, prompts: Sequence[str]) -> torch.Tensor:
+        # + first and last mark
         return share_read(
             [len(self.tokenizer.encode(prompt)) + 2 for prompt in prompts],
             self.tokenizer.context_length,
-        )  # + first and last mark
+        )

@@ -1,5 +1,6 @@
-"""HPSv3: how much people prefer a picture for a prompt, by a Qwen2-VL-7B trained on pairs of
-pictures.
+"""HPSv3: people's preference for a picture of a prompt.
+
+It is a Qwen2-VL-7B trained on pairs of pictures.
 
     frame + prompt -> (mu, log sigma) at the token <|Reward|>;  mu is the score, unbounded; some 7 ... 11 on clips of Wan 1.3B
 
@@ -30,29 +31,37 @@ from kvpo.rewards.pretrained.qwen import (
 FILE = "HPSv3.safetensors"
 TOKENS = ("<|Reward|>",)
 PIXELS = 256 * 28 * 28
-"""Of a frame as it was trained: larger ones shrink to at most, smaller ones grow to at least
-that."""
+"""Pixels of a frame as it was trained.
+
+Larger frames shrink to at most that, smaller ones grow to at least that.
+"""
 
 
 @dataclass(eq=False)
 class HPSv3(QwenReward):
-    """mu of every ``stride``-th frame, of which ``reduce`` makes one number: ``top`` = mean of the
-    best 30 %, ``mean`` or ``worst``.
+    """mu of every ``stride``-th frame, of which ``reduce`` makes one number.
+
+    ``top`` = mean of the best 30 %, ``mean`` or ``worst``.
 
     Parts: ``first`` and ``last`` judged frame; ``sigma``, the model's own doubt in units of mu,
-    mean over frames."""
+    mean over frames.
+    """
 
     weights: str = "MizzenAI/HPSv3"
     """Folder or hub id with ``HPSv3.safetensors`` (16.6 GB, all weights of the network)."""
     base: str = "Qwen/Qwen2-VL-7B-Instruct"
-    """Folder or hub id with that model's ``config.json`` and ``tokenizer.json``; its weights are
-    not needed."""
+    """Folder or hub id with that model's ``config.json`` and ``tokenizer.json``.
+
+    Its weights are not needed.
+    """
     stride: int = 4
     """Every how many frames one is judged, from the first on."""
     reduce: str = "top"
     dtype: str = "auto"
-    """bfloat16, float32, or auto: bfloat16 where it is first loaded to a CUDA device, else
-    float32."""
+    """Precision of the network: bfloat16, float32, or auto.
+
+    auto: bfloat16 where it is first loaded to a CUDA device, else float32.
+    """
     spec: RewardSpec = RewardSpec(
         "hpsv3",
         "qwen-vl",
@@ -102,8 +111,10 @@ class HPSv3(QwenReward):
 
 
 def head(width: int) -> torch.nn.Module:
-    """From hidden states to (mu, log sigma). It drops nothing: that was for the training only,
-    but has its place in the weights' names."""
+    """Layers from hidden states to (mu, log sigma).
+
+    They drop nothing: dropout was for the training only, but has its place in the weights' names.
+    """
     nn = torch.nn
     return nn.Sequential(
         nn.Linear(width, 1024),

@@ -1,4 +1,4 @@
-"""How well single frames fit their prompt, as contrastive image-text models see it.
+"""Fit of single frames to their prompt, as contrastive image-text models see it.
 
     pickscore   logit scale * cosine   CLIP ViT-H tuned on human choices between pictures of one prompt; about 18 to 24
     clip        cosine                 CLIP ViT-L/14; about 0.15 to 0.35
@@ -27,17 +27,20 @@ from kvpo.rewards.pretrained.pixels import Pixels
 from kvpo.rewards.pretrained.released import STOCK_FILES, find, load_stock, weight_files
 
 FAMILY = "clip"
-"""Of all that learned from captions of pictures, SigLIP included: they like the same pictures."""
+"""Family of all models that learned from captions of pictures: they like the same pictures.
+
+SigLIP is included.
+"""
 VOCABULARIES = ("tokenizer.json", "vocab.json")
 
 
 @dataclass
 class ImageText(FrameScorer):
-    """``scale()`` times the cosine of every frame with its prompt; a prompt is embedded once a call
-    however many clips it has.
+    """``scale()`` times the cosine of every frame with its prompt.
 
-    A prompt longer than the model reads is cut at the end. Part ``prompt_read`` says how much
-    was read: 1 = all of it."""
+    A prompt is embedded once a call however many clips it has. A prompt longer than the model reads
+    is cut at the end. Part ``prompt_read`` says how much was read: 1 = all of it.
+    """
 
     weights: str = ""
     """A local folder, or a hub id."""
@@ -83,10 +86,10 @@ class ImageText(FrameScorer):
 
 @dataclass
 class _Stock(ImageText):
-    """One on a stock class of transformers."""
+    """An image-text model on a stock class of transformers."""
 
     def classes(self) -> tuple[type, type]:
-        """Of the model and of its tokenizer."""
+        """Classes of the model and of its tokenizer."""
         raise NotImplementedError(f"{type(self).__name__} has no classes()")
 
     def build(self) -> torch.nn.Module:
@@ -102,8 +105,10 @@ class _Stock(ImageText):
 
     @property
     def limit(self) -> int:
-        """Tokens that the text tower reads, first and last mark included: 77 for CLIP, 64 for
-        SigLIP."""
+        """Tokens that the text tower reads, first and last mark included.
+
+        77 for CLIP, 64 for SigLIP.
+        """
         return self.model.config.text_config.max_position_embeddings
 
     def embed_images(self, x_NCHW: torch.Tensor) -> torch.Tensor:
@@ -131,8 +136,10 @@ class _Stock(ImageText):
 
 @dataclass
 class PickScore(_Stock):
-    """Which of two pictures of a prompt people choose (Kirstain et al., arXiv 2305.01569): 100 *
-    cosine as released."""
+    """PickScore: the one of two pictures of a prompt that people choose; 100 * cosine as released.
+
+    Source: Kirstain et al., arXiv 2305.01569.
+    """
 
     weights: str = "yuvalkirstain/PickScore_v1"
     spec: RewardSpec = RewardSpec(
@@ -173,8 +180,10 @@ class ClipAlignment(_Stock):
 
 @dataclass
 class SiglipAlignment(_Stock):
-    """Cosine of SigLIP 2 (Tschannen et al., arXiv 2502.14786) of a fixed picture size; or any
-    SiglipModel with a tokenizer.json."""
+    """Cosine of SigLIP 2 (Tschannen et al., arXiv 2502.14786) of a fixed picture size.
+
+    Any SiglipModel with a tokenizer.json fits.
+    """
 
     weights: str = "google/siglip2-so400m-patch14-384"
     spec: RewardSpec = RewardSpec(
@@ -190,10 +199,11 @@ class SiglipAlignment(_Stock):
     def classes(self) -> tuple[type, type]:
         from transformers import PreTrainedTokenizerFast, SiglipModel
 
+        # the class that tokenizer.json alone defines: SiglipTokenizer needs sentencepiece
         return (
             SiglipModel,
             PreTrainedTokenizerFast,
-        )  # the class that tokenizer.json alone defines: SiglipTokenizer needs sentencepiece
+        )
 
 
 def _clip_classes() -> tuple[type, type]:

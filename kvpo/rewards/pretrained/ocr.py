@@ -1,5 +1,4 @@
-"""Whether the text that a prompt puts in quotes can be read in the clip: PP-OCRv6 of the package
-rapidocr.
+"""Legibility of the text that a prompt puts in quotes: PP-OCRv6 of the package rapidocr.
 
     a shop with a sign that says "OPEN"
 
@@ -48,15 +47,19 @@ SIDE = 320
 
 
 def quoted(prompt: str) -> tuple[str, ...]:
-    """The texts that a prompt has in double or single quotes, straight or curly; an apostrophe
-    is none."""
+    """The texts that a prompt has in double or single quotes, straight or curly.
+
+    An apostrophe is no quote.
+    """
     texts = (" ".join("".join(alternatives).split()) for alternatives in QUOTED.findall(prompt))
     return tuple(filter(None, texts))
 
 
 def likelihood(p_TV: torch.Tensor, ids: Sequence[int]) -> float:
-    """P(ids | p)^(1 / characters) of a CTC output [steps, classes], class 0 = blank; 0 where the
-    text is longer than the line has steps for."""
+    """P(ids | p)^(1 / characters) of a CTC output [steps, classes], class 0 = blank.
+
+    0 where the text is longer than the line has steps for.
+    """
     log_p = p_TV.clamp(min=1e-12).log()[:, None]
     loss = torch.nn.functional.ctc_loss(
         log_p,
@@ -69,8 +72,10 @@ def likelihood(p_TV: torch.Tensor, ids: Sequence[int]) -> float:
 
 
 def similarity(asked: str, lines: Sequence[str]) -> float:
-    """Of a text to the nearest line, or to all lines together, in [0, 1]; 0 where there are
-    none."""
+    """Similarity of a text to the nearest line, or to all lines together, in [0, 1].
+
+    0 where there are no lines.
+    """
     return max(
         difflib.SequenceMatcher(None, asked.casefold(), read.casefold()).ratio()
         for read in {*lines, " ".join(lines)}
@@ -78,8 +83,10 @@ def similarity(asked: str, lines: Sequence[str]) -> float:
 
 
 class Recogniser:
-    """The recognition network by itself: rapidocr keeps its best guess only, and a reward wants
-    the probabilities."""
+    """The recognition network by itself, for its probabilities.
+
+    rapidocr keeps its best guess only, and a reward wants the probabilities.
+    """
 
     def __init__(self, path: Path):
         import onnxruntime
@@ -122,8 +129,10 @@ class Recogniser:
 
 @dataclass
 class TextReward(Measured):
-    """Legibility of the prompt's quoted texts, in [0, 1]; NaN where the prompt has none. Runs on
-    the CPU, whatever the device."""
+    """Legibility of the prompt's quoted texts, in [0, 1]; NaN where the prompt has none.
+
+    It runs on the CPU, whatever the device.
+    """
 
     detect: bool = True
     """Look for lines of text in the frame; False: the whole frame is one line."""
@@ -172,7 +181,7 @@ class TextReward(Measured):
     def _frame(
         self, frame_HWC: np.ndarray, wanted: Sequence[tuple[str, Sequence[int]]]
     ) -> list[tuple[float, float]]:
-        """Of every wanted text its likelihood and similarity; 0 where the frame has no text."""
+        """Likelihood and similarity of every wanted text; 0 where the frame has no text."""
         outputs = [self.recogniser.probabilities(line) for line in self._lines(frame_HWC)]
         read = [self.recogniser.text(p) for p in outputs]
         return [

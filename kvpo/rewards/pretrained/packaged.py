@@ -7,8 +7,10 @@ from pathlib import Path
 
 
 def packaged(module: str, inside: str) -> Path:
-    """A file or folder of an installed package, which is not imported for it. ValueError where
-    there is none."""
+    """Find a file or folder of an installed package, which is not imported for it.
+
+    Raises ValueError where there is none.
+    """
     found = importlib.util.find_spec(module)
     path = Path(found.submodule_search_locations[0], inside) if found else None
     if path is None or not path.exists():

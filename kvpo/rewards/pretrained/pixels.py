@@ -1,5 +1,6 @@
-"""Frames as a network was trained to see them: resized, cut or padded to its size, normalised; in
-torch, on the network's device.
+"""Preparation of frames for a network: resized, cut or padded to its size, normalised.
+
+It runs in torch, on the network's device.
 
 Same numbers as the image processors of transformers on Pillow: resized across, then down, each
 rounded to 8 bits.
@@ -33,8 +34,11 @@ class Pixels:
     size: tuple[int, int]
     """Height and width that the network gets."""
     fit: Literal["crop", "stretch", "pad"]
-    """``crop``: the shorter side to ``shorter``, then the middle; ``stretch``: both sides to
-    ``size``; ``pad``: the longer side to fit, black around."""
+    """Way to bring frames to the size: ``crop``, ``stretch`` or ``pad``.
+
+    ``crop``: the shorter side to ``shorter``, then the middle; ``stretch``: both sides to ``size``;
+    ``pad``: the longer side to fit, black around.
+    """
     shorter: int = 0
     mean: tuple[float, ...] = CLIP_MEAN
     std: tuple[float, ...] = CLIP_STD
@@ -42,8 +46,10 @@ class Pixels:
 
     @classmethod
     def released(cls, reward: str, folder: Path) -> Pixels:
-        """As the preprocessor_config.json of a CLIP, SigLIP or DINOv2 folder says. ValueError
-        for one that says something else."""
+        """Read the preprocessor_config.json of a CLIP, SigLIP or DINOv2 folder.
+
+        Raises ValueError for one that asks for something else.
+        """
         path = folder / "preprocessor_config.json"
         config = read_json(reward, path)
         try:
@@ -51,9 +57,8 @@ class Pixels:
                 config["size"],
                 _pair(config["crop_size"]) if config.get("do_center_crop") else None,
             )
-            shorter = (
-                size if isinstance(size, int) else size.get("shortest_edge", 0)
-            )  # old files hold one number
+            # old files hold one number
+            shorter = size if isinstance(size, int) else size.get("shortest_edge", 0)
             resized = (shorter, shorter) if shorter else _pair(size)
             pixels = cls(
                 crop or resized,
@@ -94,8 +99,10 @@ class Pixels:
         return (x / 255 - mean) / std
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width after resizing, before cutting or padding; rounded as the released
-        preprocessing does."""
+        """Height and width after resizing, before cutting or padding.
+
+        They are rounded as the released preprocessing does.
+        """
         if self.fit == "stretch":
             return self.size
         if self.fit == "crop":
@@ -108,10 +115,11 @@ class Pixels:
 
 def _centred(x_NCHW: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Cut, or padded with black, to height and width about its middle."""
+    # an odd row or column goes to the end, cut as padded
     top, left = (
         int((height - x_NCHW.shape[-2]) / 2),
         int((width - x_NCHW.shape[-1]) / 2),
-    )  # an odd row or column goes to the end, cut as padded
+    )
     return F.pad(
         x_NCHW, (left, width - x_NCHW.shape[-1] - left, top, height - x_NCHW.shape[-2] - top)
     )

@@ -32,8 +32,10 @@ from kvpo.rewards.measured import Pretrained
 from kvpo.rewards.pretrained.released import find
 
 PATCH, MERGE, FRAMES = 14, 2, 2
-"""Of Qwen2-VL: pixels of a patch's side, patches of a cell's side (one token), frames of a
-patch."""
+"""Sizes of Qwen2-VL's patches and cells.
+
+They are pixels of a patch's side, patches of a cell's side (one token), and frames of a patch.
+"""
 CELL = PATCH * MERGE
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """CLIP's, of RGB in [0, 1], which Qwen2-VL's preprocessor has."""
@@ -43,13 +45,18 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 CHAT = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>{pads}<|vision_end|>{text}<|im_end|>\n<|im_start|>assistant\n"
 """Qwen2-VL's chat template for one picture or video, then text."""
 TEMPLATES = Path(__file__).parent / "templates"
-"""The texts that the models were trained with, from their public code (MIT, see LICENSE there);
-{text_prompt} stands for the prompt."""
+"""Folder of the texts that the models were trained with; {text_prompt} stands for the prompt.
+
+They are from the models' public code (MIT, see LICENSE there).
+"""
 
 
 class QwenReward(Pretrained):
-    """A dataclass with the fields ``weights``, ``base``, ``dtype``, ``spec`` and ``model``.
-    Equal ones share their network; it writes ``read`` and ``measure``."""
+    """Base of rewards on Qwen2-VL; equal ones share their network.
+
+    A subclass is a dataclass with the fields ``weights``, ``base``, ``dtype``, ``spec`` and
+    ``model``; it writes ``read`` and ``measure``.
+    """
 
     weights: str
     base: str
@@ -76,7 +83,7 @@ class QwenReward(Pretrained):
         self.model.to(device)
 
     def offload(self) -> None:
-        """To main memory, unless another reward still has it loaded."""
+        """Move the network to main memory, unless another reward still has it loaded."""
         if self.model is not None:
             self.model.users.discard(self)
             if not self.model.users:
@@ -116,8 +123,11 @@ class RewardNetwork(torch.nn.Module):
         patches_ND: torch.Tensor,
         grid_B3: torch.Tensor,
     ) -> torch.Tensor:
-        """Token ids and their mask (padding right), the patches of all pictures or videos and
-        their (t, h, w) in patches -> float32 [B, tokens, outputs]."""
+        """Answers of the head at the reward tokens, float32 [B, tokens, outputs].
+
+        It takes token ids and their mask (padding right), the patches of all pictures or videos and
+        their (t, h, w) in patches.
+        """
         seen = (
             {"pixel_values": patches_ND, "image_grid_thw": grid_B3}
             if self.kind == "image"
@@ -141,11 +151,12 @@ class RewardNetwork(torch.nn.Module):
     def judge(
         self, frames_BTCHW: torch.Tensor, texts: Sequence[str], least: int, most: int
     ) -> torch.Tensor:
-        """uint8 pictures (T = 1) or videos on the network's device, each with its filled-in
-        template -> float32 [B, tokens, outputs].
+        """Judge pictures (T = 1) or videos; returns float32 [B, tokens, outputs].
 
-        Frames are resized to at least ``least`` and at most ``most`` pixels, and go through the
-        network in calls of about CALL_PIXELS."""
+        They are uint8 on the network's device, each with its filled-in template. Frames are resized
+        to at least ``least`` and at most ``most`` pixels, and go through the network in calls of
+        about CALL_PIXELS.
+        """
         B, T, _, H, W = frames_BTCHW.shape
         device, size = frames_BTCHW.device, fitting(H, W, least, most)
         at_once = max(1, CALL_PIXELS // (T * math.prod(size)))
@@ -166,8 +177,10 @@ class RewardNetwork(torch.nn.Module):
         return torch.cat(answers)
 
     def encode(self, texts: Sequence[str], cells: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Chats about a picture or video of that many cells -> ids and mask [B, L], padded
-        right. ValueError where a prompt holds one of the model's own tokens."""
+        """Encode chats about a picture or video of that many cells: ids and mask [B, L].
+
+        They are padded right. Raises ValueError where a prompt holds one of the model's own tokens.
+        """
         pad = self.tokenizer.id_to_token(self.pad_id)
         rows = [
             torch.tensor(e.ids)
@@ -198,14 +211,15 @@ def check_dtype(dtype: str) -> None:
 
 
 _NETWORKS: weakref.WeakValueDictionary[tuple, RewardNetwork] = weakref.WeakValueDictionary()
-"""Those in use, by what they were read from."""
+"""Networks in use, by what they were read from."""
 
 
 def fitting(height: int, width: int, least: int, most: int) -> tuple[int, int]:
-    """Qwen2-VL's size for a frame: whole cells, about its own shape, at most ``most`` pixels, else
-    at least ``least``.
+    """Qwen2-VL's size for a frame: whole cells of about its own shape.
 
-    ValueError for a frame more than 200 times as long as wide."""
+    It has at most ``most`` pixels, else at least ``least``. Raises ValueError for a frame more than
+    200 times as long as wide.
+    """
     if max(height, width) > 200 * min(height, width):
         raise ValueError(
             f"frames of {width} x {height} are too long: Qwen2-VL takes at most 200 : 1"
@@ -221,8 +235,10 @@ def fitting(height: int, width: int, least: int, most: int) -> tuple[int, int]:
 
 
 def resized(frames_BTCHW: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """uint8 -> float32 in whole steps of 0 ... 255, bicubic with antialiasing, as PIL and
-    torchvision round it (a step apart here and there)."""
+    """Resize uint8 frames to float32 in whole steps of 0 ... 255, bicubic with antialiasing.
+
+    They are rounded as PIL and torchvision do (a step apart here and there).
+    """
     if frames_BTCHW.shape[-2:] == size:
         return frames_BTCHW.float()
     frames = F.interpolate(
@@ -236,8 +252,11 @@ def resized(frames_BTCHW: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def patchify(frames_BTCHW: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int]]:
-    """Frames in 0 ... 255, whole cells -> normalised patches [B, t h w, 3 * 2 * 14 * 14], cell
-    by cell, and (t, h, w). The last frame is repeated where T is odd."""
+    """Cut frames in 0 ... 255 into normalised patches [B, t h w, 3 * 2 * 14 * 14], and (t, h, w).
+
+    Frames have whole cells, and patches stand cell by cell. The last frame is repeated where T is
+    odd.
+    """
     if frames_BTCHW.shape[1] % FRAMES:
         frames_BTCHW = torch.cat((frames_BTCHW, frames_BTCHW[:, -1:]), dim=1)
     mean, std = (torch.tensor(v, device=frames_BTCHW.device).view(3, 1, 1) for v in (MEAN, STD))
@@ -251,8 +270,10 @@ def patchify(frames_BTCHW: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, 
 
 
 def open_folder(reward: str, name: str, files: Sequence[str]) -> Path:
-    """A local folder, or a hub id downloaded, that has these files (patterns). ValueError that
-    says what is missing."""
+    """Find a local folder, or download a hub id, that has these files (patterns).
+
+    Raises ValueError that says what is missing.
+    """
     folder = find(reward, name, files)
     if missing := [pattern for pattern in files if not any(folder.glob(pattern))]:
         raise ValueError(
@@ -262,11 +283,11 @@ def open_folder(reward: str, name: str, files: Sequence[str]) -> Path:
 
 
 def open_base(reward: str, name: str, kind: Literal["image", "video"], tokens: Sequence[str]):
-    """Configuration and tokenizer of the Qwen2-VL that was trained on, the reward tokens added
-    after all others, in order.
+    """Open configuration and tokenizer of the Qwen2-VL that was trained on.
 
-    Only ``config.json`` and ``tokenizer.json`` are read: the reward model's own file has all
-    weights."""
+    The reward tokens are added after all others, in order. Only ``config.json`` and
+    ``tokenizer.json`` are read: the reward model's own file has all weights.
+    """
     from tokenizers import Tokenizer
     from transformers import Qwen2VLConfig
 
@@ -291,8 +312,10 @@ def open_base(reward: str, name: str, kind: Literal["image", "video"], tokens: S
 
 
 def renamed(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights under their names in transformers 4.45 -> under ours; the word head, which no
-    reward needs, is left out."""
+    """Rename weights from their names in transformers 4.45 to ours.
+
+    The word head, which no reward needs, is left out.
+    """
     prefixes = {
         "visual.": "model.visual.",
         "model.": "model.language_model.",
@@ -315,8 +338,10 @@ def filled(
     file: Path,
     dtype: torch.dtype,
 ) -> RewardNetwork:
-    """The network that ``make`` makes, with all its weights, named as in 4.45; the head in
-    float32; ``name``: where they come from. ValueError that lists what does not fit."""
+    """Make the network and fill in all its weights, named as in 4.45; the head in float32.
+
+    ``name``: where they come from. Raises ValueError that lists what does not fit.
+    """
     from accelerate import init_empty_weights
 
     with init_empty_weights():  # 7 billion random numbers are not worth waiting for

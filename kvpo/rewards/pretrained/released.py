@@ -1,5 +1,7 @@
-"""Weights that others released: found here or on the hub, loaded whole into the class they
-belong to, named by their hash."""
+"""Weights that others released, found here or on the hub.
+
+They are loaded whole into the class they belong to, and named by their hash.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,13 @@ from kvpo.common.files import first_line
 
 HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
 STOCK_FILES = ("*.json", "*.txt", "model*.safetensors")
-"""What a transformers model, its tokenizer and its preprocessing need of a hub repository."""
+"""Files of a hub repository that a transformers model, tokenizer and preprocessing need."""
 
 
 def find(reward: str, name: str, wanted: Sequence[str]) -> Path:
-    """The local file or folder ``name``, or else the folder of the hub id ``name`` with its files
-    ``wanted``, downloaded where they are not yet.
+    """The local file or folder ``name``, or else the folder of the hub id ``name``.
+
+    Its files ``wanted`` are downloaded where they are not there yet.
 
     ValueError that names ``reward``, what is missing and the way out.
     """
@@ -49,8 +52,10 @@ def find(reward: str, name: str, wanted: Sequence[str]) -> Path:
 
 
 def file_in(reward: str, found: Path, name: str) -> Path:
-    """``found`` itself if it is a file, else the file ``name`` in it. ValueError if it is not
-    there."""
+    """``found`` itself if it is a file, else the file ``name`` in it.
+
+    Raises ValueError if it is not there.
+    """
     path = found if found.is_file() else found / name
     check_readable(path)
     if not path.is_file():
@@ -77,12 +82,13 @@ def load_stock(reward: str, kind: type, folder: Path) -> torch.nn.Module:
             f"reward {reward!r}: {folder} holds a model of type {found!r}; it must be {kind.config_class.model_type!r}, a {kind.__name__}"
         )
     weight_files(reward, folder)
+    # they are refused below, by name
     options = dict(
         dtype=torch.float32,
         use_safetensors=True,
         local_files_only=True,
         ignore_mismatched_sizes=True,
-    )  # they are refused below, by name
+    )
     try:
         model, info = kind.from_pretrained(folder, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -101,7 +107,7 @@ def load_stock(reward: str, kind: type, folder: Path) -> torch.nn.Module:
 
 
 def weight_files(reward: str, folder: Path) -> list[Path]:
-    """Its safetensors.  ValueError if there are none."""
+    """The folder's safetensors; ValueError if there are none."""
     if files := sorted(folder.glob("model*.safetensors")):
         for file in files:
             check_readable(file)

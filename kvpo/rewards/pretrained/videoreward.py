@@ -1,5 +1,6 @@
-"""VideoReward (VideoAlign): visual quality, motion quality and text alignment of a video, by a
-Qwen2-VL-2B trained on human pairs.
+"""VideoReward (VideoAlign): visual quality, motion quality and text alignment of a video.
+
+It is a Qwen2-VL-2B trained on human pairs.
 
     2 frames a second + prompt -> one number at each of <|VQ_reward|> <|MQ_reward|> <|TA_reward|>
     score = (number - mean) / std, with the mean and std that its checkpoint gives
@@ -38,8 +39,10 @@ PARTS = ("VQ", "MQ", "TA")
 TOKENS = tuple(f"<|{part}_reward|>" for part in PARTS)
 CONFIG, FILE = "model_config.json", "checkpoint-*/model.pth"
 LEAST = 128 * 28 * 28
-"""Pixels of a frame; smaller ones grow to at least that. The most is in the checkpoint's
-configuration (448 x 448)."""
+"""Pixels of a frame; smaller ones grow to at least that.
+
+The most is in the checkpoint's configuration (448 x 448).
+"""
 TRAINED = {"prompt_template_type": "detailed_special", "use_rslora": False}
 LUMA = (0.299, 0.587, 0.114)
 
@@ -50,19 +53,26 @@ class VideoReward(QwenReward):
 
     Parts: what was asked for the score. ``overall`` asks twice, in colour and in grey, and has
     VQ, MQ and TA; VQ and TA come together. Rewards that differ in ``judge`` only share their
-    network."""
+    network.
+    """
 
     judge: str = "overall"
     """VQ, MQ, TA or overall."""
     weights: str = "KlingTeam/VideoReward"
-    """Folder or hub id with ``model_config.json`` and ``checkpoint-<step>/model.pth`` (5 GB, all
-    weights of the network and its LoRA)."""
+    """Folder or hub id with ``model_config.json`` and ``checkpoint-<step>/model.pth``.
+
+    The file is 5 GB, all weights of the network and its LoRA.
+    """
     base: str = "Qwen/Qwen2-VL-2B-Instruct"
-    """Folder or hub id with that model's ``config.json`` and ``tokenizer.json``; its weights are
-    not needed."""
+    """Folder or hub id with that model's ``config.json`` and ``tokenizer.json``.
+
+    Its weights are not needed.
+    """
     dtype: str = "auto"
-    """bfloat16, float32, or auto: bfloat16 where it is first loaded to a CUDA device, else
-    float32."""
+    """Precision of the network: bfloat16, float32, or auto.
+
+    auto: bfloat16 where it is first loaded to a CUDA device, else float32.
+    """
     spec: RewardSpec = RewardSpec(
         "videoreward",
         "qwen-vl",
@@ -74,8 +84,10 @@ class VideoReward(QwenReward):
         licence="Apache-2.0; code and template MIT",
         memory_gb=7.0,
     )
-    """At 2 frames a second, but 8 at least: of a branch of 36 frames at 16 a second it would see
-    4, too few for motion."""
+    """Spec of the reward: it looks at 2 frames a second, but 8 at least.
+
+    Of a branch of 36 frames at 16 a second it would see 4, too few for motion.
+    """
     model: Any = field(init=False, default=None, repr=False)
 
     def __post_init__(self):
@@ -152,8 +164,10 @@ def grey(frames_BTCHW: torch.Tensor) -> torch.Tensor:
 
 
 def read_settings(file: Path) -> dict[str, Any]:
-    """The checkpoint's own configuration. ValueError where it lacks something, or was trained in
-    another way than this file asks."""
+    """Read the checkpoint's own configuration.
+
+    Raises ValueError where it lacks something, or was trained in another way than this file asks.
+    """
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
         data, lora, scale = (
@@ -185,8 +199,11 @@ def read_settings(file: Path) -> dict[str, Any]:
 def merged(
     state: Mapping[str, torch.Tensor], lora: Mapping[str, Any], file: Path
 ) -> dict[str, torch.Tensor]:
-    """A checkpoint of peft -> the plain network's, every adapted weight W + alpha / r * B A in
-    float32. ValueError for another rank than the configuration's."""
+    """Merge a checkpoint of peft into the plain network's weights.
+
+    Every adapted weight is W + alpha / r * B A in float32. Raises ValueError for another rank than
+    the configuration's.
+    """
     state = {name.removeprefix("base_model.model."): value for name, value in state.items()}
     for name in [name for name in state if name.endswith(".lora_A.default.weight")]:
         module = name.removesuffix(".lora_A.default.weight")

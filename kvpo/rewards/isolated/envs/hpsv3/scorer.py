@@ -1,5 +1,6 @@
-"""HPSv3 as its authors' own class computes it: the yardstick of kvpo's port, in the environment
-`kvpo reward-env create hpsv3` makes.
+"""HPSv3 as its authors' own class computes it: the yardstick of kvpo's port.
+
+It runs in the environment that `kvpo reward-env create hpsv3` makes.
 
 Source: https://github.com/MizzenAI/HPSv3 (MIT), class HPSv3RewardInferencer, package hpsv3 1.0.0.
 """
@@ -17,8 +18,10 @@ SPEC = {
 
 
 class Original:
-    """Mean over every ``stride``-th frame of its preference mu; part ``log_sigma`` is the mean
-    of its second output, the logarithm of its doubt."""
+    """Mean preference mu of every ``stride``-th frame.
+
+    Part ``log_sigma`` is the mean of its second output, the logarithm of its doubt.
+    """
 
     def __init__(self, device, checkpoint, config, stride):
         from hpsv3 import HPSv3RewardInferencer
@@ -54,6 +57,8 @@ class Original:
 
 
 def load(device, checkpoint="", config="", stride=1):
-    """``checkpoint``: HPSv3.safetensors, "" = from the hub. ``config``: a YAML like the
-    package's own, to name another place of the base model."""
+    """Load HPSv3.safetensors from ``checkpoint``; "" = from the hub.
+
+    ``config``: a YAML like the package's own, to name another place of the base model.
+    """
     return Original(device, checkpoint, config, stride)

@@ -1,5 +1,6 @@
-"""VideoReward as its authors' own class computes it: the yardstick of kvpo's port, in the
-environment `kvpo reward-env create videoalign` makes.
+"""VideoReward as its authors' own class computes it: the yardstick of kvpo's port.
+
+It runs in the environment that `kvpo reward-env create videoalign` makes.
 
 Source: https://github.com/KwaiVGI/VideoAlign (MIT), class VideoVLMRewardInference of inference.py.
 """
@@ -21,8 +22,10 @@ PARTS = ("VQ", "MQ", "TA")
 
 
 class Original:
-    """The sum of visual quality, motion quality and text alignment, normalised as the
-    checkpoint's config says; each of them is a part."""
+    """The sum of visual quality, motion quality and text alignment; each of them is a part.
+
+    They are normalised as the checkpoint's config says.
+    """
 
     def __init__(self, device, code, checkpoint):
         self.clips, self.fps = {}, 0.0
@@ -47,8 +50,10 @@ class Original:
         self.inferencer.device = device
 
     def read(self, wanted):
-        """uint8 [T, 3, H, W] of the frames that the original takes of a file, without writing
-        one, which would lose digits."""
+        """uint8 [T, 3, H, W] of the frames that the original takes of a file.
+
+        No file is written, which would lose digits.
+        """
         import torch
 
         clip = self.clips[os.path.basename(wanted["video"])]
@@ -68,6 +73,9 @@ class Original:
 
 
 def load(device, code, checkpoint):
-    """``code``: a checkout of VideoAlign. ``checkpoint``: the folder with model_config.json and
-    checkpoint-N."""
+    """Load VideoReward with its authors' code.
+
+    ``code``: a checkout of VideoAlign. ``checkpoint``: the folder with model_config.json and
+    checkpoint-N.
+    """
     return Original(device, code, checkpoint)
