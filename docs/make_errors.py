@@ -16,7 +16,7 @@ import argparse
 import ast
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -35,6 +35,7 @@ CARRIERS = {"error", "_broken", "failed"}
 SAYING = {"in_words", "_unknown"}
 """Functions that return what is said of an error that is not ours."""
 
+OF_PROGRAMS = "Parts used from a program of your own"
 SECTIONS = {
     "Recipes and settings": (
         "config.py",
@@ -101,7 +102,7 @@ SECTIONS = {
         "distributed",
         "generators/embeddings.py",
     ),
-    "Parts used from a program of your own": (
+    OF_PROGRAMS: (
         "generators",
         "rewards/base.py",
         "report/routing_map.py",
@@ -110,22 +111,90 @@ SECTIONS = {
 }
 """Section -> where in kvpo/ its messages stand; of two that fit, the longer path counts."""
 
-VERBS = """add ask choose close compare convert copy correct create delete derive describe download
-drop enlarge explore export fetch fork free generate give go have install invalidate leave lengthen
-let list look lower make mark merge mend move name permute pip put raise read remove repair replace
-resume run save score see send set shorten split start take train turn use wait widen write
-calibrate clamp commit evaluate keep""".split()
+VERBS = [
+    "add",
+    "ask",
+    "choose",
+    "close",
+    "compare",
+    "convert",
+    "copy",
+    "correct",
+    "create",
+    "delete",
+    "derive",
+    "describe",
+    "download",
+    "drop",
+    "enlarge",
+    "explore",
+    "export",
+    "fetch",
+    "fork",
+    "free",
+    "generate",
+    "give",
+    "go",
+    "have",
+    "install",
+    "invalidate",
+    "leave",
+    "lengthen",
+    "let",
+    "list",
+    "look",
+    "lower",
+    "make",
+    "mark",
+    "merge",
+    "mend",
+    "move",
+    "name",
+    "permute",
+    "pip",
+    "put",
+    "raise",
+    "read",
+    "remove",
+    "repair",
+    "replace",
+    "resume",
+    "run",
+    "save",
+    "score",
+    "see",
+    "send",
+    "set",
+    "shorten",
+    "split",
+    "start",
+    "take",
+    "train",
+    "turn",
+    "use",
+    "wait",
+    "widen",
+    "write",
+    "call",
+    "change",
+    "calibrate",
+    "clamp",
+    "commit",
+    "evaluate",
+    "free",
+    "keep",
+]
 WAYS = (
     rf"(?:{'|'.join(VERBS)})\b",
-    r"(?:did you mean|known|shipped|eligible are|formats are|it takes|both (?:sides )?need)\b",
+    r"(?:did you mean|known|shipped|(?:eligible|formats|commands) are|it takes|both (?:sides )?need)\b",
     r"`(?:kvpo|patience)\b",
     r"[A-Z_]+ names",
-    rf".*(?:: |, or |, )(?:call|convert|find|go on|give|hf download|look|permute|use)\b",
+    r".*(?:: |, or |, )(?:add|call|convert|copy|go on|give|hf download|is that up|look|permute|take|use)\b",
 )
 """How a clause begins, or goes on, that says what to do."""
 MUST = r"(.*?) (must (?:be|begin|have|hold|lie|name|not|read|share)\b.*)"
 """What a value must be is the way out where the message has no other."""
-WORDED = {"way_out", "reason"}
+WORDED = {"way_out", "reason", "why_first"}
 """Parameters by which callers give whole clauses of a message."""
 REASONS = (", but ", ", because ")
 
@@ -133,7 +202,10 @@ REASONS = (", but ", ", because ")
 # --- The messages ---
 
 
-@dataclass(frozen=True)
+ASKED_FOR = (ast.Call, ast.Return, ast.JoinedStr, ast.FunctionDef, ast.ClassDef)
+
+
+@dataclass(frozen=True, eq=False)
 class Module:
     """A file of the package with what a name in it can stand for."""
 
@@ -145,8 +217,21 @@ class Module:
         return self.path.relative_to(ROOT / "kvpo").as_posix()
 
     @cached_property
+    def nodes(self) -> list[tuple[ast.FunctionDef | None, ast.AST]]:
+        """(enclosing function, node) of what is asked for here, in the order of the text; one
+        walk, because walks are what this takes its time for."""
+        found, stack = [], [(None, self.tree)]
+        while stack:
+            inside, node = stack.pop()
+            if isinstance(node, ASKED_FOR):
+                found.append((inside, node))
+            within = node if isinstance(node, ast.FunctionDef) else inside
+            stack += [(within, child) for child in ast.iter_child_nodes(node)][::-1]
+        return found
+
+    @cached_property
     def functions(self) -> dict[str, ast.FunctionDef]:
-        return {n.name: n for n in ast.walk(self.tree) if isinstance(n, ast.FunctionDef)}
+        return {n.name: n for _, n in self.nodes if isinstance(n, ast.FunctionDef)}
 
     @cached_property
     def constants(self) -> dict[str, ast.expr]:
@@ -180,7 +265,7 @@ def functions() -> dict[str, ast.FunctionDef]:
 def refusals() -> frozenset[str]:
     """Names of the classes that count, those of the package with them."""
     found = set(REFUSALS)
-    for node in (n for m in modules() for n in ast.walk(m.tree) if isinstance(n, ast.ClassDef)):
+    for node in (n for m in modules() for _, n in m.nodes if isinstance(n, ast.ClassDef)):
         if any(isinstance(base, ast.Name) and base.id in REFUSALS for base in node.bases):
             found.add(node.name)
     return frozenset(found - NOTES)
@@ -191,17 +276,11 @@ def calls() -> dict[str, tuple[tuple[Module, ast.FunctionDef | None, ast.Call], 
     """Name of what is called -> (file, enclosing function, call) of every call of it."""
     found: dict[str, list] = {}
     for module in modules():
-        for function, node in _walk(module.tree, None):
+        for function, node in module.nodes:
             if isinstance(node, ast.Call):
                 name = getattr(node.func, "id", None) or getattr(node.func, "attr", "")
                 found.setdefault(name, []).append((module, function, node))
     return {name: tuple(sites) for name, sites in found.items()}
-
-
-def _walk(node: ast.AST, inside: ast.FunctionDef | None) -> Iterator[tuple]:
-    for child in ast.iter_child_nodes(node):
-        yield inside, child
-        yield from _walk(child, child if isinstance(child, ast.FunctionDef) else inside)
 
 
 @dataclass
@@ -215,6 +294,7 @@ class Message:
     ways: list[str] = field(default_factory=list)
 
 
+@cache
 def messages() -> list[Message]:
     """All of them, in the order of the files; equal ones of a file once."""
     found: dict[tuple[str, str, str], Message] = {}
@@ -225,6 +305,8 @@ def messages() -> list[Message]:
         for m, f, call in calls().get(name, ())
         if name in m.functions and isinstance(call.func, ast.Attribute)
     ]
+    # Of a class that words its message itself: super().__init__("...").
+    sites += [s for s in calls().get("__init__", ()) if s[2].args and _is_sentence(s[2].args[0])]
     said = [(m, c.lineno, text) for m, f, c in sites for text in _texts(m, f, c)]
     said += [(m, node.lineno, t) for m, f, node in _sayings() for t in render(node, m, f)]
     for module, line, whole in sorted(said, key=lambda s: (s[0].name, s[1])):
@@ -244,7 +326,7 @@ def _sayings() -> list[tuple[Module, ast.FunctionDef | None, ast.expr]]:
     does not exist."""
     found = []
     for module in modules():
-        for function, node in _walk(module.tree, None):
+        for function, node in module.nodes:
             name = function.name if function is not None else ""
             if name in SAYING and isinstance(node, ast.Return) and _is_text(node.value):
                 found.append((module, function, node.value))
@@ -254,26 +336,16 @@ def _sayings() -> list[tuple[Module, ast.FunctionDef | None, ast.expr]]:
 
 
 def _texts(module: Module, function: ast.FunctionDef | None, call: ast.Call) -> list[str]:
-    """What a call says: its first argument, or that of the class it makes."""
+    """What a call says: its first argument."""
     if not call.args:
         return []
-    if getattr(call.func, "id", "") == "BrokenCheckpoint":
-        init = next(
-            f for f in ast.walk(module.tree) if isinstance(f, ast.ClassDef) and f.name == call.func.id
-        ).body[1]
-        super_call = next(
-            n
-            for n in ast.walk(init)
-            if isinstance(n, ast.Call) and getattr(n.func, "attr", "") == "__init__"
-        )
-        return render(super_call.args[0], module, init)
     return render(call.args[0], module, function)
 
 
 def _says_something(said: str) -> bool:
     """A wrapper that only puts a place before another error's text has no words of its own."""
     words = re.findall(r"[A-Za-z]{2,}", re.sub(r"\{[^}]*\}", " ", said))
-    return len(words) > 3 or (len(words) > 1 and not re.search(r"\{(?:error|message)\}", said))
+    return "{message}" not in said and len(words) > ("{error}" in said) + 1
 
 
 # --- From an expression to what it says ---
@@ -299,9 +371,9 @@ def render(node: ast.expr, module: Module, function, depth: int = 0) -> list[str
         return [t for part in texts for t in render(part, module, function, depth)]
     if isinstance(node, ast.Name) and depth < 4 and (known := _known(node.id, module, function)):
         return [t for value, m, f in known for t in render(value, m, f, depth + 1)]
-    if isinstance(node, ast.Call) and (name := getattr(node.func, "id", "")) in functions():
-        if known := _returned(name, module):
-            return [t for value in known for t in render(value, module, functions()[name], depth)]
+    if isinstance(node, ast.Call) and (known := _returned(node)):
+        inside = functions()[node.func.id]
+        return [t for value in known for t in render(value, module, inside, depth)]
     if function is not None and (known := _looked_up(node, function)):
         return [t for value in known for t in render(value, module, function, depth)]
     return ["{" + readable(node) + "}"]
@@ -354,12 +426,7 @@ def _known(name: str, module: Module, function) -> list[tuple[ast.expr, Module, 
     """Sentences that a name stands for: set in its function, given by the function's callers, or
     a constant."""
     if function is not None:
-        here = [
-            (n.value, module, function)
-            for n in ast.walk(function)
-            if isinstance(n, ast.Assign)
-            and any(isinstance(t, ast.Name) and t.id == name for t in n.targets)
-        ]
+        here = [(value, module, function) for value in _assigned(function).get(name, ())]
         here += [(value, module, function) for value in _of_loop(name, function)]
         if here:
             return [found for found in here if _is_sentence(found[0])]
@@ -370,49 +437,64 @@ def _known(name: str, module: Module, function) -> list[tuple[ast.expr, Module, 
     return [(constant, module, None)] if constant is not None and _is_text(constant) else []
 
 
+@cache
+def _assigned(function: ast.AST) -> dict[str, list[ast.expr]]:
+    """Name -> what a function sets it to."""
+    found: dict[str, list[ast.expr]] = {}
+    for node in ast.walk(function):
+        if isinstance(node, (ast.Assign, ast.NamedExpr)):
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                if isinstance(target, ast.Name):
+                    found.setdefault(target.id, []).append(node.value)
+    return found
+
+
+@cache
+def _looped(function: ast.AST) -> dict[str, ast.expr]:
+    """Name of the value in a loop over a dictionary's items -> the dictionary."""
+    return {
+        node.target.elts[-1].id: node.iter.func.value
+        for node in ast.walk(function)
+        if isinstance(node, ast.For)
+        and isinstance(node.target, ast.Tuple)
+        and isinstance(node.target.elts[-1], ast.Name)
+        and isinstance(node.iter, ast.Call)
+        and getattr(node.iter.func, "attr", "") == "items"
+    }
+
+
 def _of_loop(name: str, function: ast.AST) -> list[ast.expr]:
     """Values of a dictionary of the function that a loop gives that name."""
-    for n in ast.walk(function):
-        if isinstance(n, ast.For) and isinstance(n.target, ast.Tuple):
-            last = n.target.elts[-1]
-            if isinstance(last, ast.Name) and last.id == name and isinstance(n.iter, ast.Call):
-                return _of_dictionary(getattr(n.iter.func, "value", n.iter), function)
-    return []
+    dictionary = _looped(function).get(name)
+    return [] if dictionary is None else _of_dictionary(dictionary, function)
 
 
 def _of_dictionary(node: ast.expr, function: ast.AST) -> list[ast.expr]:
     """The values of a dictionary that is set in the function, or a constant."""
     if not isinstance(node, ast.Name):
         return []
-    found = [
-        n.value
-        for n in ast.walk(function)
-        if isinstance(n, ast.Assign) and any(getattr(t, "id", "") == node.id for t in n.targets)
-    ]
-    found += [constants()[node.id]] if node.id in constants() else []
+    found = [*_assigned(function).get(node.id, ()), constants().get(node.id)]
     return [v for d in found if isinstance(d, ast.Dict) for v in d.values if _is_sentence(v)]
 
 
 def _of_tuple(node: ast.expr, function: ast.AST) -> list[ast.expr]:
     """Sentences in the tuples of a function, of whose result the name is: `fault[1]`."""
-    sources = [
-        n.value
-        for n in ast.walk(function)
-        if isinstance(n, (ast.Assign, ast.NamedExpr))
-        and any(
-            getattr(t, "id", "") == getattr(node, "id", None)
-            for t in (n.targets if isinstance(n, ast.Assign) else [n.target])
-        )
-    ]
+    sources = _assigned(function).get(getattr(node, "id", ""), ())
     names = {getattr(s.func, "id", "") for s in sources if isinstance(s, ast.Call)}
     return [
         element
-        for name in names & functions().keys()
-        for n in ast.walk(functions()[name])
-        if isinstance(n, ast.Return) and isinstance(n.value, ast.Tuple)
-        for element in n.value.elts
+        for name in sorted(names & functions().keys())
+        for value in _returns(functions()[name])
+        if isinstance(value, ast.Tuple)
+        for element in value.elts
         if _is_sentence(element)
     ]
+
+
+@cache
+def _returns(function: ast.AST) -> list[ast.expr]:
+    found = [n.value for n in ast.walk(function) if isinstance(n, ast.Return)]
+    return [value for value in found if value is not None]
 
 
 def _given(function: ast.FunctionDef, at: int, name: str) -> list:
@@ -442,17 +524,20 @@ def _is_sentence(node: ast.expr) -> bool:
     return _is_text(node) and any(isinstance(t, str) and t.strip().count(" ") > 1 for t in texts)
 
 
-def _returned(name: str, module: Module) -> list[ast.expr]:
-    returns = [n.value for n in ast.walk(functions()[name]) if isinstance(n, ast.Return)]
-    return [value for value in returns if value is not None and _is_sentence(value)]
+def _returned(call: ast.Call) -> list[ast.expr]:
+    """Sentences that a function of the package returns."""
+    name = getattr(call.func, "id", "")
+    if name not in functions():
+        return []
+    return [value for value in _returns(functions()[name]) if _is_sentence(value)]
 
 
 OF_OTHERS = {"name": "name", "parent": "folder", "shape": "shape", "dtype": "dtype"}
 """Attributes that say little without what they belong to."""
 TRANSPARENT = {"list", "tuple", "sorted", "float", "str", "map", "int", "first_line", "dict", "set"}
-TRANSPARENT |= {"bytes", "ord", "shlex"}
+TRANSPARENT |= {"bytes", "ord", "fsdecode"}
 OF_ITSELF = {"tolist", "item", "upper", "values", "keys", "items", "strip", "rstrip", "nonzero"}
-OF_ITSELF |= {"flatten", "isfinite", "glob", "replace", "numel"}
+OF_ITSELF |= {"flatten", "isfinite", "glob", "replace", "numel", "split"}
 """Methods whose result a reader would call as the thing itself."""
 
 
@@ -538,7 +623,8 @@ def split(message: str) -> tuple[str, str, str]:
 
 
 def is_way(clause: str) -> bool:
-    return any(re.match(way, clause[:1].lower() + clause[1:]) for way in WAYS)
+    starts = (clause, clause[:1].lower() + clause[1:])
+    return any(re.match(way, start) for way in WAYS for start in starts)
 
 
 def _clauses(message: str) -> list[str]:

@@ -166,7 +166,7 @@ class RunConfig:
             raise ValueError(f"patience = {self.patience} must be positive")
         if self.shuffle_advantages and self.zero_advantages:
             raise ValueError(
-                "shuffle_advantages and zero_advantages are two controls; a run can be one of them"
+                "shuffle_advantages and zero_advantages are two controls, but a run can be one of them; set only one"
             )
         if self.advantages.weights:
             raise ValueError(
@@ -220,7 +220,9 @@ def load_config(path: Path) -> RunConfig:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(
+            f"{path} is not YAML: {' '.join(str(error).split())}; correct that line"
+        ) from None
     try:
         return from_dict(content or {})
     except ValueError as error:
@@ -236,7 +238,7 @@ def from_dict(content: Mapping[str, Any]) -> RunConfig:
         key = ".".join(str(part) for part in first["loc"])
         reason = first["msg"].removeprefix("Value error, ")
         if first["type"] == "missing":
-            raise ValueError(f"{key} is missing") from None
+            raise ValueError(f"{key} is missing; add it") from None
         raise ValueError(
             f"{key} = {first['input']!r}: {reason}"
             if key and not isinstance(first["input"], dict)
