@@ -71,6 +71,7 @@ SECTIONS = {
     "Pipelines and weights": (
         "generators/pipeline.py",
         "common/weights.py",
+        "planning/missing.py",
         "common/finite.py",
         "convert",
         "commands/import_.py",
@@ -187,7 +188,7 @@ VERBS = [
 WAYS = (
     rf"(?:{'|'.join(VERBS)})\b",
     r"(?:did you mean|known|shipped|(?:eligible|formats|commands) are|it takes|both (?:sides )?need)\b",
-    r"`(?:kvpo|patience)\b",
+    r"`?(?:kvpo |patience`)",
     r"[A-Z_]+ names",
     r".*(?:: |, or |, )(?:add|call|convert|copy|go on|give|hf download|is that up|look|permute|take|use)\b",
 )

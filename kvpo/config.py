@@ -205,12 +205,13 @@ class RunConfig:
 
 
 def recipe_path(name: str) -> Path:
-    """A shipped recipe by its name, or a file.  FileNotFoundError lists the shipped ones."""
-    for path in (Path(name), RECIPES / f"{name}.yaml"):
+    """A shipped recipe by its name, a file, or a run's folder, whose settings are one.
+    FileNotFoundError lists the shipped ones."""
+    for path in (Path(name), Path(name) / "config.resolved.yaml", RECIPES / f"{name}.yaml"):
         if path.is_file():
             return path
     raise FileNotFoundError(
-        f"there is no recipe {name!r}; shipped are {', '.join(sorted(p.stem for p in RECIPES.glob('*.yaml')))}, or give a YAML file"
+        f"there is no recipe {name!r}; shipped are {', '.join(sorted(p.stem for p in RECIPES.glob('*.yaml')))}, or give a YAML file or a run's folder"
     )
 
 
