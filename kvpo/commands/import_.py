@@ -70,7 +70,7 @@ class Import:
     def __call__(self) -> None:
         if len(self.paths) < 2:
             raise ValueError(
-                f"give the checkpoint's files and then the folder to write, not {[str(p) for p in self.paths]}"
+                f"{[str(p) for p in self.paths]} are not files and a folder; give the checkpoint's files and then the folder to write"
             )
         *files, out = self.paths
         say = Progress().say
