@@ -148,7 +148,7 @@ def _check_part(folder: Path) -> None:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 check_finite(
-                    ((name, file.get_tensor(name)) for name in file),
+                    ((name, file.get_tensor(name)) for name in file.keys()),  # noqa: SIM118
                     str(path),
                     "fetch the base once more",
                 )

@@ -79,7 +79,7 @@ def load_network(path: str | Path = WEIGHTS, device: str | torch.device = "cpu")
     network's."""
     try:
         with safe_open(str(path), framework="pt") as file:
-            state = {key: file.get_tensor(key) for key in file}
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping: it has keys() and cannot be iterated)
     except (OSError, SafetensorError) as error:
         raise ValueError(
             f"cannot read attribute weights {path}: {error}; make them with python -m kvpo.mini.pretraining.attributes"
