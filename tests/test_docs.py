@@ -199,7 +199,7 @@ def test_the_readme_shows_every_command():
 
 
 def test_the_rewards_of_the_guide_are_a_recipe():
-    (recipe,) = blocks(ROOT / "docs" / "extending.md", "yaml")
+    (recipe,) = blocks(ROOT / "docs" / "own_reward.md", "yaml")
     assert [r.name for r in from_dict(yaml.safe_load(recipe)).rewards] == [
         "my_reward:Brightness",
         "world_ta",
@@ -209,14 +209,14 @@ def test_the_rewards_of_the_guide_are_a_recipe():
 
 def test_the_example_reward_works(tmp_path, monkeypatch):
     """As a user has it: a file in the working folder, named on the command line."""
-    (code,) = blocks(ROOT / "docs" / "extending.md", "python")
+    (code,) = blocks(ROOT / "docs" / "own_reward.md", "python")
     (tmp_path / "my_reward.py").write_text(code)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
     monkeypatch.delitem(sys.modules, "my_reward", raising=False)
     (named,) = [
         c
-        for c in commands(ROOT / "docs" / "extending.md")
+        for c in commands(ROOT / "docs" / "own_reward.md")
         if c[1] == "align" and "my_reward:Brightness" in c
     ]
     reward = make_reward(cli._parse(named[1], named[2:]).settings.rewards[0].name)
