@@ -103,7 +103,7 @@ Nearly every single reward falls for something: what must not be won by cheating
 """
 FOOT = """
 Families (`kvpo rewards list`): rewards of one family see alike and fail alike, so an evaluator of a trained family is refused.
-Rewards in an environment of their own: [isolated_rewards.md](isolated_rewards.md). Your own: [extending.md](extending.md).
+Rewards in an environment of their own: [isolated_rewards.md](isolated_rewards.md). Your own: [own_reward.md](own_reward.md).
 """
 
 

@@ -197,7 +197,7 @@ class RunConfig:
             raise ValueError(f"patience = {self.patience} must be positive")
         if self.shuffle_advantages and self.zero_advantages:
             raise ValueError(
-                "shuffle_advantages and zero_advantages are two controls; a run can be one of them"
+                "shuffle_advantages and zero_advantages are two controls, but a run can be one of them; set only one"
             )
         if self.advantages.weights:
             raise ValueError(
@@ -238,12 +238,13 @@ class RunConfig:
 
 
 def recipe_path(name: str) -> Path:
-    """A shipped recipe by its name, or a file.  FileNotFoundError lists the shipped ones."""
-    for path in (Path(name), RECIPES / f"{name}.yaml"):
+    """A shipped recipe by its name, a file, or a run's folder, whose settings are one.
+    FileNotFoundError lists the shipped ones."""
+    for path in (Path(name), Path(name) / "config.resolved.yaml", RECIPES / f"{name}.yaml"):
         if path.is_file():
             return path
     raise FileNotFoundError(
-        f"there is no recipe {name!r}; shipped are {', '.join(sorted(p.stem for p in RECIPES.glob('*.yaml')))}, or give a YAML file"
+        f"there is no recipe {name!r}; shipped are {', '.join(sorted(p.stem for p in RECIPES.glob('*.yaml')))}, or give a YAML file or a run's folder"
     )
 
 
@@ -256,7 +257,9 @@ def load_config(path: Path) -> RunConfig:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(
+            f"{path} is not YAML: {' '.join(str(error).split())}; correct that line"
+        ) from None
     try:
         return from_dict(content or {})
     except ValueError as error:
@@ -272,7 +275,7 @@ def from_dict(content: Mapping[str, Any]) -> RunConfig:
         key = ".".join(str(part) for part in first["loc"])
         reason = first["msg"].removeprefix("Value error, ")
         if first["type"] == "missing":
-            raise ValueError(f"{key} is missing") from None
+            raise ValueError(f"{key} is missing; add it") from None
         raise ValueError(
             f"{key} = {first['input']!r}: {reason}"
             if key and not isinstance(first["input"], dict)

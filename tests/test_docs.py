@@ -8,8 +8,10 @@ import re
 import shlex
 import sys
 import tomllib
+from dataclasses import is_dataclass
 from functools import cache
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ import yaml
 import kvpo
 from benchmarks.reward_table import Row, page
 from kvpo.commands import main as cli
-from kvpo.config import from_dict
+from kvpo.config import RunConfig, from_dict
 from kvpo.rewards.base import VideoBatch, check_output
 from kvpo.rewards.registry import SHIPPED, find, make_reward
 
@@ -175,6 +177,41 @@ def test_nothing_of_a_machine_is_written_down():
     }
 
 
+# --- The site ---
+
+
+def test_every_page_is_in_the_menu_once():
+    """`make docs` refuses a page without an entry as well, but not one that has two."""
+    found = re.findall(r"^ +- .*: ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(), flags=re.M)
+    docs = ROOT / "docs"
+    assert sorted(found) == sorted(str(p.relative_to(docs)) for p in docs.rglob("*.md"))
+
+
+def test_the_reference_has_every_public_name():
+    page = (ROOT / "docs" / "api.md").read_text()
+    names = [name for name in kvpo.__all__ if name != "__version__"]
+    assert not [n for n in names if f"::: {kvpo._HOMES[n]}.{n}\n" not in page]
+
+
+def test_the_reference_has_every_section_of_the_settings():
+    page = (ROOT / "docs" / "settings.md").read_text()
+    sections = {n: c for n, c in get_type_hints(RunConfig).items() if is_dataclass(c)}
+    assert len(sections) > 15
+    heads = [f"## Section `{n}`\n\n::: {c.__module__}.{c.__name__}\n" for n, c in sections.items()]
+    assert not [head for head in heads if head not in page]
+
+
+def test_the_linter_has_one_version():
+    """In the dev extra, in the one of the site, and in the hooks of commits."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    (hooked,) = [repo["rev"] for repo in hooks if "ruff" in repo["repo"]]
+    pinned = {p for name in ("dev", "docs") for p in extras[name] if p.startswith("ruff")}
+    assert pinned == {f"ruff=={hooked.removeprefix('v')}"}
+
+
 # --- Commands and the example ---
 
 
@@ -199,7 +236,7 @@ def test_the_readme_shows_every_command():
 
 
 def test_the_rewards_of_the_guide_are_a_recipe():
-    (recipe,) = blocks(ROOT / "docs" / "extending.md", "yaml")
+    (recipe,) = blocks(ROOT / "docs" / "own_reward.md", "yaml")
     assert [r.name for r in from_dict(yaml.safe_load(recipe)).rewards] == [
         "my_reward:Brightness",
         "world_ta",
@@ -209,14 +246,14 @@ def test_the_rewards_of_the_guide_are_a_recipe():
 
 def test_the_example_reward_works(tmp_path, monkeypatch):
     """As a user has it: a file in the working folder, named on the command line."""
-    (code,) = blocks(ROOT / "docs" / "extending.md", "python")
+    (code,) = blocks(ROOT / "docs" / "own_reward.md", "python")
     (tmp_path / "my_reward.py").write_text(code)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
     monkeypatch.delitem(sys.modules, "my_reward", raising=False)
     (named,) = [
         c
-        for c in commands(ROOT / "docs" / "extending.md")
+        for c in commands(ROOT / "docs" / "own_reward.md")
         if c[1] == "align" and "my_reward:Brightness" in c
     ]
     reward = make_reward(cli._parse(named[1], named[2:]).settings.rewards[0].name)
@@ -226,6 +263,19 @@ def test_the_example_reward_works(tmp_path, monkeypatch):
     output = check_output(reward.spec, batch, reward.score(batch))
     assert output.scores.tolist() == [0.0, 1.0] and output.valid.all()
     del sys.modules["my_reward"]
+
+
+def test_the_reward_of_the_tutorial_works():
+    """It is red, and the recipe beside it is one."""
+    page = ROOT / "docs" / "tutorial.md"
+    (code,), (recipe,) = blocks(page, "python"), blocks(page, "yaml")
+    names: dict = {}
+    exec(code, names)
+    frames = torch.zeros(2, 3, 3, 4, 4, dtype=torch.uint8)
+    frames[0, :, 0] = 255
+    scores = names["redness"](VideoBatch(frames, 16.0, ("red", "night")))
+    assert scores.tolist() == [1.0, 0.0]
+    assert from_dict(yaml.safe_load(recipe)).rewards[0].name == "my_reward:redness"
 
 
 def test_the_table_of_rewards_is_that_of_the_code():

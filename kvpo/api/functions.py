@@ -200,7 +200,9 @@ def _story(
         raise ValueError("prompts are empty; give at least one prompt")
     if len(at) >= len(texts):
         most = len(texts) - 1
-        raise ValueError(f"at = {at} is too long: {len(texts)} prompts take at most {most} times")
+        raise ValueError(
+            f"at = {at} is too long: {len(texts)} prompts take at most {most} times; drop times or add prompts"
+        )
     blocks = DataConfig.blocks if seconds is None else block_at(seconds, geometry, up=True)
     switches = [block_at(second, geometry) for second in at]
     starts = starts_at(switches, len(texts)) if switches else even_starts(len(texts), blocks)
@@ -325,7 +327,9 @@ def _chosen(script: int | Script, config: RunConfig) -> tuple[Script, int | str]
     scripts = evaluation_scripts(config)
     if not 0 <= script < len(scripts):
         last = len(scripts) - 1
-        raise ValueError(f"script = {script} does not exist: the recipe's are 0 to {last}")
+        raise ValueError(
+            f"script = {script} does not exist: the recipe's are 0 to {last}; give one of them"
+        )
     return scripts[script], script
 
 

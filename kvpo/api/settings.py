@@ -58,7 +58,9 @@ def _put(content: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
         content = content.setdefault(part, {})
         if not isinstance(content, dict):
             section, name = ".".join(path[:depth]), ".".join(path)
-            raise ValueError(f"unknown key {name}: {section} is one value and has no keys")
+            raise ValueError(
+                f"unknown key {name}: {section} is one value and has no keys; set {section} itself"
+            )
     content[path[-1]] = value
 
 

@@ -20,7 +20,7 @@ class Align:
     --optimizer.lr 1e-4."""
 
     recipe: Positional[str]
-    """A shipped recipe (mini) or a YAML file."""
+    """A shipped recipe (mini), a YAML file, or a run's folder, for its settings."""
     settings: Settings
     out: Path = OUT
     """Folder of the run; it must not hold another one."""
@@ -37,6 +37,7 @@ class Align:
             )
         from kvpo.distributed.ranks import leave
         from kvpo.distributed.signals import Stopped, ending_at_once
+        from kvpo.planning.missing import refuse_missing
         from kvpo.runs.state import restarted_here
         from kvpo.train import Alignment
 
@@ -45,6 +46,7 @@ class Align:
             try:
                 try_folder(self.out)
                 progress.log(self.plan())
+                refuse_missing(self.settings)
                 run = Alignment(self.settings, self.out, progress)
                 # torchrun counts on every node by itself
                 again = run.ranks.gather(restarted_here(self.out))

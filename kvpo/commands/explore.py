@@ -70,7 +70,7 @@ def explore_command(args: Explore) -> None:
     scripts, generator = evaluation_scripts(config), args.generator or config.pipeline
     if not 0 <= args.script < len(scripts):
         raise ValueError(
-            f"--script {args.script} does not exist: the recipe has evaluation scripts 0 to {len(scripts) - 1}"
+            f"--script {args.script} does not exist: the recipe has evaluation scripts 0 to {len(scripts) - 1}; give one of them"
         )
     if args.fork < -1:
         raise ValueError(f"--fork {args.fork} is no block; give its number, or -1 for a drawn one")

@@ -95,7 +95,7 @@ class Generate:
         over."""
         if bool(self.prompt) == bool(self.prompts):
             raise ValueError(
-                'give either --prompt "..." ["..." ...], the prompts of one story, or --prompts FILE'
+                'one of --prompt and --prompts is needed; give either --prompt "..." ["..." ...], the prompts of one story, or --prompts FILE'
             )
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(
@@ -110,7 +110,9 @@ class Generate:
                 f"--seconds {self.seconds:g} and --blocks {self.blocks} both say how long the video is; give one of them"
             )
         if self.blocks < 1:
-            raise ValueError(f"--blocks {self.blocks}: a video has at least one block")
+            raise ValueError(
+                f"--blocks {self.blocks}: a video has at least one block; give 1 or more"
+            )
         if self.lora_scale != Generate.lora_scale and not self.lora:
             raise ValueError(
                 f"--lora-scale {self.lora_scale:g} scales the files of --lora, and there is none; give one, or leave the scale out"

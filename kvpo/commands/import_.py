@@ -72,7 +72,7 @@ class Import:
     def __call__(self) -> None:
         if len(self.paths) < 2:
             raise ValueError(
-                f"give the checkpoint's files and then the folder to write, not {[str(p) for p in self.paths]}"
+                f"{[str(p) for p in self.paths]} are not files and a folder; give the checkpoint's files and then the folder to write"
             )
         from kvpo.convert.import_released import import_checkpoint
 

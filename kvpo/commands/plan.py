@@ -18,7 +18,7 @@ class Plan:
     no weights are needed."""
 
     recipe: Positional[str]
-    """A shipped recipe or a YAML file."""
+    """A shipped recipe, a YAML file, or a run's folder, for its settings."""
     settings: Settings
     gpus: int = 1
     """Cards of a node; each takes its share of a step's groups, or, with branch_parallel, of a
@@ -35,11 +35,25 @@ class Plan:
     """Also write everything as JSON."""
 
     def __call__(self) -> None:
+        from kvpo.planning.missing import missing, numbered
         from kvpo.planning.plan import planned
 
-        lines, content = planned(
-            self.recipe, self.settings, self.gpus, self.nodes, self.card, self.gpu_memory, self.size
-        )
+        absent = missing(self.settings, download=False)
+        try:
+            lines, content = planned(
+                self.recipe,
+                self.settings,
+                self.gpus,
+                self.nodes,
+                self.card,
+                self.gpu_memory,
+                self.size,
+            )
+        except FileNotFoundError:  # no size to plan with: said with all else that is missing
+            print("\n".join(["before `kvpo plan` and `kvpo align` can start:", *numbered(absent)]))
+            raise
         print("\n".join(lines))
+        if absent:
+            print("\n".join(["", "before `kvpo align` can start:", *numbered(absent)]))
         if self.out is not None:
             write_atomic(self.out, json.dumps(content, indent=1) + "\n")

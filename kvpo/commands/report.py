@@ -19,7 +19,9 @@ class Report:
 
     def __call__(self) -> None:
         if not (self.run / "config.resolved.yaml").exists():
-            raise FileNotFoundError(f"{self.run} is no run folder: it has no config.resolved.yaml")
+            raise FileNotFoundError(
+                f"{self.run} is no run folder: it has no config.resolved.yaml; give the folder that `kvpo align` wrote"
+            )
         from kvpo.common.files import write_atomic
         from kvpo.report.report import write_report
         from kvpo.report.samples import before_after

@@ -95,7 +95,7 @@ class Vbench:
         ]
         if wrong := [name for name in self.dimensions if name not in there]:
             raise ValueError(
-                f"--dimensions {' '.join(wrong)}: not in mode {self.mode}, which has {', '.join(there)}"
+                f"--dimensions {' '.join(wrong)}: not in mode {self.mode}, which has others; choose from {', '.join(there)}"
             )
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(

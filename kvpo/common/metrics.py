@@ -405,7 +405,7 @@ def _append(file: int, line: bytes, path: Path) -> None:
         written = os.write(file, line)
         if written != len(line):
             raise OSError(
-                f"{path}: only {written} of {len(line)} bytes could be written; is the disk full?"
+                f"{path}: only {written} of {len(line)} bytes could be written; free disk space, then go on with --resume"
             )
     except OSError:
         os.ftruncate(file, start)

@@ -30,7 +30,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     check_readable(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
+        raise FileNotFoundError(f"{path} does not exist; correct the path")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -51,7 +51,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             f"{path} is not a whole checkpoint ({first_line(error)}); copy it again"
         ) from None
     if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not named tensors")
+        raise ValueError(
+            f"{path} holds a {type(content).__name__}, not named tensors; give a checkpoint"
+        )
     return dict(content)
 
 

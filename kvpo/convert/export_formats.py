@@ -38,7 +38,9 @@ def export(weights: str, format: str, out: Path | None, dtype: str) -> Path:
     """
     run, which = named(weights)
     if not is_run(run):
-        raise ValueError(f"{run} is no run folder: it has no config.resolved.yaml")
+        raise ValueError(
+            f"{run} is no run folder: it has no config.resolved.yaml; give the folder that `kvpo align` wrote"
+        )
     config, adapter = run_config(Path(run)), format in ADAPTER_FORMATS
     if adapter and config.policy.train != "lora":
         raise ValueError(

@@ -205,7 +205,11 @@ def _weights(
         str(path),
         f"the transformer of the base ({config['num_layers']} layers of {config['num_attention_heads']} x {config['attention_head_dim']})",
     )
-    check_finite(state.items(), str(path), "its training went wrong, or the file was damaged")
+    check_finite(
+        state.items(),
+        str(path),
+        "its training went wrong, or the file was damaged: copy it again, or give another one",
+    )
     say(f"{path}: {len(state)} tensors{_chosen(content, key, kind, which)}, each in its place")
     sources = [
         Source(file, f"generator{f', key {key}' if key else ''}", _sha256(file))
@@ -216,7 +220,7 @@ def _weights(
         check_finite(
             ((f"{m}.{half}", t) for m, low in adapter.items() for half, t in zip("AB", low)),
             str(files.path),
-            "its training went wrong, or the file was damaged",
+            "its training went wrong, or the file was damaged: copy it again, or give another one",
         )
         merge(state, adapter, lora_scale, str(files.path))
         sources += [

@@ -114,7 +114,7 @@ class Stated:
         if rank is not None and int(rank) != found:
             raise ValueError(
                 f"{self.source} states rank {rank} for {names[0]}, but its tensors have rank "
-                f"{found}; the two are not of one adapter"
+                f"{found}; give both of one adapter"
             )
         alpha = float(_by_pattern(self.alpha_pattern, names, self.alpha))
         return alpha / (math.sqrt(found) if self.stabilised else found)
@@ -162,7 +162,7 @@ def adapter_of(content: Mapping[str, Any], path: Path, stated: Iterable[Stated] 
     if not modules:
         raise ValueError(
             f"{path} holds no LoRA: no lora_A and lora_B, or lora_down and lora_up, are among its "
-            f"{len(state)} tensors"
+            f"{len(state)} tensors; give the file of a LoRA"
         )
     adapter: Adapter = {}
     for name, parts in modules.items():
@@ -253,8 +253,8 @@ def _collected(state: State, path: Path) -> dict[str, dict[str, torch.Tensor]]:
     for full in strange:
         if not (full.endswith((".diff", ".diff_b")) and not state[full].any()):
             raise ValueError(
-                f"{path} holds {full}, which is no half of a LoRA; only plain LoRA adapters can be "
-                "read"
+                f"{path} holds {full}, which is no half of a LoRA, and only plain LoRAs can be read; "
+                "merge it where it was trained, and import the merged weights"
             )
     return {
         m: parts
@@ -352,10 +352,10 @@ def _of_header(found: WeightFiles) -> Stated | None:
     try:
         config = json.loads(text)
     except ValueError:
-        raise ValueError(f"{found.path}: {source} is not JSON") from None
+        raise ValueError(f"{found.path}: {source} is not JSON; save the adapter again") from None
     if not isinstance(config, Mapping):
         raise ValueError(
-            f"{found.path}: {source} holds a {type(config).__name__}, not named settings"
+            f"{found.path}: {source} holds a {type(config).__name__}, not named settings; save the adapter again"
         )
     own = {
         key.removeprefix("transformer."): value
@@ -372,9 +372,11 @@ def _of_config(found: WeightFiles) -> Stated | None:
     try:
         config = json.loads(found.config.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{found.config} is not JSON ({error})") from None
+        raise ValueError(f"{found.config} is not JSON ({error}); copy it again") from None
     if not isinstance(config, Mapping):
-        raise ValueError(f"{found.config} holds a {type(config).__name__}, not named settings")
+        raise ValueError(
+            f"{found.config} holds a {type(config).__name__}, not named settings; save the adapter again"
+        )
     return _stated(config, ADAPTER_CONFIG, found.path)
 
 
@@ -440,7 +442,7 @@ def add_lora(pipeline: Pipeline, path: Path, strength: float) -> str:
     check_finite(
         ((f"{m}.{half}", t) for m, low in adapter.items() for half, t in zip("AB", low)),
         str(path),
-        "its training went wrong, or the file was damaged",
+        "its training went wrong, or the file was damaged: copy it again, or give another one",
     )
     merge(state, adapter, strength, str(path))
     for name, merged in state.items():

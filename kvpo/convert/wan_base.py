@@ -77,7 +77,7 @@ def open_base(name: str) -> BaseFolder:
             folder = Path(snapshot_download(name, allow_patterns=list(WANTED)))
         except (OSError, ValueError) as error:  # huggingface_hub's own errors are one or the other
             raise FileNotFoundError(
-                f"--base {name} is no local folder, and could not be downloaded: {first_line(error)}"
+                f"--base {name} is no local folder, and could not be downloaded ({first_line(error)}); where there is a network: hf download {name} --local-dir FOLDER, then give --base FOLDER"
             ) from None
     kind, needed = (
         (DiffusersBase, ("transformer/config.json", *PARTS))
@@ -86,7 +86,7 @@ def open_base(name: str) -> BaseFolder:
     )
     if missing := [part for part in needed if not (folder / part).exists()]:
         raise FileNotFoundError(
-            f"--base {name} is neither a whole diffusers folder nor a whole Wan2.1 folder: {', '.join(missing)} missing"
+            f"--base {name} is neither a whole diffusers folder nor a whole Wan2.1 folder: {', '.join(missing)} missing; fetch the base once more"
         )
     return kind(folder)
 
@@ -163,7 +163,9 @@ def _vae(path: Path) -> AutoencoderKLWan:
     """Wan2.1's autoencoder; only its width is read from the weights."""
     state = convert_wan_vae_to_diffusers(read_checkpoint(path))
     if "encoder.conv_in.weight" not in state:
-        raise ValueError(f"{path} holds no Wan2.1 VAE: encoder.conv1.weight is not in it")
+        raise ValueError(
+            f"{path} holds no Wan2.1 VAE: encoder.conv1.weight is not in it; fetch the base once more"
+        )
     return _filled(
         lambda: AutoencoderKLWan(base_dim=len(state["encoder.conv_in.weight"])), state, path
     )
@@ -174,7 +176,9 @@ def _text_encoder(path: Path) -> UMT5EncoderModel:
     found = read_checkpoint(path)
     state = {_t5_name(name): tensor for name, tensor in found.items()}
     if "shared.weight" not in state:
-        raise ValueError(f"{path} holds no UMT5 encoder: token_embedding.weight is not in it")
+        raise ValueError(
+            f"{path} holds no UMT5 encoder: token_embedding.weight is not in it; fetch the base once more"
+        )
     state["encoder.embed_tokens.weight"] = state["shared.weight"]
     first = "encoder.block.0.layer"
     buckets, heads = state[f"{first}.0.SelfAttention.relative_attention_bias.weight"].shape

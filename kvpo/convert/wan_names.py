@@ -73,7 +73,7 @@ def generator_state(
     strange = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
     if strange or not state:
         raise ValueError(
-            f"{path} holds no generator: none of {', '.join(prefer)} is in it, and its top holds {sorted(map(str, content))[:8]}"
+            f"{path} holds no generator: none of {', '.join(prefer)} is in it, and its top holds {sorted(map(str, content))[:8]}; give the checkpoint of a generator"
         )
     return original_to_diffusers(state), nested[0] if nested else ""
 

@@ -75,7 +75,7 @@ def find_weights(path: Path) -> WeightFiles:
     if path.is_dir():
         return _in_folder(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
+        raise FileNotFoundError(f"{path} does not exist; correct the path")
     if path.name.endswith(".index.json"):
         return WeightFiles(path, _indexed(path))
     if path.name == ADAPTER_CONFIG:
@@ -134,7 +134,9 @@ def _indexed(index: Path) -> tuple[Path, ...]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{index} is no index of shards: it has no weight_map") from None
+        raise ValueError(
+            f"{index} is no index of shards: it has no weight_map; copy it again"
+        ) from None
     files = tuple(index.parent / name for name in names)
     if missing := [f.name for f in files if not f.is_file()]:
         raise FileNotFoundError(

@@ -77,7 +77,7 @@ class Ranks:
                 )
             except RuntimeError as error:
                 raise Lost(
-                    f"rank {os.environ['RANK']} did not meet all {world} ranks at the start ({first_line(error)[-160:]}); the others say why"
+                    f"rank {os.environ['RANK']} did not meet all {world} ranks at the start ({first_line(error)[-160:]}); see what the others say"
                 ) from None
         ranks = cls(
             dist.get_rank(),

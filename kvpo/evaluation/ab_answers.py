@@ -101,7 +101,7 @@ def _check_answer(answer: object, number: int, pairs: int, path: Path) -> None:
         )
     if answer["pair"] not in range(pairs):
         raise ValueError(
-            f"{path} answers pair {answer.get('pair')!r}, but the study has pairs 0 to {pairs - 1}"
+            f"{path} answers pair {answer.get('pair')!r}, but the study has pairs 0 to {pairs - 1}; give the answers to this study's page"
         )
     wrong = {
         k: v

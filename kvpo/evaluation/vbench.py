@@ -140,7 +140,7 @@ def measure(
             bar.advance(dimension)
     if not scores:
         raise ValueError(
-            f"VBench measured none of {', '.join(dimensions)} with {python}; what it said stands above"
+            f"VBench measured none of {', '.join(dimensions)} with {python}; see above what it said"
         )
     return scores
 

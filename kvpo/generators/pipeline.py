@@ -112,7 +112,7 @@ class Geometry:
         ):
             if value % step:
                 raise ValueError(
-                    f"{source}: {name} = {value} is not a multiple of the transformer's patch, {step}"
+                    f"{source}: {name} = {value} is not a multiple of the transformer's patch, {step}; correct it there"
                 )
 
     @property
@@ -167,7 +167,7 @@ class Geometry:
         try:
             found = json.loads(path.read_text())
         except ValueError as error:
-            raise ValueError(f"{path} is not JSON: {error}") from None
+            raise ValueError(f"{path} is not JSON ({error}); copy it again") from None
         known = {f.name: f.default is MISSING for f in fields(cls)}
         if not isinstance(found, dict):
             raise ValueError(f"{path} must hold the keys {list(known)}, not {found!r}")
@@ -176,7 +176,9 @@ class Geometry:
         if missing := sorted(
             name for name, needed in known.items() if needed and name not in found
         ):
-            raise ValueError(f"{path}: missing keys {missing}")
+            raise ValueError(
+                f"{path}: missing keys {missing}; add them, `kvpo.generators.pipeline.Geometry` says what they mean"
+            )
         try:
             return cls(**found)
         except ValueError as error:
@@ -235,7 +237,7 @@ class Pipeline:
                 check_finite(
                     module.named_parameters(),
                     str(folder / part),
-                    "its training went wrong, or a file was damaged",
+                    "its training went wrong, or a file was damaged: copy it again, or give another one",
                 )
         if torch.device(device).type == "cpu":
             use_channels_last(vae)
@@ -366,7 +368,7 @@ def _load(kind, folder: Path, dtype: torch.dtype):
         reason = (
             f"holds only {pickled}, which would have to be unpickled; convert them to safetensors"
             if pickled
-            else "holds no *.safetensors file"
+            else "holds no *.safetensors file; copy the weights into it"
         )
         raise FileNotFoundError(f"{folder} {reason}")
     for path in weights:
@@ -386,7 +388,9 @@ def _load(kind, folder: Path, dtype: torch.dtype):
             local_files_only=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{folder} does not hold a {kind.__name__}: {first_line(error)}") from None
+        raise ValueError(
+            f"{folder} does not hold a {kind.__name__} ({first_line(error)}); copy it again"
+        ) from None
     wrong = {
         what: sorted(map(str, info[what]))
         for what in ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -398,7 +402,7 @@ def _load(kind, folder: Path, dtype: torch.dtype):
             for what, keys in wrong.items()
         )
         raise ValueError(
-            f"{folder} holds weights of another model than its config.json describes: {listed}"
+            f"{folder} holds weights of another model than its config.json describes: {listed}; copy both again from one model"
         )
     return model
 

@@ -41,8 +41,8 @@ def check_prompts(
         if unknown and not known:
             raise ValueError(
                 f"{place}: the generator knows no word of the prompt {text[:60]!r}, so it would "
-                f"show nothing of it; its vocabulary is in {vocabulary}, "
-                "and docs/prompts.md lists the miniature's"
+                f"show nothing of it; use words of its vocabulary, which is in {vocabulary} "
+                "(docs/prompts.md lists the miniature's)"
             )
         strangers |= {word: strangers.get(word, place) for word in unknown}
     if strangers:

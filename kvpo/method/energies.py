@@ -124,7 +124,7 @@ class DenoisedEnergy:
 
     def __post_init__(self):
         if not 0.0 <= self.floor <= 1.0:
-            raise ValueError(f"sigma floor {self.floor} is outside [0, 1], where sigmas lie")
+            raise ValueError(f"sigma floor {self.floor} must lie in [0, 1], where sigmas lie")
 
     def step_weights(self, sigmas: Sequence[float]) -> torch.Tensor:
         sigma = torch.tensor([float(s) for s in sigmas], dtype=torch.float64)

@@ -114,7 +114,7 @@ class StartNoise:
             )
         if self.window_blocks < 1:
             raise ValueError(
-                f"window_blocks = {self.window_blocks}, but a window has at least 1 block"
+                f"window_blocks = {self.window_blocks}, but a window has at least 1 block; set 1 or more"
             )
 
     def eligible_forks(self, blocks: int, geometry: Geometry) -> list[int]:
@@ -152,7 +152,7 @@ def mix_noise(shared: torch.Tensor, fresh: torch.Tensor, mix: float) -> torch.Te
             f"shared noise {tuple(shared.shape)} and fresh noise {tuple(fresh.shape)} must have one shape"
         )
     if not 0.0 <= mix <= 1.0:
-        raise ValueError(f"mix = {mix} is outside [0, 1]")
+        raise ValueError(f"mix = {mix} must lie in [0, 1]")
     if mix in (0.0, 1.0):
         return fresh if mix else shared
     return math.sqrt(1.0 - mix * mix) * shared + mix * fresh

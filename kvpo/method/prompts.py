@@ -75,7 +75,9 @@ class PromptSet:
         if not self.scripts:
             raise ValueError("a prompt set needs at least one script")
         if self.groups < 1:
-            raise ValueError(f"groups = {self.groups}, but a step has at least one group")
+            raise ValueError(
+                f"groups = {self.groups}, but a step has at least one group; set 1 or more"
+            )
 
     def script(self, step: int, index: int) -> Script:
         if step < 0 or not 0 <= index < self.groups:
@@ -274,7 +276,7 @@ def _check_separators(where: _Where, begin: int, spans: Sequence[tuple[int, int]
         if found != wanted:
             at = left + len(where.text[left:right]) - len(where.text[left:right].lstrip())
             raise where.error(
-                f"{found!r} stands outside the brackets, where there should be {'one comma' if wanted else 'nothing'}",
+                f"{found!r} stands outside the brackets, where there should be {'one comma' if wanted else 'nothing'}; take it out",
                 at,
             )
 

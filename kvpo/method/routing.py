@@ -65,7 +65,7 @@ class KVRouting:
             )
         if self.window_blocks < 1:
             raise ValueError(
-                f"window_blocks = {self.window_blocks}, but a window has at least 1 block"
+                f"window_blocks = {self.window_blocks}, but a window has at least 1 block; set 1 or more"
             )
 
     def routed(self, geometry: Geometry) -> int:

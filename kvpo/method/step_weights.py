@@ -71,6 +71,6 @@ def kernel(sigmas: Sequence[float], last_sigma: float) -> torch.Tensor:
     after = torch.tensor([*(float(s) for s in sigmas[1:]), last_sigma], dtype=torch.float64)
     if not (here > after).all():
         raise ValueError(
-            f"kernel step weights need falling noise levels, not {[*map(float, sigmas)]} with last_sigma = {last_sigma} behind them"
+            f"kernel step weights need falling noise levels, not {[*map(float, sigmas)]} with last_sigma = {last_sigma} behind them; use equal or a number a step"
         )
     return here.square() * (1.0 - after).square() / (2.0 * after.square())

@@ -61,7 +61,7 @@ class VelocityPenalty:
         """ValueError, before anything is generated, where this generator has no such step."""
         if self.steps and max(self.steps) >= (S := len(geometry.sigmas)):
             raise ValueError(
-                f"velocity_penalty.steps = {list(self.steps)}, but this generator's {S} denoise steps count from 0 to {S - 1}"
+                f"velocity_penalty.steps = {list(self.steps)}, but this generator's {S} denoise steps count from 0 to {S - 1}; name some of these, or none for all"
             )
 
     def draw(

@@ -36,14 +36,16 @@ class StorySource:
         most = MAX_SEGMENTS if self.segments is None else self.segments
         if not 1 <= most <= MAX_SEGMENTS:
             raise ValueError(
-                f"segments = {self.segments}, but a story has 1 to {MAX_SEGMENTS}; None draws one of them"
+                f"segments = {self.segments}, but a story has 1 to {MAX_SEGMENTS}; set one of these, or None, which draws one"
             )
         if self.blocks < most:
             raise ValueError(
                 f"blocks = {self.blocks} is too short for stories of up to {most} segments; lengthen the video or set segments"
             )
         if not 0.0 <= self.memory <= 1.0:
-            raise ValueError(f"memory = {self.memory} is a share of all stories, from 0 to 1")
+            raise ValueError(
+                f"memory = {self.memory} must lie between 0 and 1: it is a share of all stories"
+            )
         if self.memory > 0.0 and most < MEMORY_SEGMENTS:
             raise ValueError(
                 f"segments = {self.segments} leaves no room for hide and seek, which takes {MEMORY_SEGMENTS}; set memory = 0 or more segments"

@@ -288,7 +288,7 @@ def write_story(
     memory = chance(0.25, g) if memory is None else memory
     if not 1 <= segments <= 4 or segments > blocks:
         raise ValueError(
-            f"a story has 1 to 4 segments and at least a block each, not {segments} segments in {blocks} blocks"
+            f"a story has 1 to 4 segments and at least a block each, not {segments} segments in {blocks} blocks; ask for fewer segments or more blocks"
         )
     if memory:
         scenes, changes = memory_scenes(g, max(3, segments))

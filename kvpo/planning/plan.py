@@ -381,7 +381,7 @@ def shares_of(groups: int, nodes: int, gpus: int, row: int = 1) -> list[range]:
     world = nodes * gpus
     if world % row:
         raise ValueError(
-            f"{world} cards are no multiple of branch_parallel = {row}: so many share a group"
+            f"{world} cards are no multiple of branch_parallel = {row}: so many share a group; give a multiple of it, or set branch_parallel to 1"
         )
     return [Ranks(rank // row, world // row).share(groups) for rank in range(world)]
 

@@ -49,10 +49,8 @@ class BrokenCheckpoint(ValueError):
     """A file of a checkpoint that is not there, or not whole."""
 
     def __init__(self, path: Path, error: object):
-        self.fault = f"{path} is broken or missing ({error})"
-        super().__init__(
-            f"{self.fault}; delete {path.parent} to go on from the checkpoint before it"
-        )
+        fault = self.fault = f"{path} is broken or missing ({error})"
+        super().__init__(f"{fault}; delete {path.parent} to go on from the checkpoint before it")
 
 
 @dataclass(frozen=True)

@@ -61,8 +61,8 @@ def _cells(path: Path) -> Iterator[tuple[int, list[str]]]:
             row = next(reader, None)
         except csv.Error as error:
             raise ValueError(
-                f"{path}, line {begin}: the quotes do not fit ({error}); a cell with commas "
-                f"stands in quotes, and quotes in it are doubled"
+                f"{path}, line {begin}: the quotes do not fit ({error}); put a cell with commas "
+                f"in quotes, and double the quotes in it"
             ) from None
         if row is None:
             return

@@ -47,11 +47,11 @@ class RewardEntry:
     def __post_init__(self):
         if (self.isolation == "http") != bool(self.url):
             raise ValueError(
-                f"reward {self.name!r}: isolation http and url belong together; isolation = {self.isolation!r}, url = {self.url!r}"
+                f"reward {self.name!r}: isolation = {self.isolation!r} and url = {self.url!r}, but isolation http and url belong together; set both, or neither"
             )
         if (self.environment or self.devices) and self.isolation != "process":
             raise ValueError(
-                f"reward {self.name!r}: environment = {self.environment!r} and devices = {self.devices!r} need isolation: process"
+                f"reward {self.name!r}: environment = {self.environment!r} and devices = {self.devices!r} are for isolation: process; set that, or leave them out"
             )
         if self.timeout <= 0:
             raise ValueError(

@@ -153,10 +153,12 @@ def find(name: str) -> Any:
     try:
         found = getattr(importlib.import_module(module), attribute, None)
     except (ImportError, SyntaxError) as error:
-        raise ValueError(f"reward {name!r} can not be imported from {path}: {error}") from None
+        raise ValueError(
+            f"reward {name!r} can not be imported from {path} ({error}); correct its name, or install what it needs"
+        ) from None
     if found is None:
         raise ValueError(
-            f"reward {name!r} can not be imported: module {module!r} has no {attribute!r}"
+            f"reward {name!r} can not be imported: module {module!r} has no {attribute!r}; correct the name"
         )
     return found
 

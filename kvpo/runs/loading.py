@@ -109,11 +109,11 @@ def _checkpoint(run: Path, which: str) -> Path:
     best = judge(history(run / "evaluation", "ema")).best
     if at_step(run / "checkpoints", best) not in found:
         raise FileNotFoundError(
-            f"{run} has no checkpoint of its best held-out evaluation (step {best}); "
+            f"{run} has no checkpoint of its best held-out evaluation (step {best})"
             + (
-                "the start weights are the best: RUN:start"
+                "; take the start weights, which are the best: RUN:start"
                 if not best
-                else "evaluate.every keeps one"
+                else "; set evaluate.every, which keeps one"
             )
         )
     return at_step(run / "checkpoints", best)

@@ -184,7 +184,10 @@ def test_an_illegal_value(capsys, tmp_path, folder, argv, message):
         (("doctor", "minni"), "kvpo doctor: there is no recipe 'minni'"),
         (("report", "nowhere"), "kvpo report: nowhere is no run folder"),
         (("generate", "nowhere", "--prompt", RED), "kvpo generate: nowhere is no pipeline folder"),
-        (("generate", "nowhere"), "kvpo generate: give either --prompt"),
+        (
+            ("generate", "nowhere"),
+            "kvpo generate: one of --prompt and --prompts is needed; give either --prompt",
+        ),
         (
             ("generate", "mini", "--prompt", RED, BLUE, "--blocks", "1"),
             "kvpo generate: 2 segments in a video of 1 block: ",

@@ -171,7 +171,7 @@ def test_full_disk_leaves_no_half_line(tmp_path, monkeypatch):
     log.write(0, {"loss/kl": 0.0})
     before, write = (tmp_path / "metrics.jsonl").read_bytes(), os.write
     monkeypatch.setattr(os, "write", lambda file, data: write(file, data[:10]))
-    with pytest.raises(OSError, match="is the disk full"):
+    with pytest.raises(OSError, match="free disk space, then go on with --resume"):
         log.write(1, {"loss/kl": 0.0})
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
     monkeypatch.undo()

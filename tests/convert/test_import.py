@@ -382,7 +382,7 @@ def test_bad_bases(capsys, tmp_path, original, diffusers_base, monkeypatch):
         raise OSError("no route to the hub\nand more")
 
     monkeypatch.setattr("kvpo.convert.wan_base.snapshot_download", offline)
-    assert "could not be downloaded: no route to the hub" in refused(
+    assert "could not be downloaded (no route to the hub)" in refused(
         capsys, tmp_path, good, out, *kind, "--base", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
     )
 

@@ -310,5 +310,5 @@ def test_a_mix_that_is_no_share_is_refused(mix):
 def test_noise_of_two_shapes_or_a_wrong_share_is_refused():
     with pytest.raises(ValueError, match="must have one shape"):
         mix_noise(torch.zeros(2), torch.zeros(3), 0.5)
-    with pytest.raises(ValueError, match=r"mix = 1.5 is outside \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"mix = 1.5 must lie in \[0, 1\]"):
         mix_noise(torch.zeros(2), torch.zeros(2), 1.5)

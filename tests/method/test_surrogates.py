@@ -107,7 +107,7 @@ def test_shapes_that_do_not_fit_are_refused():
 
 @pytest.mark.parametrize("floor", (-0.1, 1.5))
 def test_floor_outside_the_sigmas_is_refused(floor):
-    with pytest.raises(ValueError, match=rf"floor {floor} is outside \[0, 1\]"):
+    with pytest.raises(ValueError, match=rf"floor {floor} must lie in \[0, 1\]"):
         DenoisedEnergy(floor)
 
 

@@ -586,7 +586,7 @@ def test_an_environment_is_made_whole_or_not_at_all(tmp_path, monkeypatch):
         reward_env, "commands", lambda *_: [make, [sys.executable, "-c", "exit(3)"]]
     )
     with pytest.raises(
-        OSError, match="failed with exit code 3, see above; nothing of the environment is left"
+        OSError, match="failed with exit code 3, and nothing of the environment is left; see above"
     ):
         create(str(requirements), envs)
     assert not (envs / "tiny").exists()

@@ -131,8 +131,8 @@ def test_an_installed_package_offers_rewards_by_entry_point(mine, monkeypatch):
     [
         ({"isolation": "http"}, "isolation http and url belong together"),
         ({"url": "http://a:1"}, "belong together"),
-        ({"environment": "x"}, "need isolation: process"),
-        ({"devices": "1"}, "need isolation: process"),
+        ({"environment": "x"}, "are for isolation: process; set that"),
+        ({"devices": "1"}, "are for isolation: process; set that"),
         ({"timeout": 0}, "above 0 seconds"),
     ],
 )

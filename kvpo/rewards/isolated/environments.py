@@ -136,7 +136,7 @@ def _run(command: list[str]) -> None:
     ).returncode
     if code:
         raise OSError(
-            f"`{' '.join(command)}` failed with exit code {code}, see above; nothing of the environment is left"
+            f"`{' '.join(command)}` failed with exit code {code}, and nothing of the environment is left; see above"
         )
 
 

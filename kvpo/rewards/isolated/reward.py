@@ -274,7 +274,9 @@ def spec_of(name: str, params: Mapping[str, Any]) -> RewardSpec:
                 raise ValueError(
                     f"{path}: SPEC must be a dictionary of plain values ({error})"
                 ) from None
-    raise ValueError(f'{path} has no SPEC = {{"name": ..., "family": ...}} at its top level')
+    raise ValueError(
+        f'{path} has no SPEC = {{"name": ..., "family": ...}} at its top level; add it'
+    )
 
 
 def as_spec(values: Mapping[str, Any], source: str) -> RewardSpec:

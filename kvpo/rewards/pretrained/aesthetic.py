@@ -111,6 +111,6 @@ def load_head(reward: str, path: Path) -> nn.ModuleDict:
         head.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except (OSError, EOFError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
         raise ValueError(
-            f"reward {reward!r}: {path} is not the head sac+logos+ava1-l14-linearMSE.pth ({first_line(error)})"
+            f"reward {reward!r}: {path} is not the head sac+logos+ava1-l14-linearMSE.pth ({first_line(error)}); copy it again"
         ) from None
     return head

@@ -70,12 +70,12 @@ class Pixels:
             )
         except (KeyError, TypeError) as error:
             raise ValueError(
-                f"reward {reward!r}: {path} describes no preprocessing that is known here ({type(error).__name__}: {error})"
+                f"reward {reward!r}: {path} describes no preprocessing that is known here ({type(error).__name__}: {error}); give the folder as released on the hub"
             ) from None
         fits = crop and max(crop) <= shorter if shorter else crop in (None, resized)
         if not fits:
             raise ValueError(
-                f"reward {reward!r}: {path} resizes to {config['size']} and crops to {crop}, which gives no fixed size without padding"
+                f"reward {reward!r}: {path} resizes to {config['size']} and crops to {crop}, which gives no fixed size without padding; give the folder as released on the hub"
             )
         return pixels
 

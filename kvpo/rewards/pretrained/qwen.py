@@ -222,7 +222,7 @@ def fitting(height: int, width: int, least: int, most: int) -> tuple[int, int]:
     """
     if max(height, width) > 200 * min(height, width):
         raise ValueError(
-            f"frames of {width} x {height} are too long: Qwen2-VL takes at most 200 : 1"
+            f"frames of {width} x {height} are too long, but Qwen2-VL takes at most 200:1; give less oblong clips"
         )
     h, w = (max(CELL, round(side / CELL) * CELL) for side in (height, width))
     if h * w > most:
@@ -277,7 +277,7 @@ def open_folder(reward: str, name: str, files: Sequence[str]) -> Path:
     folder = find(reward, name, files)
     if missing := [pattern for pattern in files if not any(folder.glob(pattern))]:
         raise ValueError(
-            f"reward {reward!r}: {name} has no {', '.join(missing)}; it needs {', '.join(files)}"
+            f"reward {reward!r}: {name} has no {', '.join(missing)}; copy into it {', '.join(files)}"
         )
     return folder
 

@@ -101,7 +101,7 @@ def load_stock(reward: str, kind: type, folder: Path) -> torch.nn.Module:
         for key in info[what]
     ):
         raise ValueError(
-            f"reward {reward!r}: {folder} holds other tensors than its config.json describes: {', '.join(wrong[:5])}{' ...' if len(wrong) > 5 else ''}"
+            f"reward {reward!r}: {folder} holds other tensors than its config.json describes: {', '.join(wrong[:5])}{' ...' if len(wrong) > 5 else ''}; copy both again from one model"
         )
     return model
 

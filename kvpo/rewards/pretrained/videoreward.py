@@ -191,7 +191,7 @@ def read_settings(file: Path) -> dict[str, Any]:
         ) from None
     if how != TRAINED or not all(isinstance(number, (int, float)) for number in numbers):
         raise ValueError(
-            f"{file} is of another model: {how}, numbers {numbers}; VideoReward has {TRAINED}, and numbers throughout"
+            f"{file} is of another model: {how}, numbers {numbers}; VideoReward has {TRAINED}, and numbers throughout; give the checkpoint's own folder"
         )
     return settings
 
@@ -216,7 +216,7 @@ def merged(
             1:
         ] != A.shape[:1]:
             raise ValueError(
-                f"{file}: LoRA of {module} is A {list(A.shape)}, B {list(B.shape)} on W {list(W.shape)}; its configuration says rank {lora['lora_r']}"
+                f"{file}: LoRA of {module} is A {list(A.shape)}, B {list(B.shape)} on W {list(W.shape)}; its configuration says rank {lora['lora_r']}; give the checkpoint's own folder"
             )
         state[f"{module}.base_layer.weight"] = (
             W.float() + lora["lora_alpha"] / lora["lora_r"] * B @ A
