@@ -127,7 +127,7 @@ def test_a_run_folder_is_a_recipe(tmp_path, capsys, monkeypatch):
     config = replace(load_config(recipe_path("mini")), steps=17)
     (tmp_path / "config.resolved.yaml").write_text(yaml.safe_dump(to_dict(config)))
     examined = []
-    monkeypatch.setattr("kvpo.commands.doctor.examine", lambda c: examined.append(c) or True)
-    monkeypatch.setattr("kvpo.commands.doctor.refuse_missing", lambda c: None)
+    monkeypatch.setattr("kvpo.doctor.doctor.examine", lambda c: examined.append(c) or True)
+    monkeypatch.setattr("kvpo.planning.missing.refuse_missing", lambda c: None)
     assert cli.main(["doctor", str(tmp_path), "--device", "cpu"]) == 0
     assert examined == [replace(config, device="cpu")]
