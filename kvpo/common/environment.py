@@ -1,4 +1,4 @@
-"""Where a run happens: versions, commit, hardware, command; written before step 0."""
+"""Record of a run's surroundings: versions, commit, hardware, command; written before step 0."""
 
 from __future__ import annotations
 
@@ -71,8 +71,10 @@ def pick_device(name: str) -> torch.device:
 
 
 def take_peak(device: torch.device) -> int:
-    """Most bytes since the last call: of a GPU's tensors; a CPU's process only knows its whole
-    life."""
+    """Most bytes in use since the last call.
+
+    They are those of a GPU's tensors; a CPU's process only knows its whole life.
+    """
     if device.type != "cuda":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     peak = torch.cuda.max_memory_allocated(device)
@@ -81,8 +83,10 @@ def take_peak(device: torch.device) -> int:
 
 
 def make_reproducible(device: torch.device) -> None:
-    """The same run gives the same numbers, bit for bit. A CPU's kernels do so by themselves; a
-    GPU's must be told, before the first product."""
+    """Make the same run give the same numbers, bit for bit.
+
+    A CPU's kernels do so by themselves; a GPU's must be told, before the first product.
+    """
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.utils.deterministic.fill_uninitialized_memory = False

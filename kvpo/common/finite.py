@@ -9,8 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 
 def finite(tensor: torch.Tensor) -> torch.Tensor:
-    """Whether no number in it is NaN or infinite, as a bool tensor where ``tensor`` lies; one pass
-    that allocates nothing, also over gigabytes.
+    """Whether no number in it is NaN or infinite, as a bool tensor where ``tensor`` lies.
+
+    It is one pass that allocates nothing, also over gigabytes.
     """
     if not tensor.numel() or not tensor.dtype.is_floating_point:
         return torch.ones((), dtype=torch.bool, device=tensor.device)
@@ -21,8 +22,10 @@ def finite(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether all its numbers are; a tensor without memory, as `kvpo plan` counts with, has
-    none."""
+    """Whether all its numbers are finite.
+
+    A tensor without memory, as `kvpo plan` counts with, has none.
+    """
     return isinstance(tensor, FakeTensor) or bool(finite(tensor))
 
 
