@@ -34,10 +34,8 @@ class Align:
     """Go on with the run in --out from its newest checkpoint."""
     override: bool = False
     """Take settings that differ from the run's; with --resume only.
-
     They are patience, branch_parallel, policy.shard, and those of what is shown, evaluated and
-    kept. steps needs no asking.
-    """
+    kept. steps needs no asking."""
 
     def __call__(self) -> None:
         if self.override and not self.resume:

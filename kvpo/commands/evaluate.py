@@ -47,9 +47,7 @@ class Evaluate:
     scripts: int = SCRIPTS
     seeds: int = EvaluateConfig.seeds
     """Videos of every script, each with noise of its own.
-
-    From 2 on their diversity is measured too.
-    """
+    From 2 on their diversity is measured too."""
     seed: int = EvaluateConfig.seed
     """Names the scripts' and the noise's streams."""
     blocks: int = 0

@@ -46,14 +46,10 @@ class Explore:
     """Number of the story among the recipe's evaluation scripts."""
     by: Literal["recipe", "kv_routing", "start_noise"] = "recipe"
     """Explorer, in the window of the recipe's.
-
-    start_noise can be shown, but not trained by an energy.
-    """
+    start_noise can be shown, but not trained by an energy."""
     fork: int = -1
     """Fork block; -1 = the one of a few where the recipe's branches look most different.
-
-    Only eligible blocks are tried. It is the same for every explorer.
-    """
+    Only eligible blocks are tried. It is the same for every explorer."""
     tries: int = 4
     """Fork blocks that are tried where none is given."""
     out: Path = Path("runs/explore")

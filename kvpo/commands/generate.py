@@ -48,16 +48,12 @@ class Generate:
     sampler: Literal["renoise", "ode"] = RunConfig.sampler
     lora: tuple[Path, ...] = ()
     """LoRAs on top, merged in this order.
-
     They are files of diffusers, ComfyUI, kohya, PEFT's folders, released ones, or what `kvpo
     export` writes. Each acts at its own alpha / rank, which its header, adapter_config.json or
-    alpha tensors say; where nothing says it, at 1.
-    """
+    alpha tensors say; where nothing says it, at 1."""
     lora_scale: float = 1.0
     """Strength that multiplies the LoRAs' own alpha / rank; 1 = as they were trained.
-
-    It is what the weight of an adapter is in diffusers and ComfyUI.
-    """
+    It is what the weight of an adapter is in diffusers and ComfyUI."""
     dtype: Literal["", "float32", "bfloat16"] = ""
     """Precision; default: a run's own, bfloat16 on a GPU, float32 on a CPU."""
     out: Path = Path("runs/generate")

@@ -25,9 +25,7 @@ class Plan:
     settings: Settings
     gpus: int = 1
     """Cards of a node; each takes its share of a step's groups.
-
-    With branch_parallel it takes its share of a group's branches.
-    """
+    With branch_parallel it takes its share of a group's branches."""
     nodes: int = 1
     """Machines of so many cards."""
     card: Literal["h200", "h100", "a100", "l40s", "rtx4090", "rtx5090"] = "h100"

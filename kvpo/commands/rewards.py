@@ -89,9 +89,7 @@ class Calibrate:
     recipe: Positional[str]
     clips: Path | None = None
     """Folder of good videos with clips.csv (columns file, prompt).
-
-    Default: the recipe's, or the miniature's true clips.
-    """
+    Default: the recipe's, or the miniature's true clips."""
     count: int = 16
     """Clips of the miniature."""
     out: Path = Path("runs/calibration.json")

@@ -52,15 +52,11 @@ class Vbench:
     """Length of the videos, blocks; 0 = the recipe's."""
     environment: str = ""
     """Environment of VBench: vbench, or the path of a Python.
-
-    `kvpo reward-env create vbench` makes the first; default: only the videos are written.
-    """
+    `kvpo reward-env create vbench` makes the first; default: only the videos are written."""
     mode: Literal["custom_input", "vbench_standard"] = "custom_input"
     """Set of prompts: any ones, or VBench's own.
-
     custom_input: any prompts, 10 dimensions and no total; vbench_standard: VBench's own prompts,
-    all 16 dimensions.
-    """
+    all 16 dimensions."""
     dimensions: tuple[str, ...] = ()
     """Default: all that the mode has."""
     out: Path = Path("runs/vbench")

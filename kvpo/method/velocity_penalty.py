@@ -29,9 +29,7 @@ class VelocityPenalty:
 
     weight: float = 0.0
     """Strength per velocity squared; 0 = no penalty.
-
-    It acts beside groups' gradients of norm ``optimizer.clip`` each.
-    """
+    It acts beside groups' gradients of norm ``optimizer.clip`` each."""
     blocks: int = 1
     """Blocks drawn from every group's opening."""
     steps: tuple[int, ...] = ()

@@ -84,9 +84,7 @@ class Settings:
     flow_steps: int = 5000
     beside: int = 2100
     """Steps of stage 2 that are done while the decoder trains in a process of its own.
-
-    That needs a CPU of at least two cores.
-    """
+    That needs a CPU of at least two cores."""
     flow_batch: int = 8
     flow_lr: float = 2e-3
     few_steps: int = 400
