@@ -270,7 +270,10 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 
 
 def _refuse_unknown(kind: type, content: Any, prefix: str = "") -> None:
-    """ValueError with the nearest known key."""
+    """Refuse keys that are no settings.
+
+    Raises ValueError with the nearest known key.
+    """
     if not isinstance(content, Mapping):
         raise ValueError(
             f"{prefix.rstrip('.') or 'a recipe'} must hold keys and values, not {content!r}"

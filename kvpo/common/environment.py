@@ -44,7 +44,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def packages() -> dict[str, str | None]:
-    """Versions of those that decide what a run's numbers are."""
+    """Versions of the packages that decide what a run's numbers are."""
     return {name: version_of(name) for name in PACKAGES}
 
 
@@ -54,7 +54,10 @@ def command() -> str:
 
 
 def pick_device(name: str) -> torch.device:
-    """ValueError for a device that is not there."""
+    """Device of that name; `auto` is a GPU if there is one.
+
+    Raises ValueError for a device that is not there.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: a card for every process

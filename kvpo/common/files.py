@@ -149,7 +149,7 @@ def say_replaced(paths: Sequence[Path], say: Callable[[str], None]) -> None:
 
 
 def must_be_new(path: Path) -> None:
-    """ValueError if something is there."""
+    """Check that nothing is at ``path``; ValueError if something is."""
     if path.exists():
         raise ValueError(f"{path} is there already; give another place, nothing is overwritten")
 

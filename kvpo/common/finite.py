@@ -39,7 +39,10 @@ def not_finite(named: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
 
 
 def check_finite(named: Iterable[tuple[str, torch.Tensor]], source: str, way_out: str) -> None:
-    """FloatingPointError that names ``source`` and its tensors where one is not finite."""
+    """Check that all numbers are finite.
+
+    Raises FloatingPointError that names ``source`` and its tensors where one is not.
+    """
     if faults := not_finite(named):
         listed = ", ".join(faults[:3]) + (" ..." if len(faults) > 3 else "")
         raise FloatingPointError(

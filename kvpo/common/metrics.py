@@ -487,7 +487,7 @@ def console_line(step: int, values: Mapping[str, float], steps: int | None = Non
 
 
 def render_docs() -> str:
-    """docs/metrics.md."""
+    """Text of docs/metrics.md."""
     rows = ["| metric | unit | better | meaning |", "|---|---|---|---|"]
     rows += [f"| `{m.pattern}` | {m.unit} | {m.better or '-'} | {m.meaning} |" for m in DECLARED]
     names = [

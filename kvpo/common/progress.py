@@ -69,11 +69,11 @@ class Progress:
         )
         self._live: Live | None = None
         self._line = self._phase = ""
-        """Shown below the bars."""
+        """Line shown below the bars."""
 
     @contextmanager
     def bar(self, name: str, total: int, done: int = 0) -> Iterator[Bar]:
-        """Bars may nest; all of them share one live display."""
+        """Show a bar for a piece of work; bars may nest and share one live display."""
         outermost = self._live is None
         if outermost:
             self._live = Live(self.bars, console=self._console, refresh_per_second=4)

@@ -50,7 +50,7 @@ class LeftOut:
 
 
 class _PagesWithGradient(PagedSelfAttention):
-    """Writes what a pass computed, graph and all."""
+    """Self-attention that writes the keys and values of a pass to its pages, graph and all."""
 
     def __call__(self, attn, hidden, encoder, mask, view: LayerView):
         out = super().__call__(attn, hidden, encoder, mask, replace(view, write=None))

@@ -199,7 +199,7 @@ class Story:
     x: float
     y: float
     needs_memory: bool
-    """Something in it can be known only from frames that the rolling window no longer holds."""
+    """True: something in it can be known only from frames that the window no longer holds."""
     habits: Habits | None = None
     """Habits of its video; None: it does what its prompts ask."""
 

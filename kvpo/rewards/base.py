@@ -114,7 +114,7 @@ class VideoBatch:
         )
 
     def rows(self, clips: Sequence[int]) -> VideoBatch:
-        """Some of the clips."""
+        """Batch of some of the clips."""
         pick = list(clips)
         return VideoBatch(
             self.frames[pick],
@@ -254,7 +254,10 @@ def check_output(spec: RewardSpec, batch: VideoBatch, output: RewardOutput) -> R
 
 
 def _check_frames(frames: torch.Tensor) -> None:
-    """ValueError unless uint8 [B, T, 3, H, W] with at least one clip and one frame."""
+    """Check that frames are uint8 [B, T, 3, H, W] with at least one clip and one frame.
+
+    Raises ValueError where they are not.
+    """
     if frames.dtype != torch.uint8:
         raise ValueError(
             f"frames are {frames.dtype}; they must be uint8 in [0, 255]: convert with (x.clamp(0, 1) * 255).round().to(torch.uint8)"

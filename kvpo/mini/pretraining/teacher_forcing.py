@@ -78,7 +78,7 @@ def _frame_ids(plan: Layout, blocks: list[int], generator: torch.Generator) -> t
 
 
 def draw_sigmas(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """Half of them the sampler's four, half uniform before the warp."""
+    """Draw noise levels: half of them the sampler's four, half uniform before the warp."""
     few = torch.tensor(warped_sigmas(STEPS))[torch.randint(STEPS, shape, generator=generator)]
     s = torch.rand(shape, generator=generator).clamp(min=0.004)
     any_level = 5.0 * s / (1.0 + 4.0 * s)

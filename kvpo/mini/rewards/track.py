@@ -138,7 +138,7 @@ def _object(
     coarse: torch.Tensor,
     mass: torch.Tensor,
 ) -> dict[str, torch.Tensor]:
-    """Measures the densest coloured spot of each of N frames."""
+    """Measure the densest coloured spot of each of N frames."""
     N = len(flat)
     smooth = coarse
     for _ in range(
