@@ -68,7 +68,7 @@ FORKS = {
 def forks_of_all(blocks: int, geometry) -> list[int]:
     """Blocks at which every explorer can fork.
 
-    All of them are so compared at the same places.
+    So all of them are compared at the same places.
     """
     return sorted(
         set.intersection(*(set(e.eligible_forks(blocks, geometry)) for e in EXPLORERS.values()))

@@ -1,6 +1,6 @@
 """`kvpo report`: nothing heavy is imported for it before it has something to do.
 
-Its help and its refusals so come at once.
+So its help and its refusals come at once.
 """
 
 from __future__ import annotations

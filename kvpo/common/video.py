@@ -52,7 +52,7 @@ def check_video(video: torch.Tensor, name: str = "video") -> torch.Tensor:
 def enlarge(video: torch.Tensor, factor: int) -> torch.Tensor:
     """Show every pixel as a square of ``factor`` x ``factor``.
 
-    Small videos so stay sharp where a browser would blur them.
+    Small videos then stay sharp where a browser would blur them.
     """
     return video.repeat_interleave(factor, dim=-2).repeat_interleave(factor, dim=-1)
 

@@ -88,7 +88,7 @@ def account(
 def identity(name: str, files: Sequence[Path]) -> str:
     """Name of these weights in a report: ``name file sha256:...``.
 
-    Two runs can so be told to have used the same.
+    It tells whether two runs have used the same weights.
     """
     return " ".join((name, *(f"{file.name} sha256:{_sha256(file)}" for file in files)))
 

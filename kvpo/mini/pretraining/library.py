@@ -117,7 +117,7 @@ def build_library(
 ) -> Library:
     """Render and encode every story from its first frame on.
 
-    The latents are so the stream's.
+    So the latents are those of a stream.
     """
     tokenizer, rows = new_tokenizer(), []
     for i, story in enumerate(write_library(seed, stories)):
