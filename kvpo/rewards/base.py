@@ -30,10 +30,10 @@ class VideoBatch:
     They are compared by identity, so that measurements can be shared. Raises ValueError for frames
     of another layout or type, and for lists of another length than the clips.
 
-        >>> frames = torch.zeros(2, 16, 3, 64, 64, dtype=torch.uint8)
-        >>> batch = kvpo.VideoBatch(frames, fps=16.0, prompts=("a red circle rises", "it turns blue"))
-        >>> len(batch), batch.length
-        (2, 16)
+    >>> frames = torch.zeros(2, 16, 3, 64, 64, dtype=torch.uint8)
+    >>> batch = kvpo.VideoBatch(frames, fps=16.0, prompts=("a red circle rises", "it turns blue"))
+    >>> len(batch), batch.length
+    (2, 16)
     """
 
     frames: torch.Tensor
