@@ -24,15 +24,17 @@ from kvpo.runs.loading import load_generator, pipeline_folder
 
 @dataclass(frozen=True)
 class Ab:
-    """Make a blind A/B page of two generators: same scripts, same noise, sides hidden. A second
-    call goes on where the first stopped."""
+    """Make a blind A/B page of two generators: same scripts, same noise, sides hidden.
+
+    A second call goes on where the first stopped.
+    """
 
     a: Positional[str]
     """Pipeline folder, mini, or a run (RUN, RUN:ema, RUN:online, RUN:start)."""
     b: Positional[str]
     """The other one."""
     recipe: str = "mini"
-    """Where sampler, length and scripts are taken from."""
+    """Recipe that sampler, length and scripts are taken from."""
     prompts: str = ""
     """Prompt file; default: what the recipe evaluates on."""
     scripts: int = 16
@@ -85,8 +87,10 @@ class Ab:
         progress: Progress,
         other: Geometry | None = None,
     ) -> Geometry:
-        """One generator's videos, page/000-left.mp4 or -right.mp4 and so on; those that are
-        there already stay. Its geometry, alike the ``other``'s."""
+        """Write one generator's videos, page/000-left.mp4 or -right.mp4 and so on.
+
+        Those that are there already stay. Returns its geometry, alike the ``other``'s.
+        """
         pipeline, label = load_generator(
             getattr(self, name), pick_device(self.device), config.vae_dtype, config.dtype
         )

@@ -28,7 +28,7 @@ class Env:
 
 
 def facts() -> dict[str, str]:
-    """What a maintainer asks first, in words."""
+    """Facts that a maintainer asks first, in words."""
     device = pick_device("auto")
     found = environment(device)
     commit = {"commit": found["git_commit"]} if found["git_commit"] else {}
@@ -64,7 +64,7 @@ def cards() -> dict[str, str]:
 
 
 def folders() -> dict[str, str]:
-    """Where files are kept between runs, and what decides it."""
+    """Folders that keep files between runs, and the variable that decides each."""
     return {
         "prompt cache": _place(cache_folder(), "KVPO_CACHE"),
         "environments": _place(default_folder(), "KVPO_ENVS"),

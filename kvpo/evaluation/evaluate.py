@@ -43,17 +43,13 @@ class EvaluateConfig:
     """Steps between evaluations during training; 0 = only after the last."""
     prompts: str = ""
     """Prompt file of scripts that are not trained on.
-
     Empty: unseen stories where the miniature's are trained on; else the training prompts themselves
-    under other noise, and the report says so.
-    """
+    under other noise, and the report says so."""
     scripts: int = 64
     """Scripts of an evaluation."""
     seeds: int = 1
     """Videos of every script, each with noise of its own.
-
-    A script's number is their mean. From 2 on their diversity stands in the table too.
-    """
+    A script's number is their mean. From 2 on their diversity stands in the table too."""
     batch: int = 16
     """Videos generated together."""
     seed: int = 1000
@@ -62,9 +58,7 @@ class EvaluateConfig:
     """Scripts whose videos are kept, before and after."""
     stop_when_gamed: bool = True
     """End the run where trained rewards rise and a held-out evaluator falls.
-
-    It takes two successive evaluations (`kvpo.evaluation.goodhart`).
-    """
+    It takes two successive evaluations (`kvpo.evaluation.goodhart`)."""
 
     def __post_init__(self):
         if self.every < 0 or self.videos < 0 or min(self.batch, self.seeds) < 1 or self.scripts < 2:

@@ -55,14 +55,10 @@ class SentinelConfig:
     """Spread at which the run stops; 0 = never."""
     least: float = 0.05
     """Share of the start's value by which a mean must have moved at all.
-
-    Where seeds hardly differ, a spread is nothing.
-    """
+    Where seeds hardly differ, a spread is nothing."""
     kl_warn: float = 0.3
     """Mean KL to the start policy since the last look from which on a line is said, nats.
-
-    log G is the most there can be.
-    """
+    log G is the most there can be."""
     kl_stop: float = 1.0
 
     def __post_init__(self):

@@ -34,9 +34,7 @@ class AgreementConfig:
 
     window: int = 128
     """Latest groups over which the mean cosine runs; 0 = it is not measured.
-
-    128 tell a cosine of 0.01 from 0; each keeps 16 kB.
-    """
+    128 tell a cosine of 0.01 from 0; each keeps 16 kB."""
 
     def __post_init__(self):
         if self.window != 0 and self.window < LEAST:

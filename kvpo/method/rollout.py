@@ -177,20 +177,14 @@ class RolloutConfig:
     """G, besides the anchor."""
     cache_frames: int = 33
     """Latent frames the prefix keeps, sink and nearest frames included.
-
-    They are the pool that routing draws from.
-    """
+    They are the pool that routing draws from."""
     prefixes: int = 1
     """Groups of a process whose prefixes are generated and decoded side by side.
-
     More means fewer and larger calls, and a cache of ``cache_frames`` for each of them from then
-    on.
-    """
+    on."""
     together: int = 0
     """Most branches, the anchor included, that are generated or replayed side by side; 0 = all.
-
-    Each holds a past of its own in the cache: lower it where memory is short.
-    """
+    Each holds a past of its own in the cache: lower it where memory is short."""
 
     def __post_init__(self):
         if self.branches < 2:

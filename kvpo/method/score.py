@@ -28,17 +28,13 @@ class ScoreConfig:
 
     clip_frames: int = 36
     """Longest clip of the global signal, pixel frames.
-
-    It lies in the middle of what its segment has from the fork on.
-    """
+    It lies in the middle of what its segment has from the fork on."""
     min_frames: int = 12
     """Shorter stretches are not scored: too little to judge motion by."""
     segments: int | None = None
     """Prompt segments that a group's global signal looks at, its fork's own the first.
-
     None: all of them; 0: the local signal is all. What comes after is neither generated nor
-    decoded. Evaluations look at all.
-    """
+    decoded. Evaluations look at all."""
 
     together: int = 0
     """Most rows that are decoded side by side, 0 = all: lower it where memory is short."""

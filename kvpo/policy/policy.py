@@ -38,18 +38,14 @@ class PolicyConfig:
     """LoRA rank; alpha = rank, so the adapter acts at scale 1."""
     sync_interval: int = 1
     """Optimizer updates between copies of the current weights into the behaviour policy.
-
-    A copy is made at the end of a step only.
-    """
+    A copy is made at the end of a step only."""
     ema: float = 0.999
     """Decay of the averaged weights; it warms up as (1 + n) / (10 + n) over n updates."""
     shard: bool = False
     """Share masters, EMA, behaviour, reference and optimizer moments out over the ranks (FSDP2).
-
     It takes 24 / ranks bytes a trained weight. The module's weights, the reference's and the
     gradient stay whole on each, 2 + 2 + 4 bytes in bf16: all of 1.3B fit a card, of 14B an adapter
-    does.
-    """
+    does."""
 
     def __post_init__(self):
         if self.rank < 1 or self.sync_interval < 1:
@@ -125,7 +121,10 @@ class Policy:
 
     @contextmanager
     def at_hand(self, *sets: list[torch.Tensor]) -> Iterator[None]:
-        """All ranks enter; inside, each may be `using` these sets, or not, without the others."""
+        """Keep these sets at hand, so that each rank may be `using` them without the others.
+
+        All ranks must enter.
+        """
         self._at_hand = {id(weights): self.layout.whole(weights) for weights in sets}
         if self.on_policy:
             self._at_hand[id(self.behaviour)] = [p.data for p in self.layout.computing]

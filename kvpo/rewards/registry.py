@@ -64,19 +64,15 @@ class RewardEntry:
 
     name: str
     """Name of the reward: a shipped one, an entry point's, or one's own.
-
     Shipped names are listed by `kvpo rewards list`; one's own is ``package.module:Class`` or
     ``package.module:function``; isolated also a scorer file or that of a shipped environment
-    (docs/isolated_rewards.md).
-    """
+    (docs/isolated_rewards.md)."""
     weight: float = 1.0
     """Weight of its advantages; 0 = logged, not trained on."""
     role: Literal["train", "eval", "guard"] = "train"
     """Role of the reward: `train`, `eval` or `guard`.
-
     `eval`: held out, only ever used by evaluations, and of another family than the trained ones;
-    `guard`: likewise used, but it may see as the trained ones do: it must not fall.
-    """
+    `guard`: likewise used, but it may see as the trained ones do: it must not fall."""
     params: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of its class or function."""
     offload: bool = False
@@ -85,9 +81,7 @@ class RewardEntry:
     """Place where it runs: this process, a worker with its own environment, or a server."""
     environment: str = ""
     """Environment (`kvpo reward-env create`) or Python whose worker runs it; empty = this Python.
-
-    For isolation `process`.
-    """
+    For isolation `process`."""
     devices: str = ""
     """`process`: cards of its own, as in CUDA_VISIBLE_DEVICES; empty = the run's."""
     url: str = ""
