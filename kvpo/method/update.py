@@ -1,7 +1,6 @@
-"""Stage 7: energies and objective to gradients, a finite check, and the optimizer's step (method.md
-section 5).
+"""Stage 7: energies and objective to gradients, a finite check, and the optimizer's step.
 
-The loss is a function of G numbers, so its cotangents are too: replay with gradient goes pass by
+It is section 5 of method.md. The loss is a function of G numbers, so its cotangents are too: replay with gradient goes pass by
 pass, each multiplied by its branches' numbers and freed. The gradient is the same whatever the size
 of a pass; it is that of the energies with pages held still (method.md section 5), which at P = 1 is
 all of it.
@@ -34,23 +33,24 @@ class OptimizerConfig:
 
     lr: float = 1e-5
     warmup: int = 5
-    """Updates over which the rate rises linearly to ``lr``; the first one already moves (lr /
-    warmup)."""
+    """Updates over which the rate rises linearly to ``lr``.
+    The first one already moves, at lr / warmup."""
     weight_decay: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
-    """Added to the root mean square that a weight's step is divided by. Where most of a gradient
-    is noise, AdamW moves every weight by about ``lr`` whichever way it falls; an ``eps`` of the
-    gradients' own size lets weights of little gradient rest."""
+    """Number added to the root mean square that a weight's step is divided by.
+    Where most of a gradient is noise, AdamW moves every weight by about ``lr`` whichever way it
+    falls; an ``eps`` of the gradients' own size lets weights of little gradient rest."""
     clip: float = 1.0
-    """Largest gradient norm of one group. Groups differ a hundredfold (`auto` temperature
-    divides by the spread of their energies): clipped together, one group would speak for all."""
+    """Largest gradient norm of one group, or of a step where ``clip_of`` says so.
+    Groups differ a hundredfold (`auto` temperature divides by the spread of their energies):
+    clipped together, one group would speak for all."""
     clip_of: Literal["group", "step"] = "group"
-    """Gradient that ``clip`` bounds: that of each group, so that every group above it counts
-    alike, or the step's sum, where a group weighs what its gradient does, the velocity penalty's
-    included. A step's sum is the mean over its groups. With `advantages.std: step` take `step`:
-    a clip of each group undoes what that does."""
+    """Gradient that ``clip`` bounds: that of each group, or the step's sum.
+    By group, every group above the bound counts alike; by step, a group weighs what its gradient
+    does, the velocity penalty's included. A step's sum is the mean over its groups. With
+    `advantages.std: step` take `step`: a clip of each group undoes what that does."""
 
     def __post_init__(self):
         if not (self.lr > 0.0 and self.eps > 0.0 and self.clip > 0.0 and self.warmup >= 1):
@@ -68,19 +68,29 @@ class GroupUpdate:
     """Outcome of one group: its scores and what it added to the step's gradient."""
 
     energy: torch.Tensor
-    """E_M float64 of the group's members under the current weights; NaN where the group was
-    skipped."""
+    """E_M float64 of the group's members under the current weights.
+
+    It is NaN where the group was skipped.
+    """
     pi: torch.Tensor
     """pi_old_M, the behaviour policy's share of every member; likewise."""
     metrics: Mapping[str, float]
     old: torch.Tensor | None = None
-    """E_M under the behaviour weights, and under the reference's: both stay for the further
-    updates on the same group. None where it was skipped; the second also where the KL is to the
-    behaviour policy."""
+    """E_M under the behaviour weights; None where the group was skipped.
+
+    It stays for the further updates on the same group.
+    """
     reference: torch.Tensor | None = None
+    """E_M under the reference weights; None where the group was skipped.
+
+    It stays for the further updates too. It may also be None where the KL is to the behaviour
+    policy, which needs no reference.
+    """
     sketch: torch.Tensor | None = None
-    """Sketch of the group's gradient before its clip, of length 1; None where its branches are
-    tied, or nobody asked."""
+    """Sketch of the group's gradient before its clip, divided by the gradient's norm.
+
+    None where the group's branches are tied, or nobody asked.
+    """
 
 
 class Updater:
@@ -180,11 +190,11 @@ class Updater:
     def hold(
         self, penalty: VelocityPenalty, velocities: Callable[[], list[torch.Tensor]], phases: Phases
     ) -> dict[str, float]:
-        """Add the clipped gradient of the penalty on one group's held blocks, given their
-        velocities under the weights in the module. One rank of a row does.
+        """Add the clipped gradient of the velocity penalty on one group's held blocks.
 
-        Nothing where there are none, and before the first update, when both velocities are the
-        same.
+        ``velocities``: gives theirs under the weights in the module. One rank of a row does this.
+        Nothing is added where there are none, and before the first update, when both velocities
+        are the same.
         """
         if self.policy.updates == 0:
             return {}
@@ -235,8 +245,10 @@ class Updater:
         return metrics | {"optim/drift": self.policy.drift()}
 
     def _refuse_broken(self) -> None:
-        """FloatingPointError where the update has left a weight or a moment that is not finite;
-        all ranks enter."""
+        """Raise FloatingPointError where the update has left a weight or moment that is not finite.
+
+        All ranks enter.
+        """
         policy, state = self.policy, self.optimizer.state
         found = [
             [p.detach(), *(x for x in state[p].values() if x.dim())] for p in policy.parameters
@@ -254,10 +266,10 @@ class Updater:
     def _add_clipped(
         self, losses: Iterable[torch.Tensor], share: float, row: Ranks, sketch: Sketch | None = None
     ) -> tuple[float, torch.Tensor | None]:
-        """Add the gradient of the losses' sum over the ranks of ``row`` to the step's, clipped by
-        itself where groups are; its norm and its sketch before that.
+        """Add the gradient of the losses' sum over the ranks of ``row`` to the step's.
 
-        The losses are ``share`` of a whole group's. A gradient that is not finite is left for
+        It is clipped by itself where ``clip_of`` is group; returned are its norm and its sketch
+        before that. The losses are ``share`` of a whole group's. A gradient that is not finite is left for
         `step` to name.
         """
         collecting = self.policy.layout.collecting
@@ -288,8 +300,10 @@ class Updater:
             return self._of_all(replay.energies)
 
     def _of_all(self, energies: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """E_M of a group from every rank's own members: its branches in order, then the anchor
-        where that is one."""
+        """E_M of a group, put together from every rank's own members.
+
+        The branches come in order, then the anchor where that is a member.
+        """
         with self.row.together():
             own = energies()
         return torch.cat(self.row.gather(own))
