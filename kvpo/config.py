@@ -19,21 +19,16 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from kvpo.common.metrics import MOST_INNER
-from kvpo.evaluation.evaluate import EvaluateConfig
-from kvpo.evaluation.sentinels import SentinelConfig
+from kvpo.evaluation.settings import EvaluateConfig, SentinelConfig
 from kvpo.method.advantages import Advantages, UnsafePolicy
-from kvpo.method.agreement import AgreementConfig
 from kvpo.method.energies import DenoisedEnergy, Surrogate, Temperature, VelocityEnergy
 from kvpo.method.explorers import Explorer, StartNoise
 from kvpo.method.loss import ClippedObjective
-from kvpo.method.rollout import RolloutConfig
 from kvpo.method.routing import KVRouting
-from kvpo.method.score import ScoreConfig
-from kvpo.method.update import OptimizerConfig
+from kvpo.method.settings import AgreementConfig, OptimizerConfig, RolloutConfig, ScoreConfig
 from kvpo.method.velocity_penalty import VelocityPenalty
-from kvpo.policy.checkpoint import CheckpointConfig
-from kvpo.policy.policy import PolicyConfig
-from kvpo.rewards.registry import RewardEntry
+from kvpo.policy.settings import CheckpointConfig, PolicyConfig
+from kvpo.rewards.entry import RewardEntry
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -94,7 +89,7 @@ class RunConfig:
     explorer: Literal["kv_routing", "start_noise"] = "kv_routing"
     """Source of branch diversity; the section of that name holds its settings."""
     surrogate: Literal["velocity_energy", "denoised_energy"] = "velocity_energy"
-    """The energy that says how likely a branch is; likewise."""
+    """Energy that says how likely a branch is; the section of that name holds its settings."""
     context: Literal["branch", "anchor", "self"] = "branch"
     """Latents that later blocks of the window read in replay.
     `branch`: the branch's clean latents; `anchor`: the anchor's; `self`: the policy's own
@@ -126,6 +121,7 @@ class RunConfig:
         RewardEntry("efficientnet", role="eval", params={"size": 64, "enough_motion": 0.01}),
         RewardEntry("world_facts", role="guard"),
     )
+    """Rewards: those that are trained on, and those that only evaluations ask (role)."""
     calibration_clips: str = ""
     """Folder of good videos with clips.csv (file, prompt) to check the trained rewards on.
     They must prefer moving to frozen before anything is trained. Empty: the miniature's true clips

@@ -34,11 +34,8 @@ def unloaded(monkeypatch):
         raise AssertionError("weights were loaded before the input was checked")
 
     for module in (
-        "commands.explore",
-        "commands.evaluate",
-        "commands.generate",
-        "commands.ab",
-        "commands.vbench",
+        "api.shared",
+        "runs.loading",
         "evaluation.ab_pairs",
         "evaluation.vbench",
         "generators.generate",

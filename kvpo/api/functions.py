@@ -22,6 +22,7 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 
+from kvpo.api.defaults import OUT, SCRIPTS
 from kvpo.api.records import Evaluation, Exploration, Mean, Run, Video
 from kvpo.api.settings import settle
 from kvpo.api.shared import loaded, measured, score_group, shown_explorer
@@ -45,11 +46,6 @@ from kvpo.runs.loading import load_generator, precision
 from kvpo.runs.state import restarted_here
 from kvpo.train import Alignment
 from kvpo.types import Script
-
-OUT = Path("runs/align")
-"""Folder of a run that is given none."""
-SCRIPTS = 128
-"""Scripts of an evaluation that is asked for; a run's own are fewer, and set by its recipe."""
 
 Record = TypeVar("Record", Mean, Row)
 

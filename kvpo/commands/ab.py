@@ -6,20 +6,17 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvpo.commands.options import Positional
 from kvpo.common.environment import command, pick_device
 from kvpo.common.files import must_be_new, try_folder
 from kvpo.common.progress import Progress
 from kvpo.config import RunConfig, load_config, recipe_path
-from kvpo.evaluation.ab_pairs import Pair, check_alike, claim, draw_pairs
-from kvpo.generators.generate import write_missing
-from kvpo.generators.pipeline import Geometry
-from kvpo.generators.readable import check_prompts
-from kvpo.generators.sampler import SAMPLERS
-from kvpo.pages.ab import QUESTIONS, write_page
-from kvpo.runs.build import evaluation_scripts
-from kvpo.runs.loading import load_generator, pipeline_folder
+
+if TYPE_CHECKING:
+    from kvpo.evaluation.ab_pairs import Pair
+    from kvpo.generators.pipeline import Geometry
 
 
 @dataclass(frozen=True)
@@ -51,6 +48,12 @@ class Ab:
             raise ValueError(
                 f"--seeds {' '.join(map(str, self.seeds))}: give at least one seed and each once, equal ones would make equal pairs"
             )
+        from kvpo.evaluation.ab_pairs import claim, draw_pairs
+        from kvpo.generators.readable import check_prompts
+        from kvpo.pages.ab import QUESTIONS, write_page
+        from kvpo.runs.build import evaluation_scripts
+        from kvpo.runs.loading import pipeline_folder
+
         config = load_config(recipe_path(self.recipe))
         config = replace(
             config,
@@ -91,6 +94,11 @@ class Ab:
 
         Those that are there already stay. Returns its geometry, alike the ``other``'s.
         """
+        from kvpo.evaluation.ab_pairs import check_alike, claim
+        from kvpo.generators.generate import write_missing
+        from kvpo.generators.sampler import SAMPLERS
+        from kvpo.runs.loading import load_generator
+
         pipeline, label = load_generator(
             getattr(self, name), pick_device(self.device), config.vae_dtype, config.dtype
         )

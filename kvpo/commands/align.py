@@ -5,18 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvpo.api.functions import OUT
+from kvpo.api.defaults import OUT
 from kvpo.commands.options import Positional
 from kvpo.commands.settings import Settings
 from kvpo.common.environment import pick_device
 from kvpo.common.files import try_folder
 from kvpo.common.progress import Progress
 from kvpo.common.wording import count_of
-from kvpo.distributed.ranks import leave
-from kvpo.distributed.signals import Stopped, ending_at_once
-from kvpo.planning.missing import refuse_missing
-from kvpo.runs.state import restarted_here
-from kvpo.train import Alignment
 
 
 @dataclass(frozen=True)
@@ -43,6 +38,12 @@ class Align:
             raise ValueError(
                 "--override lets a resumed run take other settings, and without --resume a new run begins; give both, or leave it out"
             )
+        from kvpo.distributed.ranks import leave
+        from kvpo.distributed.signals import Stopped, ending_at_once
+        from kvpo.planning.missing import refuse_missing
+        from kvpo.runs.state import restarted_here
+        from kvpo.train import Alignment
+
         progress, run = Progress(self.out / "logs"), None
         with ending_at_once():
             try:

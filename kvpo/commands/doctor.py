@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from kvpo.commands.options import Positional
 from kvpo.commands.settings import Settings
-from kvpo.doctor.doctor import examine
-from kvpo.planning.missing import refuse_missing
 
 
 @dataclass(frozen=True)
@@ -19,6 +17,9 @@ class Doctor:
     settings: Settings
 
     def __call__(self) -> None:
+        from kvpo.doctor.doctor import examine
+        from kvpo.planning.missing import refuse_missing
+
         refuse_missing(self.settings)
         if not examine(self.settings):
             raise ValueError("some invariants do not hold; see the lines marked FAILED above")

@@ -8,11 +8,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
-import torch
-from huggingface_hub.constants import HF_HUB_CACHE
-
 from kvpo.common.environment import environment, pick_device, version_of
-from kvpo.generators.embeddings import cache_folder
 from kvpo.rewards.isolated.environments import default_folder
 
 
@@ -29,6 +25,8 @@ class Env:
 
 def facts() -> dict[str, str]:
     """Facts that a maintainer asks first, in words."""
+    import torch
+
     device = pick_device("auto")
     found = environment(device)
     commit = {"commit": found["git_commit"]} if found["git_commit"] else {}
@@ -56,6 +54,8 @@ def _against(version: str | None, pin: str) -> str:
 
 def cards() -> dict[str, str]:
     """Every GPU that this torch sees, with its memory."""
+    import torch
+
     found = {}
     for i in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(i)
@@ -65,6 +65,10 @@ def cards() -> dict[str, str]:
 
 def folders() -> dict[str, str]:
     """Folders that keep files between runs, and the variable that decides each."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    from kvpo.generators.embeddings import cache_folder
+
     return {
         "prompt cache": _place(cache_folder(), "KVPO_CACHE"),
         "environments": _place(default_folder(), "KVPO_ENVS"),

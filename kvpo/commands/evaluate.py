@@ -5,28 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kvpo.api.functions import SCRIPTS
-from kvpo.api.shared import measured
+from kvpo.api.defaults import SCRIPTS
 from kvpo.commands.options import Positional
 from kvpo.common.environment import command, pick_device
 from kvpo.common.files import say_replaced, try_file, unused
 from kvpo.common.progress import Progress
 from kvpo.config import load_config, recipe_path
-from kvpo.evaluation.evaluate import (
-    EvaluateConfig,
-    compare,
-    enough_scripts,
-    kinds_of,
-    means,
-    means_table,
-    table,
-    write_comparison,
-    write_means,
-)
-from kvpo.generators.readable import check_prompts
-from kvpo.rewards.scorer import load_rewards
-from kvpo.runs.build import evaluation_scripts, trained_families, unseen
-from kvpo.runs.loading import pipeline_folder
+from kvpo.evaluation.settings import EvaluateConfig
 
 
 @dataclass(frozen=True)
@@ -61,6 +46,22 @@ class Evaluate:
 
 def evaluate_command(args: Evaluate) -> None:
     recipe = load_config(recipe_path(args.recipe))
+    from kvpo.api.shared import measured
+    from kvpo.evaluation.evaluate import (
+        compare,
+        enough_scripts,
+        kinds_of,
+        means,
+        means_table,
+        table,
+        write_comparison,
+        write_means,
+    )
+    from kvpo.generators.readable import check_prompts
+    from kvpo.rewards.scorer import load_rewards
+    from kvpo.runs.build import evaluation_scripts, trained_families, unseen
+    from kvpo.runs.loading import pipeline_folder
+
     config = replace(
         recipe,
         evaluate=replace(

@@ -5,30 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-
-from kvpo.api.records import branch_table
-from kvpo.api.shared import score_group, shown_explorer
 from kvpo.commands.options import Positional
 from kvpo.commands.settings import Settings
 from kvpo.common.environment import pick_device
 from kvpo.common.files import say_replaced, try_folder, unused
 from kvpo.common.progress import Progress
 from kvpo.common.provenance import about_video, write_beside
-from kvpo.common.timing import Phases
-from kvpo.generators.pipeline import Pipeline, pixel_span
-from kvpo.generators.readable import check_prompts
-from kvpo.generators.sampler import SAMPLERS
-from kvpo.method.explorers import Explorer
-from kvpo.method.rollout import roll_out
-from kvpo.method.score import decode, pixel_diversity
-from kvpo.method.update import GroupUpdate
-from kvpo.report.samples import show_group
-from kvpo.runs.build import evaluation_scripts, judges
-from kvpo.runs.loading import load_generator, pipeline_folder
-from kvpo.types import Rollout, Window
+
+if TYPE_CHECKING:
+    from kvpo.generators.pipeline import Pipeline
+    from kvpo.method.explorers import Explorer
+    from kvpo.types import Rollout, Window
 
 
 @dataclass(frozen=True)
@@ -60,6 +49,20 @@ class Explore:
 
 
 def explore_command(args: Explore) -> None:
+    import torch
+
+    from kvpo.api.records import branch_table
+    from kvpo.api.shared import score_group, shown_explorer
+    from kvpo.common.timing import Phases
+    from kvpo.generators.readable import check_prompts
+    from kvpo.generators.sampler import SAMPLERS
+    from kvpo.method.rollout import roll_out
+    from kvpo.method.score import pixel_diversity
+    from kvpo.method.update import GroupUpdate
+    from kvpo.report.samples import show_group
+    from kvpo.runs.build import evaluation_scripts, judges
+    from kvpo.runs.loading import load_generator, pipeline_folder
+
     config, device, progress, phases = (
         args.settings,
         pick_device(args.settings.device),
@@ -178,5 +181,8 @@ def widest_fork(
 
 def window_diversity(pipeline: Pipeline, rollout: Rollout) -> float:
     """Pixel diversity of a group's branches within their window."""
+    from kvpo.generators.pipeline import pixel_span
+    from kvpo.method.score import decode, pixel_diversity
+
     first, stop = pixel_span((rollout.window.fork, rollout.window.stop), pipeline.geometry)
     return pixel_diversity(decode(pipeline, rollout, stop - first)[:-1, : stop - first])

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Literal
 
 from kvpo.commands.options import Positional
-from kvpo.convert.export_formats import export
 
 
 @dataclass(frozen=True)
@@ -34,4 +33,6 @@ class Export:
     That is the run's own for a whole model, and float32, in which it is trained, for an adapter."""
 
     def __call__(self) -> None:
+        from kvpo.convert.export_formats import export
+
         print(f"written to {export(self.run, self.format, self.out, self.dtype).resolve()}")

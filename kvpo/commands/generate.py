@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -17,14 +17,10 @@ from kvpo.common.progress import Progress
 from kvpo.common.provenance import about_video, write_beside
 from kvpo.common.wording import count_of
 from kvpo.config import DataConfig, RunConfig
-from kvpo.convert.lora import add_lora
-from kvpo.generators.generate import write_video
-from kvpo.generators.pipeline import Geometry, block_at, check_folder
-from kvpo.generators.readable import check_prompts
-from kvpo.generators.sampler import SAMPLERS
-from kvpo.method.prompts import even_starts, read_scripts, readable, starts_at
-from kvpo.runs.loading import load_generator, pipeline_folder, precision
 from kvpo.types import Script
+
+if TYPE_CHECKING:
+    from kvpo.generators.pipeline import Geometry
 
 
 @dataclass(frozen=True)
@@ -61,6 +57,13 @@ class Generate:
 
     def __call__(self) -> None:
         self.check_options()
+        from kvpo.convert.lora import add_lora
+        from kvpo.generators.generate import write_video
+        from kvpo.generators.pipeline import check_folder
+        from kvpo.generators.readable import check_prompts
+        from kvpo.generators.sampler import SAMPLERS
+        from kvpo.runs.loading import load_generator, pipeline_folder, precision
+
         progress, device, folder = (
             Progress(),
             pick_device(self.device),
@@ -129,6 +132,9 @@ class Generate:
         Raises ValueError where prompts do not fit into it, or a time of --at would change none of
         them.
         """
+        from kvpo.generators.pipeline import block_at
+        from kvpo.method.prompts import even_starts, read_scripts, readable, starts_at
+
         blocks = block_at(self.seconds, geometry, up=True) if self.seconds else self.blocks
         switches = [block_at(second, geometry) for second in self.at]
         if self.prompts:

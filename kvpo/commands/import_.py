@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from kvpo.commands.options import Positional
 from kvpo.common.progress import Progress
-from kvpo.convert.import_released import FORMATS, Format, import_checkpoint
-from kvpo.generators.pipeline import Geometry
+
+if TYPE_CHECKING:
+    from kvpo.convert.import_released import Format
+    from kvpo.generators.pipeline import Geometry
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ class Import:
             raise ValueError(
                 f"{[str(p) for p in self.paths]} are not files and a folder; give the checkpoint's files and then the folder to write"
             )
+        from kvpo.convert.import_released import import_checkpoint
+
         *files, out = self.paths
         say = Progress().say
         import_checkpoint(
@@ -90,6 +94,8 @@ class Import:
     @property
     def kind(self) -> Format:
         """The format, or the member of its family that a file's name means."""
+        from kvpo.convert.import_released import FORMATS
+
         for path in self.paths[:-1]:
             name = "/".join(path.absolute().parts[-2:]).lower()
             for other in reversed(FORMATS.values()):

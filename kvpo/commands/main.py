@@ -28,6 +28,7 @@ COMMANDS: Mapping[str, str] = {
     "vbench": "videos as VBench wants them, its scores and totals",
     "prompts": "write a public prompt set as a prompt file",
     "report": "write a run's report.html anew",
+    "config": "show a recipe's settings, with defaults and a line of what each is",
     "doctor": "check the method's invariants on a generator and a recipe",
     "plan": "memory, work and time of a recipe, before anything is loaded",
     "import": "turn a released checkpoint into a pipeline folder",
@@ -35,6 +36,7 @@ COMMANDS: Mapping[str, str] = {
     "pretrain": "make the miniature's start weights, from nothing",
     "env": "versions, device and cache folders, for bug reports",
 }
+HELP, HELP_ALL = {"-h", "--help"}, "--help-all"
 USER_ERRORS = (ValueError, OSError, FloatingPointError)
 
 SHARED_MEMORY = "/dev/shm"
@@ -146,6 +148,7 @@ def _parse(name: str, args: list[str]) -> Callable[[], None]:
 
     # seconds of imports, which --help and a mistyped command need not wait for
     command = find(name)
+    whole, args = HELP_ALL in args, ["--help" if arg == HELP_ALL else arg for arg in args]
     if "settings" not in command.__dataclass_fields__:
         return tyro.cli(
             command, args=_together(args) if name == "import" else args, prog=f"kvpo {name}"
@@ -155,8 +158,13 @@ def _parse(name: str, args: list[str]) -> Callable[[], None]:
     recipe = args[0] if args and not args[0].startswith("-") else "mini"
     rest = args[1:] if args and not args[0].startswith("-") else args
     default = command(recipe, load_config(recipe_path(recipe)))
+    if HELP & set(rest) and not whole:
+        from kvpo.commands.brief_help import print_brief_help
+
+        print_brief_help(name, default)
+        raise SystemExit(0)
     # an argument that is there already would be missing from the help
-    given = [] if {"-h", "--help"} & set(rest) else [recipe]
+    given = [] if whole else [recipe]
     return tyro.cli(command, args=[*given, *rest], prog=f"kvpo {name}", default=default)
 
 
@@ -165,7 +173,7 @@ def _together(args: list[str]) -> list[str]:
 
     The parser wants it so, and people write FILES --base BASE OUT. Every option here has a value.
     """
-    if {"-h", "--help"} & set(args):
+    if HELP & set(args):
         return args
     options, positional, rest = [], [], iter(args)
     for arg in rest:
@@ -195,6 +203,7 @@ def _usage() -> str:
             "",
             *lines,
             "",
-            "kvpo COMMAND --help lists a command's options; kvpo --version says which version this is.",
+            "kvpo COMMAND --help lists a command's options, --help-all also a recipe's settings as options;",
+            "kvpo --version says which version this is.",
         ]
     )

@@ -10,8 +10,6 @@ from typing import Literal
 from kvpo.commands.options import Positional
 from kvpo.commands.settings import Settings
 from kvpo.common.files import write_atomic
-from kvpo.planning.missing import missing, numbered
-from kvpo.planning.plan import planned
 
 
 @dataclass(frozen=True)
@@ -39,6 +37,9 @@ class Plan:
     """File to write everything to as JSON; default: none."""
 
     def __call__(self) -> None:
+        from kvpo.planning.missing import missing, numbered
+        from kvpo.planning.plan import planned
+
         absent = missing(self.settings, download=False)
         try:
             lines, content = planned(

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from kvpo.commands.options import Positional
 from kvpo.common.environment import pick_device
-from kvpo.mini.pretraining.pretrain import pretrain
 
 
 @dataclass(frozen=True)
@@ -22,4 +21,6 @@ class Pretrain:
     device: str = "auto"
 
     def __call__(self) -> None:
+        from kvpo.mini.pretraining.pretrain import pretrain
+
         pretrain(self.out, self.work, seed=self.seed, device=str(pick_device(self.device)))

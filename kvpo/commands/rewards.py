@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 import yaml
@@ -16,15 +16,12 @@ from kvpo.commands.options import Positional
 from kvpo.common.environment import command, pick_device
 from kvpo.common.files import try_file, write_atomic
 from kvpo.common.progress import Progress
-from kvpo.common.video import read_mp4
 from kvpo.config import RunConfig, load_config, recipe_path
-from kvpo.rewards.base import RewardSpec, VideoBatch
-from kvpo.rewards.calibration import FLAWS, MAY_PASS, MUST_WIN, Verdict, calibrate
-from kvpo.rewards.clips import folder_clips
-from kvpo.rewards.measured import missing_packages
-from kvpo.rewards.registry import RewardEntry, find, known
-from kvpo.rewards.scorer import load_rewards
-from kvpo.runs.build import calibration_clips, trained
+from kvpo.rewards.entry import RewardEntry
+
+if TYPE_CHECKING:
+    from kvpo.rewards.base import RewardSpec, VideoBatch
+    from kvpo.rewards.calibration import Verdict
 
 
 @dataclass(frozen=True)
@@ -32,6 +29,8 @@ class List:
     """Every reward that has a name: what it looks at, its licence, whether it can run here."""
 
     def __call__(self) -> None:
+        from kvpo.rewards.registry import find, known
+
         rows = [_listed(name, find(name).spec) for name in known()]
         widths = [max(map(len, column)) for column in zip(*rows)]
         for row in rows:
@@ -54,6 +53,10 @@ class Score:
     device: str = "auto"
 
     def __call__(self) -> None:
+        from kvpo.common.video import read_mp4
+        from kvpo.rewards.base import VideoBatch
+        from kvpo.rewards.scorer import load_rewards
+
         device = pick_device(self.device)
         (scorer,) = load_rewards(
             [RewardEntry(self.reward, params=dict(map(_param, self.params)))], device
@@ -102,6 +105,10 @@ class Calibrate:
             )
         config = load_config(recipe_path(self.recipe))
         try_file(self.out)
+        from kvpo.rewards.calibration import FLAWS, MAY_PASS, MUST_WIN, calibrate
+        from kvpo.rewards.scorer import load_rewards
+        from kvpo.runs.build import trained
+
         scorers = trained(load_rewards(config.rewards, pick_device(self.device)))
         batches = _clips(self, config)
         weights, table, progress = {s.spec.name: s.entry.weight for s in scorers}, {}, Progress()
@@ -150,6 +157,8 @@ class Rewards:
 
 
 def _listed(name: str, spec: RewardSpec) -> tuple[str, ...]:
+    from kvpo.rewards.measured import missing_packages
+
     missing = missing_packages(spec)
     here = (
         f"needs kvpo[{spec.extra}]"
@@ -176,6 +185,9 @@ def _param(text: str) -> tuple[str, Any]:
 
 
 def _clips(args: Calibrate, config: RunConfig) -> list[VideoBatch]:
+    from kvpo.rewards.clips import folder_clips
+    from kvpo.runs.build import calibration_clips
+
     found = folder_clips(args.clips) if args.clips else calibration_clips(config, args.count)
     if not found:
         raise ValueError(

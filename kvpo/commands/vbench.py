@@ -14,20 +14,7 @@ from kvpo.common.files import try_folder, write_atomic
 from kvpo.common.progress import Progress
 from kvpo.config import RunConfig, load_config, recipe_path
 from kvpo.evaluation.prompt_sets import SETS
-from kvpo.evaluation.vbench import (
-    DIMENSIONS,
-    INDEXES,
-    measure,
-    named_scripts,
-    table,
-    totals,
-    video_name,
-)
-from kvpo.generators.generate import write_missing
-from kvpo.generators.readable import check_prompts
-from kvpo.generators.sampler import SAMPLERS
 from kvpo.rewards.isolated.environments import python_of
-from kvpo.runs.loading import load_generator, pipeline_folder
 from kvpo.types import Script
 
 
@@ -63,6 +50,10 @@ class Vbench:
     device: str = "auto"
 
     def __call__(self) -> None:
+        from kvpo.evaluation.vbench import measure, named_scripts, table, totals
+        from kvpo.generators.readable import check_prompts
+        from kvpo.runs.loading import pipeline_folder
+
         python, dimensions = self.environment and python_of(self.environment), self.chosen()
         config, progress = load_config(recipe_path(self.recipe)), Progress()
         scripts = named_scripts(self.prompts, self.extended, self.blocks or config.data.blocks)
@@ -100,6 +91,8 @@ class Vbench:
 
     def chosen(self) -> list[str]:
         """Dimensions to measure.  ValueError where the mode, or VBench, has not got them."""
+        from kvpo.evaluation.vbench import DIMENSIONS, INDEXES
+
         there = [
             name for name, d in DIMENSIONS.items() if d.custom or self.mode == "vbench_standard"
         ]
@@ -122,6 +115,11 @@ class Vbench:
 
         Raises ValueError where those that are there are of something else.
         """
+        from kvpo.evaluation.vbench import video_name
+        from kvpo.generators.generate import write_missing
+        from kvpo.generators.sampler import SAMPLERS
+        from kvpo.runs.loading import load_generator
+
         pipeline, label = load_generator(
             self.generator, pick_device(self.device), config.vae_dtype, config.dtype
         )

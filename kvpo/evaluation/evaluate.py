@@ -21,6 +21,7 @@ from kvpo.common.files import write_atomic
 from kvpo.common.rng import stream
 from kvpo.evaluation.intervals import TOTAL, bootstrap_interval
 from kvpo.evaluation.power import sentence
+from kvpo.evaluation.settings import EvaluateConfig
 from kvpo.generators.generate import generate
 from kvpo.generators.pipeline import Pipeline
 from kvpo.generators.sampler import Sampler
@@ -35,36 +36,6 @@ DIVERSITY = "diversity"
 It is the mean squared difference of two of them, pixels in [0, 1]. It falls where a policy
 collapses, but noise has most of it.
 """
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    every: int = 0
-    """Steps between evaluations during training; 0 = only after the last."""
-    prompts: str = ""
-    """Prompt file of scripts that are not trained on.
-    Empty: unseen stories where the miniature's are trained on; else the training prompts themselves
-    under other noise, and the report says so."""
-    scripts: int = 64
-    """Scripts of an evaluation."""
-    seeds: int = 1
-    """Videos of every script, each with noise of its own.
-    A script's number is their mean. From 2 on their diversity stands in the table too."""
-    batch: int = 16
-    """Videos generated together."""
-    seed: int = 1000
-    """Names the scripts' and the noise's streams; training never draws from them."""
-    videos: int = 4
-    """Scripts whose videos are kept, before and after."""
-    stop_when_gamed: bool = True
-    """End the run where trained rewards rise and a held-out evaluator falls.
-    It takes two successive evaluations (`kvpo.evaluation.goodhart`)."""
-
-    def __post_init__(self):
-        if self.every < 0 or self.videos < 0 or min(self.batch, self.seeds) < 1 or self.scripts < 2:
-            raise ValueError(
-                f"evaluate: every = {self.every} and videos = {self.videos} must not be negative, batch = {self.batch} and seeds = {self.seeds} at least 1, scripts = {self.scripts} at least 2"
-            )
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ import torch
 
 from kvpo.common.metrics import read_metrics
 from kvpo.evaluation.evaluate import noise_name
+from kvpo.evaluation.settings import SentinelConfig
 from kvpo.generators.generate import generate
 from kvpo.generators.pipeline import Pipeline
 from kvpo.generators.sampler import Sampler
@@ -39,38 +40,6 @@ BAD: Mapping[str, Side] = {
     "diversity": "low",
 }
 """Sentinel -> the side to which it must not move."""
-
-
-@dataclass(frozen=True)
-class SentinelConfig:
-    every: int = 0
-    """Steps between looks; 0 = none."""
-    scripts: int = 4
-    """Prompts that are watched, the first ones of the evaluation."""
-    seeds: int = 3
-    """Videos of each, with noise of its own."""
-    warn: float = 1.0
-    """Spreads of the start weights over seeds from which on a line is said."""
-    stop: float = 3.0
-    """Spread at which the run stops; 0 = never."""
-    least: float = 0.05
-    """Share of the start's value by which a mean must have moved at all.
-    Where seeds hardly differ, a spread is nothing."""
-    kl_warn: float = 0.3
-    """Mean KL to the start policy since the last look from which on a line is said, nats.
-    log G is the most there can be."""
-    kl_stop: float = 1.0
-
-    def __post_init__(self):
-        if self.every < 0 or self.scripts < 1 or self.seeds < 2:
-            raise ValueError(
-                f"sentinels: every = {self.every} must not be negative, scripts = {self.scripts} at least 1, seeds = {self.seeds} at least 2 (their spread is the scale)"
-            )
-        for warn, stop in ((self.warn, self.stop), (self.kl_warn, self.kl_stop)):
-            if warn <= 0 or 0 < stop < warn:
-                raise ValueError(
-                    f"sentinels: a warning limit ({warn}) must be above 0 and at most its stop limit ({stop}; 0 = never)"
-                )
 
 
 @dataclass(frozen=True)

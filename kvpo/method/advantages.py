@@ -25,12 +25,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-
+from kvpo.common.late import Late
 from kvpo.method.batch_spread import Spread
 from kvpo.types import RewardTable
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = Late("torch")
 
 MIN_VALID = 0.75
 """Smallest share of valid rows with which a group is used.
@@ -73,7 +77,9 @@ class Advantages:
     """Component -> weight; empty = every component counts 1.
     Otherwise it must name every component."""
     local: float = 1.0
+    """Weight of the local signal: rewards of the window's clip."""
     global_: float = 0.5
+    """Weight of the global signal: rewards of the clips from the fork on."""
     anchor: bool = False
     """The anchor is a member of the group, so branches compete with it too.
     It has A = 0 before centring, an energy (0 under the weights that made it) and a share of pi.
@@ -150,6 +156,7 @@ class UnsafePolicy:
     kind: Literal["skip", "scale", "none"] = "none"
     """`skip` = 0, `scale` = ``factor``, `none` = the group counts like any other."""
     factor: float = 0.5
+    """The factor of kind `scale`."""
 
     def __post_init__(self):
         if self.kind not in ("skip", "scale", "none"):

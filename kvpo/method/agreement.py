@@ -15,32 +15,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 
 from kvpo.distributed.ranks import Ranks
+from kvpo.method.settings import LEAST_GROUPS, AgreementConfig
 from kvpo.method.sketch import SIZE
 
-LEAST = 4
-"""Groups from which on something is said."""
 NAME = "agreement.sketches"
 """Name of the sketches' tensor in a checkpoint."""
-
-
-@dataclass(frozen=True)
-class AgreementConfig:
-    """Settings of the measurement on the groups' gradients; training does not depend on it."""
-
-    window: int = 128
-    """Latest groups over which the mean cosine runs; 0 = it is not measured.
-    128 tell a cosine of 0.01 from 0; each keeps 16 kB."""
-
-    def __post_init__(self):
-        if self.window != 0 and self.window < LEAST:
-            raise ValueError(
-                f"agreement.window = {self.window} must be {LEAST} or more groups, or 0: of fewer there is no error to be told"
-            )
 
 
 class Agreement:
@@ -84,7 +67,7 @@ class Agreement:
 def metrics_of(x_ND: torch.Tensor) -> dict[str, float]:
     """Metrics of gradients x_ND of length 1, or of their sketches; empty if they are too few."""
     N = len(x_ND)
-    if N < LEAST:
+    if N < LEAST_GROUPS:
         return {}
     cosine, error = mean_cosine(x_ND)
     needed = {"agreement/needed": needed_groups(cosine)} if cosine > error else {}

@@ -12,10 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-
+from kvpo.common.late import Late
 from kvpo.types import RewardTable
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = Late("torch")
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
-import torch
-
+from kvpo.common.late import Late
 from kvpo.method.step_weights import StepWeights, refuse_bad, step_weights
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = Late("torch")
 
 
 class Surrogate(Protocol):
@@ -98,10 +102,11 @@ class Temperature:
 
 @dataclass(frozen=True)
 class DenoisedEnergy:
-    """Energy of the denoised latents: w_s = sigma_s^2 / (2 max(sigma_s, floor)^2).
+    """The reference code's energy: the squared error of the denoised latents.
 
-    So w_s ||v - u||^2 = ||x0_v - x0_u||^2 / (2 max(sigma_s, floor)^2). It holds because both x0
-    come from one input: x0_v - x0_u = sigma (u - v).
+    w_s = sigma_s^2 / (2 max(sigma_s, floor)^2), so w_s ||v - u||^2 = ||x0_v - x0_u||^2 / (2
+    max(sigma_s, floor)^2). It holds because both x0 come from one input: x0_v - x0_u =
+    sigma (u - v).
     """
 
     floor: float = 1.0
@@ -126,7 +131,10 @@ class DenoisedEnergy:
 
 @dataclass(frozen=True)
 class VelocityEnergy:
-    """w_s = 1: the mean squared residual of the velocities, in units of velocity squared."""
+    """The paper's energy: the mean squared residual of the velocities.
+
+    In units of velocity squared; w_s = 1 unless ``weights`` says otherwise.
+    """
 
     weights: StepWeights = "equal"
     """Weights of the denoise steps: `equal` (the paper's), `kernel`, or a number a step.

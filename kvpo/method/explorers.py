@@ -15,11 +15,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
-
-import torch
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from kvpo.types import BranchPlan, Window
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Geometry(Protocol):

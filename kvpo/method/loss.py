@@ -15,9 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
+from kvpo.common.late import Late
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = Late("torch")
 
 LOG_RATIO_MAX = 20.0
 """|log r| is clamped here, far outside every clip range, so that a broken replay gives a large loss and not inf."""
@@ -38,8 +43,9 @@ class ClippedObjective:
     """PPO's clipped objective over a group's branches, with a KL to the reference policy."""
 
     clip_low: float = 0.1
+    """Distance below 1 to which a ratio r counts."""
     clip_high: float = 0.2
-    """r is clipped to [1 - clip_low, 1 + clip_high]."""
+    """Distance above 1 to which it counts: r is clipped to [1 - clip_low, 1 + clip_high]."""
     kl_beta: float = 1.0
     """Strength of the KL to the reference policy, in advantage per nat; 0 = none.
     Without clipping, and for a uniform old policy, the optimum is pi_theta ~ pi_ref exp(A / beta):

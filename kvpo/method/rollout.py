@@ -26,6 +26,7 @@ from kvpo.generators.pipeline import Geometry, Pipeline
 from kvpo.generators.sampler import NamedNoise, Noise, Sampler, StackedNoise, Stream
 from kvpo.generators.streaming import StreamingDecoder
 from kvpo.method.explorers import Explorer, mix_noise
+from kvpo.method.settings import RolloutConfig
 from kvpo.types import BranchPlan, Rollout, Script, Trajectory, Window
 
 
@@ -167,38 +168,6 @@ Name = tuple[int | str, ...]
 """Name of a group's random streams, e.g. ("train", step, index)."""
 Held = Callable[[int], Sequence[int]]
 """Fork -> blocks of the prefix whose network inputs are kept."""
-
-
-@dataclass(frozen=True)
-class RolloutConfig:
-    """Settings of a group's rollout."""
-
-    branches: int = 8
-    """G, besides the anchor."""
-    cache_frames: int = 33
-    """Latent frames the prefix keeps, sink and nearest frames included.
-    They are the pool that routing draws from."""
-    prefixes: int = 1
-    """Groups of a process whose prefixes are generated and decoded side by side.
-    More means fewer and larger calls, and a cache of ``cache_frames`` for each of them from then
-    on."""
-    together: int = 0
-    """Most branches, the anchor included, that are generated or replayed side by side; 0 = all.
-    Each holds a past of its own in the cache: lower it where memory is short."""
-
-    def __post_init__(self):
-        if self.branches < 2:
-            raise ValueError(
-                f"rollout.branches = {self.branches}, but a group compares at least 2 branches; set 2 or more"
-            )
-        if self.cache_frames < 1:
-            raise ValueError(f"rollout.cache_frames = {self.cache_frames} must be positive")
-        if self.prefixes < 1:
-            raise ValueError(f"rollout.prefixes = {self.prefixes} must be 1 or more")
-        if self.together < 0:
-            raise ValueError(
-                f"rollout.together = {self.together} must be 1 or more, or 0 for all branches"
-            )
 
 
 @dataclass(frozen=True)

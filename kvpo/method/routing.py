@@ -22,12 +22,16 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
-import torch
-
+from kvpo.common.late import Late
 from kvpo.method.explorers import Geometry, check_branches, forks_from
 from kvpo.types import BranchPlan, Window
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = Late("torch")
 
 REDRAWS = 32
 """Groups drawn anew before single branches are redrawn, which may cost a draw its balance."""

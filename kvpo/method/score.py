@@ -18,40 +18,9 @@ from kvpo.common.timing import Phases
 from kvpo.distributed.ranks import Ranks
 from kvpo.generators.pipeline import Geometry, Pipeline, pixel_span
 from kvpo.method.rollout import PrefixDecoders
+from kvpo.method.settings import ScoreConfig
 from kvpo.rewards.base import Reward, VideoBatch
 from kvpo.types import RewardTable, Rollout, Script, Window
-
-
-@dataclass(frozen=True)
-class ScoreConfig:
-    """Settings of the clips that are scored."""
-
-    clip_frames: int = 36
-    """Longest clip of the global signal, pixel frames.
-    It lies in the middle of what its segment has from the fork on."""
-    min_frames: int = 12
-    """Shorter stretches are not scored: too little to judge motion by."""
-    segments: int | None = None
-    """Prompt segments that a group's global signal looks at, its fork's own the first.
-    None: all of them; 0: the local signal is all. What comes after is neither generated nor
-    decoded. Evaluations look at all."""
-
-    together: int = 0
-    """Most rows that are decoded side by side, 0 = all: lower it where memory is short."""
-
-    def __post_init__(self):
-        if self.together < 0:
-            raise ValueError(
-                f"score.together = {self.together} must be 1 or more, or 0 for all rows"
-            )
-        if self.segments is not None and self.segments < 0:
-            raise ValueError(
-                f"score.segments = {self.segments} must be 0 or more, or left out for all segments"
-            )
-        if not 1 <= self.min_frames <= self.clip_frames:
-            raise ValueError(
-                f"score.min_frames = {self.min_frames} must lie between 1 and score.clip_frames = {self.clip_frames}"
-            )
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
@@ -22,45 +21,10 @@ from kvpo.method.advantages import Advantage, UnsafePolicy
 from kvpo.method.energies import Temperature, squared_residual
 from kvpo.method.loss import ClippedObjective, entropy
 from kvpo.method.replay import Replay
+from kvpo.method.settings import OptimizerConfig
 from kvpo.method.sketch import Sketch
 from kvpo.method.velocity_penalty import VelocityPenalty
 from kvpo.policy.policy import Policy
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW on float32 master weights."""
-
-    lr: float = 1e-5
-    warmup: int = 5
-    """Updates over which the rate rises linearly to ``lr``.
-    The first one already moves, at lr / warmup."""
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    """Number added to the root mean square that a weight's step is divided by.
-    Where most of a gradient is noise, AdamW moves every weight by about ``lr`` whichever way it
-    falls; an ``eps`` of the gradients' own size lets weights of little gradient rest."""
-    clip: float = 1.0
-    """Largest gradient norm of one group, or of a step where ``clip_of`` says so.
-    Groups differ a hundredfold (`auto` temperature divides by the spread of their energies):
-    clipped together, one group would speak for all."""
-    clip_of: Literal["group", "step"] = "group"
-    """Gradient that ``clip`` bounds: that of each group, or the step's sum.
-    By group, every group above the bound counts alike; by step, a group weighs what its gradient
-    does, the velocity penalty's included. A step's sum is the mean over its groups. With
-    `advantages.std: step` take `step`: a clip of each group undoes what that does."""
-
-    def __post_init__(self):
-        if not (self.lr > 0.0 and self.eps > 0.0 and self.clip > 0.0 and self.warmup >= 1):
-            raise ValueError(
-                f"optimizer.lr = {self.lr}, eps = {self.eps} and clip = {self.clip} must be positive, warmup = {self.warmup} at least 1"
-            )
-        if self.clip_of not in ("group", "step"):
-            raise ValueError(
-                f"optimizer.clip_of = {self.clip_of!r} is unknown; choose group or step"
-            )
 
 
 @dataclass(frozen=True)

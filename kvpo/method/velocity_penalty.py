@@ -16,11 +16,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-
-from kvpo.generators.pipeline import Geometry, Pipeline
+from kvpo.common.late import Late
 from kvpo.types import Rollout, Script
+
+if TYPE_CHECKING:
+    import torch
+
+    from kvpo.generators.pipeline import Geometry, Pipeline
+else:
+    torch = Late("torch")
 
 
 @dataclass(frozen=True)

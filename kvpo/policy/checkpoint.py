@@ -45,20 +45,6 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 WHOLE, ELSEWHERE = "tensors.safetensors", "ema.safetensors"
 
 
-@dataclass(frozen=True)
-class CheckpointConfig:
-    every: int = 10
-    """Steps between checkpoints; the last step always has one."""
-    keep: int = 2
-    """Newest checkpoints that stay, beside that of the best held-out evaluation."""
-
-    def __post_init__(self):
-        if self.every < 1 or self.keep < 1:
-            raise ValueError(
-                f"checkpoint.every = {self.every} and checkpoint.keep = {self.keep} must be 1 or more"
-            )
-
-
 class BrokenCheckpoint(ValueError):
     """A file of a checkpoint that is not there, or not whole."""
 

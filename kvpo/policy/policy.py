@@ -14,8 +14,6 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from peft import LoraConfig
@@ -23,37 +21,11 @@ from peft import LoraConfig
 from kvpo.common.rng import stream
 from kvpo.distributed.ranks import Ranks
 from kvpo.generators.causal_wan import CausalWan
+from kvpo.policy.settings import PolicyConfig
 from kvpo.policy.sharding import Shards, Whole
 
 ADAPTER_TARGETS = r".*blocks\.\d+\.(attn[12]\.(to_q|to_k|to_v|to_out\.0)|ffn\.net\.(0\.proj|2))"
 """Every linear map inside the blocks, 10 a block."""
-
-
-@dataclass(frozen=True)
-class PolicyConfig:
-    """Settings of the trained weights and of their copies."""
-
-    train: Literal["lora", "full"] = "lora"
-    rank: int = 256
-    """LoRA rank; alpha = rank, so the adapter acts at scale 1."""
-    sync_interval: int = 1
-    """Optimizer updates between copies of the current weights into the behaviour policy.
-    A copy is made at the end of a step only."""
-    ema: float = 0.999
-    """Decay of the averaged weights; it warms up as (1 + n) / (10 + n) over n updates."""
-    shard: bool = False
-    """Share masters, EMA, behaviour, reference and optimizer moments out over the ranks (FSDP2).
-    It takes 24 / ranks bytes a trained weight. The module's weights, the reference's and the
-    gradient stay whole on each, 2 + 2 + 4 bytes in bf16: all of 1.3B fit a card, of 14B an adapter
-    does."""
-
-    def __post_init__(self):
-        if self.rank < 1 or self.sync_interval < 1:
-            raise ValueError(
-                f"policy.rank = {self.rank} and policy.sync_interval = {self.sync_interval} must be 1 or more"
-            )
-        if not 0.0 <= self.ema < 1.0:
-            raise ValueError(f"policy.ema = {self.ema} must lie in [0, 1); 0 keeps no average")
 
 
 class Policy:

@@ -81,7 +81,7 @@ def test_a_mistyped_command(capsys, name, near):
 
 @pytest.mark.parametrize("name", sorted(cli.COMMANDS))
 def test_help_mentions_every_option(capsys, name):
-    code, out, _ = run(capsys, name, "--help")
+    code, out, _ = run(capsys, name, "--help-all")
     command = cli.find(name)
     hints = get_type_hints(command, include_extras=True)
     wanted = [
@@ -95,6 +95,23 @@ def test_help_mentions_every_option(capsys, name):
         ]
     assert code == 0 and not [o for o in wanted if o not in out]
     assert ("positional arguments" in out) == bool(positional(command))
+
+
+@pytest.mark.parametrize("name", ["align", "plan", "doctor", "explore"])
+def test_help_fits_two_screens(capsys, name):
+    """`kvpo align --help` had 750 lines, its own three options among ninety of the recipe's."""
+    code, out, _ = run(capsys, name, "longlive", "--help")
+    command, hints = cli.find(name), get_type_hints(RunConfig)
+    sections = [f.name for f in fields(RunConfig) if is_dataclass(hints[f.name])]
+    own = [f.name for f in fields(command) if f.name not in (*positional(command), "settings")]
+    wanted = [f"--{option.replace('_', '-')}" for option in (*own, "help")]
+    assert code == 0 and len(out.splitlines()) < 90 and "--optimizer.eps" not in out
+    assert not [text for text in (*wanted, *(f"  --{s}.* " for s in sections)) if text not in out]
+    assert "kvpo config show longlive lists them" in out and f"kvpo {name} --help-all" in out
+
+
+def test_help_of_a_recipe_that_is_not_there(capsys):
+    assert run(capsys, "align", "minni", "--help")[::2] == run(capsys, "align", "minni")[::2]
 
 
 def positional(command: type) -> list[str]:
@@ -163,6 +180,7 @@ def test_an_illegal_value(capsys, tmp_path, folder, argv, message):
     ("argv", "message"),
     [
         (("align", "minni"), "kvpo align: there is no recipe 'minni'; shipped are "),
+        (("config", "show", "minni"), "kvpo config: there is no recipe 'minni'; shipped are "),
         (("doctor", "minni"), "kvpo doctor: there is no recipe 'minni'"),
         (("report", "nowhere"), "kvpo report: nowhere is no run folder"),
         (("generate", "nowhere", "--prompt", RED), "kvpo generate: nowhere is no pipeline folder"),

@@ -21,9 +21,10 @@ from tiny import (
 )
 
 from kvpo.commands import main as cli
-from kvpo.commands.generate import Generate, block_at
+from kvpo.commands.generate import Generate
 from kvpo.common.video import Mp4Writer, encode_mp4, read_about, read_mp4
 from kvpo.generators.generate import generate, streamed
+from kvpo.generators.pipeline import block_at
 from kvpo.generators.sampler import SAMPLERS
 from kvpo.planning.peak import Ledger
 from kvpo.runs.loading import load_pipeline
@@ -228,7 +229,7 @@ def test_out_of_memory_is_one_line(capsys, folder, tmp_path, monkeypatch, error)
         and "--dtype bfloat16" in err
         and not list(tmp_path.glob("v/*"))
     )
-    monkeypatch.setattr("kvpo.commands.doctor.examine", full)
+    monkeypatch.setattr("kvpo.doctor.doctor.examine", full)
     capsys.readouterr()
     assert cli.main(["doctor", "mini"]) == 1
     assert "`kvpo plan` with the same recipe" in capsys.readouterr().err

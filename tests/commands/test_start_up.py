@@ -37,6 +37,26 @@ def test_what_needs_no_network_does_not_import_torch(argv, tmp_path):
     assert done.stderr.splitlines()[-1] == "False", done.stderr
 
 
+def test_no_command_imports_torch_to_explain_itself():
+    """Four of the commands did not; `align`, `plan`, `generate` and the others took 5 to 7 seconds
+    of a processor to print their options. Nor does a recipe need it, or its refusal."""
+    script = """
+import sys
+from kvpo.commands.main import COMMANDS, main
+asked = [(name, "--help") for name in COMMANDS]
+asked += [("align", "mini", "--help-all"), ("config", "show", "mini"), ("plan", "nowhere")]
+codes = {}
+for argv in asked:
+    codes[argv] = main(list(argv))
+    if heavy := {"torch", "diffusers", "transformers", "av"} & {*sys.modules}:
+        sys.exit(f"kvpo {' '.join(argv)} imports {', '.join(sorted(heavy))}")
+wrong = [argv for argv, code in codes.items() if code != (argv[1] == "nowhere")]
+sys.exit(f"exit codes: {wrong}" if wrong else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     ("number", "said"),
     [
