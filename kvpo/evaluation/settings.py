@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class EvaluateConfig:
+    """Settings of the evaluations of a run."""
+
     every: int = 0
     """Steps between evaluations during training; 0 = only after the last."""
     prompts: str = ""
@@ -40,6 +42,8 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class SentinelConfig:
+    """Settings of the looks at what no reward watches."""
+
     every: int = 0
     """Steps between looks; 0 = none."""
     scripts: int = 4
