@@ -1,5 +1,6 @@
-"""Which replay context, energy and temperature? One step along each variant's mean gradient, all of
-them from the same groups.
+"""Comparison of replay contexts, energies and temperatures by one step along each mean gradient.
+
+All variants get the same groups.
 
 Training runs of a few minutes differ by their noise more than by these choices. Here every variant
 sees the same rollouts and rewards at the start weights, its groups' gradients are clipped and
@@ -68,7 +69,7 @@ def variants() -> dict[str, Variant]:
 def add_group(
     run: Alignment, index: int, found: dict[str, Variant]
 ) -> tuple[Rollout, dict[str, torch.Tensor]]:
-    """One group's gradient to every variant's sums; the group."""
+    """Add one group's gradient to every variant's sums; returns the group."""
     script = run.source.script(0, index)
     embeddings = run.embed(script)
     rollout, rewards, _ = run.explore(script, embeddings, ("train", 0, index))
@@ -105,8 +106,10 @@ def moved(run: Alignment, direction: torch.Tensor, length: float) -> list[torch.
 
 
 def distance(run: Alignment, weights: list[torch.Tensor], kept: list) -> float:
-    """Mean squared change of the velocities on the anchors' windows, which the start weights
-    explain exactly."""
+    """Mean squared change of the velocities on the anchors' windows.
+
+    The start weights explain these exactly.
+    """
     with run.policy.using(weights):
         energies = [
             Replay(

@@ -1,5 +1,6 @@
-"""Does alignment gain, and is it the rewards that gain it? Training seeds of the recipe and of its
-controls, on unseen scripts.
+"""Gain of alignment on unseen scripts, and of controls whose rewards say nothing.
+
+It trains several seeds of the recipe and of its controls.
 
     python benchmarks/claims.py [--recipe mini] [--seeds 0 1 2] [--scripts 256] \\
         [--evaluation-seed 9000] [--out runs/claims]
@@ -72,8 +73,10 @@ def train(recipe: str, arm: str, seed: int, out: Path) -> None:
 
 
 def values(spec: str, config: RunConfig, path: Path, progress: Progress) -> dict[str, torch.Tensor]:
-    """Per-script values of every component, float64, of the trained ones' mean first; kept in
-    ``path``."""
+    """Per-script values of every component, float64, kept in ``path``.
+
+    The mean of the trained ones comes first.
+    """
     if not path.exists():
         device = torch.device("cpu")
         rewards = load_rewards(config.rewards, device)
@@ -91,8 +94,10 @@ def values(spec: str, config: RunConfig, path: Path, progress: Progress) -> dict
 
 
 def over_seeds(diff_SN: torch.Tensor, name: str) -> tuple[float, float, float]:
-    """Mean of differences [training seeds, scripts] and its 95 % interval, seeds and scripts
-    drawn anew."""
+    """Mean of differences [training seeds, scripts] and its 95 % interval.
+
+    Seeds and scripts are drawn anew.
+    """
     S, N = diff_SN.shape
     g = stream(0, "claims", name)
     seeds, scripts = (

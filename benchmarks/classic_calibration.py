@@ -1,5 +1,6 @@
-"""Does the reward `classic` tell real clips from cheap imitations of them? On clips that its limits
-were not chosen on.
+"""Calibration of the reward `classic` on real clips and cheap imitations of them.
+
+Its limits were not chosen on the held-out clips.
 
 Every clip is scored, and so is every flaw of the calibration suite made from it. Won = the clip
 scores above its own spoilt copy.
@@ -77,7 +78,7 @@ TUNED = (
     Source("Debian opencv-doc", "box.mp4", "a hand-held box", ((1, 36), (8, 36))),
     Source("Debian opencv-doc", "cup.mp4", "a hand and a cup, white wall", ((1, 36), (4.5, 36))),
 )
-"""What the limits of `classic` were chosen on."""
+"""Clips that the limits of `classic` were chosen on."""
 HELD_OUT = (
     Source(
         "PyPI mvtb-data",
@@ -116,13 +117,17 @@ SETS = {
     "held_out_64": (HELD_OUT, 64),
     "miniature": ((), 64),
 }
-"""Name -> sources and width; 64 = the middle square at 64x64; no source = the miniature's true
-clips."""
+"""Name -> sources and width.
+
+64 = the middle square at 64x64; no source = the miniature's true clips.
+"""
 
 
 def read(path: Path, start: float, count: int, width: int) -> tuple[np.ndarray, float]:
-    """uint8 [T, C, H, W] and its rate, the whole fraction of the file's nearest to 16 frames a
-    second."""
+    """Read frames, uint8 [T, C, H, W], and their rate.
+
+    The rate is the whole fraction of the file's nearest to 16 frames a second.
+    """
     with path.open("rb") as file, av.open(file) as container:
         rate = float(container.streams.video[0].average_rate)
         every, first = max(1, round(rate / 16)), round(start * rate)
@@ -197,8 +202,10 @@ def judge(folder: Path, sources: tuple[Source, ...], width: int) -> Table:
 
 
 def photographic(folder: Path) -> dict[str, dict[str, float]]:
-    """Flaw, or ``real`` -> clip -> NIQE of five frames, of the held-out clips that are large
-    enough."""
+    """Flaw, or ``real`` -> clip -> NIQE of five frames.
+
+    The clips are the held-out ones that are large enough.
+    """
     reward, table = Niqe(stride=9), {}
     reward.load()
     for name, batch in clips(folder, HELD_OUT, 832):
@@ -252,7 +259,7 @@ def rows(head: list[str], lines: list[list[str]]) -> str:
 
 
 def tables(results: dict[str, Table]) -> dict[str, str]:
-    """What docs/classic.md shows, by the name in its comments."""
+    """Tables of docs/classic.md, by the name in its comments."""
     held, names = results["held_out_64"], list(SETS)
     sources = [
         [s.file, s.package, s.shows, str(len(s.stretches)), use]

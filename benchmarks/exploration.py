@@ -1,5 +1,6 @@
-"""Where does each explorer's diversity come from, and what is it worth? KV routing against start
-noise at equal branches.
+"""Source and worth of each explorer's diversity: KV routing against start noise.
+
+Both have equally many branches.
 
 For many groups: the rewards' spread, the best branch minus the anchor, and how far branches differ
 low-level (pixels) and in meaning (attributes, by the held-out classifier), split by stories that
@@ -49,8 +50,10 @@ ELSEWHERE = ("routing, nearest 1, P 3", "routing, nearest 2, P 1", "start noise 
 
 
 def at_switch(script: Script, eligible: list[int]) -> int:
-    """The last prompt switch that can be a fork (in a memory story: where the object comes out
-    again), else the middle one."""
+    """The last prompt switch that can be a fork, else the middle block that can.
+
+    In a memory story the object comes out again there.
+    """
     switches = [s for s in script.starts if s in eligible]
     return switches[-1] if switches else eligible[len(eligible) // 2]
 
@@ -63,8 +66,10 @@ FORKS = {
 
 
 def forks_of_all(blocks: int, geometry) -> list[int]:
-    """Blocks at which every explorer can fork, so that all of them are compared at the same
-    places."""
+    """Blocks at which every explorer can fork.
+
+    So all of them are compared at the same places.
+    """
     return sorted(
         set.intersection(*(set(e.eligible_forks(blocks, geometry)) for e in EXPLORERS.values()))
     )

@@ -1,5 +1,6 @@
-"""kill -9 at random instants of a short run, each resumed: the final weights must equal the
-uninterrupted run's, bit for bit.
+"""kill -9 at random instants of a short run, each time resumed.
+
+The final weights must equal the uninterrupted run's, bit for bit.
 
 python benchmarks/kill.py [--times 20] [--pipeline mini]
 """

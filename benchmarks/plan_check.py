@@ -1,5 +1,6 @@
-"""The planner against a measured run: memory that steps of the miniature's recipe add to the run at
-rest (Linux, CPU).
+"""The planner against a measured run (Linux, CPU).
+
+It compares the memory that steps of the miniature's recipe add to the run at rest.
 
     MALLOC_MMAP_THRESHOLD_=65536 python benchmarks/plan_check.py [--steps 3]
 

@@ -1,5 +1,6 @@
-"""What the original Qwen2-VL reward models say, as numbers for tests/rewards/test_qwen_rewards.py:
-tiny random networks under transformers 4.45.2.
+"""Numbers of the original Qwen2-VL reward models, for tests/rewards/test_qwen_rewards.py.
+
+They come from tiny random networks under transformers 4.45.2.
 
 The original classes call the text model of Qwen2VLForConditionalGeneration on embeddings that have
 the vision tokens filled in, without positions, and put a head on its hidden states (HPSv3:
@@ -28,8 +29,11 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 
 PADDING, VISION_START, VISION_END, IMAGE, VIDEO, FIRST_REWARD = 256, 259, 260, 261, 262, 263
-"""After 256 bytes the tokens <|endoftext|> <|im_start|> <|im_end|> <|vision_start|>
-<|vision_end|> <|image_pad|> <|video_pad|>; then the reward tokens."""
+"""Numbers of the tokens after 256 bytes.
+
+They are <|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|image_pad|>
+<|video_pad|>; then the reward tokens.
+"""
 RANK, ALPHA = 2, 4
 VISION = dict(depth=1, embed_dim=32, hidden_size=32, num_heads=2, mlp_ratio=2)
 TEXT = dict(
@@ -48,7 +52,10 @@ TOKENS = dict(
     image_token_id=IMAGE,
     video_token_id=VIDEO,
 )
-"""As the real ones, the embeddings begin with more rows than the tokenizer has tokens."""
+"""Sizes and numbers of tokens; the embeddings have more rows than the tokenizer has tokens.
+
+The real ones begin so too.
+"""
 ROPE = dict(rope_theta=1e4, rope_scaling={"type": "mrope", "mrope_section": (2, 3, 3)})
 SIZES = ((56, 56), (56, 84))
 """Pixels of the two frames of a batch: different grids, so that their rows differ in length."""
@@ -61,8 +68,10 @@ def config(tied: bool) -> Qwen2VLConfig:
 
 
 def published(made: Qwen2VLConfig) -> dict:
-    """As the config.json of Qwen2-VL has it: what differs from the defaults, and the rope's type
-    before the class rewrites it."""
+    """Settings as the config.json of Qwen2-VL has them.
+
+    They are what differs from the defaults, and the rope's type before the class rewrites it.
+    """
     written = json.loads(made.to_json_string())
     return written | ROPE | {"vision_config": {**VISION, "model_type": "qwen2_vl"}}
 
@@ -70,8 +79,10 @@ def published(made: Qwen2VLConfig) -> dict:
 def base(
     generator: torch.Generator, tied: bool, head: nn.Module, tokens: int
 ) -> Qwen2VLForConditionalGeneration:
-    """A random network with a head, its embeddings cut to the tokenizer's tokens as in the
-    original, all weights exact in bfloat16."""
+    """A random network with a head, all weights exact in bfloat16.
+
+    Its embeddings are cut to the tokenizer's tokens as in the original.
+    """
     network = Qwen2VLForConditionalGeneration(config(tied))
     network.rm_head = head
     network.resize_token_embeddings(FIRST_REWARD + tokens)
@@ -94,8 +105,10 @@ def randomise(network: nn.Module, generator: torch.Generator) -> None:
 def rows(
     generator: torch.Generator, pad: int, counts: list[int], rewards: list[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask: vision tokens, text, then every reward token after some more; the longer row
-    has the shorter text."""
+    """Make ids and mask: vision tokens, text, then every reward token after some more.
+
+    The longer row has the shorter text.
+    """
     made = []
     for count, text in zip(counts, (9, 5)):
         row = [VISION_START, *[pad] * count, VISION_END]
@@ -173,8 +186,10 @@ def case(
 
 
 def resizing(generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """Smooth films of an awkward size and their patches, shrunk to at most 6 cells, as picture
-    and as video."""
+    """Smooth films of an awkward size and their patches, as picture and as video.
+
+    They are shrunk to at most 6 cells.
+    """
     coarse = torch.rand(1, 3, 4, 5, 7, generator=generator)
     film = (
         (

@@ -1,5 +1,4 @@
-"""What do a recipe's trained rewards have to do with its evaluators, on the branches that training
-would compare?
+"""Correlation of a recipe's trained rewards with its evaluators, on branches of training.
 
 For many groups of the start weights: Spearman's rank correlation over branches and anchor, of every
 trained reward with every other one, on the global signal; mean over groups and its standard error.
@@ -29,8 +28,10 @@ from kvpo.train import Alignment
 def correlations(
     components: tuple[str, ...], trained: list[str], r_KB: torch.Tensor
 ) -> dict[str, float]:
-    """``trained ~ other`` -> rank correlation in one group over the rows that have both; NaN
-    where one is constant."""
+    """``trained ~ other`` -> rank correlation in one group over the rows that have both.
+
+    NaN where one is constant.
+    """
     rows = dict(zip(components, r_KB))
     pairs = [(a, b) for a in trained for b in components if a != b]
     both = {pair: rows[pair[0]].isfinite() & rows[pair[1]].isfinite() for pair in pairs}

@@ -1,5 +1,6 @@
-"""docs/rewards.md: every shipped reward, and what it can be cheated with, measured on those that
-run here.
+"""docs/rewards.md: every shipped reward, and what it can be cheated with.
+
+It is measured on the rewards that run here.
 
     python benchmarks/reward_table.py --clips FOLDER --write       FOLDER/clips.csv (file, prompt): real videos, for what judges real videos
 

@@ -1,5 +1,6 @@
-"""What more ranks cost: 1, 2 and 4 on this machine's cores with fixed work per rank, and a model of
-nodes of eight cards.
+"""Cost of more ranks: 1, 2 and 4 on this machine's cores, with fixed work per rank.
+
+A model of nodes of eight cards goes with it.
 
 python benchmarks/scaling.py --measure     # writes benchmarks/results/scaling.json
 python benchmarks/scaling.py > docs/scaling.md
@@ -37,11 +38,15 @@ from kvpo.train import Alignment
 RESULTS = Path("benchmarks/results/scaling.json")
 CARDS_A_NODE, NVLINK = 8, 450e9
 LINKS = {"8 x 400 Gb/s": 400e9, "200 Gb/s": 25e9, "10 Gb/s": 1.25e9}
-"""Bytes a second out of a node, as stated: a card of NDR InfiniBand for every GPU, one of HDR
-for all, Ethernet."""
+"""Bytes a second out of a node, as stated.
+
+They are a card of NDR InfiniBand for every GPU, one of HDR for all, Ethernet.
+"""
 MEMORY, UPDATE_BYTES = 3.35e12, 60
-"""An H100's bytes a second; bytes that AdamW, the EMA and the copies move for each trained
-number."""
+"""Bytes a second of an H100, and bytes that an update moves for each trained number.
+
+AdamW, the EMA and the copies move them.
+"""
 
 
 # --- Measured ---
@@ -49,8 +54,10 @@ number."""
 
 @dataclass(frozen=True)
 class Timed(Ranks):
-    """Ranks that write down what every message took and sent: of a step the errors, where all
-    wait for the slowest; the metrics; the gradients."""
+    """Ranks that write down what every message took and sent.
+
+    A step has the errors, where all wait for the slowest; the metrics; the gradients.
+    """
 
     messages: list[tuple[float, int]] = field(default_factory=list)
 
@@ -71,7 +78,7 @@ class Timed(Ranks):
 
 
 def worker(config: RunConfig, steps: int, out: Path) -> None:
-    """One rank; the first step warms up and is not counted."""
+    """Run one rank; the first step warms up and is not counted."""
     run = Alignment(config, out.parent / "run", Progress())
     run.ranks = run.policy.layout.ranks = ranks = Timed(**vars(run.ranks))
     rows = []
@@ -124,7 +131,7 @@ def measure(recipe: str, pipeline: str, world: int, steps: int) -> dict[str, flo
 
 @dataclass(frozen=True)
 class OneFork(KVRouting):
-    """To count the work of each fork by itself."""
+    """Explorer that forks at one block, to count the work of each fork by itself."""
 
     fork: int = 0
 
@@ -133,7 +140,7 @@ class OneFork(KVRouting):
 
 
 def group_seconds(config: RunConfig, sizes: Sizes, found: Costs) -> list[float]:
-    """Of a group on one H100, for every fork that can be drawn; without rewards."""
+    """Seconds of a group on one H100, for every fork that can be drawn; without rewards."""
     forks = config.exploring.eligible_forks(config.data.blocks, sizes.geometry)
     every = [replace(config, kv_routing=OneFork(**vars(config.kv_routing), fork=f)) for f in forks]
     return [

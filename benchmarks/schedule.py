@@ -1,6 +1,7 @@
-"""One KVPO step in two schedules: ours (branches, blocks and steps in one batch over one shared
-cache) and the one-by-one schedule of the paper's public code (batch 1, every branch alone, three
-replays). Same weights, same numbers, both timed here.
+"""One KVPO step in two schedules, with the same weights and the same numbers, both timed here.
+
+Ours has branches, blocks and steps in one batch over one shared cache; the one-by-one schedule is
+that of the paper's public code (batch 1, every branch alone, three replays).
 
     python benchmarks/schedule.py [--pipeline FOLDER] [--repeats 3]
 """
@@ -40,8 +41,10 @@ EXPLORER = KVRouting()
 
 
 def one_by_one(run: Alignment, script, embeddings, fork: int, name, phases: Phases) -> Rollout:
-    """The same rollout, branch after branch with batch 1; the prefix is generated once, as
-    there."""
+    """Roll the group out branch after branch with batch 1.
+
+    The prefix is generated once, as in the other schedule.
+    """
     g, seed, explorer = run.pipeline.geometry, run.config.seed, run.config.exploring
     window = Window(fork, explorer.window_blocks)
     noise = NamedNoise(run.pipeline.latent_shape(g.block), seed, (*name, "noise"))
@@ -94,8 +97,10 @@ def one_by_one(run: Alignment, script, embeddings, fork: int, name, phases: Phas
 
 
 def energies_one_by_one(run: Alignment, rollout: Rollout, embeddings) -> torch.Tensor:
-    """Every branch alone, every velocity alone; the graph of all is kept where gradients are
-    enabled."""
+    """Energies of every branch alone, every velocity alone.
+
+    The graph of all is kept where gradients are enabled.
+    """
     energies = []
     for g in range(rollout.num_branches):
         replay = Replay(
@@ -119,8 +124,10 @@ def gradient(run: Alignment, energy_G: torch.Tensor, A_G: torch.Tensor) -> None:
 
 
 def measure(run: Alignment, batched: bool) -> dict:
-    """Rollout, old, initial and current replay, gradient; no rewards, which are the same work in
-    both."""
+    """Measure rollout, old, initial and current replay, and gradient.
+
+    There are no rewards, which are the same work in both.
+    """
     script, name = run.source.script(0, 0), ("benchmark",)
     embeddings, phases, model = run.embed(script), Phases(), run.pipeline.generator
     forks = run.config.exploring.eligible_forks(script.blocks, run.pipeline.geometry)
@@ -175,8 +182,10 @@ def measure(run: Alignment, batched: bool) -> dict:
 
 
 def peak_mib(pipeline: str, batched: bool) -> float:
-    """Most memory of one schedule above what the loaded run holds, MiB: in a process of its own,
-    that neither schedule's leftovers count."""
+    """Most memory of one schedule above what the loaded run holds, MiB.
+
+    It runs in a process of its own, so that neither schedule's leftovers count.
+    """
     command = [
         sys.executable,
         __file__,
@@ -191,8 +200,10 @@ def peak_mib(pipeline: str, batched: bool) -> float:
 
 
 def print_peak(run: Alignment, batched: bool) -> None:
-    """Of the device, or resident (Linux keeps a process's peak in VmHWM, and forgets it when
-    asked)."""
+    """Print the peak memory of the device, or the resident one, MiB.
+
+    Linux keeps a process's peak in VmHWM, and forgets it when asked.
+    """
     run.embed(run.source.script(0, 0))
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -226,8 +237,10 @@ PAPER_FORKS = (7, 8, 13, 14, 19, 20, 25, 26, 31, 32, 37, 38)
 
 
 def counted(fork: int, P: int = 5, S: int = 4) -> dict[str, int]:
-    """Calls of our schedule for one group of the paper's shape, its window inside one segment;
-    the number of branches does not matter."""
+    """Calls of our schedule for one group of the paper's shape, its window inside one segment.
+
+    The number of branches does not matter.
+    """
     end = horizon(PAPER, Window(fork, P), PAPER_GEOMETRY, ScoreConfig())
     return {
         "prefix": (S + 1) * fork,
@@ -237,8 +250,10 @@ def counted(fork: int, P: int = 5, S: int = 4) -> dict[str, int]:
 
 
 def mean_calls(prefixes: int) -> float:
-    """Of one group, on average over its fork, where the prefixes of so many groups are generated
-    side by side (`rollout.prefixes`)."""
+    """Calls of one group, on average over its fork, with so many prefixes side by side.
+
+    They are those of `rollout.prefixes`.
+    """
     alone = [counted(fork) for fork in PAPER_FORKS]
     beside = sum(c["branches and anchor"] + c["replays"] for c in alone) / len(alone)
     return longest([c["prefix"] for c in alone], prefixes) / prefixes + beside

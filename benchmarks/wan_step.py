@@ -1,5 +1,6 @@
-"""One group and its update at the paper's shape on one GPU, and a stream: Wan2.1-1.3B with random
-weights, 147 latent frames of 60 x 104, G 8, P 5, LoRA.
+"""One group and its update at the paper's shape on one GPU, and a stream.
+
+It is Wan2.1-1.3B with random weights, 147 latent frames of 60 x 104, G 8, P 5, LoRA.
 
 Random weights make no video, but the same shapes are the same work. Without rewards and decoding.
 Phases wait for the device; utilisation is the planner's count of operations over the card's stated
@@ -90,9 +91,11 @@ def rolled_out(
 def measure(
     run: SimpleNamespace, schedule: str, fork: int, rows_per_pass: int, update: bool = False
 ) -> dict:
-    """Seconds by phase, calls, and GiB above the loaded weights. Three replays, as in a step
-    after the first update: reference, behaviour, gradient. ``update``: and the optimizer's,
-    after which the weights are others."""
+    """Measure seconds by phase, calls, and GiB above the loaded weights.
+
+    It makes three replays, as in a step after the first update: reference, behaviour, gradient.
+    ``update``: and the optimizer's, after which the weights are others.
+    """
     device, g, phases = run.pipeline.device, run.pipeline.geometry, Phases()
     text_dim = run.pipeline.generator.transformer.config.text_dim
     embeddings = {
@@ -163,8 +166,10 @@ def utilisation(
 
 
 def stream_rate(run: SimpleNamespace, blocks: int, compiled: bool) -> dict[str, float]:
-    """Pixel frames a second of one stream over a full window, and the seconds before it (with
-    compilation in them)."""
+    """Pixel frames a second of one stream over a full window, and the seconds before it.
+
+    The latter include compilation.
+    """
     g, model = run.pipeline.geometry, run.pipeline.generator
     if compiled:
         model.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)

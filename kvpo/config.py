@@ -43,15 +43,11 @@ class DataConfig:
     """Length of a video, blocks (of 3 latent frames)."""
     segments: int | None = None
     """Prompts of every script, also of the evaluation's; None: all of a file's, or drawn.
-
     Of a prompt file's scripts the first so many are used (None: all); the miniature's stories have
-    exactly so many (None: drawn, 1 to 4).
-    """
+    exactly so many (None: drawn, 1 to 4)."""
     switches: tuple[int, ...] = ()
     """Blocks at which the second, third, ... prompt takes over; empty: evenly spread.
-
-    For scripts of a prompt file only.
-    """
+    For scripts of a prompt file only."""
     memory: float = 0.0
     """Share of stories that only the past can resolve (`mini` only)."""
 
@@ -66,77 +62,52 @@ class RunConfig:
     """`cpu`, `cuda`, or `auto`: a GPU if there is one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the generator's and text encoder's large matrices and of the KV cache.
-
-    What is trained is float32 in any case.
-    """
+    What is trained is float32 in any case."""
     vae_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision in which videos are decoded.
-
-    Trained and evaluated weights are always decoded alike.
-    """
+    Trained and evaluated weights are always decoded alike."""
     seed: int = 0
     """Names all random streams of the run: scripts, forks, plans, noise, adapter."""
     steps: int = 60
     """Steps of the run.
-
     In each, groups are rolled out and scored, then ``inner_updates`` optimizer updates are made on
-    them.
-    """
+    them."""
     groups: int = 2
     """Groups (a script, a fork, its branches) of each step.
-
-    The update takes the mean of their gradients.
-    """
+    The update takes the mean of their gradients."""
     inner_updates: int = 1
     """Optimizer updates on the groups of one step.
-
     The behaviour policy stays at the weights that rolled them out, so from the second on ratios
     leave 1 and the clip acts. Each costs a replay with gradient. More than one keeps every group of
-    a rank, its past's cache and trajectories, until the last.
-    """
+    a rank, its past's cache and trajectories, until the last."""
     branch_parallel: int = 1
     """Processes that share one group, each with some of its branches.
-
-    For a group that does not fit one card, or for fewer groups than cards.
-    """
+    For a group that does not fit one card, or for fewer groups than cards."""
     sampler: Literal["renoise", "ode"] = "renoise"
     """Rule that leads from a denoise step to the next.
-
-    `renoise`: fresh noise on the predicted clean latents; `ode`: Euler along the velocity.
-    """
+    `renoise`: fresh noise on the predicted clean latents; `ode`: Euler along the velocity."""
     explorer: Literal["kv_routing", "start_noise"] = "kv_routing"
     """Source of branch diversity; the section of that name holds its settings."""
     surrogate: Literal["velocity_energy", "denoised_energy"] = "velocity_energy"
-    """The energy that says how likely a branch is; the section of that name holds its
-    settings."""
+    """Energy that says how likely a branch is; the section of that name holds its settings."""
     context: Literal["branch", "anchor", "self"] = "branch"
     """Latents that later blocks of the window read in replay.
-
     `branch`: the branch's clean latents; `anchor`: the anchor's; `self`: the policy's own
-    prediction.
-    """
+    prediction."""
     rows_per_pass: int = 0
     """Most velocities replayed in one pass, 0 = all.
-
-    Lower it where memory is short; the gradient stays exact.
-    """
+    Lower it where memory is short; the gradient stays exact."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     shuffle_advantages: bool = False
     """Shuffle advantages among the branches of each group.
-
-    A control experiment: there is then nothing to learn.
-    """
+    A control experiment: there is then nothing to learn."""
     zero_advantages: bool = False
     """Set all advantages to 0, so only the penalty, the KL and the averaging of weights act.
-
-    Another control experiment.
-    """
+    Another control experiment."""
     patience: float = 1800.0
     """Seconds that processes wait for each other before they name who did not come and end.
-
-    A group at full size takes minutes.
-    """
+    A group at full size takes minutes."""
     show_every: int = 20
     """Steps between recorded branch grids; 0 = none."""
     rewards: tuple[RewardEntry, ...] = (
@@ -153,10 +124,8 @@ class RunConfig:
     """Rewards: those that are trained on, and those that only evaluations ask (role)."""
     calibration_clips: str = ""
     """Folder of good videos with clips.csv (file, prompt) to check the trained rewards on.
-
     They must prefer moving to frozen before anything is trained. Empty: the miniature's true clips
-    where its stories are trained on, else no such check.
-    """
+    where its stories are trained on, else no such check."""
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
     kv_routing: KVRouting = KVRouting()
@@ -300,7 +269,10 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 
 
 def _refuse_unknown(kind: type, content: Any, prefix: str = "") -> None:
-    """ValueError with the nearest known key."""
+    """Refuse keys that are no settings.
+
+    Raises ValueError with the nearest known key.
+    """
     if not isinstance(content, Mapping):
         raise ValueError(
             f"{prefix.rstrip('.') or 'a recipe'} must hold keys and values, not {content!r}"

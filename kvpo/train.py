@@ -1,5 +1,6 @@
-"""The main path: KVPO, stage by stage, in the paper's order. Read `Alignment.group` and
-`Alignment.learn` first.
+"""The main path: KVPO, stage by stage, in the paper's order.
+
+Read `Alignment.group` and `Alignment.learn` first.
 
 prompts -> rollout -> score -> advantages -> replay -> loss -> update        then checkpoint, evaluate, report
 """
@@ -195,8 +196,10 @@ class Alignment:
     # ----------------------------------------------------------------------------- one step
 
     def step(self, step: int) -> dict[str, float]:
-        """Explore and learn from this rank's share of a step's groups, then update, once or
-        ``inner_updates`` times; the step's metrics."""
+        """Explore and learn from this rank's share of a step's groups, then update.
+
+        There are ``inner_updates`` updates. Returned are the step's metrics.
+        """
         calls_before = self.pipeline.generator.calls
         with self.phases("total"):
             of_groups, learnt = self._first_pass(step)
@@ -271,8 +274,10 @@ class Alignment:
         return found
 
     def _update(self, own: dict[int, dict[str, float]], last: bool) -> dict[str, float]:
-        """One update from the gradients of all ranks' groups; the mean of their metrics, and its
-        own."""
+        """Update once from the gradients of all ranks' groups.
+
+        Returned are the mean of the groups' metrics, and the update's own.
+        """
         # The ranks of a row share a group, so its first rank alone speaks for it.
         parts = self.ranks.gather(own if self.row.first else {})
         groups = [found for part in parts for found in part.items()]
@@ -285,8 +290,10 @@ class Alignment:
         return metrics
 
     def _refuse_silence(self, unmeasurable: Sequence[float]) -> None:
-        """ValueError, on all ranks, where group after group had no rewards: one is bad luck, but
-        a reward that never measures teaches nothing."""
+        """Raise ValueError, on all ranks, where group after group had no rewards.
+
+        One is bad luck, but a reward that never measures teaches nothing.
+        """
         for lost in unmeasurable:
             self.silent = self.silent + 1 if lost else 0
         if self.silent >= MOST_SILENT:
@@ -296,8 +303,10 @@ class Alignment:
 
     @contextmanager
     def _saying(self, step: int, groups: Sequence[int], made: int = 0) -> Iterator[None]:
-        """Errors of the body say which step and groups they are of; so does what other ranks
-        read while they wait. ``made``: updates of the step so far."""
+        """A context whose errors say which step and groups they are of.
+
+        So does what other ranks read while they wait. ``made``: updates of the step so far.
+        """
         when = f"step {step}, group {', '.join(map(str, groups))}"
         self.phases.where = f" of {when},"
         try:
@@ -367,10 +376,9 @@ class Alignment:
         fork: int | None = None,
         start: Start | None = None,
     ) -> tuple[Rollout, RewardTable, torch.Tensor]:
-        """A group of the behaviour policy (this rank's branches of it, and the anchor), its
-        rewards, and its pixels from the fork on.
+        """A group of the behaviour policy, its rewards, and its pixels from the fork on.
 
-        ``name`` names its random streams; ``explorer``: default the recipe's; ``start``: its
+        Of the group it is this rank's branches, and the anchor. ``name`` names its random streams; ``explorer``: default the recipe's; ``start``: its
         past, where that is there already; ``fork`` as in `roll_out`.
         """
         config, explorer = self.config, explorer or self.config.exploring
@@ -446,7 +454,7 @@ class Alignment:
             return update.metrics | self._hold(learnt.replay.rollout, learnt.replay.embeddings)
 
     def _conflicts(self, group: Kept, advantage: Advantage) -> dict[str, float]:
-        """How far the rewards agree about the group's branches."""
+        """Metrics of how far the rewards agree about the group's branches."""
         by_component = self.advantages.by_component(advantage)
         valid = group.rewards.valid[:-1]
         return conflicts(group.rewards.components, by_component[:, valid])

@@ -147,7 +147,7 @@ class Exploration:
     diversity: float
     """Mean squared difference of two branches, pixels in [0, 1]."""
     rollout: Rollout
-    """All of it: script, window, trajectory, latents."""
+    """The whole rollout: script, window, trajectory, latents."""
 
     @property
     def fork(self) -> int:

@@ -21,15 +21,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Ab:
-    """Make a blind A/B page of two generators: same scripts, same noise, sides hidden. A second
-    call goes on where the first stopped."""
+    """Make a blind A/B page of two generators: same scripts, same noise, sides hidden.
+
+    A second call goes on where the first stopped.
+    """
 
     a: Positional[str]
     """Pipeline folder, mini, or a run (RUN, RUN:ema, RUN:online, RUN:start)."""
     b: Positional[str]
     """The other one."""
     recipe: str = "mini"
-    """Where sampler, length and scripts are taken from."""
+    """Recipe that sampler, length and scripts are taken from."""
     prompts: str = ""
     """Prompt file; default: what the recipe evaluates on."""
     scripts: int = 16
@@ -88,8 +90,10 @@ class Ab:
         progress: Progress,
         other: Geometry | None = None,
     ) -> Geometry:
-        """One generator's videos, page/000-left.mp4 or -right.mp4 and so on; those that are
-        there already stay. Its geometry, alike the ``other``'s."""
+        """Write one generator's videos, page/000-left.mp4 or -right.mp4 and so on.
+
+        Those that are there already stay. Returns its geometry, alike the ``other``'s.
+        """
         from kvpo.evaluation.ab_pairs import check_alike, claim
         from kvpo.generators.generate import write_missing
         from kvpo.generators.sampler import SAMPLERS

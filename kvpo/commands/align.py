@@ -16,8 +16,10 @@ from kvpo.common.wording import count_of
 
 @dataclass(frozen=True)
 class Align:
-    """Align a generator to rewards by KVPO. Every setting of the recipe can be given here, e.g.
-    --optimizer.lr 1e-4."""
+    """Align a generator to rewards by KVPO.
+
+    Every setting of the recipe can be given here, e.g. --optimizer.lr 1e-4.
+    """
 
     recipe: Positional[str]
     """A shipped recipe (mini), a YAML file, or a run's folder, for its settings."""
@@ -27,8 +29,9 @@ class Align:
     resume: bool = False
     """Go on with the run in --out from its newest checkpoint."""
     override: bool = False
-    """With --resume, take settings that differ from the run's: patience, branch_parallel,
-    policy.shard, and those of what is shown, evaluated and kept. steps needs no asking."""
+    """Take settings that differ from the run's; with --resume only.
+    They are patience, branch_parallel, policy.shard, and those of what is shown, evaluated and
+    kept. steps needs no asking."""
 
     def __call__(self) -> None:
         if self.override and not self.resume:
@@ -63,7 +66,7 @@ class Align:
                 leave()
 
     def plan(self) -> str:
-        """What will be done, in one line."""
+        """Say in one line what will be done."""
         s = self.settings
         work = f"{count_of(s.steps, 'step')} of {count_of(s.groups, 'group')} with {s.rollout.branches} branches, videos of {count_of(s.data.blocks, 'block')}"
         looks = (

@@ -1,5 +1,8 @@
-"""The help of a command that takes a recipe: its own options, and where the recipe's settings are
-explained, which would fill fifteen screens."""
+"""Short help of a command that takes a recipe.
+
+It has the command's own options, and says where the recipe's settings are explained, which would
+fill fifteen screens.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +35,10 @@ def print_brief_help(name: str, default: Any) -> None:
 
 
 def settings_help(name: str, recipe: str) -> str:
-    """A line a section of the recipe's settings, each of which is an option too, and how to see
-    all of them."""
+    """One line for each section of the recipe's settings, and how to see all of them.
+
+    Each setting is an option of the command too.
+    """
     width = max(60, shutil.get_terminal_size().columns)
     about = {"--*": "What stands in no section: steps, seed, device, pipeline and others."}
     about |= {f"--{section}.*": sentence for section, sentence in sections().items()}

@@ -16,14 +16,16 @@ HEAD = ("setting", "value", "default", "what it is")
 
 @dataclass(frozen=True)
 class Config:
-    """Show a recipe's settings: the value of each, its default where that is another one, and a
-    line of what it is."""
+    """Show a recipe's settings.
+
+    Each has its value, its default where that is another one, and a line that says what it is.
+    """
 
     action: Positional[Literal["show"]]
     recipe: Positional[str]
     """A shipped recipe (mini) or a YAML file."""
     all: bool = False
-    """Also the sections of explorers and energies that the recipe does not choose."""
+    """Show also the sections of explorers and energies that the recipe does not choose."""
 
     def __call__(self) -> None:
         config = load_config(recipe_path(self.recipe))

@@ -24,7 +24,7 @@ class Env:
 
 
 def facts() -> dict[str, str]:
-    """What a maintainer asks first, in words."""
+    """Facts that a maintainer asks first, in words."""
     import torch
 
     device = pick_device("auto")
@@ -64,7 +64,7 @@ def cards() -> dict[str, str]:
 
 
 def folders() -> dict[str, str]:
-    """Where files are kept between runs, and what decides it."""
+    """Folders that keep files between runs, and the variable that decides each."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     from kvpo.generators.embeddings import cache_folder

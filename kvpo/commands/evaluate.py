@@ -16,21 +16,23 @@ from kvpo.evaluation.settings import EvaluateConfig
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Measure a generator on fixed scripts and seeds; with --against, paired differences; all
-    with 95 % intervals."""
+    """Measure a generator on fixed scripts and seeds, all with 95 % intervals.
+
+    With --against it gives paired differences.
+    """
 
     generator: Positional[str] = "mini"
     """Pipeline folder, mini, or a run (RUN, RUN:ema, RUN:online, RUN:start)."""
     against: str = ""
     """The generator to compare with, on the same scripts and noise."""
     recipe: str = "mini"
-    """Where rewards, evaluators, sampler and scripts are taken from."""
+    """Recipe that rewards, evaluators, sampler and scripts are taken from."""
     prompts: str = ""
     """Prompt file to measure on; default: what the recipe evaluates on."""
     scripts: int = SCRIPTS
     seeds: int = EvaluateConfig.seeds
-    """Videos of every script, each with noise of its own; from 2 on their diversity is measured
-    too."""
+    """Videos of every script, each with noise of its own.
+    From 2 on their diversity is measured too."""
     seed: int = EvaluateConfig.seed
     """Names the scripts' and the noise's streams."""
     blocks: int = 0

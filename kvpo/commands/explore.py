@@ -22,21 +22,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Explore:
-    """Show what an explorer does to one story: branches and anchor side by side, what each of
-    them reads, rewards, diversity."""
+    """Show what an explorer does to one story: branches and anchor side by side.
+
+    It shows what each of them reads, rewards, diversity.
+    """
 
     recipe: Positional[str]
     settings: Settings
     generator: str = ""
-    """Whose weights: pipeline folder, mini or a run; default: the recipe's pipeline."""
+    """Generator: pipeline folder, mini or a run; default: the recipe's pipeline."""
     script: int = 0
     """Number of the story among the recipe's evaluation scripts."""
     by: Literal["recipe", "kv_routing", "start_noise"] = "recipe"
-    """Which explorer, in the window of the recipe's; start_noise can be shown, but not trained
-    by an energy."""
+    """Explorer, in the window of the recipe's.
+    start_noise can be shown, but not trained by an energy."""
     fork: int = -1
-    """Fork block; -1 = of a few eligible ones, where the recipe's branches look most different.
-    The same for every explorer."""
+    """Fork block; -1 = the one of a few where the recipe's branches look most different.
+    Only eligible blocks are tried. It is the same for every explorer."""
     tries: int = 4
     """Fork blocks that are tried where none is given."""
     out: Path = Path("runs/explore")
@@ -155,8 +157,9 @@ def explore_command(args: Explore) -> None:
 def widest_fork(
     forks: Sequence[int], tries: int, diversity: Callable[[int], float]
 ) -> tuple[int, str]:
-    """Of a few ``forks``, evenly spread, the one whose branches differ most, and a line that says
-    so.
+    """Choose the one of a few ``forks`` whose branches differ most, and say so in a line.
+
+    The few are evenly spread.
 
     A window in which the story hides its objects shows nine equal pictures, whatever the branches
     remember. Only pixels are looked at, never a reward or what the story knows; training draws its

@@ -24,13 +24,13 @@ class Export:
         "comfyui-lora",
         "comfyui-merged",
     ]
-    """A whole model (pipeline, original-merged, comfyui-merged) or the adapter alone, which only
-    a run with policy.train lora has."""
+    """A whole model (pipeline, original-merged, comfyui-merged) or the adapter alone.
+    Only a run with policy.train lora has an adapter."""
     out: Path | None = None
     """Folder to write; default: RUN/export/WEIGHTS-FORMAT."""
     dtype: Literal["run", "bfloat16", "float32"] = "run"
-    """Of what is written; run = the run's own for a whole model, float32, in which it is
-    trained, for an adapter."""
+    """Precision of what is written; run = as the run has it.
+    That is the run's own for a whole model, and float32, in which it is trained, for an adapter."""
 
     def __call__(self) -> None:
         from kvpo.convert.export_formats import export

@@ -43,12 +43,13 @@ class Generate:
     """A video of every story for each."""
     sampler: Literal["renoise", "ode"] = RunConfig.sampler
     lora: tuple[Path, ...] = ()
-    """LoRAs on top, merged in this order: files of diffusers, ComfyUI, kohya, PEFT's folders,
-    released ones, or what `kvpo export` writes. Each acts at its own alpha / rank, which its
-    header, adapter_config.json or alpha tensors say; where nothing says it, at 1."""
+    """LoRAs on top, merged in this order.
+    They are files of diffusers, ComfyUI, kohya, PEFT's folders, released ones, or what `kvpo
+    export` writes. Each acts at its own alpha / rank, which its header, adapter_config.json or
+    alpha tensors say; where nothing says it, at 1."""
     lora_scale: float = 1.0
-    """Strength that multiplies their own alpha / rank, as the weight of an adapter does in
-    diffusers and ComfyUI; 1 = as they were trained."""
+    """Strength that multiplies the LoRAs' own alpha / rank; 1 = as they were trained.
+    It is what the weight of an adapter is in diffusers and ComfyUI."""
     dtype: Literal["", "float32", "bfloat16"] = ""
     """Precision; default: a run's own, bfloat16 on a GPU, float32 on a CPU."""
     out: Path = Path("runs/generate")
@@ -91,8 +92,10 @@ class Generate:
                 progress.say(f"{path}  {rate:.1f} frames/s  {' | '.join(script.texts)}")
 
     def check_options(self) -> None:
-        """ValueError for options that say nothing, contradict each other, or would be passed
-        over."""
+        """Check that no option says nothing, contradicts another one, or would be passed over.
+
+        Raises ValueError for one that does.
+        """
         if bool(self.prompt) == bool(self.prompts):
             raise ValueError(
                 'one of --prompt and --prompts is needed; give either --prompt "..." ["..." ...], the prompts of one story, or --prompts FILE'
@@ -124,8 +127,11 @@ class Generate:
             )
 
     def scripts(self, geometry: Geometry) -> list[Script]:
-        """The stories at their length. ValueError where prompts do not fit into it, or a time of
-        --at would change none of them."""
+        """Read the stories at their length.
+
+        Raises ValueError where prompts do not fit into it, or a time of --at would change none of
+        them.
+        """
         from kvpo.generators.pipeline import block_at
         from kvpo.method.prompts import even_starts, read_scripts, readable, starts_at
 
@@ -159,8 +165,10 @@ class Generate:
     def videos(
         self, scripts: Sequence[Script], progress: Progress
     ) -> list[tuple[Script, int, Path]]:
-        """(story, seed, file) of all that will be made; says where, and which files it replaces.
-        OSError where nothing can be written."""
+        """(story, seed, file) of all that will be made.
+
+        It says where, and which files are replaced. Raises OSError where nothing can be written.
+        """
         out = unused(self.out) if self.out == Generate.out else self.out
         try_folder(out)
         many = len(self.seeds) > 1

@@ -22,10 +22,10 @@ class Import:
     """Turn a released checkpoint into a pipeline folder that every other command reads."""
 
     paths: Positional[tuple[Path, ...]]
-    """The checkpoint's files, one with the generator and any number of LoRAs, which are merged
-    in this order; then the folder to write. A generator may be a .pt or .safetensors file, an
-    index of shards or its folder, a transformer's or pipeline's folder; a LoRA any form that
-    `kvpo generate --lora` reads."""
+    """The checkpoint's files, then the folder to write.
+    The files are one with the generator and any number of LoRAs, which are merged in this order. A
+    generator may be a .pt or .safetensors file, an index of shards or its folder, a transformer's
+    or pipeline's folder; a LoRA any form that `kvpo generate --lora` reads."""
     format: Literal[
         "self-forcing",
         "causal-forcing",
@@ -36,30 +36,30 @@ class Import:
         "memflow",
         "kvpo",
     ]
-    """Whose checkpoint: decides how the generator streams, and which of the weights in the file
-    are taken. causal-forcing is its chunk-wise model, unless the file's name says framewise,
-    2step or 1step. kvpo: the paper's own on LongLive; its MemFlow ones are memflow. What is
-    assumed is printed."""
+    """Family of the checkpoint.
+    It decides how the generator streams, and which of the weights in the file are taken.
+    causal-forcing is its chunk-wise model, unless the file's name says framewise, 2step or 1step.
+    kvpo: the paper's own on LongLive; its MemFlow ones are memflow. What is assumed is printed."""
     base: str
-    """Wan2.1 itself, for text encoder, VAE and sizes: a folder in diffusers or original layout,
-    or a hub id."""
+    """Wan2.1 itself, for text encoder, VAE and sizes.
+    A folder in diffusers or original layout, or a hub id."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the transformer's large matrices in the folder."""
+    """Precision of the transformer's large matrices in the folder."""
     which: Annotated[str, tyro.conf.arg(aliases=["--weights"])] = ""
-    """Key of the generator in its file (generator, generator_ema, ...); default: what the
-    format's own inference takes."""
+    """Key of the generator in its file (generator, generator_ema, ...).
+    Default: what the format's own inference takes."""
     lora_scale: float = 1.0
-    """Strength that multiplies the LoRAs' own alpha / rank, which their header,
-    adapter_config.json or alpha tensors say; where nothing says it, that is 1."""
+    """Strength that multiplies the LoRAs' own alpha / rank.
+    Their header, adapter_config.json or alpha tensors say it; where nothing says it, that is 1."""
     block: int | None = None
-    """Latent frames generated together: 3 of a chunk-wise model, 1 of a frame-wise one; default:
-    the format's."""
+    """Latent frames generated together; default: the format's.
+    They are 3 of a chunk-wise model, 1 of a frame-wise one."""
     steps: int | None = None
-    """Denoise steps of a block; default: the format's. All blocks have as many, unless
-    --first-steps says otherwise."""
+    """Denoise steps of a block; default: the format's.
+    All blocks have as many, unless --first-steps says otherwise."""
     first_steps: int | None = None
-    """Denoise steps of a video's first block, 0 = as all; default: the format's, 0 where --steps
-    is given."""
+    """Denoise steps of a video's first block, 0 = as all.
+    Default: the format's, 0 where --steps is given."""
     sink: int | None = None
     """Oldest latent frames that are always read; default: the format's."""
     window: int | None = None

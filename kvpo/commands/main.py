@@ -48,8 +48,10 @@ OUT_OF_MEMORY = {
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """Of a device or of the machine; torch has a class for the first and a sentence for the
-    second."""
+    """Whether memory of a device or of the machine ran out.
+
+    torch has a class for the first and a sentence for the second.
+    """
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
@@ -58,13 +60,16 @@ def _out_of_memory(error: Exception) -> bool:
 
 
 def program() -> NoReturn:
-    """What `kvpo` and `python -m kvpo` are."""
+    """Run the program: `kvpo` and `python -m kvpo`."""
     end_by(main)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit code: 0 done, 1 an error said in one line, 2 wrong usage, 130 interrupted, 141
-    nobody reads the output any more (`| head`)."""
+    """Run a command; returns the exit code.
+
+    0 done, 1 an error said in one line, 2 wrong usage, 130 interrupted, 141 nobody reads the output
+    any more (`| head`).
+    """
     tolerate_encodings()
     _find_temporary_folder()
     try:
@@ -78,8 +83,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _find_temporary_folder() -> None:
-    """In a container whose root is read-only there is none where Python looks; shared memory is
-    nearly always writable, and libraries need little."""
+    """Choose shared memory as temporary folder where Python finds none.
+
+    In a container whose root is read-only there is none where Python looks; shared memory is nearly
+    always writable, and libraries need little.
+    """
     try:
         tempfile.gettempdir()
     except FileNotFoundError:
@@ -132,8 +140,10 @@ def find(name: str) -> type:
 
 
 def _parse(name: str, args: list[str]) -> Callable[[], None]:
-    """The command with its options; the recipe named first is where the settings' defaults come
-    from. SystemExit after help."""
+    """Parse the command with its options.
+
+    The recipe named first is where the settings' defaults come from.
+    """
     import tyro  # a part of a second, which --help and a mistyped command need not wait for
 
     # seconds of imports, which --help and a mistyped command need not wait for
@@ -159,8 +169,10 @@ def _parse(name: str, args: list[str]) -> Callable[[], None]:
 
 
 def _together(args: list[str]) -> list[str]:
-    """Options first: the parser wants positional arguments side by side, and people write FILES
-    --base BASE OUT. Every option here has a value."""
+    """Put options first, and positional arguments side by side behind them.
+
+    The parser wants it so, and people write FILES --base BASE OUT. Every option here has a value.
+    """
     if HELP & set(args):
         return args
     options, positional, rest = [], [], iter(args)

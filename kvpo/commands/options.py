@@ -1,5 +1,7 @@
-"""What the commands' options have in common. Imports nothing heavy: every command's help waits
-for it."""
+"""Options that several commands have.
+
+This module imports nothing heavy: every command's help waits for it.
+"""
 
 from __future__ import annotations
 

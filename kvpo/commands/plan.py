@@ -14,25 +14,27 @@ from kvpo.common.files import write_atomic
 
 @dataclass(frozen=True)
 class Plan:
-    """Memory, work and time of a recipe, computed from its own code on tensors without memory;
-    no weights are needed."""
+    """Memory, work and time of a recipe, computed from its own code.
+
+    The code runs on tensors without memory; no weights are needed.
+    """
 
     recipe: Positional[str]
     """A shipped recipe, a YAML file, or a run's folder, for its settings."""
     settings: Settings
     gpus: int = 1
-    """Cards of a node; each takes its share of a step's groups, or, with branch_parallel, of a
-    group's branches."""
+    """Cards of a node; each takes its share of a step's groups.
+    With branch_parallel it takes its share of a group's branches."""
     nodes: int = 1
     """Machines of so many cards."""
     card: Literal["h200", "h100", "a100", "l40s", "rtx4090", "rtx5090"] = "h100"
-    """For the time, and for the memory unless that is given."""
+    """Card that gives the time, and the memory unless that is given."""
     gpu_memory: float = 0.0
     """GB of one card, as sold; 0 = the card's."""
     size: Literal["", "1.3b", "14b"] = ""
     """Plan as if the generator had this size; default: that of the recipe's pipeline folder."""
     out: Path | None = None
-    """Also write everything as JSON."""
+    """File to write everything to as JSON; default: none."""
 
     def __call__(self) -> None:
         from kvpo.planning.missing import missing, numbered

@@ -1,5 +1,7 @@
-"""`kvpo report`: nothing heavy is imported for it before it has something to do, so its help and
-its refusals come at once."""
+"""`kvpo report`: nothing heavy is imported for it before it has something to do.
+
+So its help and its refusals come at once.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ class Report:
 
     run: Positional[Path]
     strips: Path | None = None
-    """Also write a still picture of the same stories before and after, PNG."""
+    """File for a still picture (PNG) of the same stories before and after; default: none."""
 
     def __call__(self) -> None:
         if not (self.run / "config.resolved.yaml").exists():

@@ -21,7 +21,7 @@ class RewardEnv:
     python: str = sys.executable
     """The Python that it is for; with uv also a version, 3.10."""
     folder: Path | None = None
-    """Where environments live; default: KVPO_ENVS, or the user's cache."""
+    """Folder of the environments; default: KVPO_ENVS, or the user's cache."""
 
     def __call__(self) -> None:
         folder = self.folder or default_folder()

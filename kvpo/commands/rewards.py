@@ -39,7 +39,7 @@ class List:
 
 @dataclass(frozen=True)
 class Score:
-    """What one reward says of a video."""
+    """Score a video by one reward."""
 
     file: Positional[Path]
     """An mp4."""
@@ -84,13 +84,15 @@ class Score:
 
 @dataclass(frozen=True)
 class Calibrate:
-    """Spoilt copies of good clips must score below the good ones: which flaws a recipe's rewards
-    see, each and together."""
+    """Check that spoilt copies of good clips score below the good ones.
+
+    It shows which flaws a recipe's rewards see, each and together.
+    """
 
     recipe: Positional[str]
     clips: Path | None = None
-    """Folder of good videos with clips.csv (columns file, prompt); default: the recipe's, or the
-    miniature's true clips."""
+    """Folder of good videos with clips.csv (columns file, prompt).
+    Default: the recipe's, or the miniature's true clips."""
     count: int = 16
     """Clips of the miniature."""
     out: Path = Path("runs/calibration.json")

@@ -1,5 +1,7 @@
-"""A recipe's settings as a list: name, value, default, and the first sentence of what is written
-under each where it is defined."""
+"""A recipe's settings as a list of name, value, default and explanation.
+
+The explanation is the first sentence of the docstring under the setting where it is defined.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ class Setting:
     """One line of the list."""
 
     name: str
-    """Its key in a recipe, with the section's: optimizer.lr."""
+    """Key in a recipe, with its section: optimizer.lr."""
     value: str
     default: str
     """Empty where the value is the default."""
@@ -32,8 +34,10 @@ class Setting:
 
 
 def settings_of(config: RunConfig, skipped: Sequence[str] = ()) -> list[Setting]:
-    """All settings of a recipe in the order of their definition, without the ``skipped``
-    sections."""
+    """All settings of a recipe in the order of their definition.
+
+    Sections that are ``skipped`` are left out.
+    """
     found = _listed(RunConfig, to_dict(config), to_dict(RunConfig()))
     return [s for s in found if s.name.partition(".")[0] not in skipped]
 
@@ -79,7 +83,7 @@ def _rewards(
 
 
 def _reward(entry: Mapping[str, Any]) -> str:
-    """Its name, and what is not as `RewardEntry` has it."""
+    """Name of a reward, and the settings that differ from `RewardEntry`'s defaults."""
     usual = {**vars(RewardEntry("")), "name": None}
     return ", ".join(
         written(value) if key == "name" else f"{key} {written(value)}"
@@ -89,7 +93,7 @@ def _reward(entry: Mapping[str, Any]) -> str:
 
 
 def written(value: Any) -> str:
-    """As a recipe may have it; text without quotes, unless it is empty."""
+    """A value as a recipe may have it; text without quotes, unless it is empty."""
     return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
 
 

@@ -1,4 +1,7 @@
-"""The option group that a recipe's settings are."""
+"""The option group of a recipe's settings.
+
+It is apart from the other options, because its type needs the whole package.
+"""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ class Unblind:
     """Win rates of A against B from the answers of an A/B page (`kvpo ab`)."""
 
     answers: Positional[tuple[Path, ...]]
-    """What raters saved, one file each."""
+    """Files that raters saved, one each."""
     key: Path
     """key.json of the same study."""
     out: Path | None = None

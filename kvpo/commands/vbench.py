@@ -20,27 +20,30 @@ from kvpo.types import Script
 
 @dataclass(frozen=True)
 class Vbench:
-    """Write a generator's videos as VBench wants them; with --environment, measure them by
-    VBench. A second call goes on where the first stopped."""
+    """Write a generator's videos as VBench wants them.
+
+    With --environment, measure them by VBench. A second call goes on where the first stopped.
+    """
 
     generator: Positional[str]
     """Pipeline folder, mini, or a run (RUN, RUN:ema, RUN:online, RUN:start)."""
     prompts: Path
     """Prompt file, one prompt a script: it names the videos, and is what they are judged by."""
     extended: Path | None = None
-    """Prompt file with the same lines, longer: what the videos are made from; default:
-    --prompts."""
+    """Prompt file with the same lines, longer, to make the videos from; default: --prompts."""
     recipe: str = "mini"
-    """Where sampler and length are taken from."""
+    """Recipe that sampler and length are taken from."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """A video of every prompt for each, PROMPT-0.mp4, PROMPT-1.mp4, ..."""
     blocks: int = 0
     """Length of the videos, blocks; 0 = the recipe's."""
     environment: str = ""
-    """Where VBench is: vbench, made by `kvpo reward-env create vbench`, or the path of a Python;
-    default: only the videos are written."""
+    """Environment of VBench: vbench, or the path of a Python.
+    `kvpo reward-env create vbench` makes the first; default: only the videos are written."""
     mode: Literal["custom_input", "vbench_standard"] = "custom_input"
-    """Any prompts, 10 dimensions and no total; or VBench's own prompts, all 16 dimensions."""
+    """Set of prompts: any ones, or VBench's own.
+    custom_input: any prompts, 10 dimensions and no total; vbench_standard: VBench's own prompts,
+    all 16 dimensions."""
     dimensions: tuple[str, ...] = ()
     """Default: all that the mode has."""
     out: Path = Path("runs/vbench")
@@ -108,8 +111,10 @@ class Vbench:
         return list(self.dimensions) or there
 
     def write_videos(self, scripts: Sequence[Script], config: RunConfig, progress: Progress) -> str:
-        """The generator's label; videos that are there already stay. ValueError where they are
-        of something else."""
+        """Write the videos that are not there yet; returns the generator's label.
+
+        Raises ValueError where those that are there are of something else.
+        """
         from kvpo.evaluation.vbench import video_name
         from kvpo.generators.generate import write_missing
         from kvpo.generators.sampler import SAMPLERS

@@ -8,7 +8,9 @@ from pathlib import Path
 
 
 def check_readable(path: Path) -> None:
-    """PermissionError with owner, mode and way out where ``path`` may not be opened.
+    """Check that ``path`` may be opened, if it is there.
+
+    Raises PermissionError with owner, mode and way out where it may not.
 
     Readers of other libraries say of a file that they may not open that it is broken, and a
     user who believes it deletes or downloads again what was whole.

@@ -1,4 +1,4 @@
-"""Where a run happens: versions, commit, hardware, command; written before step 0."""
+"""Record of a run's surroundings: versions, commit, hardware, command; written before step 0."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def packages() -> dict[str, str | None]:
-    """Versions of those that decide what a run's numbers are."""
+    """Versions of the packages that decide what a run's numbers are."""
     return {name: version_of(name) for name in PACKAGES}
 
 
@@ -59,7 +59,10 @@ def command() -> str:
 
 
 def pick_device(name: str) -> torch.device:
-    """ValueError for a device that is not there."""
+    """Device of that name; `auto` is a GPU if there is one.
+
+    Raises ValueError for a device that is not there.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: a card for every process
@@ -76,8 +79,10 @@ def pick_device(name: str) -> torch.device:
 
 
 def take_peak(device: torch.device) -> int:
-    """Most bytes since the last call: of a GPU's tensors; a CPU's process only knows its whole
-    life."""
+    """Most bytes in use since the last call.
+
+    They are those of a GPU's tensors; a CPU's process only knows its whole life.
+    """
     if device.type != "cuda":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     peak = torch.cuda.max_memory_allocated(device)
@@ -86,8 +91,10 @@ def take_peak(device: torch.device) -> int:
 
 
 def make_reproducible(device: torch.device) -> None:
-    """The same run gives the same numbers, bit for bit. A CPU's kernels do so by themselves; a
-    GPU's must be told, before the first product."""
+    """Make the same run give the same numbers, bit for bit.
+
+    A CPU's kernels do so by themselves; a GPU's must be told, before the first product.
+    """
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.utils.deterministic.fill_uninitialized_memory = False

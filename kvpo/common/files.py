@@ -17,8 +17,9 @@ from safetensors import SafetensorError
 
 
 def write_atomic(path: Path, data: bytes | str) -> Path:
-    """``path`` with exactly ``data`` (text as UTF-8); whoever reads it sees the old content or the
-    new, never half.
+    """Write exactly ``data`` (text as UTF-8) to ``path``.
+
+    Whoever reads it sees the old content or the new, never half.
 
     Makes missing parent folders. OSError where the disk refuses; nothing half-written remains then.
     """
@@ -38,8 +39,9 @@ def write_atomic(path: Path, data: bytes | str) -> Path:
 
 
 def open_to_readers(path: Path) -> None:
-    """Give a file, or all of a folder, the access that new files get here: 0666 and 0777 without
-    the umask.
+    """Give a file, or all of a folder, the access that new files get here.
+
+    That is 0666 and 0777 without the umask.
 
     Some libraries write files that only their writer may read (safetensors 0.8: 0600), and a
     colleague who may not read them is told that they are broken.  Files with a second name
@@ -57,8 +59,10 @@ def open_to_readers(path: Path) -> None:
 
 
 def _mode_of_new_files(folder: Path) -> int:
-    """Asked of a file that is made for it: the umask itself can not be read without changing it
-    for all threads."""
+    """Access of new files in a folder, asked of a file that is made for it.
+
+    The umask itself can not be read without changing it for all threads.
+    """
     probe = folder / f".mode.{uuid.uuid4().hex[:12]}"
     try:
         probe.touch()
@@ -69,8 +73,10 @@ def _mode_of_new_files(folder: Path) -> int:
 
 @contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Inside, no other process is; ValueError where one is already. A process that is killed
-    leaves nothing behind."""
+    """Keep all other processes out of the folder while the body runs.
+
+    Raises ValueError where one is there already. A process that is killed leaves nothing behind.
+    """
     with (folder / ".lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -86,8 +92,10 @@ def only_writer(folder: Path) -> Iterator[None]:
 def try_folder(
     folder: Path, way_out: str = "give another place by --out, or make this one writable"
 ) -> None:
-    """OSError with the way out where nothing can be written into a folder, which need not be
-    there yet; nothing is left of the trial."""
+    """Check that a folder, which need not be there yet, can be written into.
+
+    Raises OSError with the way out where it can not; nothing is left of the trial.
+    """
     there = next(
         parent
         for parent in (folder.absolute(), *folder.absolute().parents)
@@ -106,7 +114,10 @@ def try_folder(
 
 
 def try_file(path: Path) -> None:
-    """The same for a file; ValueError where a folder has its name."""
+    """Check that a file can be written.
+
+    Raises OSError with the way out where not, ValueError where a folder has its name.
+    """
     if path.is_dir():
         raise ValueError(
             f"{path} is a folder; give a file by --out, such as {path / 'result.json'}"
@@ -124,8 +135,10 @@ def unused(path: Path) -> Path:
 
 
 def say_replaced(paths: Sequence[Path], say: Callable[[str], None]) -> None:
-    """One line that names what is there already and will be written anew; nothing where all is
-    new."""
+    """Say in one line what is there already and will be written anew.
+
+    It says nothing where all is new.
+    """
     if there := [path for path in paths if path.exists()]:
         others = f" and {len(there) - 1} more" if len(there) > 1 else ""
         say(
@@ -134,15 +147,16 @@ def say_replaced(paths: Sequence[Path], say: Callable[[str], None]) -> None:
 
 
 def must_be_new(path: Path) -> None:
-    """ValueError if something is there."""
+    """Check that nothing is at ``path``; ValueError if something is."""
     if path.exists():
         raise ValueError(f"{path} is there already; give another place, nothing is overwritten")
 
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes ``path`` when that went well; nothing of it is left
-    otherwise.
+    """Give a folder to fill, which becomes ``path`` when that went well.
+
+    Nothing of it is left otherwise.
 
     ValueError if ``path`` is there already; OSError with the way out where the disk refuses.
     """
@@ -156,8 +170,10 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def beside(path: Path, way_out: str) -> Iterator[Path]:
-    """Where to write what the body then moves to ``path``, a file or a folder; if it does not
-    come to that, nothing of it is left. OSError where the disk refuses."""
+    """Give a path to write what is then moved to ``path``, a file or a folder, by the body.
+
+    If it does not come to that, nothing of it is left. Raises OSError where the disk refuses.
+    """
     part = path.with_name(f".{path.name}.part")
     try:
         with refusals(path, way_out):
@@ -170,7 +186,7 @@ def beside(path: Path, way_out: str) -> Iterator[Path]:
 
 @contextmanager
 def refusals(path: Path, way_out: str) -> Iterator[None]:
-    """What a disk that refuses ``path`` raises, as one line with the way out: OSError."""
+    """Turn a disk's refusal of ``path`` into an OSError of one line with the way out."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -185,8 +201,10 @@ def _remove(path: Path) -> None:
 
 
 def in_words(error: BaseException) -> str:
-    """A system's error about a file as file and reason, where it would be a number and no rule;
-    any other error as it is."""
+    """Describe a system's error about a file as file and reason.
+
+    It would be a number and no rule. Any other error is described as it is.
+    """
     if (
         not isinstance(error, OSError)
         or not isinstance(error.filename, (str, bytes))
@@ -205,5 +223,5 @@ def in_words(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Of its text; of one that says nothing, its name."""
+    """First line of the message, or the class name if it is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -9,8 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 
 def finite(tensor: torch.Tensor) -> torch.Tensor:
-    """Whether no number in it is NaN or infinite, as a bool tensor where ``tensor`` lies; one pass
-    that allocates nothing, also over gigabytes.
+    """Whether no number in it is NaN or infinite, as a bool tensor where ``tensor`` lies.
+
+    It is one pass that allocates nothing, also over gigabytes.
     """
     if not tensor.numel() or not tensor.dtype.is_floating_point:
         return torch.ones((), dtype=torch.bool, device=tensor.device)
@@ -21,8 +22,10 @@ def finite(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether all its numbers are; a tensor without memory, as `kvpo plan` counts with, has
-    none."""
+    """Whether all its numbers are finite.
+
+    A tensor without memory, as `kvpo plan` counts with, has none.
+    """
     return isinstance(tensor, FakeTensor) or bool(finite(tensor))
 
 
@@ -36,7 +39,10 @@ def not_finite(named: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
 
 
 def check_finite(named: Iterable[tuple[str, torch.Tensor]], source: str, way_out: str) -> None:
-    """FloatingPointError that names ``source`` and its tensors where one is not finite."""
+    """Check that all numbers are finite.
+
+    Raises FloatingPointError that names ``source`` and its tensors where one is not.
+    """
     if faults := not_finite(named):
         listed = ", ".join(faults[:3]) + (" ..." if len(faults) > 3 else "")
         raise FloatingPointError(

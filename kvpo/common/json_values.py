@@ -1,5 +1,7 @@
-"""JSON values of a file with the place at which each begins: one list, a value a line, or values
-over several lines."""
+"""JSON values of a file with the place at which each begins.
+
+A file is one list, a value a line, or values over several lines.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,9 @@ class JsonFault(ValueError):
 
 
 def json_values(text: str) -> Iterator[tuple[int, str, Any]]:
-    """(offset, name, value) of every value; ``name`` is its place in a list, "" for values that
-    stand alone.
+    """Yield (offset, name, value) of every value.
+
+    ``name`` is its place in a list, "" for values that stand alone.
 
     A list whose elements are objects is a list of values; any other list is one value.
     `JsonFault` for the first fault.
@@ -39,8 +42,11 @@ def json_values(text: str) -> Iterator[tuple[int, str, Any]]:
 
 
 def _one_a_line(text: str) -> Iterator[tuple[int, str, Any]]:
-    """A broken line is then that line's fault, and not that of the one where a reader of the
-    whole text stumbles."""
+    """Read one value a line.
+
+    A broken line is then that line's fault, and not that of the one where a reader of the whole
+    text stumbles.
+    """
     begin = 0
     for end in [*(m.end() for m in HARD_ENDS.finditer(text)), len(text)]:
         line = text[begin:end].rstrip("\r\n")

@@ -1,5 +1,6 @@
-"""Every metric of a run: declared once, then written to `metrics.jsonl`, TensorBoard and the
-console.
+"""Every metric of a run, declared once.
+
+It is then written to `metrics.jsonl`, TensorBoard and the console.
 
 To add a metric, add a line to `DECLARED` and write docs/metrics.md anew (``python -m
 kvpo.common.metrics > docs/metrics.md``); logging a name that no line declares is an error. A
@@ -40,7 +41,7 @@ PHASES = (
 MOST_INNER = 8
 """Optimizer updates on the groups of one step, at most."""
 NAME = "[A-Za-z][A-Za-z0-9_.-]*"
-"""What a component may be called."""
+"""Pattern of a component's name."""
 
 PLACEHOLDERS: Mapping[str, tuple[str, ...]] = {
     "signal": ("local", "global"),
@@ -60,7 +61,7 @@ class Metric:
     unit: str
     meaning: str
     better: Literal["higher", "lower", ""] = ""
-    """Where training should move it; "" = neither way is good as such."""
+    """Direction in which training should move it; "" = neither way is good as such."""
 
 
 DECLARED: tuple[Metric, ...] = (
@@ -311,8 +312,10 @@ def _regex(pattern: str) -> re.Pattern[str]:
 
 @functools.cache
 def declaration(name: str) -> Metric:
-    """The declaration of a metric. ValueError, with the nearest declared name, for a name that
-    has none."""
+    """The declaration of a metric.
+
+    Raises ValueError, with the nearest declared name, for a name that has none.
+    """
     for metric in DECLARED:
         if _regex(metric.pattern).fullmatch(name):
             return metric
@@ -323,15 +326,18 @@ def declaration(name: str) -> Metric:
 
 
 def pick(values: Mapping[str, T], pattern: str) -> dict[str, T]:
-    """Those of ``values`` whose names match ``pattern``, keyed by what its placeholders stand
-    for ("VQ", "local/VQ")."""
+    """Pick the values whose names match ``pattern``.
+
+    They are keyed by what its placeholders stand for ("VQ", "local/VQ").
+    """
     found = ((_regex(pattern).fullmatch(name), value) for name, value in values.items())
     return {"/".join(match.groups()): value for match, value in found if match}
 
 
 class MetricLog:
-    """Appends to ``folder/metrics.jsonl`` and ``folder/tensorboard``, one line and one flush a
-    step.
+    """Log of a run's metrics, one line and one flush a step.
+
+    It appends to ``folder/metrics.jsonl`` and ``folder/tensorboard``.
 
     A line is ``{"step": 3, "unix_time": 1.7e9, "loss/kl": 0.01, ...}``. JSON has no NaN or
     infinity: they are written as the strings "NaN", "Infinity", "-Infinity", which `read_metrics`
@@ -339,8 +345,11 @@ class MetricLog:
     """
 
     def __init__(self, folder: Path, resume_after: int | None = None, tensorboard: bool = True):
-        """``resume_after``: the last step to keep (-1: none); None = a new run, ValueError if a
-        log is there already."""
+        """Open the log of a run.
+
+        ``resume_after``: the last step to keep (-1: none); None = a new run. Raises ValueError if a
+        new run's log is there already.
+        """
         self.path = Path(folder) / "metrics.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if resume_after is not None:
@@ -355,8 +364,10 @@ class MetricLog:
         )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Logs ``values`` (numbers or one-element tensors). ValueError for an undeclared name:
-        nothing is written then."""
+        """Log ``values`` (numbers or one-element tensors) of a step.
+
+        Raises ValueError for an undeclared name: nothing is written then.
+        """
         for name in values:
             declaration(name)
         numbers = {name: float(value) for name, value in values.items()}
@@ -382,7 +393,7 @@ class MetricLog:
 
 
 class NoLog:
-    """Of the ranks that do not write."""
+    """Log of the ranks that do not write."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None: ...
 
@@ -419,8 +430,10 @@ def _to_json(number: float) -> float | str:
 
 
 def _lines(path: Path):
-    """(offset in bytes, record) of every whole line. A last line without its newline was torn by
-    a kill: it is left out."""
+    """Yield (offset in bytes, record) of every whole line.
+
+    A last line without its newline was torn by a kill: it is left out.
+    """
     offset = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -438,14 +451,18 @@ def _lines(path: Path):
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """All records in the order written; several may share a step. [] if the file is missing.
-    ValueError if it is damaged."""
+    """All records in the order written; several may share a step.
+
+    [] if the file is missing. Raises ValueError if it is damaged.
+    """
     return [record for _, record in _lines(path)] if path.exists() else []
 
 
 def truncate_after(path: Path, step: int) -> None:
-    """Cuts a torn last line, and everything from the first record of a later step on: a resumed
-    run logs those again."""
+    """Cut a torn last line, and everything from the first record of a later step on.
+
+    A resumed run logs those again.
+    """
     if not path.exists():
         return
     keep = whole = 0
@@ -456,7 +473,10 @@ def truncate_after(path: Path, step: int) -> None:
 
 
 def console_line(step: int, values: Mapping[str, float], steps: int | None = None) -> str:
-    """One line of the main metrics, e.g. ``step 3/60  VQ 0.812  TA 0.500  tau 0.004  H 2.079  KL 0.01  clip 12%  grad 1.30  seconds 9.1``."""
+    """Format the main metrics as one line.
+
+    An example: ``step 3/60  VQ 0.812  TA 0.500  tau 0.004  H 2.079  KL 0.01  clip 12%``.
+    """
     parts = [f"step {step}" + (f"/{steps}" if steps is not None else "")]
     for pattern, label, spec in CONSOLE:
         parts += [
@@ -467,7 +487,7 @@ def console_line(step: int, values: Mapping[str, float], steps: int | None = Non
 
 
 def render_docs() -> str:
-    """docs/metrics.md."""
+    """Text of docs/metrics.md."""
     rows = ["| metric | unit | better | meaning |", "|---|---|---|---|"]
     rows += [f"| `{m.pattern}` | {m.unit} | {m.better or '-'} | {m.meaning} |" for m in DECLARED]
     names = [

@@ -1,4 +1,4 @@
-"""What a person at the terminal sees: bars with a live line for long work, and lines that stay."""
+"""Output at the terminal: bars with a live line for long work, and lines that stay."""
 
 from __future__ import annotations
 
@@ -33,8 +33,10 @@ class Bar:
         self._owner, self._task = owner, task
 
     def advance(self, line: str = "", log: bool = False) -> None:
-        """One unit done; ``line`` is shown below the bars until the next, and with ``log`` stays
-        in output that goes into a file."""
+        """Count one more unit done, and show ``line`` below the bars until the next.
+
+        With ``log`` it stays in output that goes into a file.
+        """
         self._owner.bars.update(self._task, advance=1)
         self._owner.show(line)
         if log:
@@ -67,11 +69,11 @@ class Progress:
         )
         self._live: Live | None = None
         self._line = self._phase = ""
-        """Shown below the bars."""
+        """Line shown below the bars."""
 
     @contextmanager
     def bar(self, name: str, total: int, done: int = 0) -> Iterator[Bar]:
-        """Bars may nest; all of them share one live display."""
+        """Show a bar for a piece of work; bars may nest and share one live display."""
         outermost = self._live is None
         if outermost:
             self._live = Live(self.bars, console=self._console, refresh_per_second=4)
@@ -95,7 +97,7 @@ class Progress:
             self._update()
 
     def phase(self, text: str) -> None:
-        """What is being done now, on a terminal below the bars."""
+        """Show what is being done now, on a terminal below the bars."""
         self._phase = text
         self._update()
 
@@ -105,8 +107,10 @@ class Progress:
             self._live.update(Group(self.bars, *lines))
 
     def log(self, text: str) -> None:
-        """A line with the time where the output goes into a file or a pipe, and bars would leave
-        no trace; nothing on a terminal."""
+        """Print a line with the time where the output goes into a file or a pipe.
+
+        Bars would leave no trace there; on a terminal it prints nothing.
+        """
         if not self._out.is_terminal:
             self._out.print(f"{time.strftime('%H:%M:%S')} {text}", markup=False)
 
@@ -124,19 +128,19 @@ class Progress:
         self.ended(what, time.perf_counter() - started)
 
     def say(self, text: str) -> None:
-        """On a terminal above the bars, which would otherwise be written over."""
+        """Print a line; on a terminal above the bars, which would otherwise be written over."""
         self.note(text)
         (
             self._live.console if self._live is not None and self._out.is_terminal else self._out
         ).print(text, markup=False)
 
     def warn(self, text: str) -> None:
-        """On stderr, where it is seen though the output goes into a file."""
+        """Print a line on stderr, where it is seen though the output goes into a file."""
         self.note(text)
         self._console.print(text, markup=False, soft_wrap=True)
 
     def note(self, text: str) -> None:
-        """Only into the rank's own log, if it has one."""
+        """Write a line only into the rank's own log, if it has one."""
         if self._log is not None and text:
             self._log.parent.mkdir(parents=True, exist_ok=True)
             with self._log.open("a", encoding="utf-8") as file:

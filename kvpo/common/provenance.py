@@ -1,4 +1,4 @@
-"""What a video file says of itself: prompts, seed, generator, and the code that made it."""
+"""Origin of a video file, written into it: prompts, seed, generator, and the code that made it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from kvpo.types import Script
 
 
 def about_video(script: Script, seed: int, generator: str, **settings: Any) -> dict[str, Any]:
-    """What `kvpo.common.video` writes into an mp4, and `write_beside` beside it."""
+    """Record of a video's origin; `kvpo.common.video` writes it into an mp4.
+
+    `write_beside` writes it beside the file.
+    """
     story = {
         "prompts": list(script.texts),
         "starts": list(script.starts),
@@ -32,5 +35,5 @@ def about_video(script: Script, seed: int, generator: str, **settings: Any) -> d
 
 
 def write_beside(video: Path, about: Mapping[str, Any]) -> Path:
-    """The same as a JSON file of the video's name."""
+    """Write the record as a JSON file of the video's name."""
     return write_atomic(video.with_suffix(".json"), json.dumps(about, indent=1) + "\n")

@@ -12,8 +12,9 @@ import torch
 
 
 def stream(seed: int, *name: int | str) -> torch.Generator:
-    """A CPU generator for the stream (seed, *name), e.g. ``stream(0, step, script.id, "noise",
-    block)``.
+    """Make a CPU generator for the stream (seed, *name).
+
+    An example is ``stream(0, step, script.id, "noise", block)``.
 
     Streams of different names are independent (their seeds are hashes); the same name gives the
     same draws.
@@ -31,6 +32,8 @@ def stream(seed: int, *name: int | str) -> torch.Generator:
 
 
 def normal(shape, seed: int, *name: int | str) -> torch.Tensor:
-    """Float32 standard normal noise of ``shape`` from the stream (seed, *name), on the CPU on
-    every machine."""
+    """Draw float32 standard normal noise of ``shape`` from the stream (seed, *name).
+
+    It is drawn on the CPU on every machine.
+    """
     return torch.randn(shape, generator=stream(seed, *name))

@@ -1,5 +1,7 @@
-"""Text files as people have them: any byte order mark, any line end, nothing merged and nothing
-dropped."""
+"""Text files as people have them, with any byte order mark and any line end.
+
+Nothing is merged and nothing dropped.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,10 @@ SOFT_ENDS = re.compile("[\x85\u2028\u2029]")
 """NEL, line and paragraph separator: line ends in some files, characters of a text in others."""
 ANY_END = re.compile(f"{HARD_ENDS.pattern}|{SOFT_ENDS.pattern}")
 INVISIBLE = ("Cc", "Cf", "Cn", "Zl", "Zp", "Zs")
-"""Categories of Unicode whose characters show nothing: controls, formats, unassigned,
-separators."""
+"""Categories of Unicode whose characters show nothing.
+
+They are controls, formats, unassigned, separators.
+"""
 BLANK_LETTERS = "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0"
 """Characters that Unicode counts as letters or marks, and that show nothing."""
 
@@ -58,8 +62,10 @@ def read_text(path: Path) -> str:
 
 
 def _refuse_inside(path: Path, text: str) -> None:
-    """ValueError for a character inside a line that says the file was not read, or not written,
-    as was meant."""
+    """Refuse a character inside a line that says the file is not as it was meant.
+
+    Raises ValueError where the file was not read, or not written, as was meant.
+    """
     reasons = {
         "\0": "a NUL, as UTF-16 has them, but no byte order mark; save the file as UTF-8 text",
         MARK: (
@@ -97,8 +103,10 @@ def lines_of(path: Path, text: str) -> Iterator[tuple[int, str]]:
 
 
 def shows_nothing(text: str) -> bool:
-    """Whether there is nothing in a text that a reader would see: blanks, zero-width characters,
-    controls."""
+    """Whether a text has nothing that a reader would see.
+
+    Blanks, zero-width characters and controls can not be seen.
+    """
     return all(
         unicodedata.category(c) in INVISIBLE or c in BLANK_LETTERS or _selects(c) for c in text
     )
@@ -110,8 +118,10 @@ def _selects(letter: str) -> bool:
 
 
 def fault_of_text(text: str) -> tuple[int, str] | None:
-    """(offset, reason) of what no tokenizer can read as it was meant: half of a surrogate pair, a
-    control character."""
+    """(offset, reason) of the first thing no tokenizer can read as it was meant.
+
+    None if there is none. It is half of a surrogate pair, or a control character.
+    """
     for at, letter in enumerate(text):
         if unicodedata.category(letter) == "Cs":
             return (

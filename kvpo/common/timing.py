@@ -1,5 +1,7 @@
-"""Where the time of a step goes, by phase; device work is waited for, so that a phase pays for
-what it started."""
+"""Time of a step, by phase.
+
+Device work is waited for, so that a phase pays for what it started.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,11 @@ class Phases:
         tell: Callable[[str], None] = lambda doing: None,
         ended: Callable[[str, float], None] = lambda done, seconds: None,
     ):
-        """``tell`` is told every phase that begins, and where; ``ended`` what it took, but for
-        `TOTAL`, which is made of others."""
+        """Begin without any phase.
+
+        ``tell`` is told every phase that begins, and where; ``ended`` what it took, but for
+        `TOTAL`, which is made of others.
+        """
         self.seconds: dict[str, float] = {}
         self.ended = ended
         self.tell, self.now, self.where = tell, "start", ""

@@ -1,5 +1,7 @@
-"""The terminal's streams for long work: a print that fails loses a line, never the work that it
-tells of."""
+"""The terminal's streams for long work.
+
+A print that fails loses a line, never the work that it tells of.
+"""
 
 from __future__ import annotations
 
@@ -64,8 +66,10 @@ def escaped(text: str, encoding: str | None) -> str:
 
 
 def silence(stream: Any) -> None:
-    """Let what is still written to a stream's file vanish: else the interpreter fails once more,
-    flushing at its end."""
+    """Let what is still written to a stream's file vanish.
+
+    Else the interpreter fails once more, flushing at its end.
+    """
     with suppress(OSError, ValueError, AttributeError):  # a stream without a file
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 

@@ -32,10 +32,12 @@ MIN_SIDE = 256
 INK, PAPER, LINE = (28, 32, 36), (255, 255, 255), (208, 212, 217)
 BT709 = 1
 ENLARGED = "enlarged"
-"""In what a file says of itself: the factor of `enlarge`."""
+"""Key of the factor of `enlarge` in what a file says of itself."""
 UNEVEN = 0.6
-"""Share of a frame's time by which a frame may be off an even grid, or last longer than the
-others: containers round times."""
+"""Share of a frame's time by which a frame may be off an even grid, or last longer.
+
+Containers round times.
+"""
 
 
 def check_video(video: torch.Tensor, name: str = "video") -> torch.Tensor:
@@ -48,14 +50,18 @@ def check_video(video: torch.Tensor, name: str = "video") -> torch.Tensor:
 
 
 def enlarge(video: torch.Tensor, factor: int) -> torch.Tensor:
-    """Every pixel as a square of ``factor`` x ``factor``: small videos stay sharp where a
-    browser would blur them."""
+    """Show every pixel as a square of ``factor`` x ``factor``.
+
+    Small videos then stay sharp where a browser would blur them.
+    """
     return video.repeat_interleave(factor, dim=-2).repeat_interleave(factor, dim=-1)
 
 
 def watchable(video: torch.Tensor, min_side: int = MIN_SIDE) -> int:
-    """The smallest factor that brings the shorter side to ``min_side`` pixels and, for yuv420p,
-    both sides to even numbers."""
+    """The smallest factor that brings the shorter side to ``min_side`` pixels.
+
+    Both sides become even numbers, for yuv420p.
+    """
     factor = -(-min_side // min(video.shape[-2:]))
     odd = any(side * factor % 2 for side in video.shape[-2:])
     return factor + 1 if odd else factor
@@ -68,9 +74,10 @@ def encode_mp4(
     crf: int = 16,
     about: Mapping[str, Any] | None = None,
 ) -> bytes:
-    """h264 in yuv420p, which every browser plays. ``factor``: enlarge by this, None = `watchable`;
-    ``crf``: lower = better. ``about``: what the file says of itself (`read_about`), beside the
-    factor by which it is enlarged.
+    """Encode a video as h264 in yuv420p, which every browser plays.
+
+    ``factor``: enlarge by this, None = `watchable`; ``crf``: lower = better. ``about``: what the
+    file says of itself (`read_about`), beside the factor by which it is enlarged.
 
     Colours lose a level or two; at factor 1 chroma is halved in resolution as well. ValueError for
     odd sides.
@@ -95,8 +102,10 @@ def write_mp4(
 
 
 class Mp4Writer:
-    """A video file that grows while its frames are made, `encode_mp4` in pieces. In its place
-    when it is whole, or not at all."""
+    """A video file that grows while its frames are made, `encode_mp4` in pieces.
+
+    It is in its place when it is whole, or not at all.
+    """
 
     def __init__(
         self,
@@ -137,8 +146,10 @@ class Mp4Writer:
 
 
 class _Encoder:
-    """h264 for frames of the first one's size, into a file object: libav takes a colon in a path
-    for a protocol."""
+    """h264 encoder for frames of the first one's size, into a file object.
+
+    libav takes a colon in a path for a protocol.
+    """
 
     def __init__(
         self,
@@ -191,10 +202,12 @@ class _Encoder:
 
 
 def read_mp4(path: Path, original: bool = False) -> tuple[torch.Tensor, float]:
-    """(uint8 [T, 3, H, W], frames a second); sides as stored, that is enlarged, or with
-    ``original`` as they were made.
+    """Read a video: (uint8 [T, 3, H, W], frames a second).
 
-    PermissionError; ValueError if it is no readable video, or its frames do not lie evenly in time.
+    Sides are as stored, that is enlarged, or with ``original`` as they were made.
+
+    Raises PermissionError; ValueError if it is no readable video, or its frames do not lie evenly
+    in time.
     """
     check_readable(path)
     try:
@@ -220,8 +233,10 @@ def read_mp4(path: Path, original: bool = False) -> tuple[torch.Tensor, float]:
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """What a video file says of itself: prompts, seed, generator, ... as its writer gave them;
-    nothing for others' files."""
+    """Read what a video file says of itself: prompts, seed, generator, ... as its writer gave them.
+
+    {} for others' files.
+    """
     with Path(path).open("rb") as file, av.open(file) as container:
         return _about(container.metadata)
 
@@ -252,8 +267,9 @@ def _reason(error: Exception) -> str:
 
 
 def _even_rate(path: Path, times: Sequence[float | None], rate: float) -> float:
-    """Frames a second, by the times at which the frames are shown; ``rate``: what the file says,
-    kept where it agrees.
+    """Frames a second, by the times at which the frames are shown.
+
+    ``rate``: what the file says, kept where it agrees.
 
     ValueError where frames are shown for different times: whoever counts frames, as every reward
     does, sees another motion.
@@ -279,8 +295,10 @@ def _even_rate(path: Path, times: Sequence[float | None], rate: float) -> float:
 
 
 def html_video(mp4: Path | bytes, label: str) -> str:
-    """A `<video>` that holds its own file: loops without sound wherever the page is opened.
-    ``label`` is read aloud."""
+    """A `<video>` that holds its own file, in a loop without sound wherever the page is opened.
+
+    ``label`` is read aloud.
+    """
     data = mp4 if isinstance(mp4, bytes) else Path(mp4).read_bytes()
     source = base64.b64encode(data).decode()
     return f'<video loop muted autoplay playsinline controls aria-label="{html.escape(label)}" src="data:video/mp4;base64,{source}"></video>'
@@ -300,8 +318,10 @@ def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
 
 
 def _captioned(text: str, width: int, lines: int, size: int) -> Image.Image:
-    """``text`` wrapped to ``width`` pixels in exactly ``lines`` lines, its end cut by an
-    ellipsis if need be."""
+    """Draw ``text`` wrapped to ``width`` pixels in exactly ``lines`` lines.
+
+    Its end is cut by an ellipsis if need be.
+    """
     image = Image.new("RGB", (width, lines * (size + 4) + 8), PAPER)
     ImageDraw.Draw(image).multiline_text(
         (2, 3), "\n".join(_wrapped(text, width, size)[:lines]), fill=INK, font=font(size), spacing=3
@@ -315,8 +335,10 @@ def _wrapped(text: str, width: int, size: int) -> list[str]:
 
 
 def _columns(count: int) -> int:
-    """Of the widths from square to four times as wide as high, the one that leaves fewest tiles
-    empty, the widest of those."""
+    """Number of columns of a grid, from square to four times as wide as high.
+
+    The one that leaves fewest tiles empty, the widest of those.
+    """
     side = max(1, round(count**0.5))
     return min(
         range(side, min(count, 2 * side) + 1), key=lambda columns: (-count % columns, -columns)
@@ -372,8 +394,10 @@ def grid(
 
 
 def strips(rows: Sequence[tuple[str, torch.Tensor]], frames: int = 8, tile: int = 112) -> bytes:
-    """PNG of labelled videos as strips of ``frames`` frames at even times, first and last
-    included: the still form of a grid."""
+    """PNG of labelled videos as strips of ``frames`` frames at even times.
+
+    First and last frame are included: it is the still form of a grid.
+    """
     if not rows or frames < 1:
         raise ValueError(f"{len(rows)} videos, {frames} frames: strips need at least one of each")
     images = []

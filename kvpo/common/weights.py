@@ -1,5 +1,7 @@
-"""Files of weights: read without unpickling anything, every tensor accounted for, named by their
-hash."""
+"""Files of weights, read without unpickling anything.
+
+Every tensor is accounted for, and files are named by their hash.
+"""
 
 from __future__ import annotations
 
@@ -60,8 +62,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def account(
     found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Size], source: str, target: str
 ) -> None:
-    """ValueError that lists every tensor missing from ``found``, more than asked for, or of
-    another shape."""
+    """Check that exactly the ``wanted`` tensors were found.
+
+    Raises ValueError that lists every tensor missing from ``found``, more than asked for, or of
+    another shape.
+    """
     faults = {
         "missing": sorted(wanted.keys() - found.keys()),
         "surplus": sorted(found.keys() - wanted.keys()),
@@ -83,8 +88,10 @@ def account(
 
 
 def identity(name: str, files: Sequence[Path]) -> str:
-    """What a report calls these weights: ``name file sha256:...``, so that two runs can be told
-    to have used the same."""
+    """Name of these weights in a report: ``name file sha256:...``.
+
+    It tells whether two runs have used the same weights.
+    """
     return " ".join((name, *(f"{file.name} sha256:{_sha256(file)}" for file in files)))
 
 

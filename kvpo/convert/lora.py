@@ -381,7 +381,10 @@ def _of_config(found: WeightFiles) -> Stated | None:
 
 
 def _stated(config: Mapping[str, Any], source: str, path: Path) -> Stated | None:
-    """ValueError for settings under which the halves alone are not the whole change."""
+    """Read alpha and rank from an adapter's config; None if it is empty.
+
+    Raises ValueError for settings under which the halves alone are not the whole change.
+    """
     if not config:
         return None
     if (kind := str(config.get("peft_type") or "LORA").rpartition(".")[2]) != "LORA":

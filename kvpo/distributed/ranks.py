@@ -1,5 +1,6 @@
-"""Ranks: who does what, and what all must agree on. A single process is a world of one: the same
-code, without a message.
+"""Ranks: who does what, and what all must agree on.
+
+A single process is a world of one: the same code, without a message.
 
     torchrun --nproc-per-node 8 -m kvpo align RECIPE --out RUN
 
@@ -188,8 +189,11 @@ class Ranks:
 
     @contextmanager
     def meeting(self) -> Iterator[None]:
-        """Inside are messages that all enter. `Lost` names those who did not come, and what they
-        were doing: killed, cut off, or beyond the patience."""
+        """A context for messages that all ranks enter.
+
+        `Lost` names those who did not come, and what they were doing: killed, cut off, or beyond
+        the patience.
+        """
         if self.world == 1:
             yield
             return

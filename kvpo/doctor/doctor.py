@@ -1,5 +1,7 @@
-"""`kvpo doctor`: the invariants of method.md section 6, measured on the user's own generator and
-recipe."""
+"""`kvpo doctor`: the invariants of method.md section 6, measured on the user's own run.
+
+They are measured on its generator and recipe.
+"""
 
 from __future__ import annotations
 
@@ -63,8 +65,10 @@ class _Empty:
 
 
 class _AllFrames(WanAttnProcessor):
-    """diffusers' own self-attention over a whole sequence; frame q reads frame k ``counts[q,
-    k]`` times."""
+    """diffusers' own self-attention over a whole sequence.
+
+    Frame q reads frame k ``counts[q, k]`` times.
+    """
 
     def __init__(self, counts_NN: torch.Tensor):
         super().__init__()
@@ -82,8 +86,10 @@ class _AllFrames(WanAttnProcessor):
 
 
 class _Watched:
-    """A generator that first looks at what every row of a denoise pass is about to read of the
-    prefix."""
+    """A generator that looks at what a denoise pass is about to read of the prefix.
+
+    It does so for every row, before it runs.
+    """
 
     def __init__(self, model: CausalWan, prefix: FrameCache):
         self.model, self.prefix, self.left, self.reads, self.wrong = (
@@ -254,8 +260,10 @@ def findings(config: RunConfig) -> Iterator[Finding]:
 
 @torch.no_grad()
 def _against_stock(run: Alignment, blocks: int) -> float:
-    """The velocity of the block after ``blocks`` clean ones, of which the last lies in a fork as
-    a branch's does, against diffusers' own forward over all frames; relative."""
+    """Relative difference of a block's velocity from diffusers' own forward over all frames.
+
+    The block follows ``blocks`` clean ones, of which the last lies in a fork as a branch's does.
+    """
     model, g, F, N = (
         run.pipeline.generator,
         run.pipeline.geometry,
@@ -334,8 +342,10 @@ def _stock(
 
 
 def _prints(cache: FrameCache) -> dict[tuple[int, int], list[int]]:
-    """(frame or slot of the bank, layer) -> prints of its keys and values, of all that can be
-    read."""
+    """Prints of the keys and values of all that can be read.
+
+    Keyed by (frame or slot of the bank, layer).
+    """
     readable = (*cache.resident, *(cache.bank.slots if cache.bank else ()))
     return {
         (f, layer): [_print(kv) for kv in cache.page(f, layer)]
@@ -351,8 +361,10 @@ def _print(x: torch.Tensor) -> int:
 
 
 def _decoded_apart(rollout: Rollout) -> float:
-    """The anchor's first frame in all rows, twice: every row starts from the same state, and
-    decoding leaves that state as it was."""
+    """Decode the anchor's first frame in all rows, twice, and compare.
+
+    Every row starts from the same state, and decoding leaves that state as it was.
+    """
     decoder, rows = (
         rollout.decoder(),
         rollout.latents[-1:, :1].expand(len(rollout.plans), -1, -1, -1, -1),
@@ -393,8 +405,10 @@ def _gradients(run: Alignment, replay, rollout: Rollout) -> Iterator[Finding]:
 def _steps(
     run: Alignment, start: Start, rollout: Rollout, embeddings: Mapping[str, torch.Tensor]
 ) -> Iterator[Finding]:
-    """A line a denoise step: no rule, but what there is to know before `velocity_energy.weights`
-    is chosen."""
+    """Give one line a denoise step, which is no rule.
+
+    It is what there is to know before `velocity_energy.weights` is chosen.
+    """
     effects = step_effects(
         run.pipeline,
         start,
@@ -417,8 +431,10 @@ def _steps(
 def _pages(
     run: Alignment, rollout: Rollout, embeddings: Mapping[str, torch.Tensor]
 ) -> Iterator[Finding]:
-    """The gradient through the whole window, on a tiny generator in float64, and what training
-    has of it; also on this generator where it is small."""
+    """Compare training's gradient with the one through the whole window.
+
+    It does so on a tiny generator in float64, also on this generator where it is small.
+    """
     tiny, P = on_a_tiny_generator(run.config, run.pipeline), run.config.exploring.window_blocks
     yield _at_most(
         "tiny: gradient through all pages against finite differences", tiny.difference, 1e-5
@@ -438,7 +454,7 @@ def _pages(
 
 
 def _left_out(whose: str, found: LeftOut, P: int) -> Finding:
-    """At P = 1 a rule, beyond it a number to know."""
+    """Judge what training's gradient leaves out: at P = 1 a rule, beyond it a number to know."""
     exact = f"relative error {found.relative:.2g}"
     rule = f"1 at P = 1; {exact}" if P == 1 else f"at P = {P}, 1 = pages leave nothing out; {exact}"
     return Finding(

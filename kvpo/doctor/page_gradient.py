@@ -1,5 +1,6 @@
-"""How much of the gradient the pages leave out: the energies' gradient with and without what
-earlier blocks have written.
+"""Share of the gradient that the pages leave out.
+
+It is the energies' gradient with and without what earlier blocks have written.
 
 In training a pass reads pages that carry no gradient: theta reaches a block of the window through
 its own pass, not through what the blocks before it left in the cache. Here the clean passes keep
@@ -42,12 +43,14 @@ class LeftOut:
     relative: float
     """|training's - exact| / |exact|."""
     difference: float
-    """Largest relative error of the exact one against finite differences, over directions; NaN
-    where none were taken."""
+    """Largest relative error of the exact one against finite differences, over directions.
+
+    NaN where none were taken.
+    """
 
 
 class _PagesWithGradient(PagedSelfAttention):
-    """Writes what a pass computed, graph and all."""
+    """Self-attention that writes the keys and values of a pass to its pages, graph and all."""
 
     def __call__(self, attn, hidden, encoder, mask, view: LayerView):
         out = super().__call__(attn, hidden, encoder, mask, replace(view, write=None))
@@ -60,7 +63,7 @@ class _PagesWithGradient(PagedSelfAttention):
 
 
 class _Through(CausalWan):
-    """The same weights; its clean passes keep their graph."""
+    """The same weights; clean passes keep their graph."""
 
     def __init__(self, transformer: WanTransformer3DModel):
         super().__init__(transformer)
@@ -84,8 +87,11 @@ def left_out(
     seed: int,
     differences: bool = False,
 ) -> LeftOut:
-    """Of a sum of the branches' energies with weights that add up to 0, as an update takes;
-    contexts that are known beforehand only."""
+    """Compare the gradients of a sum of the branches' energies with and without the pages.
+
+    The energies' weights add up to 0, as an update takes them; only contexts that are known
+    beforehand are allowed.
+    """
     pull = normal((rollout.num_branches,), seed, "doctor", "pull").double()
     pull -= pull.mean()
     args = (rollout, embeddings, context, energy)
@@ -136,7 +142,7 @@ def _error(
     exact: Sequence[torch.Tensor],
     name: tuple,
 ) -> float:
-    """Of the derivative along a random direction, relative."""
+    """Relative error of the derivative along a random direction."""
     along = [normal(tuple(p.shape), *name, i).to(p) for i, p in enumerate(parameters)]
     values = []
     for way in (STEP, -2 * STEP):
@@ -154,7 +160,10 @@ def _error(
 
 
 def on_a_tiny_generator(config: RunConfig, pipeline: Pipeline) -> LeftOut:
-    """With the recipe's window, history and steps, on random weights, with finite differences."""
+    """Compare on random weights, with finite differences.
+
+    The window, history and steps are the recipe's.
+    """
     g, explorer = (
         replace(
             pipeline.geometry, latent_height=4, latent_width=4, text_length=8, bank=0, bank_keep=0
@@ -204,8 +213,10 @@ def on_a_tiny_generator(config: RunConfig, pipeline: Pipeline) -> LeftOut:
 
 
 def known(config: RunConfig) -> Context:
-    """The recipe's context, or `branch` where that is the policy's own prediction, which no
-    gradient is taken through in training either."""
+    """The recipe's context, or `branch` where that is the policy's own prediction.
+
+    No gradient is taken through that prediction in training either.
+    """
     return CONTEXTS["branch" if config.context == "self" else config.context]
 
 
@@ -234,8 +245,10 @@ def _tiny(seed: int) -> WanTransformer3DModel:
 
 @contextmanager
 def _in_double() -> Iterator[None]:
-    """The stock network computes its norms in float32 whatever its dtype: inside, that is
-    float64, without which no finite difference is exact enough."""
+    """Compute the stock network's norms in float64 while the body runs.
+
+    It computes them in float32 whatever its dtype, and no finite difference is exact enough then.
+    """
     single = torch.Tensor.float
     torch.Tensor.float = torch.Tensor.double
     try:

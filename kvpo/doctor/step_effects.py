@@ -1,4 +1,4 @@
-"""What each denoise step says of the branches, and what it does to them.
+"""Effect of each denoise step on the branches, and its share of their energy.
 
 says    its share of the energy, with the recipe's step weights
 does    how far the window's latents move from the anchor's when only this step reads the routed past and all else, the clean
@@ -29,7 +29,7 @@ from kvpo.types import BranchPlan, Rollout
 class StepEffect:
     sigma: float
     weight: float
-    """In the energy."""
+    """Weight of the step in the energy."""
     says: float
     does: float
 
@@ -43,7 +43,7 @@ def step_effects(
     energy: Surrogate,
     together: int = 0,
 ) -> list[StepEffect]:
-    """Of every denoise step, on one group; ``together``: most rows at a time, 0 = all."""
+    """Effects of every denoise step, on one group; ``together``: most rows at a time, 0 = all."""
     sigmas = pipeline.geometry.sigmas
     weights = energy.step_weights(sigmas)
     alone = [
@@ -85,8 +85,10 @@ def window_latents(
     routed: Collection[int],
     clean: bool,
 ) -> torch.Tensor:
-    """x0_BNCHW of the window, branches and then the anchor; only the denoise steps ``routed``
-    read by plan, and the clean pass if ``clean``."""
+    """x0_BNCHW of the window, branches and then the anchor.
+
+    Only the denoise steps ``routed`` read by plan, and the clean pass if ``clean``.
+    """
     g, window, rows = pipeline.geometry, start.window, (*plans, BranchPlan())
     noise = PlannedNoise(start.noise, rows, window)
     stream = branch_out(pipeline, start.past, rows, noise, window)

@@ -24,7 +24,10 @@ Z = 1.959964
 
 
 def read_key(path: Path) -> dict:
-    """ValueError where the file is no key.json of `kvpo ab`."""
+    """Read the key of an A/B page.
+
+    Raises ValueError where the file is no key.json of `kvpo ab`.
+    """
     key = _json(path)
     if not {"study", "a", "b", "pairs"} <= set(key):
         raise ValueError(

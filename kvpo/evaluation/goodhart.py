@@ -47,7 +47,7 @@ def judge(evaluations: Mapping[int, Rows]) -> Verdict:
 def held_out_score(rows: Rows) -> float:
     """Mean over held-out evaluators of difference / half width of its interval.
 
-    Units do not matter so; 0 is the start weights'.
+    So units do not matter; 0 is the start weights' score.
     """
     measured = [
         row

@@ -1,5 +1,7 @@
-"""Settings of evaluations and of the looks between them, apart from the code they steer: reading a
-recipe needs no torch."""
+"""Settings of evaluations and of the sentinels' looks between them.
+
+They stand apart from the code that they steer, so that reading a recipe needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +10,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """On which scripts, how often and how a generator is measured."""
+    """Settings of the evaluations of a run."""
 
     every: int = 0
     """Steps between evaluations during training; 0 = only after the last."""
     prompts: str = ""
     """Prompt file of scripts that are not trained on.
-
     Empty: unseen stories where the miniature's are trained on; else the training prompts themselves
-    under other noise, and the report says so.
-    """
+    under other noise, and the report says so."""
     scripts: int = 64
     """Scripts of an evaluation."""
     seeds: int = 1
     """Videos of every script, each with noise of its own.
-
-    A script's number is their mean. From 2 on their diversity stands in the table too.
-    """
+    A script's number is their mean. From 2 on their diversity stands in the table too."""
     batch: int = 16
     """Videos generated together."""
     seed: int = 1000
@@ -33,9 +31,7 @@ class EvaluateConfig:
     """Scripts whose videos are kept, before and after."""
     stop_when_gamed: bool = True
     """End the run where trained rewards rise and a held-out evaluator falls.
-
-    It takes two successive evaluations (`kvpo.evaluation.goodhart`).
-    """
+    It takes two successive evaluations (`kvpo.evaluation.goodhart`)."""
 
     def __post_init__(self):
         if self.every < 0 or self.videos < 0 or min(self.batch, self.seeds) < 1 or self.scripts < 2:
@@ -46,7 +42,7 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class SentinelConfig:
-    """When a few watched prompts, looked at while training, end a run that spoils them."""
+    """Settings of the looks at what no reward watches."""
 
     every: int = 0
     """Steps between looks; 0 = none."""
@@ -60,16 +56,11 @@ class SentinelConfig:
     """Spread at which the run stops; 0 = never."""
     least: float = 0.05
     """Share of the start's value by which a mean must have moved at all.
-
-    Where seeds hardly differ, a spread is nothing.
-    """
+    Where seeds hardly differ, a spread is nothing."""
     kl_warn: float = 0.3
     """Mean KL to the start policy since the last look from which on a line is said, nats.
-
-    log G is the most there can be.
-    """
+    log G is the most there can be."""
     kl_stop: float = 1.0
-    """The mean KL from which on the run ends; 0 = never."""
 
     def __post_init__(self):
         if self.every < 0 or self.scripts < 1 or self.seeds < 2:

@@ -105,7 +105,10 @@ class Geometry:
             )
 
     def check_grid(self, patch_size: Sequence[int], source: str) -> None:
-        """ValueError unless the transformer's patches (frames, rows, columns) tile the latents."""
+        """Check that the transformer's patches (frames, rows, columns) tile the latents.
+
+        Raises ValueError where they do not.
+        """
         for name, value, step in (
             ("latent_height", self.latent_height, patch_size[1]),
             ("latent_width", self.latent_width, patch_size[2]),

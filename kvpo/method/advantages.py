@@ -75,38 +75,28 @@ class Advantages:
 
     weights: Mapping[str, float] = field(default_factory=dict)
     """Component -> weight; empty = every component counts 1.
-
-    Otherwise it must name every component.
-    """
+    Otherwise it must name every component."""
     local: float = 1.0
     """Weight of the local signal: rewards of the window's clip."""
     global_: float = 0.5
     """Weight of the global signal: rewards of the clips from the fork on."""
     anchor: bool = False
     """The anchor is a member of the group, so branches compete with it too.
-
     It has A = 0 before centring, an energy (0 under the weights that made it) and a share of pi.
-    Then branches compete with what the policy does by itself, not only with each other.
-    """
+    Then branches compete with what the policy does by itself, not only with each other."""
     clamp: float = 5.0
     """Bound of |A| after centring, 0 = none.
-
     One component of weight 1 in a group of 8 stays below 1.5 * 2.7 = 4, so the default only acts on
-    heavier or several agreeing components.
-    """
+    heavier or several agreeing components."""
     std: Literal["group", "step"] = "group"
     """Standard deviation that rewards are divided by, per component and signal.
-
     `group`: the group's own, so that every group counts alike however little its branches differ.
     `step`: one for all groups of the step (`kvpo.method.batch_spread`), so that a group counts by
-    its spread.
-    """
+    its spread."""
     std_floor: float = 1e-5
     """Smallest standard deviation that counts, in reward units.
-
     A component whose std (of ``std``'s kind) is below this says nothing: it contributes 0, not
-    amplified rounding.
-    """
+    amplified rounding."""
 
     def __post_init__(self):
         if self.clamp < 0.0 or self.std_floor <= 0.0:

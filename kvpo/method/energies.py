@@ -63,15 +63,11 @@ class Temperature:
 
     value: float | Literal["auto"] = "auto"
     """Divisor of energies: a number in units of energy, or `auto`.
-
     `auto` is the unbiased std over the group's members of the old policy's energies, so that logits
-    have spread 1. Without it pi is uniform to several digits and clip and KL never act.
-    """
+    have spread 1. Without it pi is uniform to several digits and clip and KL never act."""
     floor: float = 1e-6
     """Lower bound of `auto`: ``floor`` times the mean energy.
-
-    A smaller spread is rounding and must not be amplified.
-    """
+    A smaller spread is rounding and must not be amplified."""
 
     def __post_init__(self):
         number = isinstance(self.value, (int, float)) and not isinstance(self.value, bool)
@@ -115,10 +111,8 @@ class DenoisedEnergy:
 
     floor: float = 1.0
     """Smallest sigma that the x0 error is divided by.
-
     1 gives sigma^2 / 2, the plain x0 error; 0 gives 1/2 at every step, half the velocity energy.
-    Between them lie the reference code's other settings, for comparison only.
-    """
+    Between them lie the reference code's other settings, for comparison only."""
 
     needs_differing_context: ClassVar[bool] = True
 
@@ -144,18 +138,14 @@ class VelocityEnergy:
 
     weights: StepWeights = "equal"
     """Weights of the denoise steps: `equal` (the paper's), `kernel`, or a number a step.
-
     `kernel` is the KL of the `renoise` sampler's own Gaussian steps. Weights are brought to mean 1.
-    A step of weight 0 is not replayed, which saves its time: `[0, 0, 1, 1]` halves the replay.
-    """
+    A step of weight 0 is not replayed, which saves its time: `[0, 0, 1, 1]` halves the replay."""
     last_sigma: float = 0.35
     """Noise level through which the last step's output is seen; `kernel` only.
-
     The last step has no re-noise of its own, and its exact weight is infinite. At 0.35 the last
     step of the released schedule weighs 5.4 times the one before it: measured on the miniature's
     shipped weights, 72 branches, is 5.3 (share of the change of the final latents, .472 to .072,
-    per share of the energy, .31 to .25).
-    """
+    per share of the energy, .31 to .25)."""
 
     needs_differing_context: ClassVar[bool] = True
 

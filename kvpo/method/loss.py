@@ -43,23 +43,19 @@ class ClippedObjective:
     """PPO's clipped objective over a group's branches, with a KL to the reference policy."""
 
     clip_low: float = 0.1
-    """How far below 1 a ratio r counts."""
+    """Distance below 1 to which a ratio r counts."""
     clip_high: float = 0.2
-    """How far above 1: r is clipped to [1 - clip_low, 1 + clip_high]."""
+    """Distance above 1 to which it counts: r is clipped to [1 - clip_low, 1 + clip_high]."""
     kl_beta: float = 1.0
     """Strength of the KL to the reference policy, in advantage per nat; 0 = none.
-
     Without clipping, and for a uniform old policy, the optimum is pi_theta ~ pi_ref exp(A / beta):
     a branch one advantage better may end 1 / beta in log odds above where the reference put it.
     Automatic temperature gives logits of spread 1 and A has a spread of about 1 per component, so 1
     lets preferences move pi by about as much as branches differ already; 10 holds it to a tenth of
-    that.
-    """
+    that."""
     kl_to: Literal["initial", "old"] = "initial"
     """Reference policy of the KL: `initial` = the start weights, `old` = the behaviour weights.
-
-    With `old` the KL acts only between syncs.
-    """
+    With `old` the KL acts only between syncs."""
 
     def __post_init__(self):
         if not (0.0 < self.clip_low < 1.0 and self.clip_high > 0.0):

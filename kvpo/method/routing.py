@@ -43,14 +43,10 @@ class KVRouting:
 
     draw: str = "balanced"
     """Name of the draw: `balanced`, `dispersed` (the reference code's) or `independent`.
-
-    See `kvpo.method.routing`.
-    """
+    See `kvpo.method.routing`."""
     nearest: int = 1
     """Frames right before each block that every branch reads.
-
-    Without any, motion breaks at the fork.
-    """
+    Without any, motion breaks at the fork."""
     window_blocks: int = 3
     """P, blocks explored after the fork."""
 

@@ -1,5 +1,6 @@
-"""Settings of the method's stages that are settings and nothing else, apart from the code they
-steer: reading a recipe needs no torch.
+"""Settings of the method's stages that are settings and nothing else.
+
+They stand apart from the code that they steer, so that reading a recipe needs no torch.
 
 Settings that are also a rule (`KVRouting`, `Advantages`, `ClippedObjective`, ...) stand with it.
 """
@@ -21,20 +22,14 @@ class RolloutConfig:
     """G, besides the anchor."""
     cache_frames: int = 33
     """Latent frames the prefix keeps, sink and nearest frames included.
-
-    They are the pool that routing draws from.
-    """
+    They are the pool that routing draws from."""
     prefixes: int = 1
     """Groups of a process whose prefixes are generated and decoded side by side.
-
     More means fewer and larger calls, and a cache of ``cache_frames`` for each of them from then
-    on.
-    """
+    on."""
     together: int = 0
     """Most branches, the anchor included, that are generated or replayed side by side; 0 = all.
-
-    Each holds a past of its own in the cache: lower it where memory is short.
-    """
+    Each holds a past of its own in the cache: lower it where memory is short."""
 
     def __post_init__(self):
         if self.branches < 2:
@@ -57,17 +52,13 @@ class ScoreConfig:
 
     clip_frames: int = 36
     """Longest clip of the global signal, pixel frames.
-
-    It lies in the middle of what its segment has from the fork on.
-    """
+    It lies in the middle of what its segment has from the fork on."""
     min_frames: int = 12
     """Shorter stretches are not scored: too little to judge motion by."""
     segments: int | None = None
     """Prompt segments that a group's global signal looks at, its fork's own the first.
-
     None: all of them; 0: the local signal is all. What comes after is neither generated nor
-    decoded. Evaluations look at all.
-    """
+    decoded. Evaluations look at all."""
 
     together: int = 0
     """Most rows that are decoded side by side, 0 = all: lower it where memory is short."""
@@ -92,28 +83,25 @@ class OptimizerConfig:
     """AdamW on float32 master weights."""
 
     lr: float = 1e-5
-    """Learning rate after the warm-up."""
     warmup: int = 5
-    """Updates over which the rate rises linearly to ``lr``; the first one already moves (lr /
-    warmup)."""
+    """Updates over which the rate rises linearly to ``lr``.
+    The first one already moves, at lr / warmup."""
     weight_decay: float = 0.0
-    """AdamW's decoupled weight decay, multiplied by the rate."""
     beta1: float = 0.9
-    """Decay of the gradient's running mean."""
     beta2: float = 0.999
-    """Decay of the running mean of the gradient's square."""
     eps: float = 1e-8
-    """Added to the root mean square that a weight's step is divided by. Where most of a gradient
-    is noise, AdamW moves every weight by about ``lr`` whichever way it falls; an ``eps`` of the
-    gradients' own size lets weights of little gradient rest."""
+    """Number added to the root mean square that a weight's step is divided by.
+    Where most of a gradient is noise, AdamW moves every weight by about ``lr`` whichever way it
+    falls; an ``eps`` of the gradients' own size lets weights of little gradient rest."""
     clip: float = 1.0
-    """Largest gradient norm of one group. Groups differ a hundredfold (`auto` temperature
-    divides by the spread of their energies): clipped together, one group would speak for all."""
+    """Largest gradient norm of one group, or of a step where ``clip_of`` says so.
+    Groups differ a hundredfold (`auto` temperature divides by the spread of their energies):
+    clipped together, one group would speak for all."""
     clip_of: Literal["group", "step"] = "group"
-    """Gradient that ``clip`` bounds: that of each group, so that every group above it counts
-    alike, or the step's sum, where a group weighs what its gradient does, the velocity penalty's
-    included. A step's sum is the mean over its groups. With `advantages.std: step` take `step`:
-    a clip of each group undoes what that does."""
+    """Gradient that ``clip`` bounds: that of each group, or the step's sum.
+    By group, every group above the bound counts alike; by step, a group weighs what its gradient
+    does, the velocity penalty's included. A step's sum is the mean over its groups. With
+    `advantages.std: step` take `step`: a clip of each group undoes what that does."""
 
     def __post_init__(self):
         if not (self.lr > 0.0 and self.eps > 0.0 and self.clip > 0.0 and self.warmup >= 1):
@@ -132,9 +120,7 @@ class AgreementConfig:
 
     window: int = 128
     """Latest groups over which the mean cosine runs; 0 = it is not measured.
-
-    128 tell a cosine of 0.01 from 0; each keeps 16 kB.
-    """
+    128 tell a cosine of 0.01 from 0; each keeps 16 kB."""
 
     def __post_init__(self):
         if self.window != 0 and self.window < LEAST_GROUPS:

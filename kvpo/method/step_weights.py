@@ -29,7 +29,10 @@ StepWeights = Literal["equal", "kernel"] | tuple[float, ...]
 
 
 def refuse_bad(weights: StepWeights, last_sigma: float) -> None:
-    """ValueError for what can be no weights, whatever the generator's steps."""
+    """Refuse what can be no weights, whatever the generator's steps.
+
+    Raises ValueError.
+    """
     if not 0.0 < last_sigma < 1.0:
         raise ValueError(
             f"last_sigma = {last_sigma} must lie in (0, 1): 0 would leave the last step alone, 1 would leave it out"

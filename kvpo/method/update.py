@@ -1,7 +1,6 @@
-"""Stage 7: energies and objective to gradients, a finite check, and the optimizer's step (method.md
-section 5).
+"""Stage 7: energies and objective to gradients, a finite check, and the optimizer's step.
 
-The loss is a function of G numbers, so its cotangents are too: replay with gradient goes pass by
+It is section 5 of method.md. The loss is a function of G numbers, so its cotangents are too: replay with gradient goes pass by
 pass, each multiplied by its branches' numbers and freed. The gradient is the same whatever the size
 of a pass; it is that of the energies with pages held still (method.md section 5), which at P = 1 is
 all of it.
@@ -33,19 +32,29 @@ class GroupUpdate:
     """Outcome of one group: its scores and what it added to the step's gradient."""
 
     energy: torch.Tensor
-    """E_M float64 of the group's members under the current weights; NaN where the group was
-    skipped."""
+    """E_M float64 of the group's members under the current weights.
+
+    It is NaN where the group was skipped.
+    """
     pi: torch.Tensor
     """pi_old_M, the behaviour policy's share of every member; likewise."""
     metrics: Mapping[str, float]
     old: torch.Tensor | None = None
-    """E_M under the behaviour weights, and under the reference's: both stay for the further
-    updates on the same group. None where it was skipped; the second also where the KL is to the
-    behaviour policy."""
+    """E_M under the behaviour weights; None where the group was skipped.
+
+    It stays for the further updates on the same group.
+    """
     reference: torch.Tensor | None = None
+    """E_M under the reference weights; None where the group was skipped.
+
+    It stays for the further updates too. It may also be None where the KL is to the behaviour
+    policy, which needs no reference.
+    """
     sketch: torch.Tensor | None = None
-    """Sketch of the group's gradient before its clip, of length 1; None where its branches are
-    tied, or nobody asked."""
+    """Sketch of the group's gradient before its clip, divided by the gradient's norm.
+
+    None where the group's branches are tied, or nobody asked.
+    """
 
 
 class Updater:
@@ -145,11 +154,11 @@ class Updater:
     def hold(
         self, penalty: VelocityPenalty, velocities: Callable[[], list[torch.Tensor]], phases: Phases
     ) -> dict[str, float]:
-        """Add the clipped gradient of the penalty on one group's held blocks, given their
-        velocities under the weights in the module. One rank of a row does.
+        """Add the clipped gradient of the velocity penalty on one group's held blocks.
 
-        Nothing where there are none, and before the first update, when both velocities are the
-        same.
+        ``velocities``: gives theirs under the weights in the module. One rank of a row does this.
+        Nothing is added where there are none, and before the first update, when both velocities
+        are the same.
         """
         if self.policy.updates == 0:
             return {}
@@ -200,8 +209,10 @@ class Updater:
         return metrics | {"optim/drift": self.policy.drift()}
 
     def _refuse_broken(self) -> None:
-        """FloatingPointError where the update has left a weight or a moment that is not finite;
-        all ranks enter."""
+        """Raise FloatingPointError where the update has left a weight or moment that is not finite.
+
+        All ranks enter.
+        """
         policy, state = self.policy, self.optimizer.state
         found = [
             [p.detach(), *(x for x in state[p].values() if x.dim())] for p in policy.parameters
@@ -219,10 +230,10 @@ class Updater:
     def _add_clipped(
         self, losses: Iterable[torch.Tensor], share: float, row: Ranks, sketch: Sketch | None = None
     ) -> tuple[float, torch.Tensor | None]:
-        """Add the gradient of the losses' sum over the ranks of ``row`` to the step's, clipped by
-        itself where groups are; its norm and its sketch before that.
+        """Add the gradient of the losses' sum over the ranks of ``row`` to the step's.
 
-        The losses are ``share`` of a whole group's. A gradient that is not finite is left for
+        It is clipped by itself where ``clip_of`` is group; returned are its norm and its sketch
+        before that. The losses are ``share`` of a whole group's. A gradient that is not finite is left for
         `step` to name.
         """
         collecting = self.policy.layout.collecting
@@ -253,8 +264,10 @@ class Updater:
             return self._of_all(replay.energies)
 
     def _of_all(self, energies: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """E_M of a group from every rank's own members: its branches in order, then the anchor
-        where that is one."""
+        """E_M of a group, put together from every rank's own members.
+
+        The branches come in order, then the anchor where that is a member.
+        """
         with self.row.together():
             own = energies()
         return torch.cat(self.row.gather(own))

@@ -35,9 +35,7 @@ class VelocityPenalty:
 
     weight: float = 0.0
     """Strength per velocity squared; 0 = no penalty.
-
-    It acts beside groups' gradients of norm ``optimizer.clip`` each.
-    """
+    It acts beside groups' gradients of norm ``optimizer.clip`` each."""
     blocks: int = 1
     """Blocks drawn from every group's opening."""
     steps: tuple[int, ...] = ()
@@ -58,7 +56,10 @@ class VelocityPenalty:
             )
 
     def check(self, geometry: Geometry) -> None:
-        """ValueError, before anything is generated, where this generator has no such step."""
+        """Check that this generator has the steps, before anything is generated.
+
+        Raises ValueError where it has not.
+        """
         if self.steps and max(self.steps) >= (S := len(geometry.sigmas)):
             raise ValueError(
                 f"velocity_penalty.steps = {list(self.steps)}, but this generator's {S} denoise steps count from 0 to {S - 1}; name some of these, or none for all"

@@ -1,5 +1,7 @@
-"""The miniature: a small world with known truth, and a generator trained on it; a size of the
-program, not another one."""
+"""The miniature: a small world with known truth, and a generator trained on it.
+
+It is a size of the program, not another one.
+"""
 
 from pathlib import Path
 

@@ -1,5 +1,6 @@
-"""Habits of the videos that the miniature learns from, as captured videos have them, and no caption
-names them.
+"""Habits of the videos that the miniature learns from.
+
+Captured videos have such habits, and no caption names them.
 
 Two habits, drawn block by block, so that a block's past shows them:
 
@@ -24,20 +25,22 @@ from kvpo.mini.world import Truth
 OPACITY = 0.55
 """Opacity of a sloppy block's object."""
 BEGINS, GOES_ON = 0.25, 0.75
-"""Probability that a block is sloppy after a clean one, and after a sloppy one. The first block
-of a video is clean."""
+"""Probability that a block is sloppy after a clean one, and after a sloppy one.
+
+The first block of a video is clean.
+"""
 OBEYED = (("at once", 0.45), ("late", 0.25), ("ignored", 0.30))
-"""What becomes of a prompt switch, and how often."""
+"""Outcome of a prompt switch -> its probability."""
 
 
 @dataclass(frozen=True)
 class Habits:
-    """What a video does that its prompts do not ask for."""
+    """Behaviour of a video that its prompts do not ask for."""
 
     sloppy: tuple[bool, ...]
-    """Per block."""
+    """Whether each block is sloppy."""
     shown: tuple[int, ...]
-    """Per block, the prompt segment whose scene it shows."""
+    """Prompt segment whose scene each block shows."""
 
 
 def draw_habits(starts: Sequence[int], blocks: int, generator: torch.Generator) -> Habits:
@@ -68,8 +71,10 @@ def changes(shown: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def stuttered(truth: Truth, sloppy: Sequence[bool], block: int) -> Truth:
-    """The truth with the sloppy blocks faded and stuttering. ``block``: latent frames of a
-    block."""
+    """The truth with the sloppy blocks faded and stuttering.
+
+    ``block``: latent frames of a block.
+    """
     frames = torch.arange(len(truth.scene))
     latent = (frames + 3) // 4
     held = torch.tensor(sloppy)[latent // block]

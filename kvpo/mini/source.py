@@ -20,8 +20,11 @@ MEMORY_SEGMENTS = 3
 
 @dataclass(frozen=True)
 class StorySource:
-    """Story ``index`` of step ``step`` is drawn from the stream of that name alone, whichever
-    rank asks, so a run never sees one twice."""
+    """Source of stories for training.
+
+    Story ``index`` of step ``step`` is drawn from the stream of that name alone, whichever rank
+    asks, so a run never sees one twice.
+    """
 
     seed: int
     split: str = "train"
@@ -68,8 +71,10 @@ class StorySource:
 def story_clips(
     count: int, pillar: bool = False, seed: int = 7, frames: int = FRAMES
 ) -> list[VideoBatch]:
-    """``count`` true clips of the miniature's world, in batches of 8: the first ``frames`` of
-    every prompt segment of stories that no training draws."""
+    """Make ``count`` true clips of the miniature's world, in batches of 8.
+
+    They are the first ``frames`` of every prompt segment of stories that no training draws.
+    """
     rows, i = [], 0
     while len(rows) < count:
         story = write_story(seed, "rewards", i, blocks=12, memory=pillar)

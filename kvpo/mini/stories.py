@@ -1,5 +1,6 @@
-"""Stories of the world and their captions: a grammar with paraphrases, and the parser that reads it
-back.
+"""Stories of the world and their captions.
+
+A grammar with paraphrases writes them, and a parser reads them back.
 
 Rewards ask the parser what a prompt wants, so they need no hidden truth: a prompt file written by
 hand is understood just as well. A later prompt that only says "it" inherits everything it does not
@@ -127,8 +128,10 @@ def _named(found: list[str], table: dict[str, str]) -> str | None:
 
 
 def understand(texts: Sequence[str]) -> list[Scene]:
-    """What each prompt of a script asks for; what a later prompt does not name is inherited from
-    the one before."""
+    """Parse the scene that each prompt of a script asks for.
+
+    Whatever a later prompt does not name is inherited from the one before.
+    """
     scenes: list[Scene] = []
     before = Scene(None, None, None, None, False, None, None)
     for text in texts:
@@ -196,9 +199,9 @@ class Story:
     x: float
     y: float
     needs_memory: bool
-    """Something in it can be known only from frames that the rolling window no longer holds."""
+    """True: something in it can be known only from frames that the window no longer holds."""
     habits: Habits | None = None
-    """What its video does unasked; None: it does what its prompts ask."""
+    """Habits of its video; None: it does what its prompts ask."""
 
     def shown(self) -> list[tuple[int, int]]:
         """(segment, first block) of every scene that the video really shows, in order."""
@@ -206,7 +209,9 @@ class Story:
 
     def truth(self, block: int = 3) -> Truth:
         """Pixel-exact truth; a scene's first pixel frame is the first of its first latent frame.
-        ``scene`` counts the scenes that are `shown`."""
+
+        ``scene`` counts the scenes that are `shown`.
+        """
         shown = self.shown()
         starts = [0 if b == 0 else pixel_frames(b * block) for _, b in shown]
         truth = play(
@@ -280,9 +285,12 @@ def write_story(
     memory: bool | None = None,
     habits: bool = False,
 ) -> Story:
-    """A story from the stream (seed, *name). ``segments`` 1 to 4 (default: drawn), ``memory``:
-    hide and seek or not (default: 1 in 4), ``habits``: its video has them. The script does not
-    depend on them, and hide and seek has none: what is to be remembered must be there."""
+    """Write a story from the stream (seed, *name).
+
+    ``segments`` 1 to 4 (default: drawn), ``memory``: hide and seek or not (default: 1 in 4),
+    ``habits``: its video has them. The script does not depend on them, and hide and seek has none:
+    what is to be remembered must be there.
+    """
     g = stream(seed, "story", *name)
     segments = int(torch.randint(1, 5, (), generator=g)) if segments is None else segments
     memory = chance(0.25, g) if memory is None else memory

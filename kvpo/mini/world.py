@@ -51,7 +51,10 @@ BOUNCE_HEIGHT = 12.0
 
 @dataclass(frozen=True)
 class Scene:
-    """What one prompt segment asks for.  None: not asked (only when parsed from a free prompt)."""
+    """Scene that one prompt segment asks for.
+
+    None: not asked, only when parsed from a free prompt.
+    """
 
     shape: str | None
     colour: str | None
@@ -73,8 +76,11 @@ class Scene:
 
 @dataclass(frozen=True)
 class Truth:
-    """Per pixel frame: object centre [T, 2] (x, y, unwrapped: it may leave [0, 64)), scene index
-    [T], hidden share [T], opacity [T]."""
+    """Truth of a video, per pixel frame.
+
+    Object centre [T, 2] (x, y, unwrapped: it may leave [0, 64)), scene index [T], hidden share [T],
+    opacity [T].
+    """
 
     centre: torch.Tensor
     scene: torch.Tensor
@@ -84,8 +90,10 @@ class Truth:
 
 
 def pixel_frames(latent_frames: int) -> int:
-    """Pixel frames of a video of that many latent frames: the first latent holds one frame,
-    every other four."""
+    """Pixel frames of a video of that many latent frames.
+
+    The first latent holds one frame, every other four.
+    """
     return max(0, 4 * latent_frames - 3)
 
 
@@ -149,8 +157,10 @@ def play(scenes: list[Scene], starts: list[int], frames: int, x: float, y: float
 
 
 def signed_distance(shape: str, dx: torch.Tensor, dy: torch.Tensor, radius: float) -> torch.Tensor:
-    """Distance to a shape's outline in pixels, negative inside; ``dx``, ``dy``: offset from its
-    centre."""
+    """Distance to a shape's outline in pixels, negative inside.
+
+    ``dx``, ``dy``: offset from its centre.
+    """
     if shape == "circle":
         return torch.hypot(dx, dy) - 0.95 * radius
     if shape == "square":

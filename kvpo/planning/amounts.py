@@ -24,7 +24,7 @@ def branches_of(config: RunConfig) -> int:
 
 
 def rows_of(config: RunConfig) -> int:
-    """Branches and anchor, likewise."""
+    """Branches and anchor of a group on the card that has most of them."""
     return branches_of(config) + 1
 
 
@@ -83,7 +83,7 @@ def groups_of(config: RunConfig, world: int) -> int:
 
 
 def prefixes_of(config: RunConfig, world: int = 1) -> int:
-    """Generated side by side on a card."""
+    """Prefixes that are generated side by side on a card."""
     return min(config.rollout.prefixes, groups_of(config, world))
 
 
@@ -130,7 +130,7 @@ class Amounts:
     """Rows that go through the network for the branches, in blocks: rows times blocks."""
     decoded_prefix: float
     decoded_rows: float
-    """Latent frames."""
+    """Latent frames that are decoded, all rows."""
     scored: float
     """Pixel frames that rewards look at, all rows."""
 

@@ -44,8 +44,11 @@ def numbered(faults: list[Fault]) -> list[str]:
 
 
 def missing(config: RunConfig, download: bool = True) -> list[Fault]:
-    """What is not there, each thing once. ``download``: weights on the hub count as there if it
-    can be reached, because loading them fetches them."""
+    """Faults of the things that a run needs and that are not there, each once.
+
+    ``download``: weights on the hub count as there if it can be reached, because loading them
+    fetches them.
+    """
     checks: list[Callable[[], object]] = []
     for entry in config.rewards:
         checks += _of_reward(entry, download)
@@ -80,7 +83,7 @@ def _of_reward(entry: RewardEntry, download: bool) -> Iterator[Callable[[], obje
 
 
 def _weights(reward: str, name: str, download: bool) -> None:
-    """ValueError where they are neither here nor to be had."""
+    """Raise an error where a reward's weights are neither here nor to be had."""
     if not re.fullmatch(HUB_ID, name) or Path(name).exists():
         find(reward, name, ())
         return
@@ -104,7 +107,10 @@ def _weights(reward: str, name: str, download: bool) -> None:
 
 
 def _pipeline(folder: Path) -> None:
-    """FileNotFoundError with the command that writes the folder, where its name says which."""
+    """Raise an error where the pipeline folder is missing or lacks a part.
+
+    It names the command that writes the folder, where the folder's name says which.
+    """
     try:
         check_folder(folder)
     except FileNotFoundError as error:

@@ -61,8 +61,11 @@ class Snapshot:
     tensors: Mapping[str, torch.Tensor]
     """Tensors in main memory: of sharded weights this rank's parts, else all of them."""
     elsewhere: Mapping[str, torch.Tensor]
-    """The averaged weights among them as diffusers names them: a LoRA file, or the transformer's
-    own. None of sharded weights, which no rank has whole."""
+    """The averaged weights among the tensors, as diffusers names them.
+
+    They are those of a LoRA file, or the transformer's own. It is empty where weights are sharded,
+    because no rank has them whole.
+    """
     sharded: bool
 
     @classmethod
@@ -95,8 +98,10 @@ class Snapshot:
 def save_checkpoint(
     folder: Path, snapshot: Snapshot, keep: int, best: int = 0, ranks: Ranks = Ranks()
 ) -> Path:
-    """``folder``/step-..., complete, and all but the ``keep`` newest and that of step ``best``
-    removed. ``ranks``: those of shards, all enter; whole weights are one rank's.
+    """Write a checkpoint whole to ``folder``/step-... and remove old ones; its path.
+
+    The ``keep`` newest stay, and that of step ``best``. ``ranks``: those that write shards, which
+    all enter; whole weights are written by one rank.
 
     OSError with the way out where the disk refuses; nothing is lost then.
     """
@@ -135,8 +140,10 @@ def at_step(folder: Path, step: int) -> Path:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first. PermissionError where they may not be looked for: a
-    run would begin anew beside them."""
+    """Complete checkpoints, oldest first.
+
+    PermissionError where they may not be looked for: a run would begin anew beside them.
+    """
     check_readable(folder)
     return sorted(p for p in folder.glob("step-*") if (p / "state.json").is_file())
 
@@ -147,8 +154,10 @@ def _up_to(target: Path) -> list[Path]:
 
 
 def newest_whole(found: Sequence[Path], say: Callable[[str], None]) -> Path:
-    """The newest one that is whole; those after it are named to ``say``. ValueError where there
-    is none, PermissionError where one may not be read."""
+    """The newest checkpoint that is whole; broken ones after it are named to ``say``.
+
+    ValueError where there is none, PermissionError where one may not be read.
+    """
     for checkpoint in reversed(found):
         for name in ("", "state.json", *(p.name for p in checkpoint.glob("*.safetensors"))):
             # one that may not be read is not broken: no older one is taken in its place
@@ -182,8 +191,9 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def load_checkpoint(checkpoint: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> int:
-    """Put everything back; the step to go on with. All ranks enter, whichever ranks have written
-    it.
+    """Put everything back from a checkpoint; the step to go on with.
+
+    All ranks enter, whichever ranks have written it.
 
     ValueError naming the file where it is broken, or the checkpoint where it is of another policy.
     """

@@ -93,7 +93,10 @@ class Policy:
 
     @contextmanager
     def at_hand(self, *sets: list[torch.Tensor]) -> Iterator[None]:
-        """All ranks enter; inside, each may be `using` these sets, or not, without the others."""
+        """Keep these sets at hand, so that each rank may be `using` them without the others.
+
+        All ranks must enter.
+        """
         self._at_hand = {id(weights): self.layout.whole(weights) for weights in sets}
         if self.on_policy:
             self._at_hand[id(self.behaviour)] = [p.data for p in self.layout.computing]

@@ -1,5 +1,6 @@
-"""Checkpoints beside the training: all that goes into one is copied to main memory, and a thread
-writes the copy.
+"""Checkpoints that are written beside the training.
+
+All that goes into one is copied to main memory, and a thread writes the copy.
 
 The step after a checkpoint runs while it is written; the next checkpoint, and the end of a run,
 wait for it. Ranks that write shards speak on a channel of their own, so what the thread says never
@@ -41,9 +42,11 @@ class Saver:
         best: int,
         beside: Mapping[str, torch.Tensor] = {},
     ) -> None:
-        """Take a copy after ``step`` steps and return; all ranks enter. ``beside``: what else
-        the run has to know when it goes on. OSError if the checkpoint before it could not be
-        written."""
+        """Copy what goes into the checkpoint after ``step`` steps, and begin to write it.
+
+        All ranks enter. ``beside``: what else the run has to know when it goes on. OSError if the
+        checkpoint before it could not be written.
+        """
         self.wait()
         if self.policy.sharded or self.ranks.first:
             snapshot = Snapshot.of(step, self.policy, optimizer, config, beside)
@@ -52,7 +55,7 @@ class Saver:
             )
 
     def check(self) -> None:
-        """OSError if the write under way has already failed here."""
+        """Raise the OSError of the write under way if it has already failed here."""
         if self._writing is not None and self._writing.done():
             self._join()
 

@@ -1,5 +1,7 @@
-"""Settings of the weights and of their checkpoints, apart from the code they steer: reading a
-recipe needs no torch."""
+"""Settings of the weights and of their checkpoints.
+
+They stand apart from the code that they steer, so that reading a recipe needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -12,23 +14,18 @@ class PolicyConfig:
     """Settings of the trained weights and of their copies."""
 
     train: Literal["lora", "full"] = "lora"
-    """A low-rank adapter, or all weights of the transformer."""
     rank: int = 256
     """LoRA rank; alpha = rank, so the adapter acts at scale 1."""
     sync_interval: int = 1
     """Optimizer updates between copies of the current weights into the behaviour policy.
-
-    A copy is made at the end of a step only.
-    """
+    A copy is made at the end of a step only."""
     ema: float = 0.999
     """Decay of the averaged weights; it warms up as (1 + n) / (10 + n) over n updates."""
     shard: bool = False
     """Share masters, EMA, behaviour, reference and optimizer moments out over the ranks (FSDP2).
-
     It takes 24 / ranks bytes a trained weight. The module's weights, the reference's and the
     gradient stay whole on each, 2 + 2 + 4 bytes in bf16: all of 1.3B fit a card, of 14B an adapter
-    does.
-    """
+    does."""
 
     def __post_init__(self):
         if self.rank < 1 or self.sync_interval < 1:
@@ -41,7 +38,7 @@ class PolicyConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """How often a run is saved, and how many checkpoints stay."""
+    """Settings of how often a run is saved, and how many checkpoints stay."""
 
     every: int = 10
     """Steps between checkpoints; the last step always has one."""

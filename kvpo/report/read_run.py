@@ -110,7 +110,7 @@ class Evaluation:
     created: str
     command: str
     unseen: bool
-    """Measured on scripts that were not trained on."""
+    """True: the scripts were not trained on."""
 
 
 def number(value: Any) -> float:

@@ -30,10 +30,10 @@ class VideoBatch:
     They are compared by identity, so that measurements can be shared. Raises ValueError for frames
     of another layout or type, and for lists of another length than the clips.
 
-        >>> frames = torch.zeros(2, 16, 3, 64, 64, dtype=torch.uint8)
-        >>> batch = kvpo.VideoBatch(frames, fps=16.0, prompts=("a red circle rises", "it turns blue"))
-        >>> len(batch), batch.length
-        (2, 16)
+    >>> frames = torch.zeros(2, 16, 3, 64, 64, dtype=torch.uint8)
+    >>> batch = kvpo.VideoBatch(frames, fps=16.0, prompts=("a red circle rises", "it turns blue"))
+    >>> len(batch), batch.length
+    (2, 16)
     """
 
     frames: torch.Tensor
@@ -114,7 +114,7 @@ class VideoBatch:
         )
 
     def rows(self, clips: Sequence[int]) -> VideoBatch:
-        """Some of the clips."""
+        """Batch of some of the clips."""
         pick = list(clips)
         return VideoBatch(
             self.frames[pick],
@@ -254,7 +254,10 @@ def check_output(spec: RewardSpec, batch: VideoBatch, output: RewardOutput) -> R
 
 
 def _check_frames(frames: torch.Tensor) -> None:
-    """ValueError unless uint8 [B, T, 3, H, W] with at least one clip and one frame."""
+    """Check that frames are uint8 [B, T, 3, H, W] with at least one clip and one frame.
+
+    Raises ValueError where they are not.
+    """
     if frames.dtype != torch.uint8:
         raise ValueError(
             f"frames are {frames.dtype}; they must be uint8 in [0, 255]: convert with (x.clamp(0, 1) * 255).round().to(torch.uint8)"

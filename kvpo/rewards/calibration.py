@@ -187,7 +187,7 @@ def grey(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def static(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Nothing but noise."""
+    """Replace every frame by noise."""
     return torch.randint(0, 256, frames.shape, generator=generator).to(torch.uint8)
 
 
@@ -279,7 +279,7 @@ class Verdict:
 
 
 FLAWS = (*DEGRADATIONS, "wrong_caption")
-"""All of them."""
+"""Names of all flaws."""
 
 
 def calibrate(

@@ -152,7 +152,7 @@ def missing_packages(spec: RewardSpec) -> list[str]:
 
 
 def require(spec: RewardSpec) -> None:
-    """ValueError with the way out where a package is missing."""
+    """Check that the reward's packages are installed; ValueError with the way out if not."""
     if missing := missing_packages(spec):
         raise ValueError(
             f"reward {spec.name!r} needs {', '.join(missing)}: pip install 'kvpo[{spec.extra}]'"

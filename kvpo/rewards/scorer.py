@@ -60,7 +60,10 @@ class Scorer:
         self.reward.offload()
 
     def score(self, batch: VideoBatch) -> RewardOutput:
-        """ValueError in one line for whatever the reward does wrong."""
+        """Score a batch and check the answer.
+
+        Raises ValueError, in one line, for whatever the reward does wrong.
+        """
         begin = time.perf_counter()
         keys = [
             (digest, batch.fps, prompt, history)

@@ -84,8 +84,10 @@ class Trials:
         return goodhart.judge(self._history(done)).best
 
     def evaluate(self, done: int) -> dict[str, float]:
-        """Online and EMA weights against the start weights, on fixed scripts; the metrics of the
-        comparison."""
+        """Compare online and EMA weights with the start weights on fixed scripts.
+
+        Returned are the metrics of the comparison.
+        """
         sets = {
             "start": self.policy.reference,
             "online": self.policy.snapshot(),
@@ -218,8 +220,10 @@ class Trials:
         return recent_kl(self.out, done, steps) if self.config.objective.kl_to == "initial" else 0.0
 
     def _history(self, done: int) -> dict[int, goodhart.Rows]:
-        """Evaluations up to now; a run that was killed and resumed from before them may have
-        later ones."""
+        """Evaluations of the EMA weights, by step, up to step ``done``.
+
+        The folder may hold later ones, where a run was killed and resumed from before them.
+        """
         return {
             step: rows
             for step, rows in goodhart.history(self.out / "evaluation", "ema").items()

@@ -1,5 +1,6 @@
-"""A run as its folder has it: begun there or gone on with, saved there, and refused where it is
-another run's.
+"""A run as its folder has it: begun there or gone on with, and saved there.
+
+A folder that is another run's is refused.
 
 config.resolved.yaml, environment.json     before the first step
 checkpoints/                               `kvpo.policy.checkpoint`, written beside the training by `kvpo.policy.saving`
@@ -49,8 +50,10 @@ MAY_CHANGE = (
     "branch_parallel",
     "policy.shard",
 )
-"""Settings that a resumed run may change, because training does not depend on them: how far it
-goes (``steps``) freely, the others by ``--override``."""
+"""Settings that a resumed run may change, because training does not depend on them.
+
+How far it goes (``steps``) may change freely, the others by ``--override``.
+"""
 
 
 def restarted_here(out: Path) -> bool:
@@ -64,8 +67,10 @@ def restarted_here(out: Path) -> bool:
 
 
 class RunState:
-    """How far a run is, in memory and in its folder. A context: inside, and once begun, no other
-    process writes there."""
+    """Progress of a run, in memory and in its folder.
+
+    A context manager: inside, and once the run is begun, no other process writes to the folder.
+    """
 
     def __init__(
         self,
@@ -97,8 +102,10 @@ class RunState:
         self.done = self.saved = 0
         """Steps in all, and in the last checkpoint."""
         self.midway = False
-        """The weights are between two updates of one step: what they are now belongs to no step,
-        and is not saved."""
+        """True while the weights are between two updates of one step.
+
+        As they are then they belong to no step, and are not saved.
+        """
 
     def begin(self, resume: bool, override: bool) -> int:
         """Make the folder, or read its newest checkpoint; the steps that are done. All ranks enter.
@@ -119,8 +126,10 @@ class RunState:
         return self._held.__exit__(*error)
 
     def save(self, best: int) -> None:
-        """Begin a checkpoint, unless the last one is of now, or the weights are broken;
-        ``best``: step of one that stays."""
+        """Begin a checkpoint, unless the last one is of now, or the weights are broken.
+
+        ``best``: step of an earlier checkpoint that stays.
+        """
         if self.done > self.saved and not self.policy.broken:
             self.saver.begin(
                 self.done, self.optimizer, self._identity, best, self.agreement.state()
@@ -193,8 +202,10 @@ class RunState:
         return step
 
     def _moved(self) -> tuple[str, ...]:
-        """Prompt files that have another name than when the run was begun, or last gone on with,
-        and the same content."""
+        """Settings that name a prompt file, under whatever name, with the content the run knows.
+
+        That is its content when the run was begun, or last gone on with.
+        """
         path = self.out / "environment.json"
         begun = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         stored = [facts.get("prompt_files") for facts in (begun, *begun.get("resumed", []))]
@@ -210,8 +221,10 @@ class RunState:
         )
 
     def _moved_of_old_run(self) -> tuple[str, ...]:
-        """Likewise for a run that is older than the digests of files: its checkpoints have one
-        of the scripts."""
+        """The settings of `_moved` for a run that is older than the digests of prompt files.
+
+        Checkpoints of such a run have a digest of the scripts, which is compared instead.
+        """
         if not isinstance(self.source, PromptSet) or not (
             found := checkpoints(self.out / "checkpoints")
         ):
@@ -229,8 +242,10 @@ class RunState:
         self._write_start(0)
 
     def _write_start(self, step: int) -> None:
-        """The settings, and by what the run goes on from this step: its code and versions may
-        not be those it was begun with."""
+        """Write the settings, and the environment in which the run goes on from ``step``.
+
+        Its code and versions may not be those it was begun with.
+        """
         path, facts = self.out / "environment.json", environment(self.pipeline.generator.device)
         facts["prompt_files"] = _prompt_files(self.config)
         if step and path.exists():

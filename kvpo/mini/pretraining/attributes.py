@@ -1,5 +1,6 @@
-"""How the attribute network was made: python -m kvpo.mini.pretraining.attributes --seed 0 --steps
-1200
+"""Training of the attribute network.
+
+    python -m kvpo.mini.pretraining.attributes --seed 0 --steps 1200
 
 Every step renders a fresh batch of frames, each with an object anywhere, cut by the pillar or
 missing, and spoils them the way a small generator does: blur, noise, coding errors in blocks, faded
@@ -28,8 +29,10 @@ from kvpo.mini.world import COLOURS, PILLAR, PLACES, SHAPES, SIZE, SIZES, backdr
 BATCH = 64
 RATE = 4e-3
 VISIBLE = 0.5
-"""Share of the object that must show for its shape, colour and size to be asked; below HIDDEN it
-counts as none."""
+"""Share of the object that must show for its shape, colour and size to be asked.
+
+Below HIDDEN it counts as none.
+"""
 HIDDEN = 0.08
 
 
@@ -66,8 +69,10 @@ def frames(generator: torch.Generator, count: int) -> tuple[torch.Tensor, dict[s
 
 
 def spoil(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Blur, coding errors, colour shifts and noise, each of a strength drawn per frame (often
-    none)."""
+    """Blur, coding errors, colour shifts and noise.
+
+    Each has a strength drawn per frame (often none).
+    """
     N = len(pixels)
 
     def strength(most):
@@ -96,8 +101,10 @@ def _blur(pixels: torch.Tensor, sigma_N: torch.Tensor) -> torch.Tensor:
 
 
 def _coded(pixels: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
-    """Cosine transform of 8x8 blocks, rounded to multiples of ``step`` (coarser for finer
-    detail), and back."""
+    """Code 8x8 blocks by a cosine transform rounded to multiples of ``step``, and back.
+
+    It is coarser for finer detail.
+    """
     k = torch.arange(8.0)
     # orthonormal rows
     dct = (
@@ -161,8 +168,10 @@ def unseen_frames(seed: int, stories: int) -> tuple[torch.Tensor, dict[str, torc
 
 @torch.inference_mode()
 def examine(network: AttributeNet, seed: int = 1, stories: int = 48) -> dict[str, dict[str, float]]:
-    """Accuracy by attribute, and mean confidence minus accuracy ("excess"), on unseen clean and
-    spoilt frames."""
+    """Accuracy by attribute, and mean confidence minus accuracy ("excess").
+
+    They are measured on unseen clean and spoilt frames.
+    """
     clean, labels = unseen_frames(seed, stories)
     report = {}
     for kind, pixels in (

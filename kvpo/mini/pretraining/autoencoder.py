@@ -1,5 +1,7 @@
-"""Stage 1 of pretraining: the autoencoder. Its encoder is computed
-(``kvpo.mini.pretraining.linear_encoder``), its decoder trained."""
+"""Stage 1 of pretraining: the autoencoder.
+
+Its encoder is computed (``kvpo.mini.pretraining.linear_encoder``), its decoder trained.
+"""
 
 from __future__ import annotations
 
@@ -13,23 +15,31 @@ from kvpo.mini.stories import write_story
 from kvpo.mini.world import SIZE, pixel_frames
 
 CLIP_LATENTS = 7
-"""Latent frames of a training clip. Four are too few: what the causal convolutions remember
-later in a stream then never occurs."""
+"""Latent frames of a training clip.
+
+Four are too few: what the causal convolutions remember later in a stream then never occurs.
+"""
 CROP = 32
 """Side of an object crop, pixels."""
 STRONGEST = 2.0
-"""Variance (before the common scale) that no latent channel may exceed; only the place's
-brightness would."""
+"""Variance (before the common scale) that no latent channel may exceed.
+
+Only the place's brightness would.
+"""
 GRAIN = 0.1
-"""Deviation of the noise on the decoder's inputs, in model units: generated latents are never
-exact."""
+"""Deviation of the noise on the decoder's inputs, in model units.
+
+Generated latents are never exact.
+"""
 
 
 def clip(
     seed: int, *name: int | str, latents: int = CLIP_LATENTS, crop: bool = False
 ) -> torch.Tensor:
-    """A random stretch of a random story, RGB [T, 3, 64, 64] in [0, 1]; ``crop``: only the 32x32
-    around its object."""
+    """Render a random stretch of a random story, RGB [T, 3, 64, 64] in [0, 1].
+
+    ``crop``: only the 32x32 around its object.
+    """
     story = write_story(seed, "vae", *name, blocks=8, habits=True)
     truth, g = story.truth(), stream(seed, "vae-clip", *name)
     first = int(torch.randint(len(truth.scene) - pixel_frames(latents), (), generator=g))
@@ -44,8 +54,10 @@ def clip(
 
 
 def fit_encoder(seed: int, clips: int) -> LinearEncoder:
-    """The code, fitted on object crops: on whole pictures the places would take most of its
-    components."""
+    """Fit the code on object crops.
+
+    On whole pictures the places would take most of its components.
+    """
     return fit(torch.stack([clip(seed, "fit", i, crop=True) for i in range(clips)]))
 
 

@@ -1,5 +1,4 @@
-"""The model card of the miniature: what its weights do on held-out stories, measured, and how
-they were made."""
+"""The model card of the miniature: measurements on held-out stories, and its making."""
 
 from __future__ import annotations
 
@@ -62,8 +61,10 @@ def videos(pipeline: Pipeline, stories: Sequence[Story], sampler: str = "renoise
 
 @torch.no_grad()
 def decoded_truth(pipeline: Pipeline, story: Story) -> torch.Tensor:
-    """A true clip through the encoder and the decoder, uint8 [T, 3, H, W]: the best that any
-    generator can do here."""
+    """A true clip through the encoder and the decoder, uint8 [T, 3, H, W].
+
+    It is the best that any generator can do here.
+    """
     vae, pixels = pipeline.vae, story.render()[None]
     z = vae.encode(pixels.transpose(1, 2) * 2 - 1).latent_dist.mode().transpose(1, 2)
     mean, scale = latent_scale(vae, z)
@@ -71,9 +72,11 @@ def decoded_truth(pipeline: Pipeline, story: Story) -> torch.Tensor:
 
 
 def measured(pipeline: Pipeline, number: int, sampler: str = "renoise") -> dict[str, float]:
-    """Means over ``number`` held-out stories, each the mean over its prompt segments; the last
-    of them also for the first and the later segments, and for true clips after the decoder (a
-    quarter as many). "decay": of a quarter as many long videos."""
+    """Means over ``number`` held-out stories, each the mean over its prompt segments.
+
+    The last of them also for the first and the later segments, and for true clips after the decoder
+    (a quarter as many). "decay": of a quarter as many long videos.
+    """
     found: dict[str, list[float]] = defaultdict(list)
     short = held_out(number, **STORY)
     for story, pixels in zip(short, videos(pipeline, short, sampler)):
@@ -99,14 +102,16 @@ def measured(pipeline: Pipeline, number: int, sampler: str = "renoise") -> dict[
 def _add(
     found: dict[str, list[float]], rows: Sequence[Mapping[str, float]], prefix: str = ""
 ) -> None:
-    """Append the mean over the rows of every number that they have; under a ``prefix``, of the
-    rewards alone."""
+    """Append the mean over the rows of every number that they have.
+
+    Under a ``prefix`` it appends those of the rewards alone.
+    """
     for name in (REWARDS if prefix else rows[0]) if rows else ():
         found[prefix + name].append(torch.tensor([row[name] for row in rows]).nanmean().item())
 
 
 def segments(story: Story, pixels: torch.Tensor, pipeline: Pipeline) -> list[VideoBatch]:
-    """One clip per prompt segment of a video [T, 3, H, W]."""
+    """Cut a video [T, 3, H, W] into one clip per prompt segment."""
     out = []
     for i, text in enumerate(story.script.texts):
         first, stop = pixel_span(story.script.span(i), pipeline.geometry)

@@ -37,11 +37,11 @@ from kvpo.mini.pretraining.openings import (
 from kvpo.mini.pretraining.teacher_forcing import Crops, cut
 
 TURNS = ("opening", "continuation")
-"""What the steps teach, one of these drawn for each."""
+"""Kinds of lessons, one of which is drawn for each step."""
 
 
 def cached_twin(transformer: WanTransformer3DModel) -> CausalWan:
-    """The same parameters (shared, not copied) behind the streaming generator's attention."""
+    """Put the same parameters (shared, not copied) behind the streaming generator's attention."""
     twin = WanTransformer3DModel.from_config(transformer.config)
     for mine, theirs in zip(twin.modules(), transformer.modules()):
         mine._parameters.update(theirs._parameters)
@@ -50,16 +50,20 @@ def cached_twin(transformer: WanTransformer3DModel) -> CausalWan:
 
 @dataclass(frozen=True)
 class Played:
-    """What the model met and made: per source, its network inputs x_SBFCHW and its clean latents
-    x0_BFCHW."""
+    """Record of what the model met and made.
+
+    It holds per source its network inputs x_SBFCHW and its clean latents x0_BFCHW.
+    """
 
     inputs: dict[int, torch.Tensor]
     clean: dict[int, torch.Tensor]
 
 
 def stages(plan: Layout) -> list[list[Slot]]:
-    """The clean slots in the order in which a stream commits them; a re-encoding's frames in one
-    pass."""
+    """The clean slots in the order in which a stream commits them.
+
+    A re-encoding's frames are in one pass.
+    """
     groups: list[list[Slot]] = []
     for slot in plan.slots:
         if slot.noisy:
@@ -81,8 +85,9 @@ def stages(plan: Layout) -> list[list[Slot]]:
 def play(
     model: CausalWan, plan: Layout, crops: Crops, text: torch.Tensor, generator: torch.Generator
 ) -> Played:
-    """Generate the layout's noisy sources, but for a story's block 0, over a cache; all else stays
-    the story's own.
+    """Generate the layout's noisy sources, but for a story's block 0, over a cache.
+
+    All else stays the story's own.
 
     ``text`` [B, K, L, D], one row per source. The rows share the first row's frame ids: a cache
     names its pages by them, and a shift in time means nothing to the story.
@@ -136,8 +141,10 @@ def play(
 
 @dataclass(frozen=True)
 class Exercises:
-    """A flat sequence of what was played: the committed blocks, and noisy slots at steps the
-    sampler really took."""
+    """A flat sequence of what was played.
+
+    It has the committed blocks, and noisy slots at steps the sampler really took.
+    """
 
     plan: Layout
     levels: tuple[int, ...]
@@ -205,8 +212,10 @@ def few_step_loss(
 
 
 def exercise(drawn: Exercises, crops: Crops, played: Played):
-    """Inputs x_BNCHW and noise levels [B, slots] of the flat sequence, and the target velocities
-    of its noisy frames."""
+    """Make the flat sequence: inputs x_BNCHW, noise levels [B, slots] and target velocities.
+
+    The targets are those of its noisy frames.
+    """
     x = [played.inputs[slot.source][level] for slot, level in zip(drawn.noisy, drawn.levels)]
     truths = [
         crops.latents[:, BLOCK * slot.source : BLOCK * (slot.source + 1)] for slot in drawn.noisy

@@ -1,5 +1,6 @@
-"""The transformer over flat sequences: many blocks at once, each in its deployment's context, and
-the error of a lesson.
+"""The transformer over flat sequences, and the error of a lesson.
+
+Many blocks go through at once, each in its deployment's context.
 
 The past of a block is gathered, not masked: 12 frames of keys a block instead of the whole sequence
 (a third of the attention's arithmetic).
@@ -21,14 +22,15 @@ from kvpo.mini.pretraining.networks import BLOCK, WINDOW, encode_text
 
 @dataclass(frozen=True)
 class FlatView:
-    """What the attention of a flat sequence needs; the stock block hands it through as
-    ``rotary_emb``."""
+    """Input of a flat sequence's attention; the stock block hands it through as ``rotary_emb``."""
 
     batch: int
     angles: Angles
     pick: torch.Tensor
-    """One-hot gather [slots * 12, N]: as a matrix, its backward is a product too (index_add is
-    slow on a CPU)."""
+    """One-hot gather [slots * 12, N].
+
+    As a matrix, its backward is a product too (index_add is slow on a CPU).
+    """
     bias: torch.Tensor
     """0 or -inf for the padded keys, [B * slots, 1, 1, 12 T]."""
 
@@ -76,8 +78,10 @@ class FlatCrossAttention:
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Softmax attention of [R, L, H, D], written out: at these sizes the CPU's fused backward
-    takes half of a training step."""
+    """Softmax attention of [R, L, H, D], written out.
+
+    At these sizes the CPU's fused backward takes half of a training step.
+    """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     weights = (scores.float() if bias is None else scores.float() + bias).softmax(-1)
@@ -151,8 +155,10 @@ def flow_error(v: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> t
 
 @dataclass(frozen=True)
 class Lesson:
-    """A flat sequence of B rows and N = 3 slots frames, and what its noisy slots, which stand
-    last, should answer."""
+    """A flat sequence of B rows and N = 3 slots frames, and the answers of its noisy slots.
+
+    The noisy slots stand last.
+    """
 
     plan: Layout
     x: torch.Tensor

@@ -1,5 +1,6 @@
-"""Layouts of the flat sequences that the miniature's transformer is trained on: which block reads
-which frames.
+"""Layouts of the flat sequences that the miniature's transformer is trained on.
+
+They say which block reads which frames.
 
 A flat sequence holds clean blocks (network time 0) and noisy blocks (a noise level each); every
 block reads a short list of clean frames and itself, exactly as the streaming generator reads its
@@ -30,21 +31,26 @@ ROUTED_SOURCES = 2
 @dataclass(frozen=True)
 class Slot:
     source: int
-    """Which block of the crop."""
+    """Number of the block in the crop."""
     noisy: bool
     prompt: int
     """The source whose prompt it is encoded under."""
     reads: tuple[int, ...]
-    """Past frames it attends to, as frame positions of the flat sequence (slot i holds 3 i, 3 i
-    + 1, 3 i + 2)."""
+    """Past frames it attends to, as frame positions of the flat sequence.
+
+    Slot i holds 3 i, 3 i + 1, 3 i + 2.
+    """
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A flat sequence. ``kind``: opening (sources are blocks 0, 1, ... of a story), later
-    (source 0 is the story's block 0, its sink; the others a stretch further on), or routed (as
-    later, then far blocks between the two). ``switch``: the position in the stretch at which the
-    prompt changes, None = nowhere."""
+    """A flat sequence.
+
+    ``kind``: opening (sources are blocks 0, 1, ... of a story), later (source 0 is the story's
+    block 0, its sink; the others a stretch further on), or routed (as later, then far blocks
+    between the two). ``switch``: the position in the stretch at which the prompt changes, None =
+    nowhere.
+    """
 
     kind: str
     switch: int | None
@@ -55,8 +61,10 @@ class Layout:
         return 1 + max(slot.source for slot in self.slots)
 
     def keys(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Frames whose keys each slot reads, [slots, 12] (past, padding, itself), and which of
-        them count, bool."""
+        """Frames whose keys each slot reads, [slots, 12], and which of them count, bool.
+
+        They stand in the order past, padding, itself.
+        """
         index = torch.zeros(len(self.slots), WINDOW, dtype=torch.long)
         real = torch.zeros(len(self.slots), WINDOW, dtype=torch.bool)
         for i, slot in enumerate(self.slots):
@@ -93,8 +101,10 @@ class _Builder:
         return len(self.slots) - 1
 
     def past(self, position: int) -> tuple[int, ...]:
-        """All readable frames of the stretch before ``position``, oldest first, the sink left
-        out."""
+        """All readable frames of the stretch before ``position``, oldest first.
+
+        The sink is left out.
+        """
         before = [s for s in self.stretch[:position] if s != 0]
         return tuple(f for s in before for f in frames_of(self.clean[s]))
 
@@ -112,8 +122,9 @@ class _Builder:
         return self.sink + tuple(pool[int(i)] for i in drawn) + past[-nearest:]
 
     def encode_again(self, position: int) -> None:
-        """The switch: the window's past, but not the sink, is encoded once more in one pass under
-        the new prompt.
+        """Encode the window's past, but not the sink, once more under the new prompt.
+
+        It is one pass, at a prompt switch.
 
         In that pass all frames see the sink and the latest 9 of themselves, later ones included.
         (Older frames of the pass, which only a route could read later, keep their first encoding
@@ -169,8 +180,10 @@ def draw_layout(generator: torch.Generator) -> Layout:
 
 
 def draw_switch(kind: str, generator: torch.Generator) -> int | None:
-    """Nowhere in half of the draws, else from position 2 on (stories switch at block 1 too
-    rarely to be cut there)."""
+    """Draw the position of a prompt switch: None in half of the draws, else 2 or later.
+
+    Stories switch at block 1 too rarely to be cut there.
+    """
     length = len(stretch(kind))
     at = int(torch.randint(2, 2 * length - 2, (), generator=generator))
     return at if at < length else None

@@ -1,5 +1,7 @@
-"""Stories with their latents, encoded once: what stages 2 and 3 of pretraining cut their batches
-from."""
+"""Stories with their latents, encoded once.
+
+Stages 2 and 3 of pretraining cut their batches from them.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +20,17 @@ from kvpo.mini.stories import Story, write_story
 from kvpo.types import Script
 
 OBJECT_WEIGHT = 3.0
-"""A latent cell that shows the object counts 1 + this in the loss; it covers some 4 % of the
-picture."""
+"""Extra weight in the loss of a latent cell that shows the object.
+
+The object covers some 4 % of the picture.
+"""
 
 
 def write_library(seed: int, stories: int) -> list[Story]:
-    """Two kinds in turn: stories of 10 blocks as evaluations tell them, and long ones of 8
-    blocks a segment."""
+    """Write two kinds of stories in turn.
+
+    They are stories of 10 blocks as evaluations tell them, and long ones of 8 blocks a segment.
+    """
     out = []
     for i in range(stories):
         if i % 3:
@@ -46,7 +52,7 @@ def write_library(seed: int, stories: int) -> list[Story]:
 
 
 def object_cells(pixels: torch.Tensor) -> torch.Tensor:
-    """Where a latent frame shows the saturated object: RGB [T, 3, 64, 64] -> bool [N, 8, 8]."""
+    """Latent cells that show the saturated object: RGB [T, 3, 64, 64] -> bool [N, 8, 8]."""
     saturated = (pixels.amax(1) - pixels.amin(1) > 0.2).float()[:, None]
     cells = functional.max_pool2d(saturated, 8)[:, 0]
     return torch.cat((cells[:1], cells[1:].unflatten(0, (-1, 4)).amax(1))) > 0
@@ -64,8 +70,10 @@ class Library:
     _starts: dict = field(default_factory=dict, repr=False)
 
     def places(self, kind: str, length: int, switch: int | None) -> list[tuple[int, int]]:
-        """(story, first block) of all stretches of ``length`` blocks whose only switch is at
-        position ``switch``."""
+        """Every (story, first block) of a stretch with its only prompt switch at ``switch``.
+
+        The stretch has ``length`` blocks. Raises ValueError where there is none.
+        """
         key = (kind, length, switch)
         if key not in self._starts:
             earliest = {"opening": 0, "later": 1, "routed": 3}[kind]
@@ -90,8 +98,10 @@ class Library:
         return places[int(torch.randint(len(places), (), generator=generator))]
 
     def cut(self, story: int, blocks: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Latents [3 K, C, H, W], loss weights [3 K, 1, H, W] and prompt tokens [K, L] of K
-        blocks."""
+        """Cut K blocks of a story.
+
+        Returns latents [3 K, C, H, W], loss weights [3 K, 1, H, W] and prompt tokens [K, L].
+        """
         at = torch.tensor([BLOCK * b + f for b in blocks for f in range(BLOCK)])
         weight = 1.0 + OBJECT_WEIGHT * self.cells[story][at][:, None].float()
         prompt = torch.tensor([self.scripts[story].segment(b) for b in blocks])
@@ -105,8 +115,10 @@ def build_library(
     stories: int,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Library:
-    """Render and encode every story from its first frame on, so that the latents are the
-    stream's."""
+    """Render and encode every story from its first frame on.
+
+    So the latents are those of a stream.
+    """
     tokenizer, rows = new_tokenizer(), []
     for i, story in enumerate(write_library(seed, stories)):
         pixels = story.render()

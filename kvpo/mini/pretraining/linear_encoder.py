@@ -1,5 +1,6 @@
-"""The encoder, computed instead of trained: principal components of the world's pixels, written
-into the stock encoder.
+"""The encoder, computed instead of trained.
+
+It holds the principal components of the world's pixels, written into the stock encoder.
 
 Training encoder and decoder together had to invent a code and its reading at once: after 2500 steps
 (21 minutes) the object's shape was right in 19 % of the frames and its colour in 60 %. The
@@ -49,8 +50,10 @@ class LinearEncoder:
     """[KEPT + MOVING, LATENT] orthonormal."""
 
     def raw(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Latents [B, N, LATENT, H / 8, W / 8] from RGB [B, T, 3, H, W] in [0, 1]: what the
-        stock encoder gives, much faster."""
+        """Latents [B, N, LATENT, H / 8, W / 8] from RGB [B, T, 3, H, W] in [0, 1].
+
+        The stock encoder gives the same, much slower.
+        """
         x = patches(pixels * 2 - 1, 4)
         for number, level in enumerate(self.levels):
             x = pairs((patches(x, 2) if number else x).sub(level.mean.view(-1, 1, 1)), level)
@@ -65,8 +68,10 @@ def patches(x: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def pairs(x: torch.Tensor, level: Level) -> torch.Tensor:
-    """Components of centred patches, then of frame pairs; the first frame stays alone: [B, 1 +
-    (T - 1) / 2, KEPT + MOVING, h, w]."""
+    """Components of centred patches, then of frame pairs; the first frame stays alone.
+
+    [B, 1 + (T - 1) / 2, KEPT + MOVING, h, w].
+    """
     kept = torch.einsum("btchw,cd->btdhw", x, level.space)
     first, before, after = kept[:, :1], kept[:, 1::2], kept[:, 2::2]
     moving = torch.einsum("btchw,cd->btdhw", (after - before) / 2, level.time)
@@ -94,8 +99,10 @@ def fit(pixels: torch.Tensor) -> LinearEncoder:
 
 
 def components(rows: torch.Tensor, number: int) -> torch.Tensor:
-    """The strongest principal directions of rows [M, n] about zero, [n, number]; signs fixed so
-    that they are the same everywhere."""
+    """The strongest principal directions of rows [M, n] about zero, [n, number].
+
+    Signs are fixed so that they are the same everywhere.
+    """
     vectors = (
         torch.linalg.eigh(rows.double().T @ rows.double() / len(rows))
         .eigenvectors[:, -number:]
@@ -147,8 +154,10 @@ def install(code: LinearEncoder, vae: AutoencoderKLWan) -> None:
 
 
 def _first_patch_order(space: torch.Tensor) -> torch.Tensor:
-    """[KEPT, 48] over (RGB, 4 rows, 4 columns) -> [KEPT, 12, 2, 2] over the stock patches'
-    channels (RGB, column, row) and their places."""
+    """Reorder [KEPT, 48] over (RGB, 4 rows, 4 columns) to the stock patches' channels.
+
+    Returns [KEPT, 12, 2, 2] over channels (RGB, column, row) and their places.
+    """
     # RGB, patch row, row in patch, patch column, column in patch
     x = space.reshape(KEPT, 3, 2, 2, 2, 2)
     return x.permute(0, 1, 5, 3, 2, 4).reshape(KEPT, 12, 2, 2)

@@ -11,8 +11,10 @@ from kvpo.common.rng import stream
 from kvpo.mini.stories import vocabulary
 
 BLOCK, SINK, WINDOW = 3, 3, 12
-"""Latent frames of a block, of the sink, and of all that a block sees (itself included): the
-released models' numbers."""
+"""Latent frames of a block, of the sink, and of all that a block sees (itself included).
+
+They are the released models' numbers.
+"""
 STEPS = 4
 """Denoise steps of the few-step sampler."""
 TEXT_LEN = 24
@@ -21,8 +23,10 @@ TEXT_DIM = 64
 
 
 def _seeded(build, seed: int, name: str):
-    """Build a module whose initial weights depend on (seed, name) only, leaving the global
-    generator as it was."""
+    """Build a module whose initial weights depend on (seed, name) only.
+
+    The global generator stays as it was.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream(seed, "init", name).initial_seed())
         return build()
@@ -92,7 +96,7 @@ def new_text_encoder(seed: int) -> UMT5EncoderModel:
 
 
 def new_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word; words outside the grammar are <unk>."""
+    """Make a tokenizer of one token a word; words outside the grammar are <unk>."""
     words = ["<pad>", "</s>", "<unk>", *vocabulary()]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -120,7 +124,9 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, texts) -> torch.Tensor:
 
 
 def encode_text(encoder: UMT5EncoderModel, ids: torch.Tensor) -> torch.Tensor:
-    """[P, L, D] from tokens [P, L]. Rows after the text are zero and NOT masked in the
-    transformer: Wan's convention."""
+    """Embed tokens [P, L] as [P, L, D].
+
+    Rows after the text are zero and NOT masked in the transformer: Wan's convention.
+    """
     mask = (ids != encoder.config.pad_token_id).long()
     return encoder(input_ids=ids, attention_mask=mask).last_hidden_state * mask[:, :, None]

@@ -31,9 +31,12 @@ LESSON_SLOTS = 24
 """Blocks of a flat sequence that is not cut from a true story."""
 GRID = (16.0, 32.0, 48.0)
 BESIDE = (8.0, 56.0)
-"""Where openings may show their object: whole tokens apart, 9 places (6 beside a pillar). Not
-anywhere: which of many near places the noise speaks for nobody could compute in one step, and
-the mean of near places is a blob without shape or motion (measured)."""
+"""Coordinates at which openings may show their object, pixels.
+
+They are whole tokens apart, 9 places (6 beside a pillar). They are not anywhere: which of many near
+places the noise speaks for nobody could compute in one step, and the mean of near places is a blob
+without shape or motion (measured).
+"""
 APART = Layout("opening", None, tuple(Slot(i, True, i, ()) for i in range(LESSON_SLOTS)))
 """A flat sequence of opening blocks that do not see each other."""
 
@@ -74,8 +77,10 @@ def build_openings(vae, code: LinearEncoder, seed: int, prompts: int) -> Opening
 
 
 Inputs = Callable[[torch.Tensor, torch.Tensor, torch.Generator], torch.Tensor]
-"""(candidates [R, K, F, C, H, W], text [R, L, D], generator) -> network inputs x_SRFCHW at the
-sampler's S noise levels."""
+"""Function that makes network inputs x_SRFCHW at the sampler's S noise levels.
+
+It takes candidates [R, K, F, C, H, W], text [R, L, D] and a generator.
+"""
 
 
 def noised_openings(
@@ -147,8 +152,10 @@ def sample_openings(
 
 
 def likeliest(x: torch.Tensor, candidates: torch.Tensor, sigma: float) -> torch.Tensor:
-    """Which of the candidates [R, K, F, C, H, W] each input x_RFCHW speaks for most, [R]; at
-    sigma = 1 the noise alone decides."""
+    """Index [R] of the candidate [R, K, F, C, H, W] that each input x_RFCHW speaks for most.
+
+    At sigma = 1 the noise alone decides.
+    """
     c = candidates.flatten(2)
     return ((c @ x.flatten(1)[:, :, None])[:, :, 0] - (1 - sigma) / 2 * c.square().sum(-1)).argmax(
         1

@@ -63,9 +63,11 @@ GEOMETRY = Geometry(
 )
 
 DECODER_MATRIX_RATE = 2.5
-"""Learning rate of Muon over that of AdamW, for the decoder. Held-out error after 400 steps:
-0.119, at a rate of 5.0 0.126; of a decoder of width 12 it is 0.138 at 5.0, 0.208 at 12.0 and
-0.198 with AdamW alone."""
+"""Learning rate of Muon over that of AdamW, for the decoder.
+
+Held-out error after 400 steps: 0.119, at a rate of 5.0 0.126; of a decoder of width 12 it is 0.138
+at 5.0, 0.208 at 12.0 and 0.198 with AdamW alone.
+"""
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,8 @@ class Settings:
     """Stories that stages 2 and 3 cut their crops from."""
     flow_steps: int = 5000
     beside: int = 2100
-    """Steps of stage 2 that are done while the decoder trains in a process of its own (on a CPU
-    of at least two cores)."""
+    """Steps of stage 2 that are done while the decoder trains in a process of its own.
+    That needs a CPU of at least two cores."""
     flow_batch: int = 8
     flow_lr: float = 2e-3
     few_steps: int = 400
@@ -106,7 +108,7 @@ class Networks:
 
     @property
     def generator(self) -> torch.nn.ModuleDict:
-        """What stages 2 and 3 train."""
+        """Modules that stages 2 and 3 train."""
         return torch.nn.ModuleDict({"transformer": self.transformer, "text_encoder": self.encoder})
 
     def to(self, device) -> Networks:
@@ -118,11 +120,11 @@ class Networks:
 def pretrain(
     out: Path, work: Path, seed: int = 0, settings: Settings = Settings(), device: str = "cpu"
 ) -> None:
-    """Train everything and write the pipeline folder ``out``; states, the encoded stories, the log
-    and what stage 2 left go to ``work``.
+    """Train everything and write the pipeline folder ``out``.
 
-    ValueError, before anything is touched, where ``out`` holds something else than a pipeline
-    folder."""
+    States, the encoded stories, the log and what stage 2 left go to ``work``. Raises ValueError,
+    before anything is touched, where ``out`` holds something else than a pipeline folder.
+    """
     out, work, progress = Path(out), Path(work), Progress()
     may_be_replaced(out, work)
     out = out.resolve()  # a link stays one, and even "." has a name
@@ -178,8 +180,10 @@ def pretrain(
 
 
 def may_be_replaced(out: Path, work: Path) -> None:
-    """ValueError unless ``out`` is missing, empty or a pipeline folder, and ``work`` lies
-    elsewhere: what is at ``out`` goes when the new weights come."""
+    """Check that ``out`` is missing, empty or a pipeline folder, and ``work`` lies elsewhere.
+
+    What is at ``out`` goes when the new weights come. Raises ValueError where the check fails.
+    """
     empty = not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir()))
     if not empty and not (out / "streaming.json").is_file():
         raise ValueError(
@@ -192,8 +196,10 @@ def may_be_replaced(out: Path, work: Path) -> None:
 
 
 def claim(work: Path, seed: int, settings: Settings) -> None:
-    """Remember what this folder is being made with; ValueError if it was begun with something
-    else."""
+    """Remember what this folder is being made with.
+
+    Raises ValueError if it was begun with something else.
+    """
     made_with, path = {"seed": seed, **asdict(settings)}, work / "settings.json"
     if not path.exists():
         write_atomic(path, json.dumps(made_with, indent=1) + "\n")
@@ -205,8 +211,10 @@ def claim(work: Path, seed: int, settings: Settings) -> None:
 
 
 def set_code(vae: AutoencoderKLWan, seed: int, s: Settings) -> LinearEncoder:
-    """Compute the encoder and the scale of its latents: seconds, so it is done again after a
-    restart."""
+    """Compute the encoder and the scale of its latents.
+
+    It takes seconds, so it is done again after a restart.
+    """
     code = fit_encoder(seed, s.code_clips)
     install(code, vae)
     set_latent_scale(vae, code, seed, s.scale_clips)

@@ -21,8 +21,9 @@ from kvpo.mini.pretraining.training import Stage
 
 @contextmanager
 def trained_beside(build: Callable[..., Stage], args: tuple, progress: Progress) -> Iterator[None]:
-    """The body runs while another process trains the stage ``build(*args)`` on one thread, and ends
-    no earlier than that.
+    """Run the body while another process trains the stage ``build(*args)`` on one thread.
+
+    It ends no earlier than that process.
 
     The other process only writes the stage's state file. Whoever runs the stage afterwards finds it
     finished; or, where that process failed, goes on from its last state and meets the fault

@@ -1,5 +1,6 @@
-"""Stage 2 of pretraining: causal flow matching with teacher forcing, every block in its
-deployment's context.
+"""Stage 2 of pretraining: causal flow matching with teacher forcing.
+
+Every block is trained in its deployment's context.
 
 Two kinds of lessons: crops of true stories, and opening blocks
 (``kvpo.mini.pretraining.openings``). The stories have habits (``kvpo.mini.habits``), so a block
@@ -21,10 +22,12 @@ from kvpo.mini.pretraining.networks import BLOCK, STEPS
 from kvpo.mini.pretraining.openings import Openings, noised_openings, opening_lesson
 
 OPENINGS = 4
-"""One step in so many teaches openings."""
+"""Steps of which one teaches openings."""
 CONTEXT_NOISE = 0.1
-"""Clean context carries noise up to this deviation and is told time 0: what streams has small
-errors too."""
+"""Largest deviation of the noise on clean context, which is told time 0.
+
+Whatever streams has small errors too.
+"""
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,10 @@ def cut(library: Library, plan: Layout, batch: int, generator: torch.Generator) 
 
 
 def _frame_ids(plan: Layout, blocks: list[int], generator: torch.Generator) -> torch.Tensor:
-    """True frame ids; half of the later crops pretend that more time has passed since the sink,
-    up to frame 400."""
+    """True frame ids, or later ones.
+
+    Half of the later crops pretend that more time has passed since the sink, up to frame 400.
+    """
     ids = torch.tensor([BLOCK * b + f for b in blocks for f in range(BLOCK)])
     if plan.kind != "opening" and bool(torch.rand((), generator=generator) < 0.6):
         shift = BLOCK * int(120 * torch.rand((), generator=generator) ** 2)
@@ -73,7 +78,7 @@ def _frame_ids(plan: Layout, blocks: list[int], generator: torch.Generator) -> t
 
 
 def draw_sigmas(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """Half of them the sampler's four, half uniform before the warp."""
+    """Draw noise levels: half of them the sampler's four, half uniform before the warp."""
     few = torch.tensor(warped_sigmas(STEPS))[torch.randint(STEPS, shape, generator=generator)]
     s = torch.rand(shape, generator=generator).clamp(min=0.004)
     any_level = 5.0 * s / (1.0 + 4.0 * s)

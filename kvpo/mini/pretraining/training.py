@@ -18,13 +18,17 @@ from kvpo.common.progress import Progress
 
 AGAIN = "free disk space, then the same command goes on"
 MATRIX_RATE = 5.0
-"""Learning rate of Muon over that of AdamW, both in AdamW's units (update of about one rate per
-weight). Measured: 600 steps of stage 2 with Muon are worth 1,100 with AdamW alone."""
+"""Learning rate of Muon over that of AdamW, both in AdamW's units.
+
+The unit is an update of about one rate per weight. Measured: 600 steps of stage 2 with Muon are
+worth 1,100 with AdamW alone.
+"""
 
 
 class Stage:
-    """Trains ``modules`` on ``loss(step) -> (loss, {name: value})`` and leaves their averaged
-    weights in place.
+    """Training of ``modules`` on ``loss(step) -> (loss, {name: value})``.
+
+    It leaves their averaged weights in place.
 
     Everything random comes from streams named by the step, and the state file is replaced whole or
     not at all, so a stage that was killed at any instant goes on from its last state and ends bit
@@ -128,8 +132,10 @@ class Stage:
         return {"loss": float(loss.detach()), "grad_norm": norm, "lr": self.rate(), **metrics}
 
     def run(self, progress: Progress, until: int | None = None) -> None:
-        """Train to the end and take the averaged weights, or only to the step ``until``, from
-        where a second call goes on."""
+        """Train to the end and take the averaged weights, or train only to the step ``until``.
+
+        A second call goes on from there.
+        """
         until = self.steps if until is None else min(until, self.steps)
         if self.step == 0 and self.resume():
             progress.say(f"{self.name}: goes on after step {self.step} of {self.steps}")
@@ -164,8 +170,10 @@ class Stage:
 
 
 class Kernels:
-    """The convolutions inside stacks of blocks as matrices [out, in x places], which Muon wants;
-    they share the weights' memory."""
+    """The convolutions inside stacks of blocks as matrices [out, in x places], which Muon wants.
+
+    They share the weights' memory.
+    """
 
     def __init__(self, modules: nn.Module):
         kinds = (nn.Conv2d, nn.Conv3d)
@@ -190,8 +198,10 @@ def _matrix(kernel: torch.Tensor) -> torch.Tensor:
 
 
 def stacked(modules: nn.Module, kinds) -> list[nn.Module]:
-    """The layers of these kinds that lie in stacks of blocks: first and last layers are none of
-    them."""
+    """The layers of these kinds that lie in stacks of blocks.
+
+    First and last layers are none of them.
+    """
     found = [
         layer
         for stack in modules.modules()
@@ -205,8 +215,10 @@ def stacked(modules: nn.Module, kinds) -> list[nn.Module]:
 def optimizers(
     modules: nn.Module, kernels: Kernels, lr: float, weight_decay: float
 ) -> list[torch.optim.Optimizer]:
-    """Muon for the weights of the linear layers and convolutions inside stacks of blocks, AdamW
-    for all other trainable parameters."""
+    """Make Muon for weights inside stacks of blocks, and AdamW for all other parameters.
+
+    Muon gets the weights of linear layers and convolutions; only trainable ones count.
+    """
     linear = [layer.weight for layer in stacked(modules, nn.Linear) if layer.weight.requires_grad]
     chosen = {*linear, *kernels.weights}
     others = [p for p in modules.parameters() if p.requires_grad and p not in chosen]
@@ -224,8 +236,10 @@ def optimizers(
 
 
 def forget(log: Path, step: int) -> None:
-    """Drop the log's lines after ``step``, and a last line cut off in the middle: those steps
-    are done again."""
+    """Drop the log's lines after ``step``, and a last line cut off in the middle.
+
+    Those steps are done again.
+    """
     if not log.exists():
         return
     kept = []
@@ -240,8 +254,10 @@ def forget(log: Path, step: int) -> None:
 
 
 def save_whole(state: Mapping[str, Any], path: Path) -> None:
-    """``path`` by torch.save, there completely or not at all. OSError with the way out where the
-    disk refuses."""
+    """Save ``path`` by torch.save, there completely or not at all.
+
+    Raises OSError with the way out where the disk refuses.
+    """
     with beside(path, AGAIN) as part:
         with part.open(
             "wb"

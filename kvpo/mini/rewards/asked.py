@@ -1,5 +1,7 @@
-"""What the world's rewards and its evaluation share: graded parts, their mean, and what a prompt
-asks for."""
+"""Common parts of the world's rewards and its evaluation.
+
+They are graded parts, their mean, and what a prompt asks for.
+"""
 
 from __future__ import annotations
 
@@ -29,23 +31,27 @@ def soft(error: torch.Tensor, free: float, scale: float) -> torch.Tensor:
 
 
 def blend(parts: Mapping[str, torch.Tensor], weights: Mapping[str, float]) -> torch.Tensor:
-    """Weighted geometric mean over the parts a clip has (NaN = has not), each floored at FLOOR;
-    NaN without any."""
+    """Weighted geometric mean over the parts a clip has, each floored at FLOOR.
+
+    NaN = it has not; the mean is NaN without any.
+    """
     p = torch.stack([parts[name] for name in weights])
     w = torch.tensor(list(weights.values()))[:, None] * p.isfinite()
     return ((p.nan_to_num(1.0).clamp(FLOOR, 1).log() * w).sum(0) / w.sum(0)).exp()
 
 
 def share(value_BT: torch.Tensor, at_BT: torch.Tensor, of_BT: torch.Tensor) -> torch.Tensor:
-    """sum of value where ``at`` / number of frames ``of``; NaN where those are fewer than
-    EVIDENCE (or than a third of a short clip)."""
+    """sum of value where ``at`` / number of frames ``of``.
+
+    NaN where those are fewer than EVIDENCE (or than a third of a short clip).
+    """
     count = of_BT.sum(1)
     enough = count >= min(EVIDENCE, max(1, of_BT.shape[1] // 3))
     return torch.where(enough, (value_BT * (at_BT & of_BT)).sum(1) / count.clamp(min=1), NONE)
 
 
 def asked(batch: VideoBatch) -> list[Scene]:
-    """What every clip's prompt asks for, given its history."""
+    """Scene that every clip's prompt asks for, given its history."""
     return [understand(batch.script(b))[-1] for b in range(len(batch))]
 
 
@@ -78,7 +84,7 @@ def excused(batch: VideoBatch, seen: Observed, scenes: list[Scene]) -> torch.Ten
 
 
 def _run_length(flag_T: torch.Tensor) -> torch.Tensor:
-    """For every frame, how many frames its stretch of ``flag`` has lasted so far."""
+    """Number of frames that the stretch of ``flag`` has lasted so far, for every frame."""
     index = torch.arange(1, len(flag_T) + 1)
     return index - torch.where(flag_T, 0, index).cummax(0).values
 
@@ -89,6 +95,8 @@ def tip(seen: Observed) -> torch.Tensor:
 
 
 def there(seen: Observed, hidden: torch.Tensor) -> torch.Tensor:
-    """Share of frames, hidden ones not counted, in which an object is seen; 1 where all are
-    hidden."""
+    """Share of frames, hidden ones not counted, in which an object is seen.
+
+    1 where all are hidden.
+    """
     return share(torch.ones_like(seen.area), seen.seen, ~hidden).nan_to_num(1.0)

@@ -1,5 +1,6 @@
-"""A small network that names the attributes of single frames of the miniature's world: the held-out
-second opinion.
+"""A small network that names the attributes of single frames of the miniature's world.
+
+It is the held-out second opinion.
 
 It learned from rendered frames with blur, noise and coding errors
 (``kvpo.mini.pretraining.attributes``), shares no code with the pixel rewards, and is never trained
@@ -27,16 +28,20 @@ HEADS = {
     "place": tuple(PLACES),
     "pillar": ("no", "yes"),
 }
-"""Attribute -> its values, in the order of the logits. Shape, colour and size mean nothing where
-there is no object."""
+"""Attribute -> its values, in the order of the logits.
+
+Shape, colour and size mean nothing where there is no object.
+"""
 WEIGHTS = Path(__file__).parent / "weights" / "attributes.safetensors"
 CHUNK = 256
 """Frames in one forward pass."""
 
 
 class AttributeNet(nn.Module):
-    """64x64 RGB frame -> embedding of 128 numbers -> logits of every attribute; about 85,000
-    parameters."""
+    """Network from a 64x64 RGB frame to 128 numbers to logits of every attribute.
+
+    It has about 85,000 parameters.
+    """
 
     def __init__(self):
         super().__init__()
@@ -64,8 +69,10 @@ class AttributeNet(nn.Module):
         )
 
     def embed(self, pixels: torch.Tensor) -> torch.Tensor:
-        """RGB [N, 3, 64, 64] in [0, 1] -> [N, 128]: what is anywhere (maximum) and what is
-        everywhere (mean)."""
+        """Embed RGB [N, 3, 64, 64] in [0, 1] as [N, 128].
+
+        It holds what is anywhere (maximum) and what is everywhere (mean).
+        """
         x = self.body(pixels * 2 - 1)
         return torch.cat((x.amax((2, 3)), x.mean((2, 3))), 1)
 
@@ -76,8 +83,10 @@ class AttributeNet(nn.Module):
 
 
 def load_network(path: str | Path = WEIGHTS, device: str | torch.device = "cpu") -> AttributeNet:
-    """The trained network, frozen. ValueError if the file is missing, damaged or another
-    network's."""
+    """Load the trained network, frozen.
+
+    Raises ValueError if the file is missing, damaged or another network's.
+    """
     try:
         with safe_open(str(path), framework="pt") as file:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping: it has keys() and cannot be iterated)
@@ -96,7 +105,7 @@ def load_network(path: str | Path = WEIGHTS, device: str | torch.device = "cpu")
 
 
 def card(path: str | Path = WEIGHTS) -> dict:
-    """How the weights were made and what they measured: the file's metadata, and its sha256."""
+    """Card of the weights: the file's metadata on their making and accuracy, and its sha256."""
     with safe_open(str(path), framework="pt") as file:
         about = json.loads(file.metadata()["card"])
     return about | {"sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
@@ -106,8 +115,10 @@ def card(path: str | Path = WEIGHTS) -> dict:
 def read_frames(
     network: AttributeNet, frames: torch.Tensor
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """uint8 [B, T, C, H, W] -> probabilities by attribute [B, T, values] and unit embeddings [B,
-    T, 128]."""
+    """Read the attributes of frames, uint8 [B, T, C, H, W].
+
+    Returns probabilities by attribute [B, T, values] and unit embeddings [B, T, 128].
+    """
     device = next(network.parameters()).device
     embeddings = torch.cat(
         [network.embed(part.to(device).float() / 255) for part in frames.flatten(0, 1).split(CHUNK)]

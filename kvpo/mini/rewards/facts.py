@@ -1,5 +1,6 @@
-"""Plain facts about clips of the world, for evaluation: is the object there and alone, is
-everything as asked?
+"""Plain facts about clips of the world, for evaluation.
+
+They say whether the object is there and alone, and everything as asked.
 
     facts = measure(batch)          per frame and per clip
     facts.means()                   {"alone": 0.97, "colour": 0.91, "motion": 0.68, ...}
@@ -31,20 +32,28 @@ STRAY = 0.2
 SMALLEST, LARGEST = 60.0, 400.0
 """Area of a whole object, pixels; true ones have 98 to 283."""
 OFF_COLOUR = 0.3
-"""RGB distance from which on a colour is none of the palette (half the least distance between
-two of them)."""
+"""RGB distance from which on a colour is none of the palette.
+
+It is half the least distance between two of them.
+"""
 HANDICAP = 0.05
-"""What a circle or a bounce must agree better than a straight line: with free phases they fit a
-short straight track too."""
+"""Lead in agreement that a circle or a bounce needs over a straight line.
+
+With free phases they fit a short straight track too.
+"""
 CLEAR = 0.75
-"""Agreement from which on a track is of that kind (a straight track agrees with half a circle at
-0.55)."""
+"""Agreement from which on a track is of that kind.
+
+A straight track agrees with half a circle at 0.55.
+"""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """Per-frame facts bool [B, T], per-clip shares and truths float [B]; NaN = the clip cannot
-    tell, or the prompt does not ask."""
+    """Per-frame facts bool [B, T], per-clip shares and truths float [B].
+
+    NaN = the clip cannot tell, or the prompt does not ask.
+    """
 
     present: torch.Tensor
     """bool_BT: one object of plausible size, and no other."""
@@ -55,16 +64,19 @@ class Facts:
     colour: torch.Tensor
     """Share of counted frames whose object is nearest to the asked colour (absent = wrong)."""
     shape: torch.Tensor
-    """Share of counted frames, those cut by the pillar left out, whose outline is nearest to the
-    asked shape (absent = wrong)."""
+    """Share of counted frames whose outline is nearest to the asked shape (absent = wrong).
+
+    Frames cut by the pillar are left out.
+    """
     place: torch.Tensor
     """1 or 0: place and pillar as asked."""
     motion: torch.Tensor
-    """1 or 0: the track is of the asked kind, and its speed nearer to the asked one than to the
-    other."""
+    """1 or 0: the track is of the asked kind and pace.
+
+    Its speed must be nearer to the asked one than to the other.
+    """
     kind: tuple[str, ...]
-    """What the track looks like: a kind of motion, ``still``, ``hide``, ``unclear`` or
-    ``unseen``."""
+    """Kind of track: a kind of motion, ``still``, ``hide``, ``unclear`` or ``unseen``."""
 
     def means(self) -> dict[str, float]:
         """Mean over the clips that can tell, by name."""
@@ -77,8 +89,10 @@ PARTS = ("alone", "colour", "shape", "place", "motion")
 
 @dataclass
 class WorldFacts(Measured):
-    """The facts as a guard of evaluations: mean of the parts a clip can tell, and the parts
-    themselves."""
+    """The facts as a guard of evaluations.
+
+    Its score is the mean of the parts a clip can tell; it also reports the parts themselves.
+    """
 
     spec: RewardSpec = RewardSpec(
         "facts",
@@ -142,8 +156,10 @@ def _placed(s, b: int, scene) -> float:
 
 
 def _kinds(batch: VideoBatch, moved: Motion, speed_B: torch.Tensor) -> list[str]:
-    """The best agreeing kind of motion of every clip; hiding only where it is asked (else it is
-    the way there)."""
+    """The best agreeing kind of motion of every clip.
+
+    Hiding counts only where it is asked (else it is the way there).
+    """
     s, scenes = observe(batch), asked(batch)
     m_BK = torch.stack(
         [
@@ -168,10 +184,12 @@ def _kinds(batch: VideoBatch, moved: Motion, speed_B: torch.Tensor) -> list[str]
 
 
 def _paced(scenes: list[Scene], speed_B: torch.Tensor, rate: float) -> list[bool]:
-    """The speed is nearer, as a ratio, to the asked one than to any other; true where none is
-    asked, and of hiding, which ends at rest.
+    """Whether each clip's speed is nearer, as a ratio, to the asked one than to any other.
 
-    ``rate``: world frames per frame of the clips."""
+    It is true where none is asked, and for hiding, which ends at rest.
+
+    ``rate``: world frames per frame of the clips.
+    """
     out = []
     for scene, speed in zip(scenes, speed_B.tolist()):
         if scene.speed is None or scene.motion in (None, "hide") or not speed > 0:

@@ -70,8 +70,11 @@ class FlowMotion(Measured):
 
 
 def _clip(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
-    """uint8 [T, C, H, W] -> mean flow [T-1, 2] px/frame, where there is any [T-1], mean column
-    of the colour [T-1], mean warp error."""
+    """Measure a clip, uint8 [T, C, H, W], by optical flow.
+
+    Returns mean flow [T-1, 2] px/frame, where there is any [T-1], mean column of the colour [T-1],
+    and mean warp error.
+    """
     cv2 = _opencv()
     method = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
     method.setFinestScale(0)  # the pictures are tiny: use all their pixels

@@ -31,7 +31,7 @@ FIRST = 4
 
 @dataclass
 class _Classifier(Measured):
-    """What looks through the network."""
+    """Base of the rewards that look through the network."""
 
     path: Path = WEIGHTS
     network: AttributeNet | None = field(default=None, init=False, repr=False)
@@ -95,8 +95,9 @@ class AttributeAgreement(_Classifier):
 
 @dataclass
 class IdentityDrift(_Classifier):
-    """How much stays as in the clip's own first FIRST frames that show an object, in [0, 1]; 1 =
-    nothing has changed.
+    """Share of the object that stays as in the clip's own first frames; 1 = nothing has changed.
+
+    The first frames are the first FIRST that show an object; the score lies in [0, 1].
 
     embedding    mean cosine to the mean of the first frames' embeddings
     attributes   1 - mean over frames of the largest total variation of shape, colour, size and place probabilities to theirs
@@ -104,7 +105,8 @@ class IdentityDrift(_Classifier):
     score        mean of embedding and attributes
 
     Frames whose object probability is below one half are left out; NaN if too few remain. A
-    frozen clip is perfect: read it beside a motion measure."""
+    frozen clip is perfect: read it beside a motion measure.
+    """
 
     spec: RewardSpec = RewardSpec(
         "identity",
@@ -140,8 +142,10 @@ class IdentityDrift(_Classifier):
 
 
 def _variation(p_TV: torch.Tensor) -> torch.Tensor:
-    """Total variation of every later frame's probabilities to the mean of the first FIRST, [T -
-    FIRST]."""
+    """Total variation of every later frame's probabilities to the mean of the first FIRST.
+
+    [T - FIRST].
+    """
     return (p_TV[FIRST:] - p_TV[:FIRST].mean(0)).abs().sum(-1) / 2
 
 

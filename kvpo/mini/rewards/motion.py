@@ -1,4 +1,4 @@
-"""How the object moves: velocities on the torus, and their agreement with every kind of motion.
+"""Motion of the object: velocities on the torus, and agreement with every kind of motion.
 
 Velocity of frame t, bridging frames where nothing is seen (p, n = nearest seen frames around):
 
@@ -61,8 +61,10 @@ def motion(seen: Observed) -> Motion:
 
 
 def agreement(moved: Motion, pace: torch.Tensor) -> torch.Tensor:
-    """m_BK of every clip with every of KINDS; ``pace`` [B]: pixels a frame at which circles and
-    bounces run."""
+    """m_BK of every clip with every of KINDS.
+
+    ``pace`` [B]: pixels a frame at which circles and bounces run.
+    """
     u = torch.view_as_complex((moved.smooth * moved.valid[..., None]).float().contiguous())
     count = moved.valid.sum(1)
     length = torch.maximum(u.abs().square().sum(1), REST**2 * count.clamp(min=1)).sqrt()
@@ -82,8 +84,10 @@ def agreement(moved: Motion, pace: torch.Tensor) -> torch.Tensor:
 
 
 def _turning(u: torch.Tensor, t: torch.Tensor, pace: torch.Tensor) -> torch.Tensor:
-    """Amplitude of the clockwise rotation at the pace's rate, whatever its phase: |sum u e^{-i w
-    t}| / sqrt(n), w = pace / radius."""
+    """Amplitude of the clockwise rotation at the pace's rate, whatever its phase.
+
+    It is |sum u e^{-i w t}| / sqrt(n), w = pace / radius.
+    """
     turn = torch.polar(torch.ones_like(u.real), -t * (pace / CIRCLE_RADIUS)[:, None])
     count = (u != 0).sum(1).clamp(min=1)
     return (u * turn).sum(1).abs() / count.sqrt()
@@ -92,8 +96,10 @@ def _turning(u: torch.Tensor, t: torch.Tensor, pace: torch.Tensor) -> torch.Tens
 def _bouncing(
     u: torch.Tensor, valid: torch.Tensor, t: torch.Tensor, pace: torch.Tensor
 ) -> torch.Tensor:
-    """Best of PHASES projections on the bounce's vertical velocities, height = 12 |sin(pi pace t
-    / 24)|."""
+    """Best of PHASES projections on the bounce's vertical velocities.
+
+    The height is 12 |sin(pi pace t / 24)|.
+    """
     period = 2 * BOUNCE_HEIGHT / pace
     shift = torch.arange(PHASES)[None, :, None] / PHASES * period[:, None, None]
 
@@ -105,8 +111,10 @@ def _bouncing(
 
 
 def typical_speed(kind: str, pace: float) -> float:
-    """Mean |u| of a motion: the pace, less what the lag cuts off a bounce's or a circle's
-    corners."""
+    """Mean |u| of a motion, pixels a frame.
+
+    It is the pace, less what the lag cuts off a bounce's or a circle's corners.
+    """
     if kind == "bounce":
         t = torch.arange(960, dtype=torch.float64)
 

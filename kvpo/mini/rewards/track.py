@@ -1,5 +1,4 @@
-"""What can be seen in a clip of the miniature's world: the object frame by frame, and the place
-behind it.
+"""Tracking in clips of the miniature's world: the object frame by frame, and its place.
 
 The one saturated thing in front of greyish places is the object; nothing here reads a prompt.  With
 chroma c = max(R, G, B) - min(R, G, B) in [0, 1]:
@@ -30,8 +29,10 @@ from kvpo.mini.world import BAND, PILLAR, PILLAR_COLOUR, PLACES, SHAPES, SIZE, s
 from kvpo.rewards.base import VideoBatch
 
 LOW, HIGH = 0.14, 0.36
-"""Chroma of the palest pixel that may, and of every pixel that must, belong to the object
-(places: at most 0.07; palette: at least 0.53)."""
+"""Chroma of the palest pixel that may, and of every pixel that must, belong to the object.
+
+Places have at most 0.07, the palette at least 0.53.
+"""
 GREY = 0.06
 PATCH = 32
 SEEN = 12.0
@@ -49,8 +50,10 @@ INSIDE = slice((PILLAR[0] + 1) // 2, (PILLAR[1] + 1) // 2)
 
 @dataclass(frozen=True)
 class Observed:
-    """Facts of B clips of T frames. Colours in [0, 1], lengths in pixels; P places in the order
-    of PLACES, K shapes in that of SHAPES."""
+    """Facts of B clips of T frames; colours in [0, 1], lengths in pixels.
+
+    P places stand in the order of PLACES, K shapes in that of SHAPES.
+    """
 
     seen: torch.Tensor
     """bool_BT: some object is visible."""
@@ -77,8 +80,10 @@ class Observed:
     light: torch.Tensor
     """Signed mean of that deviation, BT."""
     place_error: torch.Tensor
-    """err_BP: mean absolute difference of the average background to every place, beside the
-    pillar's columns."""
+    """err_BP: mean absolute difference of the average background to every place.
+
+    It is taken beside the pillar's columns.
+    """
     pillar_error: torch.Tensor
     """err_B: the same of the pillar's columns to the pillar."""
     open_error: torch.Tensor
@@ -93,8 +98,11 @@ _OBSERVED: weakref.WeakKeyDictionary[VideoBatch, Observed] = weakref.WeakKeyDict
 
 
 def observe(batch: VideoBatch) -> Observed:
-    """The facts of a batch, measured once: the three rewards and the evaluation share them while
-    the batch lives."""
+    """Measure the facts of a batch, once.
+
+    The three rewards and the evaluation share them while the batch lives. Raises ValueError for
+    frames of another size.
+    """
     if batch not in _OBSERVED:
         if tuple(batch.frames.shape[-2:]) != (SIZE, SIZE):
             raise ValueError(
@@ -130,7 +138,7 @@ def _object(
     coarse: torch.Tensor,
     mass: torch.Tensor,
 ) -> dict[str, torch.Tensor]:
-    """Measures the densest coloured spot of each of N frames."""
+    """Measure the densest coloured spot of each of N frames."""
     N = len(flat)
     smooth = coarse
     for _ in range(
@@ -175,8 +183,10 @@ def _object(
 
 
 def _fits(alpha: torch.Tensor, area: torch.Tensor, middle: torch.Tensor) -> torch.Tensor:
-    """fit_NK: agreement of the patches with every shape of the same area and centroid (all
-    shapes are drawn around their centroid)."""
+    """fit_NK: agreement of the patches with every shape of the same area and centroid.
+
+    All shapes are drawn around their centroid.
+    """
     axis = torch.arange(PATCH) + 0.5
     dx, dy = (axis - middle[:, :1])[:, None, :], (axis - middle[:, 1:])[:, :, None]
     fits = []
@@ -225,8 +235,10 @@ def _background(frames: torch.Tensor, coarse: torch.Tensor) -> dict[str, torch.T
 def _at_pillar(
     columns: torch.Tensor, seen: torch.Tensor, pillar: torch.Tensor, centre: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """Which frames show the object whole, cut or hidden; ``columns`` [B, T, W]: strongest weight
-    of every column."""
+    """Tell which frames show the object whole, cut or hidden.
+
+    ``columns`` [B, T, W]: strongest weight of every column.
+    """
     first, stop = PILLAR
     # drawn over the pillar: nothing is hidden
     front = columns[..., first + 3 : stop - 3].amax(-1) > 0.3
@@ -259,8 +271,10 @@ def _at_pillar(
 
 
 def nearest_seen(seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """For every frame the last seen frame up to it (-1: none) and the first from it on (T:
-    none), both [B, T]."""
+    """Find for every frame the seen frames nearest to it, both [B, T].
+
+    They are the last up to it (-1: none) and the first from it on (T: none).
+    """
     T = seen.shape[1]
     index = torch.arange(T).expand_as(seen)
     before = torch.where(seen, index, -1).cummax(1).values

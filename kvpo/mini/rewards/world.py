@@ -1,5 +1,6 @@
-"""The miniature's three rewards, measured on pixels, each in [0, 1]: visual quality, motion
-quality, text alignment.
+"""The miniature's three rewards, measured on pixels, each in [0, 1].
+
+They are visual quality, motion quality and text alignment.
 
 All three read one shared measurement (``kvpo.mini.rewards.track``), and are built alike: parts in
 [0, 1], each graded,
@@ -231,7 +232,7 @@ def _distance(colour_BTC: torch.Tensor, scenes: list[Scene]) -> torch.Tensor:
 
 
 def _shape(fit_BTK: torch.Tensor, scenes: list[Scene]) -> torch.Tensor:
-    """How clearly, and how well, the outline is the asked shape's, BT."""
+    """Grade of the outline, BT: it is clearly, and well, the asked shape's."""
     k = torch.tensor([_index(SHAPES, s.shape) for s in scenes])[:, None, None].expand(
         *fit_BTK.shape[:2], 1
     )
@@ -241,8 +242,10 @@ def _shape(fit_BTK: torch.Tensor, scenes: list[Scene]) -> torch.Tensor:
 
 
 def _size(s: Observed, scenes: list[Scene]) -> torch.Tensor:
-    """Agreement with the asked radius, BT; the radius follows from the area and the likeliest
-    shape."""
+    """Agreement with the asked radius, BT.
+
+    The radius follows from the area and the likeliest shape.
+    """
     unit = ((s.fit / 0.03).softmax(-1) * torch.tensor([AREA[k] for k in SHAPES])).sum(-1)
     radius = torch.tensor([scene.radius for scene in scenes])[:, None]
     return soft(((s.area / unit).clamp(min=1).sqrt() / radius).log().abs(), 0.06, 0.12)
@@ -275,11 +278,11 @@ def _motion(batch: VideoBatch, s: Observed, scenes: list[Scene]) -> torch.Tensor
 
 
 def hides(s: Observed, pace: torch.Tensor) -> torch.Tensor:
-    """Hiding, B: how near to the pillar's middle the object ends, and that it goes there on the
-    level.
+    """Grade of hiding, B: the object ends near the pillar's middle, and goes there on the level.
 
     Hidden frames at the end count as arrived. What is still missing only because the clip is too
-    short is forgiven."""
+    short is forgiven.
+    """
     first, last = s.seen.int().argmax(1), s.seen.shape[1] - 1 - s.seen.flip(1).int().argmax(1)
     begin, end = (
         s.centre.gather(1, i[:, None, None].expand(-1, 1, 2))[:, 0] for i in (first, last)

@@ -50,7 +50,7 @@ def any_motion(step: Step) -> float:
 
 
 def longest_run(flags_T: torch.Tensor) -> int:
-    """Most successive True."""
+    """Length of the longest run of successive True."""
     longest = run = 0
     for flag in flags_T.tolist():
         run = run + 1 if flag else 0

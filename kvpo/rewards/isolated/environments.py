@@ -125,7 +125,7 @@ def commands(target: Path, requirements: Path, python: str) -> list[list[str]]:
 
 
 def _run(command: list[str]) -> None:
-    """Shows what it says.  OSError where it fails."""
+    """Run a command and show its output; OSError where it fails."""
     code = subprocess.run(
         command,
         env={

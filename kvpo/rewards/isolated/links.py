@@ -111,7 +111,7 @@ class Worker:
             self.process = None
 
     def _broken(self, reason: str | None) -> Broken:
-        """Why, as far as it can be known, once it is gone."""
+        """Close the worker, and say why it broke, as far as that can be known."""
         process = self.process
         self.close()
         reason = reason or (

@@ -81,7 +81,10 @@ class EfficientNetLite0(torch.nn.Module):
 
 
 def check_size(size: int) -> None:
-    """ValueError for frames that the network's five halvings leave nothing of."""
+    """Check the frames' shorter side, pixels.
+
+    Raises ValueError if the network's five halvings leave nothing of it.
+    """
     if size < 32:
         raise ValueError(
             f"size = {size} must be 32 pixels or more; EfficientNet-Lite0 was trained at 224"

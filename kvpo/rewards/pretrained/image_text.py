@@ -213,7 +213,7 @@ def _clip_classes() -> tuple[type, type]:
 
 
 def open_tokenizer(reward: str, kind: type, folder: Path) -> Any:
-    """ValueError if the folder has none, or a broken one."""
+    """Open the tokenizer of a folder; ValueError if it has none, or a broken one."""
     if not any(
         (folder / name).is_file() for name in VOCABULARIES
     ):  # CLIPTokenizer would start with an empty one, and say nothing

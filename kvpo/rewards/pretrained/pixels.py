@@ -114,7 +114,7 @@ class Pixels:
 
 
 def _centred(x_NCHW: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Cut, or padded with black, to height and width about its middle."""
+    """Cut, or pad with black, to height and width about the middle."""
     # an odd row or column goes to the end, cut as padded
     top, left = (
         int((height - x_NCHW.shape[-2]) / 2),

@@ -71,7 +71,10 @@ class QwenReward(Pretrained):
         raise NotImplementedError(f"{type(self).__name__} has no read(dtype)")
 
     def load(self, device: str | torch.device = "cpu") -> None:
-        """ValueError for files that are missing or of another model."""
+        """Load the network to a device, or share one that is loaded.
+
+        Raises ValueError for files that are missing or of another model.
+        """
         if self.model is None:
             auto = "bfloat16" if torch.device(device).type == "cuda" else "float32"
             dtype = DTYPES[auto if self.dtype == "auto" else self.dtype]
@@ -205,7 +208,7 @@ class RewardNetwork(torch.nn.Module):
 
 
 def check_dtype(dtype: str) -> None:
-    """ValueError for a number format that these rewards do not run in."""
+    """Check the number format; ValueError for one that these rewards do not run in."""
     if dtype not in ("auto", *DTYPES):
         raise ValueError(f"dtype = {dtype!r} is unknown; choose auto, {' or '.join(DTYPES)}")
 

@@ -118,7 +118,10 @@ def weight_files(reward: str, folder: Path) -> list[Path]:
 
 
 def read_json(reward: str, path: Path) -> dict[str, Any]:
-    """PermissionError; ValueError if it is missing or broken."""
+    """Read a JSON file.
+
+    Raises PermissionError if it may not be read, ValueError if it is missing or broken.
+    """
     check_readable(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
