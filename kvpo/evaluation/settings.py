@@ -61,6 +61,7 @@ class SentinelConfig:
     """Mean KL to the start policy since the last look from which on a line is said, nats.
     log G is the most there can be."""
     kl_stop: float = 1.0
+    """Mean KL from which on the run ends; 0 = never."""
 
     def __post_init__(self):
         if self.every < 0 or self.scripts < 1 or self.seeds < 2:

@@ -83,12 +83,16 @@ class OptimizerConfig:
     """AdamW on float32 master weights."""
 
     lr: float = 1e-5
+    """Learning rate after the warm-up."""
     warmup: int = 5
     """Updates over which the rate rises linearly to ``lr``.
     The first one already moves, at lr / warmup."""
     weight_decay: float = 0.0
+    """AdamW's decoupled weight decay, multiplied by the rate."""
     beta1: float = 0.9
+    """Decay of the gradient's running mean."""
     beta2: float = 0.999
+    """Decay of the running mean of the gradient's square."""
     eps: float = 1e-8
     """Number added to the root mean square that a weight's step is divided by.
     Where most of a gradient is noise, AdamW moves every weight by about ``lr`` whichever way it

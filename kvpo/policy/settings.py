@@ -14,6 +14,7 @@ class PolicyConfig:
     """Settings of the trained weights and of their copies."""
 
     train: Literal["lora", "full"] = "lora"
+    """A low-rank adapter, or all weights of the transformer."""
     rank: int = 256
     """LoRA rank; alpha = rank, so the adapter acts at scale 1."""
     sync_interval: int = 1
