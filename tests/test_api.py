@@ -41,7 +41,7 @@ def test_every_public_name_is_there_and_explained():
         dir(kvpo)
     )
     assert not [name for name in kvpo._HOMES if not getattr(kvpo, name).__doc__]
-    with pytest.raises(AttributeError, match="has no 'aling'; it offers align, load"):
+    with pytest.raises(AttributeError, match="has no 'aling'; it offers .*align, evaluate"):
         kvpo.aling  # noqa: B018, asking is the test
 
 

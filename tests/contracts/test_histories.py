@@ -31,7 +31,8 @@ from kvpo.runs.loading import load_pipeline
 from kvpo.types import BranchPlan, Window
 
 CLOSE = {"atol": 3e-5, "rtol": 0}
-STREAMED = {"atol": 1e-3, "rtol": 0}
+# The miniature is trained to no stable stream: rounding grows from block to block.
+STREAMED = {"atol": 5e-3, "rtol": 0}
 """Over many blocks: each one's rounding is the next one's past."""
 HISTORIES = {
     "window": {},

@@ -336,7 +336,7 @@ def test_the_number_of_segments_can_be_set():
         ({"segments": 5}, "segments = 5, but a story has 1 to 4"),
         ({"segments": 0}, "segments = 0, but a story has 1 to 4"),
         ({"blocks": 3}, "blocks = 3 is too short for stories of up to 4 segments"),
-        ({"memory": 1.5}, "memory = 1.5 is a share"),
+        ({"memory": 1.5}, "memory = 1.5 must lie between 0 and 1"),
         (
             {"segments": 2},
             "segments = 2 leaves no room for hide and seek, which takes 3; set memory = 0",

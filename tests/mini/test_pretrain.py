@@ -226,6 +226,7 @@ TINY = Settings(
     decoder_batch=1,
     stories=90,
     flow_steps=2,
+    beside=0,
     flow_batch=1,
     few_steps=2,
     few_batch=1,
@@ -249,7 +250,10 @@ def weights(folder: Path) -> dict[str, bytes]:
 @pytest.mark.filterwarnings(
     "ignore:Mismatch dtype between input and weight"
 )  # bf16 autocast of uncompiled blocks
-def test_pretraining_killed_in_every_stage_ends_bit_for_bit_the_same(tmp_path, monkeypatch, capsys):
+def test_pretraining_killed_in_every_stage_ends_bit_for_bit_the_same(
+    tmp_path, monkeypatch, capsys, one_thread
+):
+    """With one thread no stage trains in another process, whose `Stage.save` would not be ours."""
     pretrain(tmp_path / "whole", tmp_path / "work_a", settings=TINY)
     save = Stage.save
 
@@ -457,8 +461,17 @@ def one_weight(folder: Path, steps: int, fails: bool = False) -> Stage:
 
 @pytest.fixture
 def two_threads():
+    yield from threads(2)
+
+
+@pytest.fixture
+def one_thread():
+    yield from threads(1)
+
+
+def threads(number: int):
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(number)
     yield
     torch.set_num_threads(before)
 

@@ -17,7 +17,6 @@ from kvpo.distributed.ranks import Lost
 from kvpo.method.update import OptimizerConfig
 from kvpo.policy import checkpoint as module
 from kvpo.policy.checkpoint import (
-    CheckpointConfig,
     Snapshot,
     checkpoints,
     load_checkpoint,
@@ -25,6 +24,7 @@ from kvpo.policy.checkpoint import (
     save_checkpoint,
 )
 from kvpo.policy.policy import PolicyConfig
+from kvpo.policy.settings import CheckpointConfig
 
 SETTINGS = {"seed": 3, "data": {"blocks": 6}}
 
