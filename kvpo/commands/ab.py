@@ -66,10 +66,8 @@ class Ab:
         config = replace(
             config, data=replace(config.data, blocks=self.blocks or config.data.blocks)
         )
-        pairs, progress = (
-            draw_pairs(evaluation_scripts(config), self.seeds, config.evaluate.seed),
-            Progress(),
-        )
+        pairs = draw_pairs(evaluation_scripts(config), self.seeds, config.evaluate.seed)
+        progress = Progress()
         try_folder(self.out)
         for name in (self.a, self.b):
             check_prompts(pipeline_folder(name), [pair.script for pair in pairs], progress.warn)

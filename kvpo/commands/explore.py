@@ -63,12 +63,10 @@ def explore_command(args: Explore) -> None:
     from kvpo.runs.build import evaluation_scripts, judges
     from kvpo.runs.loading import load_generator, pipeline_folder
 
-    config, device, progress, phases = (
-        args.settings,
-        pick_device(args.settings.device),
-        Progress(),
-        Phases(),
-    )
+    config = args.settings
+    device = pick_device(args.settings.device)
+    progress = Progress()
+    phases = Phases()
     scripts, generator = evaluation_scripts(config), args.generator or config.pipeline
     if not 0 <= args.script < len(scripts):
         raise ValueError(

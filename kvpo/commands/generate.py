@@ -64,11 +64,9 @@ class Generate:
         from kvpo.generators.sampler import SAMPLERS
         from kvpo.runs.loading import load_generator, pipeline_folder, precision
 
-        progress, device, folder = (
-            Progress(),
-            pick_device(self.device),
-            pipeline_folder(self.generator),
-        )
+        progress = Progress()
+        device = pick_device(self.device)
+        folder = pipeline_folder(self.generator)
         scripts = self.scripts(check_folder(folder))
         check_prompts(folder, scripts, progress.warn)
         videos = self.videos(scripts, progress)

@@ -123,15 +123,13 @@ class Vbench:
         pipeline, label = load_generator(
             self.generator, pick_device(self.device), config.vae_dtype, config.dtype
         )
-        made, record = (
-            self.out / "videos.json",
-            {
-                "label": label,
-                "sampler": config.sampler,
-                "seeds": list(self.seeds),
-                "scripts": [[s.id, s.texts[0], s.blocks] for s in scripts],
-            },
-        )
+        made = self.out / "videos.json"
+        record = {
+            "label": label,
+            "sampler": config.sampler,
+            "seeds": list(self.seeds),
+            "scripts": [[s.id, s.texts[0], s.blocks] for s in scripts],
+        }
         if made.exists() and json.loads(made.read_text(encoding="utf-8")) != record:
             raise ValueError(
                 f"{self.out} holds videos of another generator, or of other prompts, seeds or length (see {made}); give another --out"

@@ -115,10 +115,8 @@ class Mp4Writer:
         crf: int = 16,
         about: Mapping[str, Any] | None = None,
     ):
-        self.path, self.part = (
-            Path(path),
-            Path(path).with_name(f".{Path(path).name}.{os.getpid()}.part"),
-        )
+        self.path = Path(path)
+        self.part = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.part")
         self.settings, self.encoder, self.file = (fps, factor, crf, about), None, None
 
     def __enter__(self) -> Mp4Writer:
@@ -177,12 +175,10 @@ class _Encoder:
             options={"crf": str(crf), "preset": "medium"},
         )
         # One thread: the bytes are then the same on every machine, and 64x64 needs no more.
-        self.stream.width, self.stream.height, self.stream.pix_fmt, self.stream.thread_count = (
-            width,
-            height,
-            "yuv420p",
-            1,
-        )
+        self.stream.width = width
+        self.stream.height = height
+        self.stream.pix_fmt = "yuv420p"
+        self.stream.thread_count = 1
         # Said, not left to the player's guess: untagged colours differ between browsers.
         context = self.stream.codec_context
         context.colorspace = context.color_primaries = context.color_trc = BT709
@@ -276,10 +272,8 @@ def _even_rate(path: Path, times: Sequence[float | None], rate: float) -> float:
     """
     if len(times) < 2 or None in times:
         return rate or FPS
-    lasts, steps = (
-        (times[-1] - times[0]) / (len(times) - 1),
-        [b - a for a, b in itertools.pairwise(times)],
-    )
+    lasts = (times[-1] - times[0]) / (len(times) - 1)
+    steps = [b - a for a, b in itertools.pairwise(times)]
     usual = sorted(steps)[len(steps) // 2]
     late = max(abs(time - times[0] - k * lasts) for k, time in enumerate(times))
     if (

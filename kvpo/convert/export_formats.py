@@ -76,10 +76,8 @@ def merged_state(pipeline: Pipeline, dtype: torch.dtype) -> State:
         if ".lora_" not in name
     }
     if (peft := getattr(transformer, "peft_config", None)) is not None:
-        config, halves = (
-            peft["default"],
-            get_peft_model_state_dict(transformer, adapter_name="default"),
-        )
+        config = peft["default"]
+        halves = get_peft_model_state_dict(transformer, adapter_name="default")
         modules = {
             name.removesuffix(".lora_A.weight")
             for name in halves

@@ -209,10 +209,8 @@ def merge(
 
 def described(adapter: Adapter, strength: float) -> str:
     """Describe the adapter in one line: rank, modules, and the scale at which it acts."""
-    ranks, scales = (
-        sorted({len(low.A) for low in adapter.values()}),
-        sorted({low.scale for low in adapter.values()}),
-    )
+    ranks = sorted({len(low.A) for low in adapter.values()})
+    scales = sorted({low.scale for low in adapter.values()})
     rank = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
     own = f"{scales[0]:.6g}" if len(scales) == 1 else f"{scales[0]:.6g} to {scales[-1]:.6g}"
     scale = f"its own alpha / rank {own}, times --lora-scale {strength:g}"

@@ -31,11 +31,9 @@ from kvpo.common.files import first_line
 from kvpo.common.finite import check_finite
 from kvpo.common.weights import State, account, read_checkpoint
 
-ORIGINAL_T5, ORIGINAL_VAE, ORIGINAL_TOKENIZER = (
-    "models_t5_umt5-xxl-enc-bf16.pth",
-    "Wan2.1_VAE.pth",
-    "google/umt5-xxl",
-)
+ORIGINAL_T5 = "models_t5_umt5-xxl-enc-bf16.pth"
+ORIGINAL_VAE = "Wan2.1_VAE.pth"
+ORIGINAL_TOKENIZER = "google/umt5-xxl"
 PARTS = ("vae", "text_encoder", "tokenizer")
 WANTED = (
     "*.json",

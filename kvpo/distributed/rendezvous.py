@@ -33,11 +33,9 @@ def open_store(timeout: timedelta) -> dist.Store:
     Raises ValueError over several nodes without `UNSHARED`, ConnectionError where no store is
     found.
     """
-    address, port, world = (
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        int(os.environ["WORLD_SIZE"]),
-    )
+    address = os.environ["MASTER_ADDR"]
+    port = int(os.environ["MASTER_PORT"])
+    world = int(os.environ["WORLD_SIZE"])
     open_at = functools.partial(
         dist.TCPStore, address, port, world, timeout=MEETING, wait_for_workers=False
     )

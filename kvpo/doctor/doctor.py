@@ -92,13 +92,11 @@ class _Watched:
     """
 
     def __init__(self, model: CausalWan, prefix: FrameCache):
-        self.model, self.prefix, self.left, self.reads, self.wrong = (
-            model,
-            prefix,
-            _prints(prefix),
-            0,
-            0,
-        )
+        self.model = model
+        self.prefix = prefix
+        self.left = _prints(prefix)
+        self.reads = 0
+        self.wrong = 0
 
     def __getattr__(self, name: str):
         return getattr(self.model, name)
@@ -166,10 +164,8 @@ def findings(config: RunConfig) -> Iterator[Finding]:
     run = Alignment(
         replace(config, shuffle_advantages=False, optimizer=unclipped), Path("."), Progress()
     )
-    g, close = (
-        run.pipeline.geometry,
-        1e-4 if run.pipeline.generator.dtype == torch.float32 else 5e-2,
-    )
+    g = run.pipeline.geometry
+    close = 1e-4 if run.pipeline.generator.dtype == torch.float32 else 5e-2
     yield _at_most(
         "one block without a past == the stock model's forward", _against_stock(run, 0), close
     )
@@ -264,22 +260,16 @@ def _against_stock(run: Alignment, blocks: int) -> float:
 
     The block follows ``blocks`` clean ones, of which the last lies in a fork as a branch's does.
     """
-    model, g, F, N = (
-        run.pipeline.generator,
-        run.pipeline.geometry,
-        run.pipeline.geometry.block,
-        (blocks + 1) * run.pipeline.geometry.block,
+    model = run.pipeline.generator
+    g = run.pipeline.geometry
+    F = run.pipeline.geometry.block
+    N = (blocks + 1) * run.pipeline.geometry.block
+    prompt = run.source.script(0, 0).texts[0]
+    x = normal(run.pipeline.latent_shape(N), run.config.seed, "doctor", "frames")[None].to(
+        run.device
     )
-    prompt, x = (
-        run.source.script(0, 0).texts[0],
-        normal(run.pipeline.latent_shape(N), run.config.seed, "doctor", "frames")[None].to(
-            run.device
-        ),
-    )
-    text, cache = (
-        run.pipeline.encode_text([prompt]),
-        run.pipeline.new_cache(N if g.window < 0 else g.window),
-    )
+    text = run.pipeline.encode_text([prompt])
+    cache = run.pipeline.new_cache(N if g.window < 0 else g.window)
     # which prototypes a head would choose hangs on its queries, and no mask says that: here it
     # reads them all
     if g.bank:
@@ -320,11 +310,9 @@ def _stock(
     counts_LNN: torch.Tensor,
 ) -> torch.Tensor:
     """v_BNCHW of diffusers' own forward with its own attention; a time for every frame."""
-    net, ours, (rows, columns) = (
-        model.transformer,
-        model.transformer.attn_processors,
-        model.grid(*x_BNCHW.shape[-2:]),
-    )
+    net = model.transformer
+    ours = model.transformer.attn_processors
+    rows, columns = model.grid(*x_BNCHW.shape[-2:])
     time = torch.tensor(times_N, device=x_BNCHW.device).repeat_interleave(rows * columns)[None]
     net.set_attn_processor(
         {
@@ -365,10 +353,8 @@ def _decoded_apart(rollout: Rollout) -> float:
 
     Every row starts from the same state, and decoding leaves that state as it was.
     """
-    decoder, rows = (
-        rollout.decoder(),
-        rollout.latents[-1:, :1].expand(len(rollout.plans), -1, -1, -1, -1),
-    )
+    decoder = rollout.decoder()
+    rows = rollout.latents[-1:, :1].expand(len(rollout.plans), -1, -1, -1, -1)
     return _spread(torch.cat([decoder.fork(len(rows))(rows) for _ in range(2)]).float())
 
 

@@ -149,10 +149,8 @@ def _error(
         torch._foreach_add_(list(parameters), along, alpha=way)
         values.append(float(pull_G @ replay.energies()))
     torch._foreach_add_(list(parameters), along, alpha=STEP)
-    numeric, analytic = (
-        (values[0] - values[1]) / (2 * STEP),
-        float(sum((g * d).sum() for g, d in zip(exact, along))),
-    )
+    numeric = (values[0] - values[1]) / (2 * STEP)
+    analytic = float(sum((g * d).sum() for g, d in zip(exact, along)))
     return abs(numeric - analytic) / max(abs(numeric), abs(analytic))
 
 
@@ -164,12 +162,10 @@ def on_a_tiny_generator(config: RunConfig, pipeline: Pipeline) -> LeftOut:
 
     The window, history and steps are the recipe's.
     """
-    g, explorer = (
-        replace(
-            pipeline.geometry, latent_height=4, latent_width=4, text_length=8, bank=0, bank_keep=0
-        ),
-        config.kv_routing,
+    g = replace(
+        pipeline.geometry, latent_height=4, latent_width=4, text_length=8, bank=0, bank_keep=0
     )
+    explorer = config.kv_routing
     forks = explorer.eligible_forks(config.data.blocks, g)
     fork = forks[min(1, len(forks) - 1)]
     script = Script("doctor", ("a prompt",), (0,), fork + explorer.window_blocks)

@@ -160,10 +160,8 @@ def wilson(share: float, trials: int) -> tuple[float, float]:
     Wilson, Probable inference, the law of succession, and statistical inference, JASA 1927.
     """
     scale = 1.0 + Z**2 / trials
-    middle, half = (
-        (share + Z**2 / (2 * trials)) / scale,
-        Z * math.sqrt(share * (1 - share) / trials + Z**2 / (4 * trials**2)) / scale,
-    )
+    middle = (share + Z**2 / (2 * trials)) / scale
+    half = Z * math.sqrt(share * (1 - share) / trials + Z**2 / (4 * trials**2)) / scale
     return max(0.0, middle - half), min(1.0, middle + half)
 
 

@@ -64,10 +64,8 @@ def draw_pairs(scripts: Sequence[Script], seeds: Sequence[int], seed: int) -> li
     """Every script with every seed, in random order, sides in random balance."""
     both = [(script, s) for script in scripts for s in seeds]
     generator = stream(seed, "ab", "sides")
-    order, sides = (
-        torch.randperm(len(both), generator=generator).tolist(),
-        torch.randperm(len(both), generator=generator),
-    )
+    order = torch.randperm(len(both), generator=generator).tolist()
+    sides = torch.randperm(len(both), generator=generator)
     # whose is the one more where the number is odd
     first = int(torch.randint(2, (), generator=generator))
     return [Pair(*both[i], "ab"[(int(side) + first) % 2]) for i, side in zip(order, sides)]

@@ -90,10 +90,8 @@ def evaluate(
         .nanmean(dim=-1)
     )
     if config.seeds > 1:
-        components, r_KN = (
-            (*components, DIVERSITY),
-            torch.cat([r_KN, torch.tensor([apart], dtype=r_KN.dtype)]),
-        )
+        components = (*components, DIVERSITY)
+        r_KN = torch.cat([r_KN, torch.tensor([apart], dtype=r_KN.dtype)])
     return Scored(components, r_KN, tuple(videos))
 
 

@@ -74,13 +74,11 @@ class FrameCache:
         device: torch.device | str = "cpu",
         parent: FrameCache | None = None,
     ):
-        self.layers, self.capacity, self.rows, self.sink, self.parent = (
-            layers,
-            capacity,
-            rows,
-            sink,
-            parent,
-        )
+        self.layers = layers
+        self.capacity = capacity
+        self.rows = rows
+        self.sink = sink
+        self.parent = parent
         # One tensor a layer, not one for all: as views of one tensor, pages passed to torch.compile
         # both to read
         # and to write give silently wrong results (torch 2.13).

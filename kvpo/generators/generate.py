@@ -58,10 +58,8 @@ def streamed(
         tuple(NamedNoise(pipeline.latent_shape(g.block), seed, name) for name in names)
     )
     cache = pipeline.new_cache(g.resident(blocks), rows=len(scripts))
-    videos, decoder = (
-        Stream(pipeline.generator, g, sampler, scripts, embeddings, noise, cache),
-        pipeline.decoder(),
-    )
+    videos = Stream(pipeline.generator, g, sampler, scripts, embeddings, noise, cache)
+    decoder = pipeline.decoder()
     for _ in range(blocks):
         yield decoder(videos.advance()).cpu()
         videos.forget()

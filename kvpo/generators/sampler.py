@@ -152,13 +152,11 @@ class Stream:
 
         ``scripts``: one for all rows, or one per row. ``embeddings``: prompt -> [L, D].
         """
-        self.model, self.geometry, self.sampler, self.scripts, self.embeddings = (
-            model,
-            geometry,
-            sampler,
-            scripts,
-            embeddings,
-        )
+        self.model = model
+        self.geometry = geometry
+        self.sampler = sampler
+        self.scripts = scripts
+        self.embeddings = embeddings
         self.noise, self.cache, self.blocks = noise, cache, list(past)
         self.reencoded = -1
 

@@ -279,8 +279,6 @@ def spearman(a_N: torch.Tensor, b_N: torch.Tensor) -> float:
 
 def ranks(x_N: torch.Tensor) -> torch.Tensor:
     """0 = lowest; equal values have the mean of the ranks they span."""
-    below, equal = (
-        (x_N[None] < x_N[:, None]).double().sum(1),
-        (x_N[None] == x_N[:, None]).double().sum(1),
-    )
+    below = (x_N[None] < x_N[:, None]).double().sum(1)
+    equal = (x_N[None] == x_N[:, None]).double().sum(1)
     return below + (equal - 1) / 2

@@ -137,10 +137,8 @@ class Replay:
         terms = self.rollout.window.blocks * len(self.sigmas)
         for (cache, chunk), parts in zip(self.contexts(), self.plan):
             for rows in parts:
-                v, u = (
-                    self._velocity(cache, rows, chunk),
-                    self._stored(self.rollout.trajectory.velocities, rows),
-                )
+                v = self._velocity(cache, rows, chunk)
+                u = self._stored(self.rollout.trajectory.velocities, rows)
                 weight = self.weights_S[[r.step for r in rows]].to(v.device) / terms
                 yield torch.tensor([r.branch for r in rows]), weight * squared_residual(v, u)
 
@@ -241,10 +239,8 @@ class Replay:
         places: dict[_Row, int] = {}
         index = [places.setdefault(self._representative(row, chunk), len(places)) for row in rows]
         distinct = list(places)
-        frames, past = (
-            [self._frames(r.position) for r in distinct],
-            [self._past(r.position) for r in distinct],
-        )
+        frames = [self._frames(r.position) for r in distinct]
+        past = [self._past(r.position) for r in distinct]
         text = self.embeddings[
             self.rollout.script.text(self.rollout.window.fork + rows[0].position)
         ][None]

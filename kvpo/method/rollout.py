@@ -278,13 +278,11 @@ def go_on(
     own: range | None = None,
 ) -> Rollout:
     """A group from its past on; arguments as in `roll_out`."""
-    geometry, script, window, prefix, noise = (
-        pipeline.geometry,
-        start.script,
-        start.window,
-        start.past,
-        start.noise,
-    )
+    geometry = pipeline.geometry
+    script = start.script
+    window = start.window
+    prefix = start.past
+    noise = start.noise
     plans = explorer.plan(
         window, geometry, config.branches, stream(seed, *name, "plan"), prefix.cache.resident
     )

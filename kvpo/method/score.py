@@ -72,10 +72,8 @@ def group_clips(
 
     The local ones serve for both where no global clip is asked for, or none is long enough.
     """
-    local, after = (
-        local_clips(script, window, geometry, config),
-        global_clips(script, window, geometry, config),
-    )
+    local = local_clips(script, window, geometry, config)
+    after = global_clips(script, window, geometry, config)
     if config.segments is not None:
         after = [c for c in after if c.segment < script.segment(window.fork) + config.segments]
     return {"local": local, "global": after or local}

@@ -127,10 +127,8 @@ def motion_steps(scene: Scene, frames: int, x: float) -> torch.Tensor:
 
 def play(scenes: list[Scene], starts: list[int], frames: int, x: float, y: float) -> Truth:
     """Truth of a story. ``starts``: first pixel frame of every scene; (x, y): centre in frame 0."""
-    steps, index = (
-        torch.zeros(frames, 2, dtype=torch.float64),
-        torch.zeros(frames, dtype=torch.long),
-    )
+    steps = torch.zeros(frames, 2, dtype=torch.float64)
+    index = torch.zeros(frames, dtype=torch.long)
     here = torch.tensor([x, y], dtype=torch.float64)
     for i, (scene, first) in enumerate(zip(scenes, starts)):
         stop = min(frames, starts[i + 1] if i + 1 < len(starts) else frames)

@@ -95,10 +95,8 @@ def longest(forks: Sequence[float], draws: int) -> float:
 
 def scripts_of(config: RunConfig) -> list[Script]:
     """Scripts of the recipe's shape: of so many prompts, or of one to four where that is drawn."""
-    blocks, counts = (
-        config.data.blocks,
-        [config.data.segments] if config.data.segments else [1, 2, 3, 4],
-    )
+    blocks = config.data.blocks
+    counts = [config.data.segments] if config.data.segments else [1, 2, 3, 4]
     starts = [
         starts_at(config.data.switches, n) if config.data.switches else even_starts(n, blocks)
         for n in counts
@@ -146,10 +144,8 @@ def amounts(config: RunConfig, geometry: Geometry, world: int = 1) -> Amounts:
     for script in scripts_of(config):
         for fork in config.exploring.eligible_forks(script.blocks, g):
             window = Window(fork, P)
-            stop, clips = (
-                horizon(script, window, g, config.score),
-                group_clips(script, window, g, config.score),
-            )
+            stop = horizon(script, window, g, config.score)
+            clips = group_clips(script, window, g, config.score)
             scored = sum(c.stop - c.first for c in {*clips["local"], *clips["global"]})
             found.append(
                 (

@@ -138,11 +138,9 @@ class Costs:
 
 
 def costs(config: RunConfig, sizes: Sizes) -> Costs:
-    g, dtype, vae_dtype = (
-        sizes.geometry,
-        getattr(torch, config.dtype),
-        getattr(torch, config.vae_dtype),
-    )
+    g = sizes.geometry
+    dtype = getattr(torch, config.dtype)
+    vae_dtype = getattr(torch, config.vae_dtype)
     B, R = side_by_side(config), replay_rows(config, g)
     model, vae, text = (
         _on_meta(build, kind)
@@ -225,10 +223,8 @@ def _materialise(module: torch.nn.Module) -> None:
 
 def _velocity(model: CausalWan, cache, sizes: Sizes, rows: int) -> torch.Tensor:
     """Velocity of ``rows`` blocks that read a whole window."""
-    g, start = (
-        sizes.geometry,
-        max(sizes.geometry.window, sizes.geometry.sink + sizes.geometry.block),
-    )
+    g = sizes.geometry
+    start = max(sizes.geometry.window, sizes.geometry.sink + sizes.geometry.block)
     cache.slots = {f: i % cache.capacity for i, f in enumerate(range(start))}
     x = torch.zeros(
         rows, g.block, sizes.transformer["in_channels"], g.latent_height, g.latent_width

@@ -89,11 +89,9 @@ def stages(config: RunConfig, sizes: Sizes, c: Costs, world: int = 1) -> dict[st
     members = min(config.rollout.together or branches_of(config), branches_of(config))
     latent = 4 * g.block * sizes.transformer["in_channels"] * g.latent_height * g.latent_width
     rows, P, S = rows_of(config), config.exploring.window_blocks, len(g.sigmas)
-    pasts, trained, (stay, come) = (
-        prefixes_of(config, world),
-        4 * c.trainable,
-        reward_memory(config),
-    )
+    pasts = prefixes_of(config, world)
+    trained = 4 * c.trainable
+    stay, come = reward_memory(config)
     always = (
         {"generator": c.weights, "VAE": c.vae}
         | _kept(config, c, world)
@@ -193,12 +191,10 @@ def changes(config: RunConfig, sizes: Sizes, stage: str) -> Iterator[tuple[str, 
     def half(now):
         return max(1, now // 2)
 
-    rows, R, B, decoded = (
-        rows_of(config),
-        replay_rows(config, sizes.geometry),
-        side_by_side(config),
-        decoded_together(config),
-    )
+    rows = rows_of(config)
+    R = replay_rows(config, sizes.geometry)
+    B = side_by_side(config)
+    decoded = decoded_together(config)
     least = max(
         sizes.geometry.resident(config.data.blocks),
         sizes.geometry.window + 2 * sizes.geometry.block,

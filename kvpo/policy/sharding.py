@@ -63,10 +63,8 @@ class Shards:
     """
 
     def __init__(self, transformer: torch.nn.Module, trainable: Sequence[str], ranks: Ranks):
-        self.ranks, self.mesh = (
-            ranks,
-            init_device_mesh(next(transformer.parameters()).device.type, (ranks.world,)),
-        )
+        self.ranks = ranks
+        self.mesh = init_device_mesh(next(transformer.parameters()).device.type, (ranks.world,))
         frozen = {p for name, p in transformer.named_parameters() if name not in set(trainable)}
         transformer.requires_grad_(
             False

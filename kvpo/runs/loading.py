@@ -56,10 +56,8 @@ def load_generator(
     checkpoint = _checkpoint(Path(run), which)
     config = run_config(Path(run))
     pipeline = load_pipeline(config.pipeline, device, vae_dtype, dtype or config.dtype)
-    policy, tensors = (
-        Policy(pipeline.generator, config.policy, config.seed),
-        read_tensors(checkpoint, f"{SETS[which]}."),
-    )
+    policy = Policy(pipeline.generator, config.policy, config.seed)
+    tensors = read_tensors(checkpoint, f"{SETS[which]}.")
     check_finite(
         tensors.items(), str(checkpoint), "go back to a checkpoint before it, or export RUN:start"
     )

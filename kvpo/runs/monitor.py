@@ -54,13 +54,11 @@ class Trials:
         scripts: Sequence[Script],
         judges: Sequence[Scorer],
     ):
-        self.config, self.out, self.progress, self.ranks, self.phases = (
-            config,
-            out,
-            progress,
-            ranks,
-            phases,
-        )
+        self.config = config
+        self.out = out
+        self.progress = progress
+        self.ranks = ranks
+        self.phases = phases
         self.pipeline, self.policy, self.scripts, self.judges = pipeline, policy, scripts, judges
         self.sampler = SAMPLERS[config.sampler]
         self.watch = Watch(

@@ -85,12 +85,10 @@ class RunState:
         agreement: Agreement,
     ):
         self.config, self.out, self.progress, self.ranks = config, out, progress, ranks
-        self.pipeline, self.policy, self.optimizer, self.source = (
-            pipeline,
-            policy,
-            optimizer,
-            source,
-        )
+        self.pipeline = pipeline
+        self.policy = policy
+        self.optimizer = optimizer
+        self.source = source
         self.agreement = agreement
         self.saver = Saver(out / "checkpoints", config.checkpoint.keep, policy, config.patience)
         self._held = ExitStack()
@@ -186,10 +184,8 @@ class RunState:
             raise ValueError(
                 f"{newest} is beyond steps = {self.config.steps}; set steps to {state['step']} or more, or start a new run by --out"
             )
-        step, others = (
-            load_checkpoint(newest, self.policy, self.optimizer),
-            differences(state.get("packages", packages()), packages()),
-        )
+        step = load_checkpoint(newest, self.policy, self.optimizer)
+        others = differences(state.get("packages", packages()), packages())
         self.agreement.restore(read_tensors(newest, "agreement."))
         self.progress.say(
             f"resumed from {newest}"

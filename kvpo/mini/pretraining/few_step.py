@@ -95,10 +95,8 @@ def play(
     ids, rows = crops.frames[0].tolist(), len(crops.latents)
     at = plan.frames().tolist()
     reads = {slot.source: [ids[at[f]] for f in slot.reads] for slot in plan.slots if slot.noisy}
-    inputs, clean = (
-        {},
-        {k: crops.latents[:, BLOCK * k : BLOCK * (k + 1)] for k in range(plan.sources)},
-    )
+    inputs = {}
+    clean = {k: crops.latents[:, BLOCK * k : BLOCK * (k + 1)] for k in range(plan.sources)}
     cache = model.new_cache(BLOCK * plan.sources, *crops.latents.shape[-2:], rows=rows, sink=SINK)
 
     def frames(source: int) -> list[int]:

@@ -11,6 +11,7 @@ started again, it goes on where it was.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -271,11 +272,10 @@ def export(nets: Networks, out: Path, progress: Progress) -> None:
     shutil.rmtree(old, ignore_errors=True)
     transformer = type(nets.transformer).from_config(nets.transformer.config)
     transformer.load_state_dict(nets.transformer.state_dict())
-    # Half of the file would be the encoder's zeros. Float16 moves a decoded pixel by less than one
-    # of 255 levels, and whoever loads the folder computes in the precision that he asks for.
-    vae = type(nets.vae).from_config(nets.vae.config)
-    vae.load_state_dict(nets.vae.state_dict())
-    stock = WanPipeline(new_tokenizer(), nets.encoder, vae.half(), new_scheduler(), transformer)
+    # Half of the file would be the encoder's zeros. Float16 moves a decoded pixel by at most one of
+    # 255 levels, and whoever loads the folder computes in the precision that he asks for.
+    vae = copy.deepcopy(nets.vae).half()
+    stock = WanPipeline(new_tokenizer(), nets.encoder, vae, new_scheduler(), transformer)
     with beside(out, AGAIN) as part:
         Pipeline(CausalWan(transformer), vae, GEOMETRY, stock, str(part)).save(part)
         if (card := out / "README.md").exists():

@@ -51,21 +51,17 @@ class Stage:
         clip: float = 1.0,
         matrix_rate: float = MATRIX_RATE,
     ):
-        self.name, self.folder, self.modules, self.loss = (
-            name,
-            Path(folder),
-            nn.ModuleDict(dict(modules)),
-            loss,
-        )
-        (
-            self.steps,
-            self.lr,
-            self.warmup,
-            self.ema_decay,
-            self.save_every,
-            self.clip,
-            self.matrix_rate,
-        ) = steps, lr, warmup, ema, save_every, clip, matrix_rate
+        self.name = name
+        self.folder = Path(folder)
+        self.modules = nn.ModuleDict(dict(modules))
+        self.loss = loss
+        self.steps = steps
+        self.lr = lr
+        self.warmup = warmup
+        self.ema_decay = ema
+        self.save_every = save_every
+        self.clip = clip
+        self.matrix_rate = matrix_rate
         self.parameters = [p for p in self.modules.parameters() if p.requires_grad]
         self.kernels = Kernels(self.modules)
         self.optimizers = optimizers(self.modules, self.kernels, lr, weight_decay)

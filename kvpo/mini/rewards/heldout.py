@@ -67,10 +67,8 @@ class AttributeAgreement(_Classifier):
 
     def measure(self, batch: VideoBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         p, _ = self.read(batch)
-        scenes, rows = (
-            asked(batch),
-            {name: [] for name in ("shape", "colour", "size", "place", "pillar")},
-        )
+        scenes = asked(batch)
+        rows = {name: [] for name in ("shape", "colour", "size", "place", "pillar")}
         for b, scene in enumerate(scenes):
             seen = p["object"][b, :, 1]
             weight = seen if scene.pillar else torch.ones_like(seen)

@@ -152,11 +152,9 @@ def _object(
     # (x, y)
     corner = torch.stack((peak % (SIZE // 2), peak // (SIZE // 2)), 1) * 2 + 1 - PATCH // 2
     axis = torch.arange(PATCH)
-    n, rows, cols = (
-        torch.arange(N)[:, None, None],
-        ((corner[:, 1:] + axis) % SIZE)[:, :, None],
-        ((corner[:, :1] + axis) % SIZE)[:, None, :],
-    )
+    n = torch.arange(N)[:, None, None]
+    rows = ((corner[:, 1:] + axis) % SIZE)[:, :, None]
+    cols = ((corner[:, :1] + axis) % SIZE)[:, None, :]
     c = chroma[n, rows, cols]
     level = c.pow(3).sum((1, 2)) / c.square().sum((1, 2)).clamp(min=1e-6)
     alpha = ((c - GREY) / (level - GREY).clamp(min=0.05)[:, None, None]).clamp_(0, 1)

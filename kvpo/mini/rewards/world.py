@@ -99,10 +99,8 @@ class VisualQuality(Measured):
         s = observe(batch)
         visible = ~s.hidden
         # cut objects have no outline to judge
-        whole, judged = (
-            s.whole,
-            visible & (s.whole | ~s.seen),
-        )
+        whole = s.whole
+        judged = visible & (s.whole | ~s.seen)
         nearest = torch.cdist(s.colour, PALETTE).amin(-1)
         odd = (s.area.clamp(min=1).log() - s.area.clamp(85, 300).log()).abs()
         parts = {
@@ -174,13 +172,11 @@ class MotionQuality(Measured):
 def _speed(moved: Motion, scenes: list[Scene], range_B: list[tuple[float, float]]) -> torch.Tensor:
     """Speed part of MQ; NaN where the object is not seen long enough to move."""
     speed = share(moved.smooth.norm(dim=-1), moved.valid, moved.valid)
-    low, high = (
-        torch.tensor(
-            [0.92 * typical_speed(s.motion or "left", r[0]) for s, r in zip(scenes, range_B)]
-        ),
-        torch.tensor(
-            [1.08 * typical_speed(s.motion or "left", r[1]) for s, r in zip(scenes, range_B)]
-        ),
+    low = torch.tensor(
+        [0.92 * typical_speed(s.motion or "left", r[0]) for s, r in zip(scenes, range_B)]
+    )
+    high = torch.tensor(
+        [1.08 * typical_speed(s.motion or "left", r[1]) for s, r in zip(scenes, range_B)]
     )
     return torch.minimum(speed / low, high / speed.clamp(min=1e-6)).clamp(max=1).pow(1.5)
 

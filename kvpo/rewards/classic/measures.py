@@ -253,10 +253,8 @@ def _gain(step: Step) -> tuple[float, float, float]:
         return 0.0, 0.0, 0.0
     a, b = (cv2.blur(picture.astype(np.float32), (5, 5)) for picture in (step.before, step.after))
     # nearest: interpolation would bleach, step by step
-    a, b = (
-        a[step.found],
-        pulled(b, step.flow, nearest=True)[step.found],
-    )
+    a = a[step.found]
+    b = pulled(b, step.flow, nearest=True)[step.found]
     chroma_a, chroma_b = _chroma(a), _chroma(b)
     floor = 64.0  # squared levels: a grey picture has no hue
     saturation = 0.5 * math.log(

@@ -176,10 +176,8 @@ class Isolated(Measured):
     def _handshake(self) -> None:
         """Loads it on the other side.  ValueError where that is not the reward asked for."""
         hello = self._reply({"do": "load", "device": self._device})
-        spec, there = (
-            as_spec(hello["spec"], "the other side"),
-            json.dumps(hello["params"], sort_keys=True),
-        )
+        spec = as_spec(hello["spec"], "the other side")
+        there = json.dumps(hello["params"], sort_keys=True)
         differs = [
             f.name
             for f in fields(spec)

@@ -53,10 +53,8 @@ class Pixels:
         path = folder / "preprocessor_config.json"
         config = read_json(reward, path)
         try:
-            size, crop = (
-                config["size"],
-                _pair(config["crop_size"]) if config.get("do_center_crop") else None,
-            )
+            size = config["size"]
+            crop = _pair(config["crop_size"]) if config.get("do_center_crop") else None
             # old files hold one number
             shorter = size if isinstance(size, int) else size.get("shortest_edge", 0)
             resized = (shorter, shorter) if shorter else _pair(size)
@@ -116,10 +114,8 @@ class Pixels:
 def _centred(x_NCHW: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Cut, or pad with black, to height and width about the middle."""
     # an odd row or column goes to the end, cut as padded
-    top, left = (
-        int((height - x_NCHW.shape[-2]) / 2),
-        int((width - x_NCHW.shape[-1]) / 2),
-    )
+    top = int((height - x_NCHW.shape[-2]) / 2)
+    left = int((width - x_NCHW.shape[-1]) / 2)
     return F.pad(
         x_NCHW, (left, width - x_NCHW.shape[-1] - left, top, height - x_NCHW.shape[-2] - top)
     )

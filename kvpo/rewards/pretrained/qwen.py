@@ -295,10 +295,8 @@ def open_base(reward: str, name: str, kind: Literal["image", "video"], tokens: S
     from transformers import Qwen2VLConfig
 
     folder = open_folder(reward, name, ("config.json", "tokenizer.json"))
-    config, tokenizer = (
-        Qwen2VLConfig.from_pretrained(folder),
-        Tokenizer.from_file(str(folder / "tokenizer.json")),
-    )
+    config = Qwen2VLConfig.from_pretrained(folder)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     pad = f"<|{kind}_pad|>"
     pad_id, wanted = tokenizer.token_to_id(pad), getattr(config, f"{kind}_token_id")
     if pad_id != wanted:

@@ -140,10 +140,8 @@ class VideoReward(QwenReward):
     def normalised(self, frames_BTCHW: torch.Tensor, prompts: tuple[str, ...]) -> torch.Tensor:
         """VQ, MQ, TA [B, 3] of these frames."""
         template = (TEMPLATES / "videoreward.txt").read_text(encoding="utf-8")
-        settings, texts = (
-            self.model.settings,
-            [template.format(text_prompt=prompt) for prompt in prompts],
-        )
+        settings = self.model.settings
+        texts = [template.format(text_prompt=prompt) for prompt in prompts]
         numbers = self.model.judge(
             frames_BTCHW, texts, LEAST, settings["data_config"]["max_frame_pixels"]
         ).squeeze(-1)
@@ -170,11 +168,9 @@ def read_settings(file: Path) -> dict[str, Any]:
     """
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
-        data, lora, scale = (
-            settings["data_config"],
-            settings["peft_lora_config"],
-            settings["inference_config"],
-        )
+        data = settings["data_config"]
+        lora = settings["peft_lora_config"]
+        scale = settings["inference_config"]
         numbers = [
             data["max_frame_pixels"],
             lora["lora_r"],
@@ -207,10 +203,8 @@ def merged(
     state = {name.removeprefix("base_model.model."): value for name, value in state.items()}
     for name in [name for name in state if name.endswith(".lora_A.default.weight")]:
         module = name.removesuffix(".lora_A.default.weight")
-        A, B = (
-            state.pop(name).float(),
-            state.pop(f"{module}.lora_B.default.weight", torch.empty(0)).float(),
-        )
+        A = state.pop(name).float()
+        B = state.pop(f"{module}.lora_B.default.weight", torch.empty(0)).float()
         W = state.get(f"{module}.base_layer.weight", torch.empty(0))
         if (len(A), W.shape) != (lora["lora_r"], (*B.shape[:1], *A.shape[1:])) or B.shape[
             1:

@@ -27,10 +27,8 @@ class Original:
         from hpsv3 import HPSv3RewardInferencer
         from huggingface_hub import hf_hub_download
 
-        self.stride, self.weights = (
-            stride,
-            checkpoint or hf_hub_download("MizzenAI/HPSv3", "HPSv3.safetensors"),
-        )
+        self.stride = stride
+        self.weights = checkpoint or hf_hub_download("MizzenAI/HPSv3", "HPSv3.safetensors")
         self.inferencer = HPSv3RewardInferencer(config or None, self.weights, device)
 
     def to(self, device):
