@@ -49,6 +49,7 @@ SECTIONS = {
         "method/energies.py",
         "method/explorers.py",
         "method/loss.py",
+        "method/objectives",
         "method/rollout.py",
         "method/routing.py",
         "method/score.py",

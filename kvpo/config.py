@@ -13,17 +13,19 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from kvpo.common.metrics import MOST_INNER
 from kvpo.evaluation.settings import EvaluateConfig, SentinelConfig
 from kvpo.method.advantages import Advantages, UnsafePolicy
 from kvpo.method.energies import DenoisedEnergy, Surrogate, Temperature, VelocityEnergy
-from kvpo.method.explorers import Explorer, StartNoise
-from kvpo.method.loss import ClippedObjective
+from kvpo.method.explorers import Explorer, RenoiseExplorer, StartNoise
+from kvpo.method.objectives.interface import Record
+from kvpo.method.objectives.kinds import AnyObjective, objective_kind
+from kvpo.method.objectives.tve_ppo import TvePpo
 from kvpo.method.routing import KVRouting
 from kvpo.method.settings import AgreementConfig, OptimizerConfig, RolloutConfig, ScoreConfig
 from kvpo.method.velocity_penalty import VelocityPenalty
@@ -86,7 +88,7 @@ class RunConfig:
     sampler: Literal["renoise", "ode"] = "renoise"
     """Rule that leads from a denoise step to the next.
     `renoise`: fresh noise on the predicted clean latents; `ode`: Euler along the velocity."""
-    explorer: Literal["kv_routing", "start_noise"] = "kv_routing"
+    explorer: Literal["kv_routing", "start_noise", "renoise"] = "kv_routing"
     """Source of branch diversity; the section of that name holds its settings."""
     surrogate: Literal["velocity_energy", "denoised_energy"] = "velocity_energy"
     """Energy that says how likely a branch is; the section of that name holds its settings."""
@@ -130,13 +132,14 @@ class RunConfig:
     rollout: RolloutConfig = RolloutConfig()
     kv_routing: KVRouting = KVRouting()
     start_noise: StartNoise = StartNoise()
+    renoise: RenoiseExplorer = RenoiseExplorer()
     score: ScoreConfig = ScoreConfig()
     advantages: Advantages = Advantages()
     unsafe: UnsafePolicy = UnsafePolicy()
     velocity_energy: VelocityEnergy = VelocityEnergy()
     denoised_energy: DenoisedEnergy = DenoisedEnergy()
     temperature: Temperature = Temperature()
-    objective: ClippedObjective = ClippedObjective()
+    objective: Annotated[AnyObjective, Field(discriminator="kind")] = TvePpo()
     velocity_penalty: VelocityPenalty = VelocityPenalty()
     policy: PolicyConfig = PolicyConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -172,12 +175,18 @@ class RunConfig:
             raise ValueError(
                 "advantages.weights is set by the rewards' own weights; write them there"
             )
-        if self.exploring.deterministic_replay and self.energy.needs_differing_context:
+        if self.exploring.own_renoise and self.sampler != "renoise":
             raise ValueError(
-                f"explorer {self.explorer} and surrogate {self.surrogate} can not be paired: the unperturbed policy makes these branches itself, so their energy "
-                "and its gradient are identically 0 and nothing would be learnt; use explorer kv_routing (start_noise serves comparison, see `kvpo explore --by start_noise`)"
+                f"explorer {self.explorer} draws the noise behind denoise steps, but sampler = {self.sampler} has none there and every branch would be the anchor; use sampler renoise"
             )
-
+        if reason := self.objective.refusal(self.exploring, self.sampler):
+            raise ValueError(
+                f"objective {self.objective.kind} can not be paired with explorer {self.explorer} and sampler {self.sampler}: {reason}"
+            )
+        if self.context == "self" and "inputs" not in self.objective.needs:
+            raise ValueError(
+                f"context = self predicts from a rollout's inputs, which objective {self.objective.kind} does not record; use branch or anchor"
+            )
         if (
             self.energy == VelocityEnergy("kernel", self.velocity_energy.last_sigma)
             and self.sampler != "renoise"
@@ -193,6 +202,11 @@ class RunConfig:
         They are where their rewards are asked for together, or they are learnt from again.
         """
         return self.inner_updates > 1 or self.advantages.std == "step"
+
+    @property
+    def recorded(self) -> frozenset[Record]:
+        """What a rollout records of its window for the objective to learn from."""
+        return self.objective.needs
 
     @property
     def exploring(self) -> Explorer:
@@ -238,10 +252,13 @@ def load_config(path: Path) -> RunConfig:
 def from_dict(content: Mapping[str, Any]) -> RunConfig:
     _refuse_unknown(RunConfig, content)
     try:
-        return TypeAdapter(RunConfig).validate_python(content)
+        return TypeAdapter(RunConfig).validate_python(_with_kind(content))
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
+        place = list(first["loc"])
+        if place[:1] == ["objective"]:
+            del place[1:2]  # which of the objectives it is, stands in its kind
+        key = ".".join(str(part) for part in place)
         reason = first["msg"].removeprefix("Value error, ")
         if first["type"] == "missing":
             raise ValueError(f"{key} is missing; add it") from None
@@ -268,6 +285,13 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
     return found
 
 
+def _with_kind(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe whose objective has a kind: older ones knew one objective, and had none."""
+    if "objective" not in content:
+        return dict(content)
+    return {**content, "objective": {"kind": TvePpo.kind, **content["objective"]}}
+
+
 def _refuse_unknown(kind: type, content: Any, prefix: str = "") -> None:
     """Refuse keys that are no settings.
 
@@ -289,7 +313,10 @@ def _refuse_unknown(kind: type, content: Any, prefix: str = "") -> None:
                     else f"; known here: {', '.join(hints)}"
                 )
             )
-        if dataclasses.is_dataclass(hints[key]):
+        if not prefix and key == "objective":
+            named = isinstance(value, Mapping) and "kind" in value
+            _refuse_unknown(objective_kind(value["kind"]) if named else TvePpo, value, "objective.")
+        elif dataclasses.is_dataclass(hints[key]):
             _refuse_unknown(hints[key], value, f"{prefix}{key}.")
         elif key == "rewards" and isinstance(value, list):
             for i, entry in enumerate(value):

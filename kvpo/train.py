@@ -7,7 +7,6 @@ prompts -> rollout -> score -> advantages -> replay -> loss -> update        the
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,82 +14,40 @@ from pathlib import Path
 
 import torch
 
-from kvpo.common.environment import make_reproducible, pick_device, take_peak
+from kvpo.common.environment import take_peak
 from kvpo.common.metrics import MetricLog, NoLog, console_line
 from kvpo.common.progress import Bar, Progress
 from kvpo.common.rng import stream
-from kvpo.common.timing import Phases
 from kvpo.common.wording import count_of
 from kvpo.config import RunConfig
 from kvpo.distributed.branches import all_rewards, all_rows
 from kvpo.distributed.ranks import Ranks
 from kvpo.distributed.signals import Stopped, not_now, stoppable
-from kvpo.generators.embeddings import load_with_texts
-from kvpo.generators.pipeline import Pipeline
-from kvpo.generators.readable import check_prompts
-from kvpo.generators.sampler import SAMPLERS
 from kvpo.method.advantages import Advantage, Unmeasurable, conflicts, measurable
-from kvpo.method.agreement import Agreement
 from kvpo.method.batch_spread import Spread, spread_of, variances
-from kvpo.method.explorers import Explorer
 from kvpo.method.kept_groups import Kept, Learnt, all_updates
-from kvpo.method.prompts import PromptSet
 from kvpo.method.replay import CONTEXTS, Replay
-from kvpo.method.rollout import Name, Start, check_room, go_on, roll_out, starts
-from kvpo.method.score import horizon, pixel_diversity, score
-from kvpo.method.sketch import Sketch
-from kvpo.method.update import GroupUpdate, Updater, group_means
+from kvpo.method.rollout import Start
+from kvpo.method.score import pixel_diversity
+from kvpo.method.update import GroupUpdate, group_means
 from kvpo.method.velocity_penalty import held_velocities
-from kvpo.policy.policy import Policy
 from kvpo.report.report import write_report
 from kvpo.report.samples import show_group
-from kvpo.rewards.calibration import refuse_frozen
-from kvpo.runs.build import calibration_clips, evaluation_scripts, judges, script_source, trained
-from kvpo.runs.loading import folder_of, load_pipeline
 from kvpo.runs.monitor import Trials
+from kvpo.runs.parts import Parts
 from kvpo.runs.state import RunState
-from kvpo.types import RewardTable, Rollout, Script
+from kvpo.types import RewardTable, Rollout
 
 MOST_SILENT = 8
 """Groups in a row, over steps, that may have too few rewards to be compared."""
 
 
-class Alignment:
-    """A run: its parts, and the loop over them."""
+class Alignment(Parts):
+    """A run: its parts, its folder, and the loop over them."""
 
     def __init__(self, config: RunConfig, out: Path, progress: Progress):
-        self.config, self.out, self.progress = config, out, progress
-        self.device = pick_device(config.device)
-        make_reproducible(self.device)
-        self.phases = Phases(self._tell, progress.ended)
-        self.ranks = Ranks.join(self.device, config.patience)
-        # The ranks of a column have other groups; those of a row share this one's group.
-        self.column, self.row = self.ranks.split(config.branch_parallel, config.patience)
-        self.column.share(config.groups)
-
-        # What a user may have got wrong is read before the generator is loaded, and nothing is
-        # left to show itself after the training.
-        with progress.timed("loading the rewards"):
-            self.judges, self.advantages = judges(config, self.device)
-        self.rewards = trained(self.judges)
-        refuse_frozen(self.rewards, calibration_clips(config), self.advantages.weights)
-        self.source = script_source(config)
-        self.scripts = evaluation_scripts(config)
-        check_prompts(folder_of(config.pipeline), self._written_scripts(), progress.warn)
-
-        with progress.timed("loading the generator"):
-            self.pipeline = self._load_pipeline()
-        geometry = self.pipeline.geometry
-        check_room(config.exploring, config.rollout, config.data.blocks, geometry)
-        config.energy.step_weights(geometry.sigmas)  # refused here where they do not fit its steps
-        config.velocity_penalty.check(geometry)
-        self.sampler = SAMPLERS[config.sampler]
-        if config.gradient_checkpointing:
-            self.pipeline.generator.transformer.enable_gradient_checkpointing()
-
-        self.policy = Policy(self.pipeline.generator, config.policy, config.seed, self.ranks)
-        self.agreement = Agreement(config.agreement)
-        self.updater = self._new_updater()
+        super().__init__(config, progress)
+        self.out = out
         self.silent = 0
         """Groups in a row, the latest ones, that could not be measured."""
         self.state = RunState(
@@ -116,26 +73,6 @@ class Alignment:
             self.judges,
         )
 
-    def _new_updater(self) -> Updater:
-        config = self.config
-        sketch = Sketch(len(self.policy.names), config.seed) if config.agreement.window else None
-        return Updater(
-            self.policy,
-            config.optimizer,
-            config.objective,
-            config.temperature,
-            config.unsafe,
-            config.groups,
-            self.row,
-            sketch,
-        )
-
-    def _written_scripts(self) -> Sequence[Script]:
-        """The scripts that are known in advance: stories without end are told one by one."""
-        if isinstance(self.source, PromptSet):
-            return (*self.source.scripts, *self.scripts)
-        return self.scripts
-
     def run(self, resume: bool, override: bool) -> Path:
         """Train, checkpoint, evaluate; the path of the report.
 
@@ -157,11 +94,6 @@ class Alignment:
                     raise
             self.ranks.only_first(lambda: write_report(self.out))
         return self.out / "report.html"
-
-    def _tell(self, doing: str) -> None:
-        """Say what begins now, to the ranks that wait for this one and on the terminal."""
-        self.ranks.tell(doing)
-        self.progress.phase(doing.rstrip(","))
 
     @property
     def done(self) -> int:
@@ -321,32 +253,6 @@ class Alignment:
 
     # ---------------------------------------------------------------------------- one group
 
-    def starts(self, step: int, groups: Sequence[int]) -> list[Start]:
-        """The pasts of some groups of a step, up to their forks."""
-        config = self.config
-        names: list[Name] = [("train", step, i) for i in groups]
-        scripts = [self.source.script(step, i) for i in groups]
-        embeddings: dict[str, torch.Tensor] = {}
-        with self.row.together():
-            for script in scripts:
-                embeddings |= self.embed(script)
-        held = [
-            functools.partial(self._held, script, stream(config.seed, *name, "hold"))
-            for script, name in zip(scripts, names)
-        ]
-        with self.row.together(), self.policy.using(self.policy.behaviour), self.phases("prefix"):
-            return starts(
-                self.pipeline,
-                self.sampler,
-                config.exploring,
-                config.rollout,
-                scripts,
-                embeddings,
-                config.seed,
-                names,
-                held,
-            )
-
     def group(self, step: int, index: int, start: Start) -> Kept:
         """One script from its past on: explore, and score."""
         config, embeddings = self.config, start.past.embeddings
@@ -367,55 +273,6 @@ class Alignment:
             _group_metrics(rollout, pixels, self.row),
         )
 
-    def explore(
-        self,
-        script: Script,
-        embeddings: Mapping[str, torch.Tensor],
-        name: Name,
-        explorer: Explorer | None = None,
-        fork: int | None = None,
-        start: Start | None = None,
-    ) -> tuple[Rollout, RewardTable, torch.Tensor]:
-        """A group of the behaviour policy, its rewards, and its pixels from the fork on.
-
-        Of the group it is this rank's branches, and the anchor. ``name`` names its random streams; ``explorer``: default the recipe's; ``start``: its
-        past, where that is there already; ``fork`` as in `roll_out`.
-        """
-        config, explorer = self.config, explorer or self.config.exploring
-        seen = functools.partial(
-            horizon, script, geometry=self.pipeline.geometry, config=config.score
-        )
-        own = self.row.stretch(config.rollout.branches)
-        with self.policy.using(self.policy.behaviour):
-            if start is None:
-                rollout = roll_out(
-                    self.pipeline,
-                    self.sampler,
-                    explorer,
-                    config.rollout,
-                    script,
-                    embeddings,
-                    config.seed,
-                    name,
-                    self.phases,
-                    fork,
-                    seen,
-                    own=own,
-                )
-            else:
-                rollout = go_on(
-                    self.pipeline,
-                    explorer,
-                    config.rollout,
-                    start,
-                    config.seed,
-                    name,
-                    self.phases,
-                    seen,
-                    own,
-                )
-        return rollout, *score(self.pipeline, rollout, self.rewards, config.score, self.phases)
-
     def learn(
         self, step: int, group: Kept, spread: Spread | None
     ) -> tuple[dict[str, float], Learnt | None]:
@@ -433,7 +290,7 @@ class Alignment:
             {"group/unmeasurable": 0.0} | advantage.metrics | self._conflicts(group, advantage)
         )
         advantage = self._controlled(advantage, step, group.index)
-        replay = self._replay(group)
+        replay = self._replay(step, group)
         update = self.updater.accumulate(replay, advantage, self.phases)
         if self.row.first:
             self.agreement.note(group.index, update.sketch)
@@ -469,7 +326,7 @@ class Alignment:
             advantage = replace(advantage, values=torch.zeros_like(advantage.values))
         return advantage
 
-    def _replay(self, group: Kept) -> Replay:
+    def _replay(self, step: int, group: Kept) -> Replay:
         config = self.config
         members = range(group.rollout.num_branches + (config.advantages.anchor and self.row.last))
         return Replay(
@@ -481,6 +338,8 @@ class Alignment:
             members,
             config.rows_per_pass,
             config.rollout.together,
+            config.seed,
+            ("train", step, group.index),
         )
 
     def _show(self, step: int, group: Kept, advantage: Advantage, update: GroupUpdate) -> None:
@@ -512,37 +371,6 @@ class Alignment:
 
         with self.row.together():
             return self.updater.hold(penalty, velocities, self.phases) if self.row.first else {}
-
-    def _held(self, script: Script, generator: torch.Generator, fork: int) -> list[int]:
-        """Opening blocks of a group that the velocity penalty holds."""
-        config, geometry = self.config, self.pipeline.geometry
-        opening = config.exploring.eligible_forks(script.blocks, geometry)[0]
-        return config.velocity_penalty.draw(
-            script, fork, opening, geometry, config.rollout.cache_frames, generator
-        )
-
-    # ------------------------------------------------------------------------ the generator
-
-    def _load_pipeline(self) -> Pipeline:
-        config = self.config
-        if not isinstance(self.source, PromptSet):
-            # Stories without end: their texts are met one by one, so the encoder stays.
-            return load_pipeline(config.pipeline, self.device, config.vae_dtype, config.dtype)
-        texts = sorted({text for script in self._written_scripts() for text in script.texts})
-        with self.progress.bar("embed prompts", len(texts)) as bar:
-            return load_with_texts(
-                folder_of(config.pipeline),
-                texts,
-                self.device,
-                getattr(torch, config.dtype),
-                getattr(torch, config.vae_dtype),
-                bar.move_to,
-                self.progress.warn,
-            )
-
-    def embed(self, script: Script) -> dict[str, torch.Tensor]:
-        """Prompt -> its embedding [L, D]."""
-        return dict(zip(script.texts, self.pipeline.encode_text(script.texts)))
 
 
 def _reward_metrics(rewards: RewardTable) -> dict[str, float]:

@@ -107,23 +107,25 @@ class BranchPlan:
     """
     noise_mix: float = 0.0
     """Share of fresh start noise (only the start-noise explorer sets it)."""
+    renoise_from: int | None = None
+    """Denoise step from which on the noise behind a step is the branch's own; None = shared."""
 
     @property
     def is_anchor(self) -> bool:
-        return not self.frames and self.noise_mix == 0.0
+        return not self.frames and self.noise_mix == 0.0 and self.renoise_from is None
 
 
 @dataclass(frozen=True)
 class Trajectory:
     """Record of a rollout's window, branch by branch; the anchor is the last row."""
 
-    inputs: torch.Tensor
-    """z_BPSFCHW: network inputs.
+    inputs: torch.Tensor | None
+    """z_BPSFCHW: network inputs; None where nobody asked for them.
 
     Rows = G branches then the anchor, P window blocks, S denoise steps.
     """
-    velocities: torch.Tensor
-    """u_BPSFCHW: the network's velocities at those inputs, the energies' targets."""
+    velocities: torch.Tensor | None
+    """u_BPSFCHW: the network's velocities at those inputs, the energies' targets; likewise."""
     clean: torch.Tensor
     """x0_BPFCHW: each block's clean latents, as committed to the cache."""
 

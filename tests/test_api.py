@@ -196,7 +196,7 @@ def test_families_of_objects_are_known_elsewhere(threaded, monkeypatch):
 def test_ctrl_c_saves_and_then_reaches_the_program(recipe, tmp_path, monkeypatch):
     """As KeyboardInterrupt, which a notebook expects; the run then goes on where it was."""
     # mean brightness is a toy that a frozen picture wins
-    monkeypatch.setattr("kvpo.train.refuse_frozen", lambda *_: None)
+    monkeypatch.setattr("kvpo.runs.parts.refuse_frozen", lambda *_: None)
     asked = []
 
     def interrupting(batch):

@@ -140,7 +140,8 @@ def test_what_does_not_fit(content, message):
 def test_illegal_pair(surrogate):
     message = refused({"explorer": "start_noise", "surrogate": surrogate})
     assert (
-        f"explorer start_noise and surrogate {surrogate} can not be paired" in message
+        "objective tve_ppo can not be paired with explorer start_noise and sampler renoise"
+        in message
         and "identically 0" in message
         and "use explorer kv_routing" in message
     )

@@ -273,7 +273,7 @@ def explore(
     generator: str | Path | Pipeline | None = None,
     *,
     script: int | Script = 0,
-    by: Literal["recipe", "kv_routing", "start_noise"] = "recipe",
+    by: Literal["recipe", "kv_routing", "start_noise", "renoise"] = "recipe",
     fork: int | None = None,
     **settings: Any,
 ) -> Exploration:
@@ -297,8 +297,10 @@ def explore(
     >>> found.pixels.shape, [len(plan.frames) for plan in found.plans]
     (torch.Size([3, 24, 3, 64, 64]), [4, 4, 0])
     """
-    if by not in ("recipe", "kv_routing", "start_noise"):
-        raise ValueError(f"by = {by!r} is no explorer; use recipe, kv_routing or start_noise")
+    if by not in ("recipe", "kv_routing", "start_noise", "renoise"):
+        raise ValueError(
+            f"by = {by!r} is no explorer; use recipe, kv_routing, start_noise or renoise"
+        )
     with _preparing:
         config = settle(recipe, settings)
         device, phases = pick_device(config.device), Phases()

@@ -25,8 +25,12 @@ def settle(recipe: str | Path | RunConfig, settings: Mapping[str, Any]) -> RunCo
     """
     config = recipe if isinstance(recipe, RunConfig) else load_config(recipe_path(str(recipe)))
     content = to_dict(config)
+    leaves = list(_leaves(RunConfig, settings, ()))
+    kind = dict(leaves).get(("objective", "kind"), config.objective.kind)
+    if kind != config.objective.kind:  # another objective has other settings
+        content["objective"] = {"kind": kind}
     given: set[tuple[str, ...]] = set()
-    for path, value in _leaves(RunConfig, settings, ()):
+    for path, value in leaves:
         if path in given:
             raise ValueError(f"{'.'.join(path)} is given twice; give it once")
         given.add(path)
@@ -44,6 +48,10 @@ def _leaves(
             inner = get_type_hints(inner).get(part) if dataclasses.is_dataclass(inner) else None
         if dataclasses.is_dataclass(inner) and isinstance(value, Mapping):
             yield from _leaves(inner, value, path)
+        elif path == ("objective",) and isinstance(value, Mapping):
+            yield from (((*path, str(name)), one) for name, one in value.items())
+        elif path == ("objective",) and dataclasses.is_dataclass(value):
+            yield from (((*path, name), one) for name, one in dataclasses.asdict(value).items())
         else:
             yield path, str(value) if isinstance(value, Path) else value
 

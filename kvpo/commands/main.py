@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import importlib
 import itertools
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
-from typing import NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, NoReturn
 
 import kvpo
 from kvpo.common.files import first_line, in_words
 from kvpo.common.unfailing import silence, tolerate_encodings
 from kvpo.distributed.process_end import end_by
+
+if TYPE_CHECKING:
+    from kvpo.config import RunConfig
 
 COMMANDS: Mapping[str, str] = {
     "align": "align a generator to rewards by KVPO",
@@ -157,7 +161,7 @@ def _parse(name: str, args: list[str]) -> Callable[[], None]:
 
     recipe = args[0] if args and not args[0].startswith("-") else "mini"
     rest = args[1:] if args and not args[0].startswith("-") else args
-    default = command(recipe, load_config(recipe_path(recipe)))
+    default = command(recipe, _with_objective(load_config(recipe_path(recipe)), rest))
     if HELP & set(rest) and not whole:
         from kvpo.commands.brief_help import print_brief_help
 
@@ -166,6 +170,23 @@ def _parse(name: str, args: list[str]) -> Callable[[], None]:
     # an argument that is there already would be missing from the help
     given = [] if whole else [recipe]
     return tyro.cli(command, args=[*given, *rest], prog=f"kvpo {name}", default=default)
+
+
+def _with_objective(config: RunConfig, args: Sequence[str]) -> RunConfig:
+    """Defaults of the options: the recipe's, with another objective where one is asked for.
+
+    Whether it fits the rest is known when all options are.
+    """
+    from kvpo.method.objectives.kinds import objective_kind
+
+    option = "--objective.kind"
+    given = [b for a, b in itertools.pairwise(args) if a == option]
+    given += [a.partition("=")[2] for a in args if a.startswith(f"{option}=")]
+    if not given or given[-1] == config.objective.kind:
+        return config
+    config = copy.copy(config)
+    object.__setattr__(config, "objective", objective_kind(given[-1])())
+    return config
 
 
 def _together(args: list[str]) -> list[str]:

@@ -14,7 +14,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, get_args, get_type_hints
 
+from pydantic import TypeAdapter
+
 from kvpo.config import RunConfig, to_dict
+from kvpo.method.objectives.kinds import OBJECTIVES
 from kvpo.rewards.entry import RewardEntry
 
 SET_ELSEWHERE = ("advantages.weights",)
@@ -46,14 +49,26 @@ def unused_sections(config: RunConfig) -> list[str]:
     """Sections of the explorers and energies that the recipe does not choose."""
     hints = get_type_hints(RunConfig)
     choices = {*get_args(hints["explorer"]), *get_args(hints["surrogate"])}
-    return sorted(choices - {config.explorer, config.surrogate})
+    chosen = {config.explorer} | ({config.surrogate} if config.objective.uses_energy else set())
+    return sorted(choices - chosen)
 
 
 def sections() -> dict[str, str]:
     """Section -> the first sentence of its description."""
     hints = get_type_hints(RunConfig)
     names = [f.name for f in fields(RunConfig) if is_dataclass(hints[f.name])]
-    return {name: first_sentence(hints[name].__doc__ or "") for name in names}
+    found = {name: first_sentence(hints[name].__doc__ or "") for name in names}
+    kinds = "What an update is, by its kind: " + ", ".join(OBJECTIVES) + "."
+    return {
+        f.name: found.get(f.name, kinds)
+        for f in fields(RunConfig)
+        if f.name in found or f.name == "objective"
+    }
+
+
+def to_default(kind: type) -> dict[str, Any]:
+    """An objective's settings as they are by default."""
+    return TypeAdapter(kind).dump_python(kind(), mode="json")
 
 
 def _listed(
@@ -62,7 +77,11 @@ def _listed(
     hints, about = get_type_hints(kind), field_docs(kind)
     for name in (f.name for f in fields(kind)):
         value, default = values[name], defaults[name]
-        if is_dataclass(hints[name]):
+        if prefix + name == "objective":
+            chosen = OBJECTIVES[value["kind"]]
+            usual = {**to_default(chosen), "kind": default["kind"]}
+            yield from _listed(chosen, value, usual, "objective.")
+        elif is_dataclass(hints[name]):
             yield from _listed(hints[name], value, default, f"{prefix}{name}.")
         elif prefix + name == "rewards":
             yield from _rewards(value, default, first_sentence(about.get(name, "")))
@@ -99,7 +118,18 @@ def written(value: Any) -> str:
 
 @functools.cache
 def field_docs(kind: type) -> dict[str, str]:
-    """Field -> the string under it in the dataclass's source, which Python itself forgets."""
+    """Field -> the string under it in the dataclass's source, which Python itself forgets.
+
+    Fields that it inherits are explained where they are defined.
+    """
+    found: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        if is_dataclass(base):
+            found |= _own_field_docs(base)
+    return found
+
+
+def _own_field_docs(kind: type) -> dict[str, str]:
     (definition,) = ast.parse(inspect.getsource(kind)).body
     assert isinstance(definition, ast.ClassDef)
     pairs = zip(definition.body, definition.body[1:])

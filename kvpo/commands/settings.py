@@ -11,4 +11,5 @@ import tyro
 
 from kvpo.config import RunConfig
 
-Settings = Annotated[RunConfig, tyro.conf.arg(name="")]
+# an objective is chosen by its kind, which `main` reads first; its own settings are then options
+Settings = Annotated[RunConfig, tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands]

@@ -140,7 +140,7 @@ DECLARED: tuple[Metric, ...] = (
     Metric(
         "energy/mean",
         "latent^2",
-        "Mean energy of the group's members under the current weights: squared velocity error per element.",
+        "Mean energy of the group's members under the current weights: squared velocity error per element (kernel_grpo: surprise per element; denoised_distance: squared distance per element).",
     ),
     Metric(
         "energy/std",
@@ -154,7 +154,11 @@ DECLARED: tuple[Metric, ...] = (
         "1",
         "Entropy of pi_old over log G; at 1 pi is uniform and neither clip nor KL can act.",
     ),
-    Metric("policy/top", "probability", "The largest probability pi_old gives a branch."),
+    Metric(
+        "policy/top",
+        "probability",
+        "The largest probability pi_old gives a branch; of regression, its largest weight.",
+    ),
     Metric(
         "policy/lag",
         "updates",
@@ -163,7 +167,12 @@ DECLARED: tuple[Metric, ...] = (
     Metric(
         "loss/policy",
         "1",
-        "Clipped objective, negated; about 0 on policy by construction, because advantages are centred.",
+        "The objective's loss; of clipped ones about 0 on policy by construction, because advantages are centred.",
+    ),
+    Metric(
+        "loss/from_start",
+        "latent^2",
+        "Objectives nft and rvm with kl_beta: mean squared distance of velocities from the start weights'.",
     ),
     Metric("loss/kl", "nats", "KL(pi_theta || pi_ref) over the group's members."),
     Metric(

@@ -30,7 +30,7 @@ from kvpo.method.replay import CONTEXTS, Replay
 from kvpo.method.rollout import Start, go_on, starts
 from kvpo.method.routing import KVRouting
 from kvpo.policy.checkpoint import Snapshot, load_checkpoint, save_checkpoint
-from kvpo.train import Alignment
+from kvpo.runs.parts import Parts
 from kvpo.types import BranchPlan, Rollout, Script
 
 SMALL = 10_000_000
@@ -161,9 +161,7 @@ def findings(config: RunConfig) -> Iterator[Finding]:
     """The checks, cheapest first, on one group of the recipe."""
     # a clip would hide a gradient that is wrong by a factor
     unclipped = replace(config.optimizer, clip=math.inf)
-    run = Alignment(
-        replace(config, shuffle_advantages=False, optimizer=unclipped), Path("."), Progress()
-    )
+    run = Parts(replace(config, shuffle_advantages=False, optimizer=unclipped), Progress())
     g = run.pipeline.geometry
     close = 1e-4 if run.pipeline.generator.dtype == torch.float32 else 5e-2
     yield _at_most(
@@ -255,7 +253,7 @@ def findings(config: RunConfig) -> Iterator[Finding]:
 
 
 @torch.no_grad()
-def _against_stock(run: Alignment, blocks: int) -> float:
+def _against_stock(run: Parts, blocks: int) -> float:
     """Relative difference of a block's velocity from diffusers' own forward over all frames.
 
     The block follows ``blocks`` clean ones, of which the last lies in a fork as a branch's does.
@@ -358,7 +356,7 @@ def _decoded_apart(rollout: Rollout) -> float:
     return _spread(torch.cat([decoder.fork(len(rows))(rows) for _ in range(2)]).float())
 
 
-def _gradients(run: Alignment, replay, rollout: Rollout) -> Iterator[Finding]:
+def _gradients(run: Parts, replay, rollout: Rollout) -> Iterator[Finding]:
     advantage = _made_up_advantage(run, rollout)
     update = run.updater.accumulate(replay(rollout), advantage, Phases())
     together = _take_gradients(run)
@@ -389,7 +387,7 @@ def _gradients(run: Alignment, replay, rollout: Rollout) -> Iterator[Finding]:
 
 
 def _steps(
-    run: Alignment, start: Start, rollout: Rollout, embeddings: Mapping[str, torch.Tensor]
+    run: Parts, start: Start, rollout: Rollout, embeddings: Mapping[str, torch.Tensor]
 ) -> Iterator[Finding]:
     """Give one line a denoise step, which is no rule.
 
@@ -415,7 +413,7 @@ def _steps(
 
 
 def _pages(
-    run: Alignment, rollout: Rollout, embeddings: Mapping[str, torch.Tensor]
+    run: Parts, rollout: Rollout, embeddings: Mapping[str, torch.Tensor]
 ) -> Iterator[Finding]:
     """Compare training's gradient with the one through the whole window.
 
@@ -451,7 +449,7 @@ def _left_out(whose: str, found: LeftOut, P: int) -> Finding:
     )
 
 
-def _resumed(run: Alignment, replay, rollout: Rollout) -> Finding:
+def _resumed(run: Parts, replay, rollout: Rollout) -> Finding:
     """Two updates in one go against one update, a checkpoint read back, and the second."""
     advantage = _made_up_advantage(run, rollout)
 
@@ -472,7 +470,7 @@ def _resumed(run: Alignment, replay, rollout: Rollout) -> Finding:
     return _at_most("an update after resuming == without the interruption, bit for bit", worst, 0.0)
 
 
-def _made_up_advantage(run: Alignment, rollout: Rollout) -> Advantage:
+def _made_up_advantage(run: Parts, rollout: Rollout) -> Advantage:
     A_G = normal((rollout.num_branches,), run.config.seed, "doctor", "advantage").double()
     nothing = torch.zeros(0)
     return Advantage(
@@ -480,7 +478,7 @@ def _made_up_advantage(run: Alignment, rollout: Rollout) -> Advantage:
     )
 
 
-def _take_gradients(run: Alignment) -> list[torch.Tensor]:
+def _take_gradients(run: Parts) -> list[torch.Tensor]:
     taken = [torch.zeros_like(p) if p.grad is None else p.grad for p in run.policy.parameters]
     run.updater.optimizer.zero_grad(set_to_none=True)
     return taken

@@ -33,6 +33,11 @@ class Geometry(Protocol):
     window: int
     """Frames a block reads in all: sink, rolling past and the block itself."""
 
+    @property
+    def sigmas(self) -> Sequence[float]:
+        """Noise levels of the denoise steps."""
+        ...
+
 
 class Explorer(Protocol):
     """Interface of a source of branch diversity."""
@@ -46,6 +51,11 @@ class Explorer(Protocol):
 
     Its energy is then identically 0 with zero gradient, so an energy objective on such branches is
     refused (method.md section 7).
+    """
+    own_renoise: ClassVar[bool]
+    """True: the noise behind some denoise steps is each branch's own draw.
+
+    Its likelihood under the sampler then says something of that branch alone.
     """
 
     def eligible_forks(self, blocks: int, geometry: Geometry) -> list[int]:
@@ -106,6 +116,7 @@ class StartNoise:
 
     nearest: ClassVar[int] = 0
     deterministic_replay: ClassVar[bool] = True
+    own_renoise: ClassVar[bool] = False
 
     def __post_init__(self):
         if not 0.0 < self.mix <= 1.0:
@@ -138,6 +149,58 @@ class StartNoise:
         """
         check_branches(num_branches)
         return (BranchPlan(noise_mix=self.mix),) * num_branches
+
+
+@dataclass(frozen=True)
+class RenoiseExplorer:
+    """Exploration by fresh noise behind the denoise steps, from a chosen step on.
+
+    The start noise stays shared. Only the `renoise` sampler draws noise there.
+    """
+
+    from_step: int = 0
+    """First denoise step behind which the noise is the branch's own, counted from 0.
+    The last step has no noise behind it. Late steps change details, early ones the layout."""
+    window_blocks: int = 1
+    """P, blocks explored after the fork."""
+
+    nearest: ClassVar[int] = 0
+    deterministic_replay: ClassVar[bool] = True
+    own_renoise: ClassVar[bool] = True
+
+    def __post_init__(self):
+        if self.from_step < 0:
+            raise ValueError(f"from_step = {self.from_step} must be a denoise step, counted from 0")
+        if self.window_blocks < 1:
+            raise ValueError(
+                f"window_blocks = {self.window_blocks}, but a window has at least 1 block; set 1 or more"
+            )
+
+    def eligible_forks(self, blocks: int, geometry: Geometry) -> list[int]:
+        """Every block after the first whose P blocks fit.
+
+        ValueError also where the generator has no noise behind step ``from_step``.
+        """
+        if self.from_step > (last := len(geometry.sigmas) - 2):
+            raise ValueError(
+                f"renoise.from_step = {self.from_step}, but of this generator's {last + 2} denoise steps the last one with noise behind it is {last}; set {last} or less"
+            )
+        return forks_from(1, blocks, self.window_blocks, "a shared prefix of 1 block")
+
+    def plan(
+        self,
+        window: Window,
+        geometry: Geometry,
+        num_branches: int,
+        generator: torch.Generator,
+        resident: Sequence[int] | None = None,
+    ) -> tuple[BranchPlan, ...]:
+        """Give all G branches equal plans.
+
+        The fresh noise itself comes from streams named after the branch, in the rollout.
+        """
+        check_branches(num_branches)
+        return (BranchPlan(renoise_from=self.from_step),) * num_branches
 
 
 def mix_noise(shared: torch.Tensor, fresh: torch.Tensor, mix: float) -> torch.Tensor:

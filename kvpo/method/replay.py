@@ -15,6 +15,8 @@ from typing import Protocol
 
 import torch
 
+from kvpo.common.rng import normal
+from kvpo.common.rng import stream as random_stream
 from kvpo.generators.cache import FrameCache
 from kvpo.generators.flow import denoised
 from kvpo.generators.pipeline import Pipeline
@@ -71,7 +73,7 @@ CONTEXTS: Mapping[str, Context] = {
 
 
 @dataclass(frozen=True)
-class _Row:
+class Row:
     """One velocity to replay: of a branch, a block and a denoise step."""
 
     branch: int
@@ -80,8 +82,12 @@ class _Row:
     step: int
 
 
-class Replay:
-    """A rollout's branches, to be replayed under the weights in the module."""
+class WindowReplay:
+    """Inputs of a rollout's window, to pass once more under the weights in the module.
+
+    They pass in the deployed window without routing. Which inputs is up to the objective: those
+    that the rollout has recorded, or others.
+    """
 
     def __init__(
         self,
@@ -89,26 +95,27 @@ class Replay:
         rollout: Rollout,
         embeddings: Mapping[str, torch.Tensor],
         context: Context,
-        surrogate: Surrogate,
+        inputs: torch.Tensor,
+        sigmas: Sequence[float],
+        steps: Sequence[int],
         rows: Sequence[int] | None = None,
         rows_per_pass: int = 0,
         together: int = 0,
     ):
         """Plan the passes of a replay.
 
-        ``rows``: rollout rows to replay (default: the G branches). ``rows_per_pass``: most
-        velocities in a pass, 0 = all. ``together``: most rows that have their past in memory at a
-        time, 0 = all.
+        ``inputs``: z_BPSFCHW of all rollout rows, and ``sigmas`` their S noise levels. ``steps``:
+        those of the S that are replayed. ``rows``: rollout rows to replay (default: the G
+        branches). ``rows_per_pass``: most velocities in a pass, 0 = all. ``together``: most rows
+        that have their past in memory at a time, 0 = all.
         """
         self.pipeline, self.rollout, self.embeddings = pipeline, rollout, embeddings
-        self.context, self.surrogate = context, surrogate
+        self.context, self.inputs, self.sigmas = context, inputs, sigmas
+        self.steps = list(steps)
         self.rows = list(range(rollout.num_branches) if rows is None else rows)
         self.rows_per_pass = rows_per_pass
-        self.sigmas = pipeline.geometry.sigmas
-        self.weights_S = surrogate.step_weights(self.sigmas)
-        self.steps = [s for s, w in enumerate(self.weights_S.tolist()) if w > 0.0]
-        """Denoise steps that are replayed; a step of weight 0 is worth no pass."""
-        start = rollout.trajectory.inputs[self.rows, 0, 0]
+        self.together = together
+        start = inputs[self.rows, 0, 0]
         self.shared_start = bool((start == start[:1]).all())
         size = together or len(self.rows)
         self.chunks = [
@@ -120,27 +127,27 @@ class Replay:
         ]
         """Rows of every pass, chunk by chunk and in it run by run."""
 
-    @torch.no_grad()
-    def energies(self) -> torch.Tensor:
-        """E_G float64 under the weights in the module."""
-        energy = torch.zeros(len(self.rows), dtype=torch.float64)
-        for branches, share in self.passes():
-            energy.index_add_(0, branches, share.cpu())
-        return energy
+    def velocities(self) -> Iterator[tuple[list[Row], torch.Tensor]]:
+        """Yield (rows [R], v_RFCHW) of every pass, each independent of the others.
 
-    def passes(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield (branch [R], share of its energy [R] float64) of every pass.
-
-        E_g is the sum of branch g's shares. Shares carry gradient where gradients are enabled;
-        every pass is independent of the others.
+        Velocities carry gradient where gradients are enabled.
         """
-        terms = self.rollout.window.blocks * len(self.sigmas)
         for (cache, chunk), parts in zip(self.contexts(), self.plan):
             for rows in parts:
-                v = self._velocity(cache, rows, chunk)
-                u = self._stored(self.rollout.trajectory.velocities, rows)
-                weight = self.weights_S[[r.step for r in rows]].to(v.device) / terms
-                yield torch.tensor([r.branch for r in rows]), weight * squared_residual(v, u)
+                yield rows, self._velocity(cache, rows, chunk)
+
+    @torch.no_grad()
+    def all_velocities(self) -> torch.Tensor:
+        """v_MPSFCHW of all members, without gradient; 0 at steps that are not replayed."""
+        found = torch.zeros_like(self.inputs[self.rows])
+        for rows, v in self.velocities():
+            found[self.places(rows)] = v.to(found.dtype)
+        return found
+
+    @staticmethod
+    def places(rows: list[Row]) -> tuple[list[int], list[int], list[int]]:
+        """Indices (member, position, step) of rows in a tensor [M, P, S, ...]."""
+        return [r.branch for r in rows], [r.position for r in rows], [r.step for r in rows]
 
     @property
     def single_pass(self) -> bool:
@@ -181,12 +188,9 @@ class Replay:
         text = stream.text(self.rollout.window.fork + position)
 
         def last_step() -> torch.Tensor:
-            rows = [_Row(g, position, len(self.sigmas) - 1) for g in chunk]
-            return denoised(
-                self._stored(self.rollout.trajectory.inputs, rows),
-                self._velocity(stream.cache, rows, chunk),
-                self.sigmas[-1],
-            )
+            rows = [Row(g, position, len(self.sigmas) - 1) for g in chunk]
+            v = self._velocity(stream.cache, rows, chunk)
+            return denoised(self.stored(self.inputs, rows), v, self.sigmas[-1])
 
         clean = self.context.clean(self.rollout, position, [self.rows[g] for g in chunk], last_step)
         self.pipeline.generator.commit(
@@ -207,15 +211,15 @@ class Replay:
             runs[-1].append(position)
         return runs
 
-    def _parts(self, positions: list[int], chunk: range) -> list[list[_Row]]:
+    def _parts(self, positions: list[int], chunk: range) -> list[list[Row]]:
         """Cut the rows of a run into passes.
 
         Passes are as large as allowed, and all rows of one pass have equally many past frames.
         """
-        alike: dict[int, list[_Row]] = {}
+        alike: dict[int, list[Row]] = {}
         for p in positions:
             alike.setdefault(len(self._past(p)), []).extend(
-                _Row(g, p, s) for s in self.steps for g in chunk
+                Row(g, p, s) for s in self.steps for g in chunk
             )
         size = self.rows_per_pass or max(map(len, alike.values()))
         return [rows[i : i + size] for rows in alike.values() for i in range(0, len(rows), size)]
@@ -229,14 +233,15 @@ class Replay:
         frames = self._frames(position)
         return self.pipeline.geometry.history.past(frames[0], len(frames))
 
-    def _stored(self, x_BPSFCHW: torch.Tensor, rows: list[_Row]) -> torch.Tensor:
+    def stored(self, x_BPSFCHW: torch.Tensor, rows: list[Row]) -> torch.Tensor:
+        """x_RFCHW of rows, from a tensor of all rollout rows."""
         return x_BPSFCHW[
             [self.rows[r.branch] for r in rows], [r.position for r in rows], [r.step for r in rows]
         ]
 
-    def _velocity(self, cache: FrameCache, rows: list[_Row], chunk: range) -> torch.Tensor:
+    def _velocity(self, cache: FrameCache, rows: list[Row], chunk: range) -> torch.Tensor:
         """v_RFCHW of rows of the chunk, which share one prompt: a run holds one segment."""
-        places: dict[_Row, int] = {}
+        places: dict[Row, int] = {}
         index = [places.setdefault(self._representative(row, chunk), len(places)) for row in rows]
         distinct = list(places)
         frames = [self._frames(r.position) for r in distinct]
@@ -245,13 +250,13 @@ class Replay:
             self.rollout.script.text(self.rollout.window.fork + rows[0].position)
         ][None]
         sigma = torch.tensor([self.sigmas[r.step] for r in distinct])
-        z = self._stored(self.rollout.trajectory.inputs, distinct)
+        z = self.stored(self.inputs, distinct)
         v = self.pipeline.generator.velocity(
             z, sigma, text, frames, cache, past, [r.branch - chunk.start for r in distinct]
         )
         return v if len(distinct) == len(rows) else v[index]
 
-    def _representative(self, row: _Row, chunk: range) -> _Row:
+    def _representative(self, row: Row, chunk: range) -> Row:
         """Return the row whose velocity stands for this one.
 
         At the fork all branches start from one noise and one past: that velocity is computed once.
@@ -261,3 +266,107 @@ class Replay:
             if self.shared_start and row.position == row.step == 0
             else row
         )
+
+
+class Replay(WindowReplay):
+    """The recorded inputs of a group's members, with the energies that a surrogate makes of them.
+
+    It is also what an objective learns a group from (`kvpo.method.objective.Objective`), which may
+    want other inputs: `at` gives their replay, `draw` noise for them.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        rollout: Rollout,
+        embeddings: Mapping[str, torch.Tensor],
+        context: Context,
+        surrogate: Surrogate,
+        rows: Sequence[int] | None = None,
+        rows_per_pass: int = 0,
+        together: int = 0,
+        seed: int = 0,
+        stream_name: tuple[int | str, ...] = ("replay",),
+    ):
+        """Plan the passes; arguments as in `WindowReplay`.
+
+        ``seed`` and ``stream_name``: of the random streams of an objective that draws.
+        """
+        sigmas = pipeline.geometry.sigmas
+        self.surrogate, self.seed, self.stream_name = surrogate, seed, stream_name
+        self.weights_S = surrogate.step_weights(sigmas)
+        # a step of weight 0 is worth no pass
+        steps = [s for s, w in enumerate(self.weights_S.tolist()) if w > 0.0]
+        inputs = rollout.trajectory.inputs
+        if inputs is None:  # an objective that replays its own inputs: only `at` is of use
+            clean = rollout.trajectory.clean
+            inputs = clean[:, :, None].expand(-1, -1, len(sigmas), *clean.shape[2:])
+        super().__init__(
+            pipeline,
+            rollout,
+            embeddings,
+            context,
+            inputs,
+            sigmas,
+            steps,
+            rows,
+            rows_per_pass,
+            together,
+        )
+
+    @torch.no_grad()
+    def energies(self) -> torch.Tensor:
+        """E_G float64 under the weights in the module."""
+        energy = torch.zeros(len(self.rows), dtype=torch.float64)
+        for branches, share in self.passes():
+            energy.index_add_(0, branches, share.cpu())
+        return energy
+
+    def passes(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield (branch [R], share of its energy [R] float64) of every pass.
+
+        E_g is the sum of branch g's shares. Shares carry gradient where gradients are enabled;
+        every pass is independent of the others.
+        """
+        terms = self.rollout.window.blocks * len(self.sigmas)
+        for rows, v in self.velocities():
+            u = self.stored(self.rollout.trajectory.velocities, rows)
+            weight = self.weights_S[[r.step for r in rows]].to(v.device) / terms
+            yield torch.tensor([r.branch for r in rows]), weight * squared_residual(v, u)
+
+    def at(
+        self,
+        inputs: torch.Tensor,
+        sigmas: Sequence[float],
+        steps: Sequence[int] | None = None,
+        rows: Sequence[int] | None = None,
+    ) -> WindowReplay:
+        """The same group replayed at other inputs z_BPSFCHW of noise levels ``sigmas``.
+
+        ``steps`` and ``rows``: those that are replayed; default all steps, and this one's members.
+        """
+        return WindowReplay(
+            self.pipeline,
+            self.rollout,
+            self.embeddings,
+            self.context,
+            inputs,
+            sigmas,
+            range(len(sigmas)) if steps is None else steps,
+            self.rows if rows is None else rows,
+            self.rows_per_pass,
+            self.together,
+        )
+
+    def draw(self, shape: Sequence[int], *name: int | str) -> torch.Tensor:
+        """Standard normal noise of the group's stream ``name``, float32 on the generator's device.
+
+        It is the same for all members, on all ranks and in all updates on the group.
+        """
+        noise = normal(tuple(shape), self.seed, *self.stream_name, *name)
+        return noise.to(self.rollout.trajectory.clean.device)
+
+    def uniform(self, count: int, *name: int | str) -> torch.Tensor:
+        """``count`` numbers in [0, 1) of the group's stream ``name``, float64."""
+        generator = random_stream(self.seed, *self.stream_name, *name)
+        return torch.rand(count, generator=generator, dtype=torch.float64)

@@ -14,7 +14,7 @@ is copied for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,7 @@ from kvpo.generators.pipeline import Geometry, Pipeline
 from kvpo.generators.sampler import NamedNoise, Noise, Sampler, StackedNoise, Stream
 from kvpo.generators.streaming import StreamingDecoder
 from kvpo.method.explorers import Explorer, mix_noise
+from kvpo.method.objectives.interface import EVERYTHING, Record
 from kvpo.method.settings import RolloutConfig
 from kvpo.types import BranchPlan, Rollout, Script, Trajectory, Window
 
@@ -172,7 +173,7 @@ Held = Callable[[int], Sequence[int]]
 
 @dataclass(frozen=True)
 class PlannedNoise:
-    """Start noise mixed per row as the plans say, inside the window; all else as in ``shared``."""
+    """Noise of each row as its plan says, inside the window; all else as in ``shared``."""
 
     shared: NamedNoise
     plans: tuple[BranchPlan, ...]
@@ -192,12 +193,22 @@ class PlannedNoise:
         )
 
     def renoise(self, block: int, step: int) -> torch.Tensor:
-        return self.shared.renoise(block, step)
+        noise = self.shared.renoise(block, step)
+        own = [p.renoise_from is not None and step >= p.renoise_from for p in self.plans]
+        if block not in self.window or not any(own):
+            return noise
+        return torch.stack(
+            [
+                self._of_branch(row).renoise(block, step) if fresh else noise
+                for row, fresh in enumerate(own, self.first)
+            ]
+        )
 
     def _fresh(self, row: int, block: int) -> torch.Tensor:
-        return NamedNoise(
-            self.shared.shape, self.shared.seed, (*self.shared.name, "branch", row)
-        ).start(block)
+        return self._of_branch(row).start(block)
+
+    def _of_branch(self, row: int) -> NamedNoise:
+        return NamedNoise(self.shared.shape, self.shared.seed, (*self.shared.name, "branch", row))
 
 
 def roll_out(
@@ -214,6 +225,7 @@ def roll_out(
     horizon: Callable[[Window], int] | None = None,
     held: Held = lambda fork: (),
     own: range | None = None,
+    needs: Collection[Record] = EVERYTHING,
 ) -> Rollout:
     """Roll out a group under ``script`` with the weights now in the pipeline.
 
@@ -222,13 +234,13 @@ def roll_out(
     ``fork``: fork block (default: drawn among the eligible ones). ``horizon``: the block to stop
     before, but never within the window (default: the whole script). ``held``: fork -> blocks of the
     prefix whose network inputs are kept. ``own``: those of the G branches that are generated here
-    (default: all), beside the anchor.
+    (default: all), beside the anchor. ``needs``: what is recorded of the window.
     """
     with phases("prefix"):
         (start,) = starts(
             pipeline, sampler, explorer, config, [script], embeddings, seed, [name], [held], fork
         )
-    return go_on(pipeline, explorer, config, start, seed, name, phases, horizon, own)
+    return go_on(pipeline, explorer, config, start, seed, name, phases, horizon, own, needs)
 
 
 def starts(
@@ -276,6 +288,7 @@ def go_on(
     phases: Phases,
     horizon: Callable[[Window], int] | None = None,
     own: range | None = None,
+    needs: Collection[Record] = EVERYTHING,
 ) -> Rollout:
     """A group from its past on; arguments as in `roll_out`."""
     geometry = pipeline.geometry
@@ -299,10 +312,11 @@ def go_on(
                 PlannedNoise(noise, plans[i : i + size], window, own.start + i),
                 window,
                 stop,
+                needs,
             )
             for i in range(0, len(plans), size)
         ]
-    inputs, velocities, after = (torch.cat(x) for x in zip(*parts))
+    inputs, velocities, after = (None if x[0] is None else torch.cat(x) for x in zip(*parts))
     clean = after[:, : window.blocks * geometry.block].unflatten(1, (window.blocks, geometry.block))
     return Rollout(
         script,
@@ -324,22 +338,29 @@ def _branches(
     noise: Noise,
     window: Window,
     stop: int,
-) -> tuple[torch.Tensor, ...]:
+    needs: Collection[Record],
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
     """Generate some rows of a group from the fork to block ``stop``.
 
-    Returns the window's inputs and velocities [B, P, S, F, C, H, W], and all latents [B, N, C, H,
-    W].
+    Returns the window's inputs and velocities [B, P, S, F, C, H, W], None where they are not
+    needed, and all latents [B, N, C, H, W].
     """
-    geometry, steps = pipeline.geometry, []
+    geometry = pipeline.geometry
+    seen: dict[Record, list[torch.Tensor]] = {"inputs": [], "velocities": []}
     branches = branch_out(pipeline, prefix, plans, noise, window)
     history = Routed(geometry.history, plans, window, geometry.block)
+
+    def record(step: int, x: torch.Tensor, v: torch.Tensor) -> None:
+        if "inputs" in needs:
+            seen["inputs"].append(x)
+        if "velocities" in needs:
+            seen["velocities"].append(v)
+
     for block in range(window.fork, stop):
-        branches.advance(
-            *((history, lambda i, x, v: steps.append((x, v))) if block in window else ())
-        )
+        branches.advance(*((history, record) if block in window else ()))
+    shape = (window.blocks, len(geometry.sigmas))
     inputs, velocities = (
-        torch.stack(x, dim=1).unflatten(1, (window.blocks, len(geometry.sigmas)))
-        for x in zip(*steps)
+        torch.stack(x, dim=1).unflatten(1, shape) if x else None for x in seen.values()
     )
     return inputs, velocities, torch.cat(branches.blocks[window.fork :], dim=1)
 

@@ -51,6 +51,7 @@ class KVRouting:
     """P, blocks explored after the fork."""
 
     deterministic_replay: ClassVar[bool] = False
+    own_renoise: ClassVar[bool] = False
 
     def __post_init__(self):
         if self.draw not in DRAWS:

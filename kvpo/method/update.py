@@ -1,16 +1,13 @@
-"""Stage 7: energies and objective to gradients, a finite check, and the optimizer's step.
+"""Stage 7: the gradients of a step's groups, a finite check, and the optimizer's step.
 
-It is section 5 of method.md. The loss is a function of G numbers, so its cotangents are too: replay with gradient goes pass by
-pass, each multiplied by its branches' numbers and freed. The gradient is the same whatever the size
-of a pass; it is that of the energies with pages held still (method.md section 5), which at P = 1 is
-all of it.
+What a group's gradient is, the objective says (`kvpo.method.objectives`). It is taken with pages
+held still (method.md section 5), which at P = 1 is all of it.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 
@@ -19,42 +16,12 @@ from kvpo.common.timing import Phases
 from kvpo.distributed.ranks import Ranks
 from kvpo.method.advantages import Advantage, UnsafePolicy
 from kvpo.method.energies import Temperature, squared_residual
-from kvpo.method.loss import ClippedObjective, entropy
+from kvpo.method.objectives.interface import GroupUpdate, Objective
 from kvpo.method.replay import Replay
 from kvpo.method.settings import OptimizerConfig
 from kvpo.method.sketch import Sketch
 from kvpo.method.velocity_penalty import VelocityPenalty
 from kvpo.policy.policy import Policy
-
-
-@dataclass(frozen=True)
-class GroupUpdate:
-    """Outcome of one group: its scores and what it added to the step's gradient."""
-
-    energy: torch.Tensor
-    """E_M float64 of the group's members under the current weights.
-
-    It is NaN where the group was skipped.
-    """
-    pi: torch.Tensor
-    """pi_old_M, the behaviour policy's share of every member; likewise."""
-    metrics: Mapping[str, float]
-    old: torch.Tensor | None = None
-    """E_M under the behaviour weights; None where the group was skipped.
-
-    It stays for the further updates on the same group.
-    """
-    reference: torch.Tensor | None = None
-    """E_M under the reference weights; None where the group was skipped.
-
-    It stays for the further updates too. It may also be None where the KL is to the behaviour
-    policy, which needs no reference.
-    """
-    sketch: torch.Tensor | None = None
-    """Sketch of the group's gradient before its clip, divided by the gradient's norm.
-
-    None where the group's branches are tied, or nobody asked.
-    """
 
 
 class Updater:
@@ -64,7 +31,7 @@ class Updater:
         self,
         policy: Policy,
         config: OptimizerConfig,
-        objective: ClippedObjective,
+        objective: Objective,
         temperature: Temperature,
         unsafe: UnsafePolicy,
         groups: int,
@@ -97,59 +64,65 @@ class Updater:
         ValueError naming quantity and branch where a number is not finite.
         """
         weight = self.unsafe.weight(advantage.safe)
-        share = weight / self.groups
         metrics = {"group/safe": float(advantage.safe), "group/skipped": float(weight == 0.0)}
         if weight == 0.0:
             unknown = torch.full_like(advantage.values, float("nan"))
             return GroupUpdate(unknown, unknown, metrics)
-        old_G, reference_G = (None, None) if before is None else (before.old, before.reference)
-        with phases("replay_old"):
-            # also where kl_beta is 0: the drift is to be seen
-            moved = self.policy.updates > 0 and self.objective.kl_to == "initial"
-            if before is None and moved:
-                reference_G = self._energies_under(self.policy.reference, replay)
-            if before is None and not self.policy.on_policy:
-                old_G = self._energies_under(self.policy.behaviour, replay)
-        with phases("replay_grad"):
-            with self.row.together():
-                shares = list(replay.passes()) if replay.single_pass else []
-            energy_G = self._of_all(
-                lambda: _sum(shares, len(replay.rows)) if shares else replay.energies()
-            )
-            # the same weights: the old scores are the detached new ones
-            old_G = energy_G if old_G is None else old_G
-            tau = self.temperature.resolve(old_G)
-            reference_G = energy_G if self.policy.updates == 0 else reference_G
-            logits = [None if e is None else -e / tau for e in (energy_G, old_G, reference_G)]
-            loss = self.objective(*logits, advantage.values, share)
-            first = self.row.stretch(len(advantage.fused)).start
-            # dL / dE of the members here
-            cotangent_G = (-loss.cotangent / tau)[first : first + len(replay.rows)]
-            passes = (
-                torch.dot(cotangent_G[branch].to(energy.device), energy)
-                for branch, energy in shares or replay.passes()
-            )
-            # a tied group's gradient is the KL's, or rounding
-            wanted = self.sketch if before is None and bool(advantage.values.any()) else None
-            norm, sketch = self._add_clipped(passes, share, self.row, wanted)
-        log_pi = torch.log_softmax(-old_G / tau, dim=0)
-        metrics |= {
-            "energy/mean": float(energy_G.mean()),
-            "energy/std": float(energy_G.std()),
-            "policy/tau": tau,
-            "policy/lag": self.policy.lag,
-        }
-        metrics |= {
-            "policy/entropy": float(entropy(log_pi)),
-            "policy/evenness": float(entropy(log_pi)) / math.log(len(log_pi)),
-            "policy/top": float(log_pi.max().exp()),
-        }
-        metrics |= {"optim/grad_norm": norm}
+        share = weight / self.groups
+        update = self.objective.add(self, replay, advantage, share, phases, before)
+        return replace(update, metrics={**metrics, **update.metrics})
+
+    # What objectives ask for.
+
+    def of_all(self, numbers: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """x_M of a group, put together from what ``numbers`` gives of every rank's own members.
+
+        The branches come in order, then the anchor where that is a member. All ranks of a row
+        enter.
+        """
+        with self.row.together():
+            own = numbers()
+        return torch.cat(self.row.gather(own))
+
+    def of_members(
+        self, shares: Iterable[tuple[torch.Tensor, torch.Tensor]], members: int
+    ) -> torch.Tensor:
+        """x_M float64 of a group, from (member [R], share of its number [R]) of every pass here.
+
+        All ranks of a row enter.
+        """
+        own = torch.zeros(members, dtype=torch.float64)
+        for member, share in shares:
+            own.index_add_(0, member, share.detach().cpu().double())
+        return torch.cat(self.row.gather(own))
+
+    def total(self, value: float) -> float:
+        """Sum of a number over the ranks of a row; all of them enter."""
+        return sum(self.row.gather(value))
+
+    def own(self, values_M: torch.Tensor, advantage: Advantage, members: int) -> torch.Tensor:
+        """The part of a group's numbers that belongs to the ``members`` of this rank."""
+        first = self.row.stretch(len(advantage.fused)).start
+        return values_M[first : first + members]
+
+    def add_group(
+        self,
+        losses: Iterable[torch.Tensor],
+        share: float,
+        advantage: Advantage,
+        before: GroupUpdate | None,
+    ) -> tuple[dict[str, float], torch.Tensor | None]:
+        """Add the gradient of the losses of this rank's members, and their sum over the row.
+
+        Returned are metrics of its norm, and its sketch where one is asked for.
+        """
+        # a tied group's gradient is the KL's, or rounding
+        wanted = self.sketch if before is None and bool(advantage.values.any()) else None
+        norm, sketch = self.add_clipped(losses, share, self.row, wanted)
+        metrics = {"optim/grad_norm": norm}
         if self.config.clip_of == "group":
             metrics["optim/grad_clipped"] = float(norm > self.config.clip)
-        return GroupUpdate(
-            energy_G, log_pi.exp(), metrics | loss.metrics, old_G, reference_G, sketch
-        )
+        return metrics, sketch
 
     def hold(
         self, penalty: VelocityPenalty, velocities: Callable[[], list[torch.Tensor]], phases: Phases
@@ -168,7 +141,7 @@ class Updater:
             if not reference:
                 return {}
             distance = squared_residual(torch.cat(velocities()), torch.cat(reference)).mean()
-            norm, _ = self._add_clipped(
+            norm, _ = self.add_clipped(
                 [penalty.weight / self.groups * distance], 1.0 / self.groups, Ranks()
             )
         return {"hold/distance": float(distance.detach()), "hold/grad_norm": norm}
@@ -227,7 +200,7 @@ class Updater:
                 "not saved. The checkpoints before it are whole: go on from the newest by --resume, or start a new run with a lower optimizer.lr or a larger optimizer.eps"
             )
 
-    def _add_clipped(
+    def add_clipped(
         self, losses: Iterable[torch.Tensor], share: float, row: Ranks, sketch: Sketch | None = None
     ) -> tuple[float, torch.Tensor | None]:
         """Add the gradient of the losses' sum over the ranks of ``row`` to the step's.
@@ -259,19 +232,6 @@ class Updater:
                 p.grad = before if p.grad is None else p.grad.add_(before)
         return float(norm) / share, taken
 
-    def _energies_under(self, weights: list[torch.Tensor], replay: Replay) -> torch.Tensor:
-        with self.policy.using(weights):
-            return self._of_all(replay.energies)
-
-    def _of_all(self, energies: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """E_M of a group, put together from every rank's own members.
-
-        The branches come in order, then the anchor where that is a member.
-        """
-        with self.row.together():
-            own = energies()
-        return torch.cat(self.row.gather(own))
-
 
 def _norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
     return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -284,14 +244,6 @@ def _fault(parameter: torch.nn.Parameter) -> torch.Tensor:
         if parameter.grad is None
         else (~parameter.grad.isfinite()).any().float()
     )
-
-
-def _sum(shares: list[tuple[torch.Tensor, torch.Tensor]], branches: int) -> torch.Tensor:
-    """E_G, detached, from the shares of all passes."""
-    energy = torch.zeros(branches, dtype=torch.float64)
-    for branch, share in shares:
-        energy.index_add_(0, branch, share.detach().cpu())
-    return energy
 
 
 def group_means(groups: list[Mapping[str, float]]) -> dict[str, float]:

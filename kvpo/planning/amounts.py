@@ -162,11 +162,7 @@ def amounts(config: RunConfig, geometry: Geometry, world: int = 1) -> Amounts:
     fork, branch, decoded_prefix, decoded_rows, scored, branch_rows = (
         sum(x) / len(found) for x in zip(*found)
     )
-    replays = (
-        1
-        + (config.objective.kl_beta > 0.0 and config.objective.kl_to == "initial")
-        + (config.policy.sync_interval > 1)
-    )
+    replays = 1 + config.objective.asks_reference + (config.policy.sync_interval > 1)
     return Amounts(
         fork,
         prefix,

@@ -68,7 +68,7 @@ class Policy:
     @property
     def on_policy(self) -> bool:
         """Current and behaviour weights are the same numbers."""
-        return self.lag == 0
+        return self.lag == 0 and (self.updates == 0 or self.config.behaviour_decay == 0.0)
 
     def snapshot(self) -> list[torch.Tensor]:
         return [p.detach().clone() for p in self.parameters]
@@ -123,8 +123,16 @@ class Policy:
         decay = min(self.config.ema, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1.0 - decay)
         if last and self.lag >= self.config.sync_interval:
-            torch._foreach_copy_(self.behaviour, [p.detach() for p in self.parameters])
+            self._sync()
             self.lag = 0
+
+    def _sync(self) -> None:
+        """Copy the current weights into the behaviour policy, or average them into it."""
+        current, stays = [p.detach() for p in self.parameters], self.config.behaviour_decay
+        if stays:
+            torch._foreach_lerp_(self.behaviour, current, 1.0 - stays)
+        else:
+            torch._foreach_copy_(self.behaviour, current)
 
     def drift(self) -> float:
         """Distance of the current weights from the reference, relative to the reference's norm.

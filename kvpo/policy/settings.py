@@ -20,6 +20,10 @@ class PolicyConfig:
     sync_interval: int = 1
     """Optimizer updates between copies of the current weights into the behaviour policy.
     A copy is made at the end of a step only."""
+    behaviour_decay: float = 0.0
+    """Share of the behaviour policy that stays when it is synced.
+    0: it becomes the current weights. Above 0 it is their moving average, the old policy of
+    DiffusionNFT (Astrolabe has 0.9), and no rollout is on policy after the first update."""
     ema: float = 0.999
     """Decay of the averaged weights; it warms up as (1 + n) / (10 + n) over n updates."""
     shard: bool = False
@@ -32,6 +36,10 @@ class PolicyConfig:
         if self.rank < 1 or self.sync_interval < 1:
             raise ValueError(
                 f"policy.rank = {self.rank} and policy.sync_interval = {self.sync_interval} must be 1 or more"
+            )
+        if not 0.0 <= self.behaviour_decay < 1.0:
+            raise ValueError(
+                f"policy.behaviour_decay = {self.behaviour_decay} must lie in [0, 1); at 1 the behaviour policy would stay at the start weights"
             )
         if not 0.0 <= self.ema < 1.0:
             raise ValueError(f"policy.ema = {self.ema} must lie in [0, 1); 0 keeps no average")

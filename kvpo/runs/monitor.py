@@ -215,7 +215,7 @@ class Trials:
 
     def _kl(self, done: int, steps: int) -> float:
         """Mean KL to the start policy; 0 where the run measures its KL to another one."""
-        return recent_kl(self.out, done, steps) if self.config.objective.kl_to == "initial" else 0.0
+        return recent_kl(self.out, done, steps) if self.config.objective.watches_kl else 0.0
 
     def _history(self, done: int) -> dict[int, goodhart.Rows]:
         """Evaluations of the EMA weights, by step, up to step ``done``.

@@ -153,7 +153,7 @@ def test_a_value_of_the_wrong_kind(capsys, tmp_path, folder, argv):
     [
         (
             ("--explorer", "start_noise"),
-            "explorer start_noise and surrogate velocity_energy can not be paired",
+            "objective tve_ppo can not be paired with explorer start_noise and sampler renoise",
         ),
         (
             ("--rollout.branches", "1"),

@@ -12,7 +12,7 @@ from tiny import draw, embed, new_pipeline, new_rollout, story
 from kvpo.common.timing import Phases
 from kvpo.method.advantages import Advantage, UnsafePolicy
 from kvpo.method.energies import Temperature, VelocityEnergy
-from kvpo.method.loss import ClippedObjective
+from kvpo.method.objectives.tve_ppo import TvePpo
 from kvpo.method.replay import CONTEXTS, Replay
 from kvpo.method.routing import KVRouting
 from kvpo.method.update import OptimizerConfig, Updater, group_means
@@ -40,7 +40,7 @@ class Run:
         starts=(),
         groups=1,
         unsafe=UnsafePolicy(),
-        objective=ClippedObjective(),
+        objective=TvePpo(),
         policy=PolicyConfig(train="full"),
         optimizer=UNCLIPPED,
         temperature=Temperature(),
@@ -220,16 +220,14 @@ def test_the_kl_measures_from_the_start_weights():
 def test_the_kl_may_be_to_the_old_policy():
     """On policy it is then 0 with gradient 0, whatever has been learnt since the start."""
     run = Run(
-        objective=ClippedObjective(kl_beta=10.0, kl_to="old"),
+        objective=TvePpo(kl_beta=10.0, kl_to="old"),
         optimizer=OptimizerConfig(lr=1e-2, warmup=1),
     )
     for _ in range(2):
         update = run.accumulate()
         run.updater.step()
     assert update.metrics["loss/kl"] == 0.0
-    plain = Run(
-        objective=ClippedObjective(kl_beta=0.0), optimizer=OptimizerConfig(lr=1e-2, warmup=1)
-    )
+    plain = Run(objective=TvePpo(kl_beta=0.0), optimizer=OptimizerConfig(lr=1e-2, warmup=1))
     for _ in range(2):
         plain.accumulate()
         plain.updater.step()
@@ -242,7 +240,7 @@ def test_the_kl_to_the_start_is_seen_also_where_nothing_holds_it(beta):
     that watches it slept."""
     calls, kl = [], []
     for to in ("old", "initial"):
-        run = Run(objective=ClippedObjective(kl_beta=beta, kl_to=to))
+        run = Run(objective=TvePpo(kl_beta=beta, kl_to=to))
         run.accumulate()
         run.updater.step()
         before = run.pipeline.generator.calls

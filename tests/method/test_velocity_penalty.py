@@ -12,7 +12,7 @@ from kvpo.common.timing import Phases
 from kvpo.generators.sampler import SAMPLERS, NamedNoise
 from kvpo.method.advantages import UnsafePolicy
 from kvpo.method.energies import Temperature
-from kvpo.method.loss import ClippedObjective
+from kvpo.method.objectives.tve_ppo import TvePpo
 from kvpo.method.rollout import generate_prefixes
 from kvpo.method.update import OptimizerConfig, Updater
 from kvpo.method.velocity_penalty import VelocityPenalty, held_velocities, replayable
@@ -93,7 +93,7 @@ class Held:
         self.updater = Updater(
             self.policy,
             OptimizerConfig(clip=clip),
-            ClippedObjective(),
+            TvePpo(),
             Temperature(),
             UnsafePolicy(),
             groups,

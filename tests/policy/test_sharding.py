@@ -26,7 +26,7 @@ from kvpo.distributed.ranks import Ranks
 from kvpo.generators.causal_wan import CausalWan
 from kvpo.method.advantages import UnsafePolicy
 from kvpo.method.energies import Temperature
-from kvpo.method.loss import ClippedObjective
+from kvpo.method.objectives.tve_ppo import TvePpo
 from kvpo.method.update import OptimizerConfig, Updater
 from kvpo.policy.checkpoint import (
     Snapshot,
@@ -61,7 +61,7 @@ class Trained:
         self.updater = Updater(
             self.policy,
             OptimizerConfig(lr=1e-3, warmup=1, eps=1e-3),
-            ClippedObjective(),
+            TvePpo(),
             Temperature(),
             UnsafePolicy(),
             3,
@@ -91,7 +91,7 @@ class Trained:
                     (self.velocity(10 * step + group + other) - target).square().mean() / 3
                     for other in (0, 5)
                 )
-                self.updater._add_clipped(losses, 1 / 3, Ranks())
+                self.updater.add_clipped(losses, 1 / 3, Ranks())
 
     def update(self) -> None:
         self.policy.layout.add_gradients()

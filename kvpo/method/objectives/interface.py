@@ -1,0 +1,117 @@
+"""Interface of an objective: what one update does with a group of branches.
+
+An objective is one frozen dataclass in one file of this folder, and is its own settings. It says
+what it reads of a rollout's window, which explorers and samplers it can be paired with, and adds a
+group's gradient. Rollout, rewards, advantages, optimizer, checkpoints and reports are shared. How
+`regression` was added is told in docs/adding_an_objective.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+    from kvpo.common.timing import Phases
+    from kvpo.method.advantages import Advantage
+    from kvpo.method.explorers import Explorer
+    from kvpo.method.replay import Replay
+    from kvpo.method.update import Updater
+
+Record = Literal["inputs", "velocities", "clean"]
+"""What a rollout can record of its window: network inputs, velocities, clean latents.
+
+Noise is recorded in the inputs: that of a step's end is x' less its mean, over sigma'.
+"""
+EVERYTHING: frozenset[Record] = frozenset({"inputs", "velocities", "clean"})
+
+
+@dataclass(frozen=True)
+class GroupUpdate:
+    """Outcome of one group: its scores and what it added to the step's gradient."""
+
+    energy: torch.Tensor
+    """E_M float64 of the group's members under the current weights, lower = more likely.
+
+    Each objective has its own kind of energy. It is NaN where the group was skipped.
+    """
+    pi: torch.Tensor
+    """pi_old_M, the behaviour policy's share of every member; likewise.
+
+    It is NaN too under objectives that have no policy over branches.
+    """
+    metrics: Mapping[str, float]
+    old: torch.Tensor | None = None
+    """What the objective keeps of the behaviour weights for further updates on the same group.
+
+    Energies E_M, or velocities; None where the group was skipped or nothing need be kept.
+    """
+    reference: torch.Tensor | None = None
+    """What it keeps of the reference weights, likewise."""
+    sketch: torch.Tensor | None = None
+    """Sketch of the group's gradient before its clip, divided by the gradient's norm.
+
+    None where the group's branches are tied, or nobody asked.
+    """
+
+
+class Objective(Protocol):
+    """One kind of update, and its settings."""
+
+    kind: str
+    """Name in a recipe."""
+    needs: ClassVar[frozenset[Record]]
+    """What it reads of a rollout's window; nothing else is recorded."""
+    uses_energy: ClassVar[bool]
+    """Whether the sections of the surrogate steer it."""
+    asks_reference: bool
+    """Whether it replays every group under the start weights."""
+    watches_kl: bool
+    """Whether `loss/kl` is a KL to the start policy in nats, which the sentinels can watch."""
+
+    def refusal(self, explorer: Explorer, sampler: str) -> str:
+        """Why it can not be paired with this explorer or sampler, and with which; "" if it can."""
+        ...
+
+    def add(
+        self,
+        learner: Updater,
+        replay: Replay,
+        advantage: Advantage,
+        share: float,
+        phases: Phases,
+        before: GroupUpdate | None,
+    ) -> GroupUpdate:
+        """Add the gradient of one group's loss, times ``share``, to the step's.
+
+        ``replay``: of this rank's members. ``before``: of an earlier update on the same group.
+        ValueError naming quantity and branch where a number is not finite.
+        """
+        ...
+
+
+def check_finite(advantage: Advantage) -> None:
+    """Refuse advantages that are not finite.
+
+    Raises ValueError naming the branch.
+    """
+    values = advantage.values
+    bad = (~values.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        cases = ", ".join(f"branch {g} = {values[g].item()}" for g in bad)
+        raise ValueError(f"advantages not finite: {cases}; no update can be made from this group")
+
+
+def refuse_broken(name: str, x_M: torch.Tensor) -> None:
+    """Refuse a group of whose tensor [M, ...] some member's part is not finite.
+
+    Raises ValueError naming the tensor and the members.
+    """
+    bad = [g for g, x in enumerate(x_M) if not bool(x.isfinite().all())]
+    if bad:
+        raise ValueError(
+            f"{name} of branches {bad} are not finite; no update can be made from this group"
+        )

@@ -1,0 +1,209 @@
+"""The parts of a run, before it has a folder: rewards, stories, generator, weights, updater.
+
+`kvpo doctor` and the benchmarks ask them for groups without a run around them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from kvpo.common.environment import make_reproducible, pick_device
+from kvpo.common.progress import Progress
+from kvpo.common.rng import stream
+from kvpo.common.timing import Phases
+from kvpo.config import RunConfig
+from kvpo.distributed.ranks import Ranks
+from kvpo.generators.embeddings import load_with_texts
+from kvpo.generators.pipeline import Pipeline
+from kvpo.generators.readable import check_prompts
+from kvpo.generators.sampler import SAMPLERS
+from kvpo.method.agreement import Agreement
+from kvpo.method.explorers import Explorer
+from kvpo.method.prompts import PromptSet
+from kvpo.method.rollout import Name, Start, check_room, go_on, roll_out, starts
+from kvpo.method.score import horizon, score
+from kvpo.method.sketch import Sketch
+from kvpo.method.update import Updater
+from kvpo.policy.policy import Policy
+from kvpo.rewards.calibration import refuse_frozen
+from kvpo.runs.build import calibration_clips, evaluation_scripts, judges, script_source, trained
+from kvpo.runs.loading import folder_of, load_pipeline
+from kvpo.types import RewardTable, Rollout, Script
+
+
+class Parts:
+    """What a run is made of, and the exploration of a group with it."""
+
+    def __init__(self, config: RunConfig, progress: Progress):
+        """Load everything; what a user may have got wrong is read first.
+
+        ValueError or FileNotFoundError where rewards, prompts, generator and settings do not fit.
+        """
+        self.config, self.progress = config, progress
+        self.device = pick_device(config.device)
+        make_reproducible(self.device)
+        self.phases = Phases(self._tell, progress.ended)
+        self.ranks = Ranks.join(self.device, config.patience)
+        # The ranks of a column have other groups; those of a row share this one's group.
+        self.column, self.row = self.ranks.split(config.branch_parallel, config.patience)
+        self.column.share(config.groups)
+
+        # What a user may have got wrong is read before the generator is loaded, and nothing is
+        # left to show itself after the training.
+        with progress.timed("loading the rewards"):
+            self.judges, self.advantages = judges(config, self.device)
+        self.rewards = trained(self.judges)
+        refuse_frozen(self.rewards, calibration_clips(config), self.advantages.weights)
+        self.source = script_source(config)
+        self.scripts = evaluation_scripts(config)
+        check_prompts(folder_of(config.pipeline), self._written_scripts(), progress.warn)
+
+        with progress.timed("loading the generator"):
+            self.pipeline = self._load_pipeline()
+        geometry = self.pipeline.geometry
+        check_room(config.exploring, config.rollout, config.data.blocks, geometry)
+        config.energy.step_weights(geometry.sigmas)  # refused here where they do not fit its steps
+        config.velocity_penalty.check(geometry)
+        self.sampler = SAMPLERS[config.sampler]
+        if config.gradient_checkpointing:
+            self.pipeline.generator.transformer.enable_gradient_checkpointing()
+
+        self.policy = Policy(self.pipeline.generator, config.policy, config.seed, self.ranks)
+        self.agreement = Agreement(config.agreement)
+        self.updater = self._new_updater()
+
+    def _new_updater(self) -> Updater:
+        config = self.config
+        sketch = Sketch(len(self.policy.names), config.seed) if config.agreement.window else None
+        return Updater(
+            self.policy,
+            config.optimizer,
+            config.objective,
+            config.temperature,
+            config.unsafe,
+            config.groups,
+            self.row,
+            sketch,
+        )
+
+    def _written_scripts(self) -> Sequence[Script]:
+        """The scripts that are known in advance: stories without end are told one by one."""
+        if isinstance(self.source, PromptSet):
+            return (*self.source.scripts, *self.scripts)
+        return self.scripts
+
+    def _tell(self, doing: str) -> None:
+        """Say what begins now, to the ranks that wait for this one and on the terminal."""
+        self.ranks.tell(doing)
+        self.progress.phase(doing.rstrip(","))
+
+    # What is asked of them.
+
+    def _load_pipeline(self) -> Pipeline:
+        config = self.config
+        if not isinstance(self.source, PromptSet):
+            # Stories without end: their texts are met one by one, so the encoder stays.
+            return load_pipeline(config.pipeline, self.device, config.vae_dtype, config.dtype)
+        texts = sorted({text for script in self._written_scripts() for text in script.texts})
+        with self.progress.bar("embed prompts", len(texts)) as bar:
+            return load_with_texts(
+                folder_of(config.pipeline),
+                texts,
+                self.device,
+                getattr(torch, config.dtype),
+                getattr(torch, config.vae_dtype),
+                bar.move_to,
+                self.progress.warn,
+            )
+
+    def embed(self, script: Script) -> dict[str, torch.Tensor]:
+        """Prompt -> its embedding [L, D]."""
+        return dict(zip(script.texts, self.pipeline.encode_text(script.texts)))
+
+    def starts(self, step: int, groups: Sequence[int]) -> list[Start]:
+        """The pasts of some groups of a step, up to their forks."""
+        config = self.config
+        names: list[Name] = [("train", step, i) for i in groups]
+        scripts = [self.source.script(step, i) for i in groups]
+        embeddings: dict[str, torch.Tensor] = {}
+        with self.row.together():
+            for script in scripts:
+                embeddings |= self.embed(script)
+        held = [
+            functools.partial(self._held, script, stream(config.seed, *name, "hold"))
+            for script, name in zip(scripts, names)
+        ]
+        with self.row.together(), self.policy.using(self.policy.behaviour), self.phases("prefix"):
+            return starts(
+                self.pipeline,
+                self.sampler,
+                config.exploring,
+                config.rollout,
+                scripts,
+                embeddings,
+                config.seed,
+                names,
+                held,
+            )
+
+    def explore(
+        self,
+        script: Script,
+        embeddings: Mapping[str, torch.Tensor],
+        name: Name,
+        explorer: Explorer | None = None,
+        fork: int | None = None,
+        start: Start | None = None,
+    ) -> tuple[Rollout, RewardTable, torch.Tensor]:
+        """A group of the behaviour policy, its rewards, and its pixels from the fork on.
+
+        Of the group it is this rank's branches, and the anchor. ``name`` names its random streams; ``explorer``: default the recipe's; ``start``: its
+        past, where that is there already; ``fork`` as in `roll_out`.
+        """
+        config, explorer = self.config, explorer or self.config.exploring
+        seen = functools.partial(
+            horizon, script, geometry=self.pipeline.geometry, config=config.score
+        )
+        own = self.row.stretch(config.rollout.branches)
+        with self.policy.using(self.policy.behaviour):
+            if start is None:
+                rollout = roll_out(
+                    self.pipeline,
+                    self.sampler,
+                    explorer,
+                    config.rollout,
+                    script,
+                    embeddings,
+                    config.seed,
+                    name,
+                    self.phases,
+                    fork,
+                    seen,
+                    own=own,
+                    needs=config.recorded,
+                )
+            else:
+                rollout = go_on(
+                    self.pipeline,
+                    explorer,
+                    config.rollout,
+                    start,
+                    config.seed,
+                    name,
+                    self.phases,
+                    seen,
+                    own,
+                    config.recorded,
+                )
+        return rollout, *score(self.pipeline, rollout, self.rewards, config.score, self.phases)
+
+    def _held(self, script: Script, generator: torch.Generator, fork: int) -> list[int]:
+        """Opening blocks of a group that the velocity penalty holds."""
+        config, geometry = self.config, self.pipeline.geometry
+        opening = config.exploring.eligible_forks(script.blocks, geometry)[0]
+        return config.velocity_penalty.draw(
+            script, fork, opening, geometry, config.rollout.cache_frames, generator
+        )
