@@ -1,0 +1,145 @@
+"""What objectives of the forward process share: branches' clean latents, noised anew, and regressed.
+
+    z = (1 - sigma) x0_g + sigma eps        target = eps - x0_g        loss = mean over g, b, s of l( v_theta(z), target, v_old(z), A_g )
+
+No trajectory is needed, so any explorer and any sampler will do. z passes in the cached,
+unperturbed context of its block, as a denoise step of the deployed generator does; with a full
+sequence under one noise level, as image trainers have it, a streaming generator would be trained in
+a context that it never meets. Noise and noise levels are the same for all branches of a group, so
+that branches differ in nothing but what they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Protocol
+
+from kvpo.common.late import Late
+from kvpo.method.energies import squared_residual
+from kvpo.method.objectives.interface import GroupUpdate, check_finite, refuse_broken
+
+if TYPE_CHECKING:
+    import torch
+
+    from kvpo.common.timing import Phases
+    from kvpo.method.advantages import Advantage
+    from kvpo.method.replay import Replay, WindowReplay
+    from kvpo.method.update import Updater
+else:
+    torch = Late("torch")
+
+
+class ForwardLoss(Protocol):
+    """The part in which objectives of the forward process differ."""
+
+    @property
+    def levels(self) -> int:
+        """Noise levels drawn for a group; 0 = the generator's own denoise steps."""
+        ...
+
+    @property
+    def kl_beta(self) -> float:
+        """Strength of the squared distance from the start weights' velocities."""
+        ...
+
+    def row_losses(
+        self, v: torch.Tensor, target: torch.Tensor, old: torch.Tensor, A_R: torch.Tensor
+    ) -> torch.Tensor:
+        """l_R float64 of rows [R, F, C, H, W] whose branches have the advantages A_R."""
+        ...
+
+
+def refuse_bad(levels: int, kl_beta: float) -> None:
+    """Refuse what can be no settings of a forward process.
+
+    Raises ValueError.
+    """
+    if levels < 0:
+        raise ValueError(
+            f"objective.levels = {levels} must be 1 or more noise levels, or 0 for the generator's own"
+        )
+    if not 0.0 <= kl_beta < float("inf"):
+        raise ValueError(f"objective.kl_beta = {kl_beta} must be 0 (none) or positive")
+
+
+def noise_levels(replay: Replay, levels: int) -> list[float]:
+    """Noise levels of a group: the generator's, or so many drawn, one in every equal part of (0, 1].
+
+    Stratified draws cover the range in every group.
+    """
+    if levels == 0:
+        return [float(s) for s in replay.pipeline.geometry.sigmas]
+    drawn = replay.uniform(levels, "levels").tolist()
+    return [1.0 - (i + u) / levels for i, u in enumerate(drawn)]
+
+
+def noised(replay: Replay, levels: int) -> tuple[WindowReplay, torch.Tensor]:
+    """A group's clean latents, noised and to be replayed, and their targets eps - x0 [B, P, S, ...]."""
+    clean = replay.rollout.trajectory.clean
+    sigmas = noise_levels(replay, levels)
+    shape = (clean.shape[1], len(sigmas), *clean.shape[2:])
+    eps = replay.draw(shape, "forward").to(clean.dtype)
+    sigma = torch.tensor(sigmas, dtype=torch.float64, device=clean.device).to(clean.dtype)
+    sigma = sigma.view(-1, 1, 1, 1, 1)
+    x0 = clean[:, :, None]
+    return replay.at((1.0 - sigma) * x0 + sigma * eps, sigmas), eps - x0
+
+
+def add_forward_gradient(
+    learner: Updater,
+    objective: ForwardLoss,
+    replay: Replay,
+    advantage: Advantage,
+    share: float,
+    phases: Phases,
+    before: GroupUpdate | None,
+) -> GroupUpdate:
+    """Add the clipped gradient of one group's loss; arguments as in `Objective.add`."""
+    check_finite(advantage)
+    refuse_broken("clean latents", replay.rollout.trajectory.clean[replay.rows])
+    forward, targets = noised(replay, objective.levels)
+    policy, members = learner.policy, len(forward.rows)
+    held = objective.kl_beta > 0.0 and policy.updates > 0
+    with phases("replay_old"), learner.row.together():
+        # the same weights: the old velocities are the detached new ones
+        old = None if policy.on_policy else _under(learner, policy.behaviour, forward)
+        start = _under(learner, policy.reference, forward) if held else None
+    A_M = learner.own(advantage.values.double(), advantage, members)
+    rows_of_group = len(advantage.values) * len(forward.sigmas) * targets.shape[1]
+    errors: list[tuple[torch.Tensor, torch.Tensor]] = []
+    values: list[float] = []
+    moved: list[float] = []
+
+    def losses() -> Iterator[torch.Tensor]:
+        for rows, v in forward.velocities():
+            at = forward.places(rows)
+            target = forward.stored(targets, rows)
+            A_R = A_M[at[0]].to(v.device)
+            loss_R = objective.row_losses(v, target, v.detach() if old is None else old[at], A_R)
+            if start is not None:
+                distance_R = squared_residual(v, start[at])
+                moved.append(float(distance_R.detach().sum()))
+                loss_R = loss_R + objective.kl_beta * distance_R
+            values.append(float(loss_R.detach().sum()))
+            error_R = squared_residual(v.detach(), target).cpu()
+            errors.append((torch.tensor(at[0]), error_R))
+            yield share / rows_of_group * loss_R.sum()
+
+    with phases("replay_grad"):
+        metrics, sketch = learner.add_group(losses(), share, advantage, before)
+    energy_M = learner.of_members(errors, members) / (len(forward.sigmas) * targets.shape[1])
+    metrics |= {
+        "loss/policy": learner.total(sum(values)) / rows_of_group,
+        "loss/weight": share,
+        "energy/mean": float(energy_M.mean()),
+        "energy/std": float(energy_M.std()),
+        "policy/lag": policy.lag,
+    }
+    if start is not None:
+        metrics["loss/from_start"] = learner.total(sum(moved)) / rows_of_group
+    return GroupUpdate(energy_M, torch.full_like(energy_M, float("nan")), metrics, sketch=sketch)
+
+
+def _under(learner: Updater, weights: list[torch.Tensor], replay: WindowReplay) -> torch.Tensor:
+    with learner.policy.using(weights):
+        return replay.all_velocities()
