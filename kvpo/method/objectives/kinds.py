@@ -6,13 +6,14 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, get_args
 
+from kvpo.method.objectives.denoised_distance import DenoisedDistance
 from kvpo.method.objectives.kernel_grpo import KernelGrpo
 from kvpo.method.objectives.nft import Nft
 from kvpo.method.objectives.regression import Regression
 from kvpo.method.objectives.rvm import Rvm
 from kvpo.method.objectives.tve_ppo import TvePpo
 
-AnyObjective = TvePpo | Regression | Nft | Rvm | KernelGrpo
+AnyObjective = TvePpo | Regression | Nft | Rvm | KernelGrpo | DenoisedDistance
 """Type of the setting `objective`; its `kind` tells which of them it is."""
 
 OBJECTIVES: Mapping[str, type] = {kind.kind: kind for kind in get_args(AnyObjective)}
