@@ -181,7 +181,7 @@ class RunConfig:
             )
         if reason := self.objective.refusal(self.exploring, self.sampler):
             raise ValueError(
-                f"objective {self.objective.kind} can not be paired with explorer {self.explorer} and sampler {self.sampler}: {reason}"
+                f"objective {self.objective.kind} can not be paired with explorer {self.explorer} and sampler {self.sampler}: {reason}; choose a pair of docs/methods.md"
             )
         if self.context == "self" and "inputs" not in self.objective.needs:
             raise ValueError(
@@ -205,7 +205,7 @@ class RunConfig:
 
     @property
     def recorded(self) -> frozenset[Record]:
-        """What a rollout records of its window for the objective to learn from."""
+        """Records of a rollout's window that the objective learns from."""
         return self.objective.needs
 
     @property

@@ -32,6 +32,7 @@ COMMANDS: Mapping[str, str] = {
     "vbench": "videos as VBench wants them, its scores and totals",
     "prompts": "write a public prompt set as a prompt file",
     "report": "write a run's report.html anew",
+    "compare": "several runs side by side: gains, cost, settings and videos",
     "config": "show a recipe's settings, with defaults and a line of what each is",
     "doctor": "check the method's invariants on a generator and a recipe",
     "plan": "memory, work and time of a recipe, before anything is loaded",

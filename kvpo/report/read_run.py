@@ -164,7 +164,7 @@ def read_evaluations(run: Path) -> tuple[list[Evaluation], list[str]]:
     problems = []
     for path in sorted((run / "evaluation").glob("*.json")):
         try:
-            evaluation = _evaluation(path)
+            evaluation = read_evaluation(path)
         except Missing as reason:
             problems.append(str(reason))
             continue
@@ -176,7 +176,8 @@ def read_evaluations(run: Path) -> tuple[list[Evaluation], list[str]]:
     return sorted(newest.values(), key=lambda e: e.created, reverse=True), problems
 
 
-def _evaluation(path: Path) -> Evaluation:
+def read_evaluation(path: Path) -> Evaluation:
+    """One evaluation of A against B.  `Missing` where the file is none."""
     data = _json(path, "an evaluation is lost")
     if isinstance(data, dict) and "label" in data and "label_a" not in data:
         raise Missing(

@@ -35,7 +35,7 @@ from kvpo.types import RewardTable, Rollout, Script
 
 
 class Parts:
-    """What a run is made of, and the exploration of a group with it."""
+    """The parts of a run, which explore groups."""
 
     def __init__(self, config: RunConfig, progress: Progress):
         """Load everything; what a user may have got wrong is read first.

@@ -75,7 +75,7 @@ class Distances:
     """Squared distances of a rank's members from what the evaluated weights make of the anchor."""
 
     def __init__(self, replay: Replay):
-        """ValueError naming members whose latents are not finite."""
+        """Denoise all members; ValueError naming those whose latents are not finite."""
         trajectory, sigmas = replay.rollout.trajectory, replay.pipeline.geometry.sigmas
         self.rows = replay.rows
         anchor = len(replay.rollout.plans) - 1

@@ -1,4 +1,4 @@
-"""What objectives of the forward process share: branches' clean latents, noised anew, and regressed.
+"""Objectives of the forward process share this: clean latents, noised anew, and regressed.
 
     z = (1 - sigma) x0_g + sigma eps        target = eps - x0_g        loss = mean over g, b, s of l( v_theta(z), target, v_old(z), A_g )
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from kvpo.method.update import Updater
 
 Record = Literal["inputs", "velocities", "clean"]
-"""What a rollout can record of its window: network inputs, velocities, clean latents.
+"""Parts of a window that a rollout can record: network inputs, velocities, clean latents.
 
 Noise is recorded in the inputs: that of a step's end is x' less its mean, over sigma'.
 """
@@ -45,12 +45,12 @@ class GroupUpdate:
     """
     metrics: Mapping[str, float]
     old: torch.Tensor | None = None
-    """What the objective keeps of the behaviour weights for further updates on the same group.
+    """Numbers of the behaviour weights, kept for further updates on the same group.
 
-    Energies E_M, or velocities; None where the group was skipped or nothing need be kept.
+    Energies E_M; None where the group was skipped or nothing need be kept.
     """
     reference: torch.Tensor | None = None
-    """What it keeps of the reference weights, likewise."""
+    """Numbers of the reference weights, likewise."""
     sketch: torch.Tensor | None = None
     """Sketch of the group's gradient before its clip, divided by the gradient's norm.
 
@@ -64,7 +64,7 @@ class Objective(Protocol):
     kind: str
     """Name in a recipe."""
     needs: ClassVar[frozenset[Record]]
-    """What it reads of a rollout's window; nothing else is recorded."""
+    """Parts of a rollout's window that it reads; nothing else is recorded."""
     uses_energy: ClassVar[bool]
     """Whether the sections of the surrogate steer it."""
     asks_reference: bool
@@ -102,7 +102,9 @@ def check_finite(advantage: Advantage) -> None:
     bad = (~values.isfinite()).nonzero().flatten().tolist()
     if bad:
         cases = ", ".join(f"branch {g} = {values[g].item()}" for g in bad)
-        raise ValueError(f"advantages not finite: {cases}; no update can be made from this group")
+        raise ValueError(
+            f"advantages not finite: {cases}, and no update can be made from this group; look at its rewards"
+        )
 
 
 def refuse_broken(name: str, x_M: torch.Tensor) -> None:
@@ -113,5 +115,5 @@ def refuse_broken(name: str, x_M: torch.Tensor) -> None:
     bad = [g for g, x in enumerate(x_M) if not bool(x.isfinite().all())]
     if bad:
         raise ValueError(
-            f"{name} of branches {bad} are not finite; no update can be made from this group"
+            f"{name} of branches {bad} are not finite, and no update can be made from this group; look at the generator's weights and its dtype"
         )
