@@ -276,3 +276,48 @@ def test_the_table_of_claims_has_every_seed_and_the_difference_of_the_controls()
     )
     assert "| attributes | 0.850 | +0.100" in text, "scripts that can not be measured are left out"
     assert "real minus zero, mean of trained, 2 seeds: +0.100 [+0.100, +0.100]" in text
+
+
+def test_the_methods_are_tuned_alike_and_what_is_finished_is_not_run_again(tmp_path, capsys):
+    """Every legal pair has a grid of one size, its best setting runs with three seeds, and a run
+    that was stopped goes on."""
+    methods = load("methods")
+    pairs = methods.pairs()
+    assert ("tve_ppo", "kv_routing") in pairs and ("kernel_grpo", "renoise") in pairs
+    assert ("tve_ppo", "start_noise") not in pairs and len(pairs) == 12
+    assert {len(list(methods.grid(*pair))) for pair in pairs} == {6}
+    asked = []
+
+    def run(argv):
+        folder = Path(argv[3])
+        asked.append((folder.name, "--resume" in argv))
+        (folder / "evaluation").mkdir(parents=True, exist_ok=True)
+        (folder / "config.resolved.yaml").touch()
+        if len(asked) == 3:
+            return 130  # stopped
+        rows = [{"component": "mean of trained", "diff": 0.01 * ("lr0.0009" in folder.name)}]
+        (folder / "evaluation/ema-step-000040.json").write_text(json.dumps({"rows": rows}))
+        (folder / "report.html").touch()
+        return 0
+
+    folders = methods.benchmark(tmp_path, run)
+    assert len(folders) == 12 * 3 and len(asked) == 12 * (6 + 3)
+    stopped = asked[2][0]
+    asked.clear()
+    assert methods.benchmark(tmp_path, run) == folders and asked == [(stopped, True)]
+    chosen = methods.best(tmp_path, list(methods.grid("nft", "renoise")))
+    assert chosen.rate == 9.0e-4
+    methods.main(["--out", str(tmp_path), "--list"])
+    assert "tuned 6/6, final 3/3" in capsys.readouterr().out
+
+
+def test_the_options_of_the_methods_are_settings():
+    methods = load("methods")
+    for setting in (next(methods.grid(*pair)) for pair in methods.pairs()):
+        content: dict = {}
+        for name, value in setting.options().items():
+            section, _, key = name.rpartition(".")
+            place = content.setdefault(section, {}) if section else content
+            place[key] = value
+        config = from_dict(content)
+        assert config.objective.kind == setting.objective and config.optimizer.lr == setting.rate

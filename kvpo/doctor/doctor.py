@@ -360,10 +360,10 @@ def _gradients(run: Parts, replay, rollout: Rollout) -> Iterator[Finding]:
     advantage = _made_up_advantage(run, rollout)
     update = run.updater.accumulate(replay(rollout), advantage, Phases())
     together = _take_gradients(run)
-    worst = max(
-        abs(update.metrics["loss/ratio_min"] - 1.0), abs(update.metrics["loss/ratio_max"] - 1.0)
-    )
-    yield _at_most("ratio before the first update: distance from 1", worst, 0.0)
+    ratios = [update.metrics.get(f"loss/ratio_{end}") for end in ("min", "max")]
+    if None not in ratios:  # regressions have none
+        worst = max(abs(ratio - 1.0) for ratio in ratios)
+        yield _at_most("ratio before the first update: distance from 1", worst, 0.0)
     dead = [name for name, g in zip(run.policy.names, together) if not g.any()]
     if (
         run.config.policy.train == "lora"
