@@ -143,7 +143,7 @@ def costs(config: RunConfig, sizes: Sizes) -> Costs:
     vae_dtype = getattr(torch, config.vae_dtype)
     B, R = side_by_side(config), replay_rows(config, g)
     model, vae, text = (
-        _on_meta(build, kind)
+        on_meta(build, kind)
         for build, kind in (
             (lambda: CausalWan(WanTransformer3DModel(**sizes.transformer)), dtype),
             (lambda: AutoencoderKLWan(**sizes.vae), vae_dtype),
@@ -151,7 +151,7 @@ def costs(config: RunConfig, sizes: Sizes) -> Costs:
         )
     )
     weights = _bytes(model.parameters())
-    policy = _on_meta(lambda: Policy(model, config.policy, config.seed), dtype)
+    policy = on_meta(lambda: Policy(model, config.policy, config.seed), dtype)
     sets = (
         _bytes((*policy.parameters, *policy.reference, *policy.behaviour, *policy.average))
         + _bytes(model.parameters())
@@ -160,7 +160,7 @@ def costs(config: RunConfig, sizes: Sizes) -> Costs:
     if config.policy.train == "full" and config.dtype == "float32":
         sets -= _bytes(policy.parameters)  # they are the module's own
     with fake() as ledger:
-        _materialise(model), _materialise(vae.requires_grad_(False))
+        materialise(model), materialise(vae.requires_grad_(False))
         masters = [master_of(p) for p in model.parameters() if p.requires_grad]  # noqa: F841, they collect the gradients
         if config.gradient_checkpointing:
             model.transformer.enable_gradient_checkpointing()
@@ -171,12 +171,11 @@ def costs(config: RunConfig, sizes: Sizes) -> Costs:
         forward = [_forward(ledger, model, cache, sizes, n) for n in (1, B, R)]
         with cost(ledger) as gradient:
             _velocity(model, cache, sizes, R).square().mean().backward()
-        grad = Pass(
-            max(0, gradient.bytes - 4 * policy.num_trainable),
-            (4 if config.gradient_checkpointing else 3) * forward[-1].flops,
-        )
+        with flops() as counted:  # once more: the counter keeps activations alive
+            _velocity(model, cache, sizes, R).square().mean().backward()
+        grad = Pass(max(0, gradient.bytes - 4 * policy.num_trainable), counted.get_total_flops())
         decoded = decoded_together(config)
-        decoding = [_decode(ledger, vae, sizes, n) for n in (1, decoded)]
+        decoding = [decoding_of(ledger, vae, sizes, n) for n in (1, decoded)]
         rows = {"branches": B, "replay": R, "gradient": R, "decode_rows": decoded}
         return Costs(
             weights,
@@ -192,7 +191,8 @@ def costs(config: RunConfig, sizes: Sizes) -> Costs:
         )
 
 
-def _on_meta(build, dtype: torch.dtype):
+def on_meta(build, dtype: torch.dtype):
+    """What ``build`` makes, in ``dtype`` and without memory."""
     torch.set_default_dtype(dtype)
     try:
         with torch.device("meta"):
@@ -205,7 +205,7 @@ def _bytes(tensors) -> int:
     return sum(t.nbytes for t in tensors)
 
 
-def _materialise(module: torch.nn.Module) -> None:
+def materialise(module: torch.nn.Module) -> None:
     """Replace tensors on meta by ones that operations can be run on.
 
     peft can not be run on fake ones.
@@ -251,7 +251,7 @@ def _forward(ledger: Ledger, model: CausalWan, cache, sizes: Sizes, rows: int) -
 
 
 @torch.no_grad()
-def _decode(ledger: Ledger, vae: AutoencoderKLWan, sizes: Sizes, rows: int) -> Pass:
+def decoding_of(ledger: Ledger, vae: AutoencoderKLWan, sizes: Sizes, rows: int) -> Pass:
     """Cost of decoding a latent frame in the middle of a video.
 
     The bytes are the state's and the activations'. A row alone counts as half of two: on a CPU it
@@ -265,3 +265,11 @@ def _decode(ledger: Ledger, vae: AutoencoderKLWan, sizes: Sizes, rows: int) -> P
         with flops() as counted:
             decoder(latents)
     return Pass(found.bytes * rows // many, counted.get_total_flops() * rows // many)
+
+
+def fake_decoding(sizes: Sizes, dtype: torch.dtype, rows: int) -> Pass:
+    """Cost of decoding a latent frame in so many rows, by the decoder alone."""
+    vae = on_meta(lambda: AutoencoderKLWan(**sizes.vae), dtype)
+    with fake() as ledger:
+        materialise(vae.requires_grad_(False))
+        return decoding_of(ledger, vae, sizes, rows)
