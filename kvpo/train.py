@@ -334,7 +334,7 @@ class Alignment:
             functools.partial(self._held, script, stream(config.seed, *name, "hold"))
             for script, name in zip(scripts, names)
         ]
-        with self.row.together(), self.policy.using(self.policy.behaviour), self.phases("prefix"):
+        with self.row.together(), self.policy.rolling_out(), self.phases("prefix"):
             return starts(
                 self.pipeline,
                 self.sampler,
@@ -386,7 +386,7 @@ class Alignment:
             horizon, script, geometry=self.pipeline.geometry, config=config.score
         )
         own = self.row.stretch(config.rollout.branches)
-        with self.policy.using(self.policy.behaviour):
+        with self.policy.rolling_out():
             if start is None:
                 rollout = roll_out(
                     self.pipeline,
