@@ -154,6 +154,10 @@ class RunConfig:
         ):
             if value < least:
                 raise ValueError(f"{name} = {value} must be {least} or more")
+        if self.groups % self.rollout.forks:
+            raise ValueError(
+                f"groups = {self.groups} is no multiple of rollout.forks = {self.rollout.forks}: so many groups fork one story; set a multiple"
+            )
         if not 1 <= self.inner_updates <= MOST_INNER:
             raise ValueError(
                 f"inner_updates = {self.inner_updates} must lie between 1 and {MOST_INNER}: what is rolled out says less with every update on it"
@@ -185,6 +189,11 @@ class RunConfig:
             raise ValueError(
                 f"velocity_energy.weights = kernel are the weights of the renoise sampler's Gaussian steps, which sampler = {self.sampler} does not take; use equal or a number a step"
             )
+
+    @property
+    def stories(self) -> int:
+        """Stories of a step; its group i is of story i modulo this."""
+        return self.groups // self.rollout.forks
 
     @property
     def keeps_groups(self) -> bool:

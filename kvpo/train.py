@@ -36,7 +36,15 @@ from kvpo.method.explorers import Explorer
 from kvpo.method.kept_groups import Kept, Learnt, all_updates
 from kvpo.method.prompts import PromptSet
 from kvpo.method.replay import CONTEXTS, Replay
-from kvpo.method.rollout import Name, Start, check_room, go_on, roll_out, starts
+from kvpo.method.rollout import (
+    Name,
+    Start,
+    check_room,
+    go_on,
+    roll_out,
+    spread_forks,
+    starts,
+)
 from kvpo.method.score import horizon, pixel_diversity, score
 from kvpo.method.sketch import Sketch
 from kvpo.method.update import GroupUpdate, Updater, group_means
@@ -233,10 +241,7 @@ class Alignment:
         """This rank's groups of a step, explored and scored; prefixes side by side, as asked."""
         # A disk that is full is no reason to train on until the next checkpoint.
         self.state.saver.check()
-        own = list(self.column.share(self.config.groups))
-        size = self.config.rollout.prefixes
-        for first in range(0, len(own), size):
-            part = own[first : first + size]
+        for part in self._side_by_side(list(self.column.share(self.config.groups))):
             with self._saying(step, part):
                 begun = self.starts(step, part)
             for index in part:
@@ -244,6 +249,13 @@ class Alignment:
                     found = self.group(step, index, begun.pop(0))
                 yield found.slim() if self.config.keeps_groups else found
                 del found  # before the next one is explored
+
+    def _side_by_side(self, own: Sequence[int]) -> Iterator[list[int]]:
+        """The groups whose prefixes are generated together: those of a few stories."""
+        stories, size = self.config.stories, self.config.rollout.prefixes
+        distinct = list(dict.fromkeys(i % stories for i in own))
+        for first in range(0, len(distinct), size):
+            yield [i for i in own if i % stories in distinct[first : first + size]]
 
     def _learn_all(
         self, step: int, groups: Iterable[Kept], spread: Spread | None
@@ -325,7 +337,8 @@ class Alignment:
         """The pasts of some groups of a step, up to their forks."""
         config = self.config
         names: list[Name] = [("train", step, i) for i in groups]
-        scripts = [self.source.script(step, i) for i in groups]
+        stories: list[Name] = [("train", step, i % config.stories) for i in groups]
+        scripts = [self.source.script(step, i % config.stories) for i in groups]
         embeddings: dict[str, torch.Tensor] = {}
         with self.row.together():
             for script in scripts:
@@ -345,7 +358,17 @@ class Alignment:
                 config.seed,
                 names,
                 held,
+                [self._fork(s, i, name) for s, i, name in zip(scripts, groups, stories)],
+                stories,
             )
+
+    def _fork(self, script: Script, group: int, story: Name) -> int | None:
+        """The group's fork block where several groups fork one story; None = drawn by itself."""
+        if (count := self.config.rollout.forks) == 1:
+            return None
+        eligible = self.config.exploring.eligible_forks(script.blocks, self.pipeline.geometry)
+        forks = spread_forks(eligible, count, stream(self.config.seed, *story, "forks"))
+        return forks[group // self.config.stories]
 
     def group(self, step: int, index: int, start: Start) -> Kept:
         """One script from its past on: explore, and score."""
