@@ -24,6 +24,7 @@ from kvpo.method.advantages import Advantages, UnsafePolicy
 from kvpo.method.energies import DenoisedEnergy, Surrogate, Temperature, VelocityEnergy
 from kvpo.method.explorers import Explorer, StartNoise
 from kvpo.method.loss import ClippedObjective
+from kvpo.method.pairs import PairSampling
 from kvpo.method.routing import KVRouting
 from kvpo.method.settings import AgreementConfig, OptimizerConfig, RolloutConfig, ScoreConfig
 from kvpo.method.velocity_penalty import VelocityPenalty
@@ -135,6 +136,7 @@ class RunConfig:
     unsafe: UnsafePolicy = UnsafePolicy()
     velocity_energy: VelocityEnergy = VelocityEnergy()
     denoised_energy: DenoisedEnergy = DenoisedEnergy()
+    pairs: PairSampling = PairSampling()
     temperature: Temperature = Temperature()
     objective: ClippedObjective = ClippedObjective()
     velocity_penalty: VelocityPenalty = VelocityPenalty()

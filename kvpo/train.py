@@ -456,7 +456,7 @@ class Alignment:
             {"group/unmeasurable": 0.0} | advantage.metrics | self._conflicts(group, advantage)
         )
         advantage = self._controlled(advantage, step, group.index)
-        replay = self._replay(group)
+        replay = self._replay(step, group)
         update = self.updater.accumulate(replay, advantage, self.phases)
         if self.row.first:
             self.agreement.note(group.index, update.sketch)
@@ -492,8 +492,13 @@ class Alignment:
             advantage = replace(advantage, values=torch.zeros_like(advantage.values))
         return advantage
 
-    def _replay(self, group: Kept) -> Replay:
+    def _replay(self, step: int, group: Kept) -> Replay:
         config = self.config
+        weights = config.energy.step_weights(self.pipeline.geometry.sigmas)
+        factors = config.pairs.factors(
+            weights.repeat(group.rollout.window.blocks, 1),
+            stream(config.seed, "train", step, group.index, "pairs"),
+        )
         members = range(group.rollout.num_branches + (config.advantages.anchor and self.row.last))
         return Replay(
             self.pipeline,
@@ -504,6 +509,7 @@ class Alignment:
             members,
             config.rows_per_pass,
             config.rollout.together,
+            factors,
         )
 
     def _show(self, step: int, group: Kept, advantage: Advantage, update: GroupUpdate) -> None:
