@@ -67,7 +67,7 @@ def named_sizes(name: str) -> Sizes:
         return replace(sizes_of(RunConfig(pipeline=str(folder))), source=name)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{name!r} is no size ({', '.join(NAMED)}) and no generator: {error}"
+            f"{name!r} is no size and no generator ({error}); sizes are {', '.join(NAMED)}"
         ) from None
 
 
@@ -111,9 +111,9 @@ def script_of(load: Load, geometry: Geometry) -> tuple[Script, int]:
     fork = explorer.eligible_forks(long, geometry)[0] if load.fork is None else load.fork
     script = Script("bench", ("a",), (0,), fork + load.window_blocks)
     if fork not in explorer.eligible_forks(script.blocks, geometry):
+        first = explorer.eligible_forks(long, geometry)[0]
         raise ValueError(
-            f"block {fork} can not be a fork with a window of {load.window_blocks} blocks; "
-            f"the first that can is {explorer.eligible_forks(long, geometry)[0]}"
+            f"block {fork} can not be a fork with a window of {load.window_blocks} blocks; give {first} or a later one"
         )
     return script, fork
 

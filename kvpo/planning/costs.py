@@ -9,7 +9,7 @@ counted in `kvpo.planning.amounts`.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,9 +23,10 @@ from kvpo.convert.wan_base import arguments
 from kvpo.generators.causal_wan import CausalWan
 from kvpo.generators.memory import Bank
 from kvpo.generators.pipeline import Geometry
-from kvpo.generators.streaming import StreamingDecoder
+from kvpo.generators.streaming import StreamingDecoder, receptive_field
 from kvpo.planning.amounts import decoded_together, replay_rows, side_by_side
 from kvpo.planning.peak import Ledger, cost, fake, flops
+from kvpo.policy.adapters import Adapters
 from kvpo.policy.policy import Policy
 from kvpo.policy.sharding import master_of
 from kvpo.runs.loading import folder_of
@@ -131,6 +132,12 @@ class Costs:
     """Cost of decoding per latent frame; its bytes include the decoder's state."""
     rows: Mapping[str, int]
     """Part -> rows it was run with."""
+    field: int
+    """Latent frames before a frame that the decoder's pixels of it depend on."""
+    bare: float = 1.0
+    """Operations of a pass without the adapter, of those with it."""
+    maps: int = 0
+    """Bytes of the maps that have an adapter."""
 
     def with_trainable(self, share: float) -> Costs:
         """Costs if ``share`` times as many numbers were trained."""
@@ -176,6 +183,7 @@ def costs(config: RunConfig, sizes: Sizes) -> Costs:
         grad = Pass(max(0, gradient.bytes - 4 * policy.num_trainable), counted.get_total_flops())
         decoded = decoded_together(config)
         decoding = [decoding_of(ledger, vae, sizes, n) for n in (1, decoded)]
+        bare, maps = _without_adapter(policy, lambda: _forward(ledger, model, cache, sizes, 1))
         rows = {"branches": B, "replay": R, "gradient": R, "decode_rows": decoded}
         return Costs(
             weights,
@@ -188,7 +196,20 @@ def costs(config: RunConfig, sizes: Sizes) -> Costs:
             grad,
             *decoding,
             rows,
+            receptive_field(vae),
+            bare,
+            maps,
         )
+
+
+def _without_adapter(policy: Policy, forward: Callable[[], Pass]) -> tuple[float, int]:
+    """Share of a pass's operations that is left without the adapter, and its maps' bytes."""
+    if policy.config.train != "lora":
+        return 1.0, 0
+    adapters = Adapters(policy.model.transformer, policy.names)
+    whole = forward().flops
+    with adapters.left_out():
+        return forward().flops / whole, _bytes(adapters.bases)
 
 
 def on_meta(build, dtype: torch.dtype):
