@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -167,12 +167,12 @@ def stream_rate(parts: SimpleNamespace, compiled: bool, after: int = 4) -> dict[
 
 @dataclass(frozen=True)
 class Bench:
-    """What is measured, on which device, and for how long."""
+    """The measurement: of which shape, on which device, and for how long."""
 
     sizes: Sizes
     load: Load
     device: torch.device
-    dtype: str
+    dtype: Literal["float32", "bfloat16"]
     compile: bool
     budget: float
     """Seconds after which no further part is begun."""

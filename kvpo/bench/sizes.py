@@ -1,4 +1,4 @@
-"""What `kvpo bench` measures: the shape of a generator, and of one group on it.
+"""Shapes that `kvpo bench` measures: of a generator, and of one group on it.
 
 Weights are random in any case. Random weights make no video, but the same shapes are the same work.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
+from typing import Literal
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
@@ -67,7 +68,7 @@ def named_sizes(name: str) -> Sizes:
         return replace(sizes_of(RunConfig(pipeline=str(folder))), source=name)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{name!r} is no size and no generator ({error}); sizes are {', '.join(NAMED)}"
+            f"{name!r} is no size and no generator ({error}); give one of {', '.join(NAMED)}, a folder, a run or mini"
         ) from None
 
 
@@ -86,7 +87,7 @@ class Load:
     """Fork block; None = the first one whose window is full."""
 
 
-def settings_of(load: Load, dtype: str) -> RunConfig:
+def settings_of(load: Load, dtype: Literal["float32", "bfloat16"]) -> RunConfig:
     """The recipe that the group stands for."""
     policy = PolicyConfig(rank=load.rank) if load.rank else PolicyConfig(train="full")
     return replace(
@@ -108,14 +109,13 @@ def script_of(load: Load, geometry: Geometry) -> tuple[Script, int]:
     """
     explorer = KVRouting(window_blocks=load.window_blocks)
     long = 3 * (-(-max(geometry.window, 1) // geometry.block)) + load.window_blocks
-    fork = explorer.eligible_forks(long, geometry)[0] if load.fork is None else load.fork
-    script = Script("bench", ("a",), (0,), fork + load.window_blocks)
-    if fork not in explorer.eligible_forks(script.blocks, geometry):
-        first = explorer.eligible_forks(long, geometry)[0]
+    first = explorer.eligible_forks(long, geometry)[0]
+    fork = first if load.fork is None else load.fork
+    if fork < first:
         raise ValueError(
             f"block {fork} can not be a fork with a window of {load.window_blocks} blocks; give {first} or a later one"
         )
-    return script, fork
+    return Script("bench", ("a",), (0,), fork + load.window_blocks), fork
 
 
 def new_parts(config: RunConfig, sizes: Sizes, device: torch.device) -> SimpleNamespace:

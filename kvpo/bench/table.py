@@ -52,7 +52,7 @@ def _cells(phase: str, found: Mapping[str, Any]) -> list[str]:
 
 
 def lines(result: Mapping[str, Any]) -> list[str]:
-    """What stands around the tables: hardware, shape, streams, and what was left out."""
+    """The lines around the tables: hardware, shape, streams, and what was left out."""
     load, both = result["load"], result["schedules"]
     found = [
         f"{result['size']} in {load['dtype']} on {result['environment']['hardware']}: weights {result['weights GiB']:.3g} GiB,"

@@ -1,4 +1,4 @@
-"""Which velocities of a branch are replayed: all, or a random few with the energy's exact expectation.
+"""Velocities of a branch that are replayed: all, or a random few with the energy's exact mean.
 
     E_drawn(g) = 1 / (P S) sum_{(b, s) drawn} f_{b,s} w_s e_{b,s}(g)        f_{b,s} = 1 / P((b, s) is drawn)
 
@@ -35,7 +35,7 @@ class PairSampling:
             raise ValueError(f"pairs.count = {self.count} must be 1 or more, or 0 for all pairs")
 
     def replayed(self, pairs: int) -> int:
-        """How many of so many pairs are replayed."""
+        """Number of pairs that are replayed, of so many."""
         return min(self.count or pairs, pairs)
 
     def factors(self, weights_PS: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -6,7 +6,7 @@ They are means over all forks that can be.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -255,7 +255,7 @@ def own_past(config: RunConfig, geometry: Geometry) -> tuple[int, int]:
     return rollout, (P - 1) * g.block + (g.window if switched and g.window > 0 else 0)
 
 
-def with_changes(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
+def with_changes(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
     """Dotted settings -> a config."""
     for key, value in changes.items():
         section, _, name = key.rpartition(".")

@@ -213,7 +213,7 @@ def _without_adapter(policy: Policy, forward: Callable[[], Pass]) -> tuple[float
 
 
 def on_meta(build, dtype: torch.dtype):
-    """What ``build`` makes, in ``dtype`` and without memory."""
+    """Build a module in ``dtype`` and without memory."""
     torch.set_default_dtype(dtype)
     try:
         with torch.device("meta"):

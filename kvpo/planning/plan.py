@@ -342,8 +342,8 @@ def work(config: RunConfig, sizes: Sizes, c: Costs, n: Amounts) -> dict[str, flo
     # what the first has of the other weights' energies serves the further ones
     updates = config.inner_updates
     # the start weights' adapter is 0 and left out
-    unscored = n.replays - 1 + (not n.single_pass) * updates
-    unscored -= config.objective.asks_initial * (1.0 - c.bare)
+    left_out = config.objective.asks_initial * (1.0 - c.bare)
+    unscored = n.replays - 1 + (not n.single_pass) * updates - left_out
     rolling = c.bare if config.policy.merge_rollouts else 1.0
     branches = c.branches.flops / c.rows["branches"]
     return {

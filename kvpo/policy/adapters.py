@@ -1,4 +1,4 @@
-"""How a set of weights comes to be what the module computes with, for passes without gradient.
+"""Ways in which the module comes to compute with a set of weights, in passes without gradient.
 
     Swapped        its tensors in place of the module's own
     WithoutZeros   the same; but an adapter whose B is 0 is left out: the sum with 0 is what it was

@@ -39,8 +39,10 @@ def test_the_command_gives_a_table_and_json(capsys, tmp_path):
     assert "update" in single["seconds"] and single["calls"] > 2 * batched["calls"]
     assert found["largest difference of energies, relative"] < 1e-4
     assert min(single["energy"]) > 0.0 and not found["left out"]
-    for phase in ("prefix", "branches", "replay"):  # the same numbers are the same work
-        assert single["TFLOP"][phase] == pytest.approx(batched["TFLOP"][phase], rel=0.2)
+    # the same numbers are the same work, but what branches share is made once, and text is read
+    # once a pass
+    for phase, most in {"prefix": 1.0, "branches": 1.2, "replay": 1.3}.items():
+        assert 1.0 <= single["TFLOP"][phase] / batched["TFLOP"][phase] <= most
 
 
 def test_every_pass_is_seen_once(parts):
@@ -80,9 +82,7 @@ def test_no_part_is_begun_after_the_budget():
 def test_a_shape_is_that_of_a_generator(folder):
     sizes = named_sizes(str(folder))
     assert sizes.transformer["num_layers"] == 2 and sizes.geometry.block == 2
-    with pytest.raises(
-        FileNotFoundError, match="is no size and .* sizes are tiny, wan-1.3b, wan-14b"
-    ):
+    with pytest.raises(FileNotFoundError, match="is no size and .* give one of tiny, wan-1.3b"):
         named_sizes("nothing")
 
 
