@@ -75,6 +75,7 @@ SECTIONS = {
     ),
     "Pipelines and weights": (
         "generators/pipeline.py",
+        "generators/backends.py",
         "common/weights.py",
         "planning/missing.py",
         "common/finite.py",

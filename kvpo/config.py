@@ -67,6 +67,9 @@ class RunConfig:
     vae_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision in which videos are decoded.
     Trained and evaluated weights are always decoded alike."""
+    attention: Literal["sdpa", "cudnn", "efficient", "math", "flash", "flash3"] = "sdpa"
+    """Kernel of the generator's attention; `sdpa`: torch's choice.
+    `flash` and `flash3` need a GPU and their packages. A run's numbers differ by rounding."""
     seed: int = 0
     """Names all random streams of the run: scripts, forks, plans, noise, adapter."""
     steps: int = 60

@@ -25,6 +25,7 @@ from kvpo.config import RunConfig
 from kvpo.distributed.branches import all_rewards, all_rows
 from kvpo.distributed.ranks import Ranks
 from kvpo.distributed.signals import Stopped, not_now, stoppable
+from kvpo.generators.backends import use_backend
 from kvpo.generators.embeddings import load_with_texts
 from kvpo.generators.pipeline import Pipeline
 from kvpo.generators.readable import check_prompts
@@ -93,6 +94,7 @@ class Alignment:
         config.energy.step_weights(geometry.sigmas)  # refused here where they do not fit its steps
         config.velocity_penalty.check(geometry)
         self.sampler = SAMPLERS[config.sampler]
+        use_backend(self.pipeline.generator, config.attention)
         if config.gradient_checkpointing:
             self.pipeline.generator.transformer.enable_gradient_checkpointing()
 

@@ -15,6 +15,7 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
 from kvpo.common.rng import normal, stream
 from kvpo.config import RunConfig
+from kvpo.generators.backends import use_backend
 from kvpo.generators.causal_wan import CausalWan
 from kvpo.generators.pipeline import Geometry, Pipeline
 from kvpo.generators.sampler import SAMPLERS
@@ -83,6 +84,8 @@ class Load:
     """LoRA rank; 0 = all weights are trained."""
     rows_per_pass: int = 16
     """Most velocities replayed together."""
+    attention: Literal["sdpa", "cudnn", "efficient", "math", "flash", "flash3"] = "sdpa"
+    """Kernel of the attention."""
     fork: int | None = None
     """Fork block; None = the first one whose window is full."""
 
@@ -92,6 +95,7 @@ def settings_of(load: Load, dtype: Literal["float32", "bfloat16"]) -> RunConfig:
     policy = PolicyConfig(rank=load.rank) if load.rank else PolicyConfig(train="full")
     return replace(
         RunConfig(),
+        attention=load.attention,
         dtype=dtype,
         vae_dtype=dtype,
         gradient_checkpointing=True,
@@ -131,6 +135,7 @@ def new_parts(config: RunConfig, sizes: Sizes, device: torch.device) -> SimpleNa
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     pipeline = Pipeline(CausalWan(transformer), vae, sizes.geometry, None, sizes.source)
+    use_backend(pipeline.generator, config.attention)
     policy = Policy(pipeline.generator, config.policy, config.seed)
     updater = Updater(
         policy, config.optimizer, config.objective, config.temperature, config.unsafe, groups=1

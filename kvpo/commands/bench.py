@@ -32,6 +32,8 @@ class Bench:
     """Block to fork at; default: the first that can be, where the window is full already."""
     rank: int = 256
     """LoRA rank; 0 = all weights are trained."""
+    attention: Literal["sdpa", "cudnn", "efficient", "math", "flash", "flash3"] = "sdpa"
+    """Kernel of the generator's attention; `sdpa`: torch's choice."""
     rows_per_pass: int = 16
     """Most velocities replayed together in the batched schedule."""
     compile: bool | None = None
@@ -54,7 +56,14 @@ class Bench:
         progress = Console(stderr=True)
         measure = Measurement(
             named_sizes(self.generator),
-            Load(self.branches, self.window_blocks, self.rank, self.rows_per_pass, self.fork),
+            Load(
+                self.branches,
+                self.window_blocks,
+                self.rank,
+                self.rows_per_pass,
+                self.attention,
+                self.fork,
+            ),
             device,
             self.dtype or ("bfloat16" if gpu else "float32"),
             gpu if self.compile is None else self.compile,
