@@ -49,6 +49,7 @@ SECTIONS = {
         "method/energies.py",
         "method/explorers.py",
         "method/loss.py",
+        "method/pairs.py",
         "method/rollout.py",
         "method/routing.py",
         "method/score.py",
@@ -61,6 +62,7 @@ SECTIONS = {
         "mini/source.py",
         "mini/stories.py",
         "planning",
+        "bench",
     ),
     "Prompts and text files": (
         "method/prompts.py",
@@ -73,6 +75,7 @@ SECTIONS = {
     ),
     "Pipelines and weights": (
         "generators/pipeline.py",
+        "generators/backends.py",
         "common/weights.py",
         "planning/missing.py",
         "common/finite.py",

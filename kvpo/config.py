@@ -24,6 +24,7 @@ from kvpo.method.advantages import Advantages, UnsafePolicy
 from kvpo.method.energies import DenoisedEnergy, Surrogate, Temperature, VelocityEnergy
 from kvpo.method.explorers import Explorer, StartNoise
 from kvpo.method.loss import ClippedObjective
+from kvpo.method.pairs import PairSampling
 from kvpo.method.routing import KVRouting
 from kvpo.method.settings import AgreementConfig, OptimizerConfig, RolloutConfig, ScoreConfig
 from kvpo.method.velocity_penalty import VelocityPenalty
@@ -66,6 +67,9 @@ class RunConfig:
     vae_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision in which videos are decoded.
     Trained and evaluated weights are always decoded alike."""
+    attention: Literal["sdpa", "cudnn", "efficient", "math", "flash", "flash3"] = "sdpa"
+    """Kernel of the generator's attention; `sdpa`: torch's choice.
+    `flash` and `flash3` need a GPU and their packages. A run's numbers differ by rounding."""
     seed: int = 0
     """Names all random streams of the run: scripts, forks, plans, noise, adapter."""
     steps: int = 60
@@ -135,6 +139,7 @@ class RunConfig:
     unsafe: UnsafePolicy = UnsafePolicy()
     velocity_energy: VelocityEnergy = VelocityEnergy()
     denoised_energy: DenoisedEnergy = DenoisedEnergy()
+    pairs: PairSampling = PairSampling()
     temperature: Temperature = Temperature()
     objective: ClippedObjective = ClippedObjective()
     velocity_penalty: VelocityPenalty = VelocityPenalty()
@@ -154,6 +159,10 @@ class RunConfig:
         ):
             if value < least:
                 raise ValueError(f"{name} = {value} must be {least} or more")
+        if self.groups % self.rollout.forks:
+            raise ValueError(
+                f"groups = {self.groups} is no multiple of rollout.forks = {self.rollout.forks}: so many groups fork one story; set a multiple"
+            )
         if not 1 <= self.inner_updates <= MOST_INNER:
             raise ValueError(
                 f"inner_updates = {self.inner_updates} must lie between 1 and {MOST_INNER}: what is rolled out says less with every update on it"
@@ -185,6 +194,11 @@ class RunConfig:
             raise ValueError(
                 f"velocity_energy.weights = kernel are the weights of the renoise sampler's Gaussian steps, which sampler = {self.sampler} does not take; use equal or a number a step"
             )
+
+    @property
+    def stories(self) -> int:
+        """Stories of a step; its group i is of story i modulo this."""
+        return self.groups // self.rollout.forks
 
     @property
     def keeps_groups(self) -> bool:

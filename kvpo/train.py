@@ -25,6 +25,7 @@ from kvpo.config import RunConfig
 from kvpo.distributed.branches import all_rewards, all_rows
 from kvpo.distributed.ranks import Ranks
 from kvpo.distributed.signals import Stopped, not_now, stoppable
+from kvpo.generators.backends import use_backend
 from kvpo.generators.embeddings import load_with_texts
 from kvpo.generators.pipeline import Pipeline
 from kvpo.generators.readable import check_prompts
@@ -36,7 +37,15 @@ from kvpo.method.explorers import Explorer
 from kvpo.method.kept_groups import Kept, Learnt, all_updates
 from kvpo.method.prompts import PromptSet
 from kvpo.method.replay import CONTEXTS, Replay
-from kvpo.method.rollout import Name, Start, check_room, go_on, roll_out, starts
+from kvpo.method.rollout import (
+    Name,
+    Start,
+    check_room,
+    go_on,
+    roll_out,
+    spread_forks,
+    starts,
+)
 from kvpo.method.score import horizon, pixel_diversity, score
 from kvpo.method.sketch import Sketch
 from kvpo.method.update import GroupUpdate, Updater, group_means
@@ -85,6 +94,7 @@ class Alignment:
         config.energy.step_weights(geometry.sigmas)  # refused here where they do not fit its steps
         config.velocity_penalty.check(geometry)
         self.sampler = SAMPLERS[config.sampler]
+        use_backend(self.pipeline.generator, config.attention)
         if config.gradient_checkpointing:
             self.pipeline.generator.transformer.enable_gradient_checkpointing()
 
@@ -233,10 +243,7 @@ class Alignment:
         """This rank's groups of a step, explored and scored; prefixes side by side, as asked."""
         # A disk that is full is no reason to train on until the next checkpoint.
         self.state.saver.check()
-        own = list(self.column.share(self.config.groups))
-        size = self.config.rollout.prefixes
-        for first in range(0, len(own), size):
-            part = own[first : first + size]
+        for part in self._side_by_side(list(self.column.share(self.config.groups))):
             with self._saying(step, part):
                 begun = self.starts(step, part)
             for index in part:
@@ -244,6 +251,13 @@ class Alignment:
                     found = self.group(step, index, begun.pop(0))
                 yield found.slim() if self.config.keeps_groups else found
                 del found  # before the next one is explored
+
+    def _side_by_side(self, own: Sequence[int]) -> Iterator[list[int]]:
+        """The groups whose prefixes are generated together: those of a few stories."""
+        stories, size = self.config.stories, self.config.rollout.prefixes
+        distinct = list(dict.fromkeys(i % stories for i in own))
+        for first in range(0, len(distinct), size):
+            yield [i for i in own if i % stories in distinct[first : first + size]]
 
     def _learn_all(
         self, step: int, groups: Iterable[Kept], spread: Spread | None
@@ -325,7 +339,8 @@ class Alignment:
         """The pasts of some groups of a step, up to their forks."""
         config = self.config
         names: list[Name] = [("train", step, i) for i in groups]
-        scripts = [self.source.script(step, i) for i in groups]
+        stories: list[Name] = [("train", step, i % config.stories) for i in groups]
+        scripts = [self.source.script(step, i % config.stories) for i in groups]
         embeddings: dict[str, torch.Tensor] = {}
         with self.row.together():
             for script in scripts:
@@ -334,7 +349,7 @@ class Alignment:
             functools.partial(self._held, script, stream(config.seed, *name, "hold"))
             for script, name in zip(scripts, names)
         ]
-        with self.row.together(), self.policy.using(self.policy.behaviour), self.phases("prefix"):
+        with self.row.together(), self.policy.rolling_out(), self.phases("prefix"):
             return starts(
                 self.pipeline,
                 self.sampler,
@@ -345,7 +360,17 @@ class Alignment:
                 config.seed,
                 names,
                 held,
+                [self._fork(s, i, name) for s, i, name in zip(scripts, groups, stories)],
+                stories,
             )
+
+    def _fork(self, script: Script, group: int, story: Name) -> int | None:
+        """The group's fork block where several groups fork one story; None = drawn by itself."""
+        if (count := self.config.rollout.forks) == 1:
+            return None
+        eligible = self.config.exploring.eligible_forks(script.blocks, self.pipeline.geometry)
+        forks = spread_forks(eligible, count, stream(self.config.seed, *story, "forks"))
+        return forks[group // self.config.stories]
 
     def group(self, step: int, index: int, start: Start) -> Kept:
         """One script from its past on: explore, and score."""
@@ -386,7 +411,7 @@ class Alignment:
             horizon, script, geometry=self.pipeline.geometry, config=config.score
         )
         own = self.row.stretch(config.rollout.branches)
-        with self.policy.using(self.policy.behaviour):
+        with self.policy.rolling_out():
             if start is None:
                 rollout = roll_out(
                     self.pipeline,
@@ -433,7 +458,7 @@ class Alignment:
             {"group/unmeasurable": 0.0} | advantage.metrics | self._conflicts(group, advantage)
         )
         advantage = self._controlled(advantage, step, group.index)
-        replay = self._replay(group)
+        replay = self._replay(step, group)
         update = self.updater.accumulate(replay, advantage, self.phases)
         if self.row.first:
             self.agreement.note(group.index, update.sketch)
@@ -469,8 +494,13 @@ class Alignment:
             advantage = replace(advantage, values=torch.zeros_like(advantage.values))
         return advantage
 
-    def _replay(self, group: Kept) -> Replay:
+    def _replay(self, step: int, group: Kept) -> Replay:
         config = self.config
+        weights = config.energy.step_weights(self.pipeline.geometry.sigmas)
+        factors = config.pairs.factors(
+            weights.repeat(group.rollout.window.blocks, 1),
+            stream(config.seed, "train", step, group.index, "pairs"),
+        )
         members = range(group.rollout.num_branches + (config.advantages.anchor and self.row.last))
         return Replay(
             self.pipeline,
@@ -481,6 +511,7 @@ class Alignment:
             members,
             config.rows_per_pass,
             config.rollout.together,
+            factors,
         )
 
     def _show(self, step: int, group: Kept, advantage: Advantage, update: GroupUpdate) -> None:

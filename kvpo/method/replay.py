@@ -93,21 +93,26 @@ class Replay:
         rows: Sequence[int] | None = None,
         rows_per_pass: int = 0,
         together: int = 0,
+        factors_PS: torch.Tensor | None = None,
     ):
         """Plan the passes of a replay.
 
         ``rows``: rollout rows to replay (default: the G branches). ``rows_per_pass``: most
         velocities in a pass, 0 = all. ``together``: most rows that have their past in memory at a
-        time, 0 = all.
+        time, 0 = all. ``factors_PS``: what the energy of every (block, step) pair is multiplied by
+        (default: 1); a pair of factor 0 is not replayed.
         """
         self.pipeline, self.rollout, self.embeddings = pipeline, rollout, embeddings
         self.context, self.surrogate = context, surrogate
         self.rows = list(range(rollout.num_branches) if rows is None else rows)
         self.rows_per_pass = rows_per_pass
         self.sigmas = pipeline.geometry.sigmas
-        self.weights_S = surrogate.step_weights(self.sigmas)
-        self.steps = [s for s, w in enumerate(self.weights_S.tolist()) if w > 0.0]
-        """Denoise steps that are replayed; a step of weight 0 is worth no pass."""
+        self.weights_PS = surrogate.step_weights(self.sigmas).repeat(rollout.window.blocks, 1)
+        """Weights of the (block, step) pairs; one of weight 0 is worth no pass."""
+        if factors_PS is not None:
+            self.weights_PS = self.weights_PS * factors_PS
+        self.last = int(self.weights_PS.any(dim=1).nonzero().max())
+        """Last block that is replayed, counted from the fork: none behind it is anyone's past."""
         start = rollout.trajectory.inputs[self.rows, 0, 0]
         self.shared_start = bool((start == start[:1]).all())
         size = together or len(self.rows)
@@ -139,7 +144,8 @@ class Replay:
             for rows in parts:
                 v = self._velocity(cache, rows, chunk)
                 u = self._stored(self.rollout.trajectory.velocities, rows)
-                weight = self.weights_S[[r.step for r in rows]].to(v.device) / terms
+                weight = self.weights_PS[[r.position for r in rows], [r.step for r in rows]]
+                weight = weight.to(v.device) / terms
                 yield torch.tensor([r.branch for r in rows]), weight * squared_residual(v, u)
 
     @property
@@ -159,7 +165,7 @@ class Replay:
         for chunk in self.chunks:
             cache, past = r.cache, prefix
             for positions in self._runs():
-                left = [p for p in positions if p < r.window.blocks - 1]  # blocks that others read
+                left = [p for p in positions if p < self.last]  # blocks that others read
                 again = len(g.reencoded(r.window.fork + positions[0])) if positions[0] > 0 else 0
                 cache = cache.fork(len(chunk), len(left) * g.block + again)
                 stream = Stream(
@@ -197,7 +203,7 @@ class Replay:
     def _runs(self) -> list[list[int]]:
         """Positions of the window's blocks, cut where the prompt or the memory bank changes."""
         r, runs, history = self.rollout, [[0]], self.pipeline.geometry.history
-        for position in range(1, r.window.blocks):
+        for position in range(1, self.last + 1):
             block = r.window.fork + position
             if (
                 r.script.segment(block) != r.script.segment(block - 1)
@@ -214,10 +220,11 @@ class Replay:
         """
         alike: dict[int, list[_Row]] = {}
         for p in positions:
+            steps = self.weights_PS[p].nonzero().flatten().tolist()
             alike.setdefault(len(self._past(p)), []).extend(
-                _Row(g, p, s) for s in self.steps for g in chunk
+                _Row(g, p, s) for s in steps for g in chunk
             )
-        size = self.rows_per_pass or max(map(len, alike.values()))
+        size = self.rows_per_pass or max(1, *map(len, alike.values()))
         return [rows[i : i + size] for rows in alike.values() for i in range(0, len(rows), size)]
 
     def _frames(self, position: int) -> list[int]:

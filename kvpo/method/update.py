@@ -104,8 +104,7 @@ class Updater:
             return GroupUpdate(unknown, unknown, metrics)
         old_G, reference_G = (None, None) if before is None else (before.old, before.reference)
         with phases("replay_old"):
-            # also where kl_beta is 0: the drift is to be seen
-            moved = self.policy.updates > 0 and self.objective.kl_to == "initial"
+            moved = self.policy.updates > 0 and self.objective.asks_initial
             if before is None and moved:
                 reference_G = self._energies_under(self.policy.reference, replay)
             if before is None and not self.policy.on_policy:
@@ -132,6 +131,9 @@ class Updater:
             # a tied group's gradient is the KL's, or rounding
             wanted = self.sketch if before is None and bool(advantage.values.any()) else None
             norm, sketch = self._add_clipped(passes, share, self.row, wanted)
+        of_loss = dict(loss.metrics)
+        if self.objective.kl_to == "initial" and not self.objective.asks_initial:
+            del of_loss["loss/kl"]  # it would be the one to the behaviour policy
         log_pi = torch.log_softmax(-old_G / tau, dim=0)
         metrics |= {
             "energy/mean": float(energy_G.mean()),
@@ -147,9 +149,7 @@ class Updater:
         metrics |= {"optim/grad_norm": norm}
         if self.config.clip_of == "group":
             metrics["optim/grad_clipped"] = float(norm > self.config.clip)
-        return GroupUpdate(
-            energy_G, log_pi.exp(), metrics | loss.metrics, old_G, reference_G, sketch
-        )
+        return GroupUpdate(energy_G, log_pi.exp(), metrics | of_loss, old_G, reference_G, sketch)
 
     def hold(
         self, penalty: VelocityPenalty, velocities: Callable[[], list[torch.Tensor]], phases: Phases
