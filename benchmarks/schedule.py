@@ -20,80 +20,22 @@ from pathlib import Path
 
 import torch
 
+from kvpo.bench.one_by_one import one_by_one
+from kvpo.bench.sizes import WAN_GEOMETRY
 from kvpo.common.environment import environment
 from kvpo.common.progress import Progress
-from kvpo.common.rng import stream
 from kvpo.common.timing import Phases
 from kvpo.config import load_config, recipe_path
-from kvpo.generators.history import Routed
-from kvpo.generators.pipeline import Geometry
-from kvpo.generators.sampler import NamedNoise
 from kvpo.method.replay import CONTEXTS, Replay
-from kvpo.method.rollout import PlannedNoise, branch_out, generate_prefixes, roll_out
+from kvpo.method.rollout import roll_out
 from kvpo.method.routing import KVRouting
 from kvpo.method.score import ScoreConfig, horizon
 from kvpo.planning.amounts import longest
 from kvpo.train import Alignment
-from kvpo.types import BranchPlan, Rollout, Script, Trajectory, Window
+from kvpo.types import Rollout, Script, Window
 
 EXPLORER = KVRouting()
 """Windows of more than one block, as the paper's: the miniature's recipe has a single one."""
-
-
-def one_by_one(run: Alignment, script, embeddings, fork: int, name, phases: Phases) -> Rollout:
-    """Roll the group out branch after branch with batch 1.
-
-    The prefix is generated once, as in the other schedule.
-    """
-    g, seed, explorer = run.pipeline.geometry, run.config.seed, run.config.exploring
-    window = Window(fork, explorer.window_blocks)
-    noise = NamedNoise(run.pipeline.latent_shape(g.block), seed, (*name, "noise"))
-    with phases("prefix"):
-        (prefix,), _ = generate_prefixes(
-            run.pipeline,
-            run.sampler,
-            [script],
-            embeddings,
-            [noise],
-            [window.fork],
-            run.config.rollout.cache_frames,
-            [()],
-        )
-    plans = explorer.plan(
-        window, g, run.config.rollout.branches, stream(seed, *name, "plan"), prefix.cache.resident
-    )
-    plans = (*plans, BranchPlan())
-    inputs, velocities, cleans, latents = [], [], [], []
-    with phases("branches"):
-        for plan in plans:
-            branch = branch_out(
-                run.pipeline, prefix, (plan,), PlannedNoise(noise, (plan,), window), window
-            )
-            steps, history = [], Routed(g.history, (plan,), window, g.block)
-            for _ in range(window.fork, window.stop):
-                branch.advance(history, lambda i, x, v: steps.append((x, v)))  # noqa: B023, called at once
-            for _ in range(window.stop, script.blocks):
-                branch.advance()
-            after = branch.blocks[window.fork :]
-            z, u = (
-                torch.stack(x, dim=1).unflatten(1, (window.blocks, len(g.sigmas)))
-                for x in zip(*steps)
-            )
-            inputs, velocities = [*inputs, z], [*velocities, u]
-            cleans, latents = (
-                [*cleans, torch.stack(after[: window.blocks], dim=1)],
-                [*latents, torch.cat(after, dim=1)],
-            )
-    trajectory = Trajectory(torch.cat(inputs), torch.cat(velocities), torch.cat(cleans))
-    return Rollout(
-        script,
-        window,
-        plans,
-        trajectory,
-        torch.cat(prefix.blocks, dim=1)[0],
-        torch.cat(latents),
-        prefix.cache,
-    )
 
 
 def energies_one_by_one(run: Alignment, rollout: Rollout, embeddings) -> torch.Tensor:
@@ -229,9 +171,6 @@ def resident_kib(field: str) -> int:
 
 PAPER = Script("paper", ("a", "b", "c", "d"), (0, 13, 25, 37), 49)
 """147 latent frames, prompts switching at frames 39, 75 and 111."""
-PAPER_GEOMETRY = Geometry(
-    block=3, sink=3, window=12, latent_height=60, latent_width=104, fps=16, text_length=512
-)
 PAPER_FORKS = (7, 8, 13, 14, 19, 20, 25, 26, 31, 32, 37, 38)
 """Blocks that the paper's code forks at."""
 
@@ -241,7 +180,7 @@ def counted(fork: int, P: int = 5, S: int = 4) -> dict[str, int]:
 
     The number of branches does not matter.
     """
-    end = horizon(PAPER, Window(fork, P), PAPER_GEOMETRY, ScoreConfig())
+    end = horizon(PAPER, Window(fork, P), WAN_GEOMETRY, ScoreConfig())
     return {
         "prefix": (S + 1) * fork,
         "branches and anchor": (S + 1) * (end - fork),

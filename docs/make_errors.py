@@ -50,6 +50,7 @@ SECTIONS = {
         "method/explorers.py",
         "method/loss.py",
         "method/objectives",
+        "method/pairs.py",
         "method/rollout.py",
         "method/routing.py",
         "method/score.py",
@@ -62,6 +63,7 @@ SECTIONS = {
         "mini/source.py",
         "mini/stories.py",
         "planning",
+        "bench",
     ),
     "Prompts and text files": (
         "method/prompts.py",
@@ -74,6 +76,7 @@ SECTIONS = {
     ),
     "Pipelines and weights": (
         "generators/pipeline.py",
+        "generators/backends.py",
         "common/weights.py",
         "planning/missing.py",
         "common/finite.py",

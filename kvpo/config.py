@@ -26,6 +26,7 @@ from kvpo.method.explorers import Explorer, RenoiseExplorer, StartNoise
 from kvpo.method.objectives.interface import Record
 from kvpo.method.objectives.kinds import AnyObjective, objective_kind
 from kvpo.method.objectives.tve_ppo import TvePpo
+from kvpo.method.pairs import PairSampling
 from kvpo.method.routing import KVRouting
 from kvpo.method.settings import AgreementConfig, OptimizerConfig, RolloutConfig, ScoreConfig
 from kvpo.method.velocity_penalty import VelocityPenalty
@@ -68,6 +69,9 @@ class RunConfig:
     vae_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision in which videos are decoded.
     Trained and evaluated weights are always decoded alike."""
+    attention: Literal["sdpa", "cudnn", "efficient", "math", "flash", "flash3"] = "sdpa"
+    """Kernel of the generator's attention; `sdpa`: torch's choice.
+    `flash` and `flash3` need a GPU and their packages. A run's numbers differ by rounding."""
     seed: int = 0
     """Names all random streams of the run: scripts, forks, plans, noise, adapter."""
     steps: int = 60
@@ -138,6 +142,7 @@ class RunConfig:
     unsafe: UnsafePolicy = UnsafePolicy()
     velocity_energy: VelocityEnergy = VelocityEnergy()
     denoised_energy: DenoisedEnergy = DenoisedEnergy()
+    pairs: PairSampling = PairSampling()
     temperature: Temperature = Temperature()
     objective: Annotated[AnyObjective, Field(discriminator="kind")] = TvePpo()
     velocity_penalty: VelocityPenalty = VelocityPenalty()
@@ -157,6 +162,10 @@ class RunConfig:
         ):
             if value < least:
                 raise ValueError(f"{name} = {value} must be {least} or more")
+        if self.groups % self.rollout.forks:
+            raise ValueError(
+                f"groups = {self.groups} is no multiple of rollout.forks = {self.rollout.forks}: so many groups fork one story; set a multiple"
+            )
         if not 1 <= self.inner_updates <= MOST_INNER:
             raise ValueError(
                 f"inner_updates = {self.inner_updates} must lie between 1 and {MOST_INNER}: what is rolled out says less with every update on it"
@@ -183,6 +192,10 @@ class RunConfig:
             raise ValueError(
                 f"objective {self.objective.kind} can not be paired with explorer {self.explorer} and sampler {self.sampler}: {reason}; choose a pair of docs/methods.md"
             )
+        if self.pairs.count and not self.objective.uses_energy:
+            raise ValueError(
+                f"pairs.count = {self.pairs.count} draws the velocities of an energy, which objective {self.objective.kind} does not ask for; set 0"
+            )
         if self.context == "self" and "inputs" not in self.objective.needs:
             raise ValueError(
                 f"context = self predicts from a rollout's inputs, which objective {self.objective.kind} does not record; use branch or anchor"
@@ -194,6 +207,11 @@ class RunConfig:
             raise ValueError(
                 f"velocity_energy.weights = kernel are the weights of the renoise sampler's Gaussian steps, which sampler = {self.sampler} does not take; use equal or a number a step"
             )
+
+    @property
+    def stories(self) -> int:
+        """Stories of a step; its group i is of story i modulo this."""
+        return self.groups // self.rollout.forks
 
     @property
     def keeps_groups(self) -> bool:

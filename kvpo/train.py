@@ -165,10 +165,7 @@ class Alignment(Parts):
         """This rank's groups of a step, explored and scored; prefixes side by side, as asked."""
         # A disk that is full is no reason to train on until the next checkpoint.
         self.state.saver.check()
-        own = list(self.column.share(self.config.groups))
-        size = self.config.rollout.prefixes
-        for first in range(0, len(own), size):
-            part = own[first : first + size]
+        for part in self._side_by_side(list(self.column.share(self.config.groups))):
             with self._saying(step, part):
                 begun = self.starts(step, part)
             for index in part:
@@ -176,6 +173,13 @@ class Alignment(Parts):
                     found = self.group(step, index, begun.pop(0))
                 yield found.slim() if self.config.keeps_groups else found
                 del found  # before the next one is explored
+
+    def _side_by_side(self, own: Sequence[int]) -> Iterator[list[int]]:
+        """The groups whose prefixes are generated together: those of a few stories."""
+        stories, size = self.config.stories, self.config.rollout.prefixes
+        distinct = list(dict.fromkeys(i % stories for i in own))
+        for first in range(0, len(distinct), size):
+            yield [i for i in own if i % stories in distinct[first : first + size]]
 
     def _learn_all(
         self, step: int, groups: Iterable[Kept], spread: Spread | None
@@ -328,6 +332,11 @@ class Alignment(Parts):
 
     def _replay(self, step: int, group: Kept) -> Replay:
         config = self.config
+        weights = config.energy.step_weights(self.pipeline.geometry.sigmas)
+        factors = config.pairs.factors(
+            weights.repeat(group.rollout.window.blocks, 1),
+            stream(config.seed, "train", step, group.index, "pairs"),
+        )
         members = range(group.rollout.num_branches + (config.advantages.anchor and self.row.last))
         return Replay(
             self.pipeline,
@@ -338,6 +347,7 @@ class Alignment(Parts):
             members,
             config.rows_per_pass,
             config.rollout.together,
+            factors,
             config.seed,
             ("train", step, group.index),
         )

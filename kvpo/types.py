@@ -147,8 +147,8 @@ class Rollout:
     """The prefix's FrameCache as it stood at the fork, read only."""
     held: Mapping[int, torch.Tensor] = field(default_factory=dict)
     """Blocks of the prefix that the velocity penalty holds -> z_SFCHW, their network inputs."""
-    decoder: Callable[[], Any] | None = None
-    """Gives the `StreamingDecoder` as the prefix has left it.
+    decoder: Callable[..., Any] | None = None
+    """Gives the `StreamingDecoder` as the prefix has left it, see `PrefixDecoders.take`.
 
     None: the prefix is decoded for it.
     """

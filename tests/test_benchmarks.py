@@ -17,15 +17,12 @@ import torch
 from test_align import settings
 
 from kvpo.common.progress import Progress
-from kvpo.config import RunConfig, from_dict, load_config, recipe_path
+from kvpo.config import from_dict, load_config, recipe_path
 from kvpo.method.explorers import StartNoise
-from kvpo.method.rollout import RolloutConfig
 from kvpo.method.routing import KVRouting
 from kvpo.mini.pretraining.pretrain import GEOMETRY
 from kvpo.mini.rewards.attributes import load_network
 from kvpo.mini.source import StorySource
-from kvpo.planning.costs import WAN_1_3B, Sizes
-from kvpo.policy.policy import PolicyConfig
 from kvpo.rewards.registry import RewardEntry
 from kvpo.train import Alignment
 from kvpo.types import Script
@@ -77,74 +74,6 @@ def test_calls_with_prefixes_side_by_side():
         schedule.mean_calls(4) == pytest.approx(5 * drawn / 4 + 122.5, abs=0.5)
         and schedule.mean_calls(4) < 170
     )
-
-
-def test_a_group_of_the_papers_shape(monkeypatch):
-    """49 blocks, P 5, LoRA, bf16, checkpointing, on a transformer small enough for a CPU: both
-    schedules, one gradient."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    wan = load("wan_step")
-    config = replace(
-        RunConfig(),
-        kv_routing=KVRouting(window_blocks=5),
-        policy=PolicyConfig(rank=4),
-        rollout=RolloutConfig(branches=2),
-    )
-    shape = dict(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=16,
-        out_channels=16,
-        text_dim=32,
-        freq_dim=16,
-        ffn_dim=32,
-        num_layers=1,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        run = wan.new_run(
-            config,
-            shape,
-            replace(wan.PAPER_GEOMETRY, latent_height=4, latent_width=4, text_length=8),
-            torch.device("cpu"),
-        )
-    start = [p.clone() for p in run.policy.parameters]
-    batched, single = (
-        wan.measure(run, "batched", 38, 16),
-        wan.measure(run, "one-by-one", 38, 1, update=True),
-    )
-    assert (
-        any(not torch.equal(p, s) for p, s in zip(run.policy.parameters, start))
-        and single["seconds"]["time/update"] > 0.0
-    )
-    assert (
-        batched["energy"] == pytest.approx(single["energy"], rel=2e-2)
-        and min(single["energy"]) > 0.0
-    )
-    assert batched["gradient norm"] == pytest.approx(single["gradient norm"], rel=2e-2)
-    assert single["calls"] > batched["calls"]
-    sizes = Sizes(
-        WAN_1_3B | shape,
-        {"base_dim": 4},
-        {"vocab_size": 8, "d_model": 32, "d_kv": 8, "d_ff": 8, "num_layers": 1, "num_heads": 2},
-        run.pipeline.geometry,
-        "tiny",
-    )
-    config = replace(
-        config,
-        gradient_checkpointing=True,
-        rows_per_pass=16,
-        dtype="bfloat16",
-        data=replace(config.data, prompts="paper", blocks=49),
-    )
-    shares = wan.utilisation(config, sizes, 38, batched["seconds"], "h200")
-    assert shares.keys() == {
-        "time/prefix",
-        "time/branches",
-        "time/replay_reference",
-        "time/replay_grad",
-    } and all(0.0 < s < 0.1 for s in shares.values())
-    assert wan.stream_rate(run, 8, compiled=False)["frames a second"] > 0.0
 
 
 def test_explorers_are_compared_at_the_same_forks():

@@ -29,6 +29,7 @@ ROOMS = [
     "convert",
     "doctor",
     "planning",
+    "bench",
     "api",
     "commands",
     "__main__",

@@ -36,6 +36,7 @@ COMMANDS: Mapping[str, str] = {
     "config": "show a recipe's settings, with defaults and a line of what each is",
     "doctor": "check the method's invariants on a generator and a recipe",
     "plan": "memory, work and time of a recipe, before anything is loaded",
+    "bench": "time, work and memory of a generator's shape on this machine, by phase",
     "import": "turn a released checkpoint into a pipeline folder",
     "export": "write a run's weights in another format",
     "pretrain": "make the miniature's start weights, from nothing",

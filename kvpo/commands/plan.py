@@ -31,6 +31,8 @@ class Plan:
     """Card that gives the time, and the memory unless that is given."""
     gpu_memory: float = 0.0
     """GB of one card, as sold; 0 = the card's."""
+    price: float = 0.0
+    """Euros an hour of one card; 0 = no price is said."""
     size: Literal["", "1.3b", "14b"] = ""
     """Plan as if the generator had this size; default: that of the recipe's pipeline folder."""
     out: Path | None = None
@@ -50,6 +52,7 @@ class Plan:
                 self.card,
                 self.gpu_memory,
                 self.size,
+                self.price,
             )
         except FileNotFoundError:  # no size to plan with: said with all else that is missing
             print("\n".join(["before `kvpo plan` and `kvpo align` can start:", *numbered(absent)]))

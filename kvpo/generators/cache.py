@@ -141,6 +141,12 @@ class FrameCache:
         part.bank = self.bank and self.bank.part(first, count)
         return part
 
+    def copied(self) -> FrameCache:
+        """Give the same histories in memory of their own; this one can go on being written."""
+        copied = self.part(0, self.rows)
+        copied.k, copied.v = ([pages.clone() for pages in layers] for layers in (self.k, self.v))
+        return copied
+
     def reserve(self, frames: Frames, rows: Sequence[int] | None = None) -> torch.Tensor:
         """Find slots to write ``frames`` to, [F].
 

@@ -183,6 +183,12 @@ class Stream:
         part.reencoded = self.reencoded
         return part
 
+    def copied(self, row: int) -> Stream:
+        """Give one row of a batch of videos as its own stream, while this one goes on as well."""
+        copied = self.part(row, 1)
+        copied.cache = copied.cache.copied()
+        return copied
+
     def text(self, block: int, rows: Sequence[int] | None = None) -> torch.Tensor:
         """Embeddings of the prompts that hold at ``block``.
 

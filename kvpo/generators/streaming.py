@@ -5,11 +5,15 @@ The causal VAE's decoder keeps its state outside the module.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+from diffusers.models.autoencoders.autoencoder_kl_wan import (
+    WanCausalConv3d,
+    WanResample,
+    unpatchify,
+)
 
 from kvpo.common.finite import is_finite
 
@@ -22,6 +26,37 @@ def latent_scale(vae: AutoencoderKLWan, like: torch.Tensor) -> tuple[torch.Tenso
     )
 
 
+def receptive_field(vae: AutoencoderKLWan) -> int:
+    """Latent frames before a frame that the decoder's pixels of it depend on.
+
+    A decoder that starts so many frames earlier, as if a video began there, gives the same pixels:
+    38 for Wan's, 28 for the miniature's. Counted layer by layer: after a causal convolution over k
+    frames, k - 1 more frames from the start on are not yet what they would be. An upsampling in
+    time leaves the start's frame out of what its convolution sees, and doubles the rate.
+    """
+    wrong, rate = 0, 1  # frames from the start on that differ, at so many a latent frame
+    for layer in _in_time(vae):
+        if isinstance(layer, WanResample):
+            wrong = 2 * (max(wrong, rate) + layer.time_conv.kernel_size[0] - 1)
+            rate *= 2
+        else:
+            wrong += layer.kernel_size[0] - 1
+    return -(-wrong // rate)
+
+
+def _in_time(vae: AutoencoderKLWan) -> Iterator[WanCausalConv3d | WanResample]:
+    """The decoder's layers that mix frames, in the order in which they act."""
+    decoder = vae.decoder
+    yield decoder.conv_in
+    for part in (decoder.mid_block, *decoder.up_blocks):
+        for block in part.resnets:
+            yield from (block.conv1, block.conv2)
+        for layer in part.modules():
+            if isinstance(layer, WanResample) and layer.mode == "upsample3d":
+                yield layer
+    yield decoder.conv_out
+
+
 class StreamingDecoder:
     """Decoder of a stream of latent frames.
 
@@ -31,8 +66,12 @@ class StreamingDecoder:
     decoded as that, not as if its first latent started a video.
     """
 
-    def __init__(self, vae: AutoencoderKLWan):
-        self.vae = vae
+    def __init__(self, vae: AutoencoderKLWan, skipped: Sequence[int] = ()):
+        """``skipped``: latent frames of each stream before the first that is decoded.
+
+        None: they begin with their video. Errors name frames of the video.
+        """
+        self.vae, self.skipped = vae, tuple(skipped)
         self._cache: list = [None] * vae._cached_conv_counts["decoder"]
         self._frames = 0
         """Latent frames decoded so far."""
@@ -42,7 +81,7 @@ class StreamingDecoder:
 
         This one stays as it is.
         """
-        other = StreamingDecoder(self.vae)
+        other = StreamingDecoder(self.vae, self.skipped * (rows if len(self.skipped) == 1 else 1))
         # The convolutions replace their entries and never write into them, so sharing the memory is
         # safe.
         other._cache = self._each(lambda x: x.expand(rows, *x.shape[1:]))
@@ -51,7 +90,7 @@ class StreamingDecoder:
 
     def part(self, first: int, count: int) -> StreamingDecoder:
         """``count`` of the streams, which go on by themselves."""
-        other = StreamingDecoder(self.vae)
+        other = StreamingDecoder(self.vae, self.skipped[first : first + count])
         other._cache, other._frames = self._each(lambda x: x[first : first + count]), self._frames
         return other
 
@@ -108,7 +147,8 @@ class StreamingDecoder:
         for frame, x in enumerate(frames, self._frames):
             if not is_finite(x):
                 rows = [row for row, one in enumerate(x) if not is_finite(one)]
-                where = f"latent frame {frame}" + (
+                before = self.skipped[rows[0]] if self.skipped else 0
+                where = f"latent frame {before + frame}" + (
                     f" of video {', '.join(map(str, rows))} of {len(x)}" if len(x) > 1 else ""
                 )
                 raise FloatingPointError(f"the {what} of {where} are NaN or infinite; {way_out}")

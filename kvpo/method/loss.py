@@ -56,6 +56,9 @@ class ClippedObjective:
     kl_to: Literal["initial", "old"] = "initial"
     """Reference policy of the KL: `initial` = the start weights, `old` = the behaviour weights.
     With `old` the KL acts only between syncs."""
+    kl_watch: bool = True
+    """Measure the KL to the start weights where ``kl_beta`` is 0 as well, for the log and the sentinel.
+    It costs a replay of the start weights."""
 
     def __post_init__(self):
         if not (0.0 < self.clip_low < 1.0 and self.clip_high > 0.0):
@@ -66,6 +69,16 @@ class ClippedObjective:
             raise ValueError(
                 f"kl_beta = {self.kl_beta} would reward drift from the reference; set 0 or more"
             )
+
+    @property
+    def asks_reference(self) -> bool:
+        """Whether the energies of branches under the start weights are asked for."""
+        return self.kl_to == "initial" and (self.kl_beta > 0.0 or self.kl_watch)
+
+    @property
+    def watches_kl(self) -> bool:
+        """Whether the KL that is logged is one to the start weights."""
+        return self.asks_reference
 
     def __call__(
         self,

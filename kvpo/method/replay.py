@@ -97,24 +97,26 @@ class WindowReplay:
         context: Context,
         inputs: torch.Tensor,
         sigmas: Sequence[float],
-        steps: Sequence[int],
+        wanted_PS: torch.Tensor,
         rows: Sequence[int] | None = None,
         rows_per_pass: int = 0,
         together: int = 0,
     ):
         """Plan the passes of a replay.
 
-        ``inputs``: z_BPSFCHW of all rollout rows, and ``sigmas`` their S noise levels. ``steps``:
-        those of the S that are replayed. ``rows``: rollout rows to replay (default: the G
-        branches). ``rows_per_pass``: most velocities in a pass, 0 = all. ``together``: most rows
-        that have their past in memory at a time, 0 = all.
+        ``inputs``: z_BPSFCHW of all rollout rows, and ``sigmas`` their S noise levels.
+        ``wanted_PS``: the (block, step) pairs that are replayed, bool. ``rows``: rollout rows to
+        replay (default: the G branches). ``rows_per_pass``: most velocities in a pass, 0 = all.
+        ``together``: most rows that have their past in memory at a time, 0 = all.
         """
         self.pipeline, self.rollout, self.embeddings = pipeline, rollout, embeddings
         self.context, self.inputs, self.sigmas = context, inputs, sigmas
-        self.steps = list(steps)
+        self.wanted_PS = wanted_PS
         self.rows = list(range(rollout.num_branches) if rows is None else rows)
         self.rows_per_pass = rows_per_pass
         self.together = together
+        self.last = int(wanted_PS.any(dim=1).nonzero().max())
+        """Last block that is replayed, counted from the fork: none behind it is anyone's past."""
         start = inputs[self.rows, 0, 0]
         self.shared_start = bool((start == start[:1]).all())
         size = together or len(self.rows)
@@ -138,7 +140,7 @@ class WindowReplay:
 
     @torch.no_grad()
     def all_velocities(self) -> torch.Tensor:
-        """v_MPSFCHW of all members, without gradient; 0 at steps that are not replayed."""
+        """v_MPSFCHW of all members, without gradient; 0 at pairs that are not replayed."""
         found = torch.zeros_like(self.inputs[self.rows])
         for rows, v in self.velocities():
             found[self.places(rows)] = v.to(found.dtype)
@@ -166,7 +168,7 @@ class WindowReplay:
         for chunk in self.chunks:
             cache, past = r.cache, prefix
             for positions in self._runs():
-                left = [p for p in positions if p < r.window.blocks - 1]  # blocks that others read
+                left = [p for p in positions if p < self.last]  # blocks that others read
                 again = len(g.reencoded(r.window.fork + positions[0])) if positions[0] > 0 else 0
                 cache = cache.fork(len(chunk), len(left) * g.block + again)
                 stream = Stream(
@@ -201,7 +203,7 @@ class WindowReplay:
     def _runs(self) -> list[list[int]]:
         """Positions of the window's blocks, cut where the prompt or the memory bank changes."""
         r, runs, history = self.rollout, [[0]], self.pipeline.geometry.history
-        for position in range(1, r.window.blocks):
+        for position in range(1, self.last + 1):
             block = r.window.fork + position
             if (
                 r.script.segment(block) != r.script.segment(block - 1)
@@ -218,10 +220,11 @@ class WindowReplay:
         """
         alike: dict[int, list[Row]] = {}
         for p in positions:
+            steps = self.wanted_PS[p].nonzero().flatten().tolist()
             alike.setdefault(len(self._past(p)), []).extend(
-                Row(g, p, s) for s in self.steps for g in chunk
+                Row(g, p, s) for s in steps for g in chunk
             )
-        size = self.rows_per_pass or max(map(len, alike.values()))
+        size = self.rows_per_pass or max(1, *map(len, alike.values()))
         return [rows[i : i + size] for rows in alike.values() for i in range(0, len(rows), size)]
 
     def _frames(self, position: int) -> list[int]:
@@ -285,18 +288,21 @@ class Replay(WindowReplay):
         rows: Sequence[int] | None = None,
         rows_per_pass: int = 0,
         together: int = 0,
+        factors_PS: torch.Tensor | None = None,
         seed: int = 0,
         stream_name: tuple[int | str, ...] = ("replay",),
     ):
         """Plan the passes; arguments as in `WindowReplay`.
 
-        ``seed`` and ``stream_name``: of the random streams of an objective that draws.
+        ``factors_PS``: what the energy of every (block, step) pair is multiplied by (default: 1);
+        a pair of factor 0 is not replayed. ``seed`` and ``stream_name``: of the random streams of
+        an objective that draws.
         """
         sigmas = pipeline.geometry.sigmas
         self.surrogate, self.seed, self.stream_name = surrogate, seed, stream_name
-        self.weights_S = surrogate.step_weights(sigmas)
-        # a step of weight 0 is worth no pass
-        steps = [s for s, w in enumerate(self.weights_S.tolist()) if w > 0.0]
+        self.weights_PS = surrogate.step_weights(sigmas).repeat(rollout.window.blocks, 1)
+        if factors_PS is not None:
+            self.weights_PS = self.weights_PS * factors_PS
         inputs = rollout.trajectory.inputs
         if inputs is None:  # an objective that replays its own inputs: only `at` is of use
             clean = rollout.trajectory.clean
@@ -308,7 +314,7 @@ class Replay(WindowReplay):
             context,
             inputs,
             sigmas,
-            steps,
+            self.weights_PS > 0.0,  # a pair of weight 0 is worth no pass
             rows,
             rows_per_pass,
             together,
@@ -331,7 +337,8 @@ class Replay(WindowReplay):
         terms = self.rollout.window.blocks * len(self.sigmas)
         for rows, v in self.velocities():
             u = self.stored(self.rollout.trajectory.velocities, rows)
-            weight = self.weights_S[[r.step for r in rows]].to(v.device) / terms
+            weight = self.weights_PS[[r.position for r in rows], [r.step for r in rows]]
+            weight = weight.to(v.device) / terms
             yield torch.tensor([r.branch for r in rows]), weight * squared_residual(v, u)
 
     def at(
@@ -345,6 +352,8 @@ class Replay(WindowReplay):
 
         ``steps`` and ``rows``: those that are replayed; default all steps, and this one's members.
         """
+        wanted_PS = torch.zeros(self.rollout.window.blocks, len(sigmas), dtype=torch.bool)
+        wanted_PS[:, list(range(len(sigmas)) if steps is None else steps)] = True
         return WindowReplay(
             self.pipeline,
             self.rollout,
@@ -352,7 +361,7 @@ class Replay(WindowReplay):
             self.context,
             inputs,
             sigmas,
-            range(len(sigmas)) if steps is None else steps,
+            wanted_PS,
             self.rows if rows is None else rows,
             self.rows_per_pass,
             self.together,

@@ -14,6 +14,7 @@ is copied for it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -24,7 +25,7 @@ from kvpo.common.timing import Phases
 from kvpo.generators.history import Routed
 from kvpo.generators.pipeline import Geometry, Pipeline
 from kvpo.generators.sampler import NamedNoise, Noise, Sampler, StackedNoise, Stream
-from kvpo.generators.streaming import StreamingDecoder
+from kvpo.generators.streaming import StreamingDecoder, receptive_field
 from kvpo.method.explorers import Explorer, mix_noise
 from kvpo.method.objectives.interface import EVERYTHING, Record
 from kvpo.method.settings import RolloutConfig
@@ -41,8 +42,8 @@ class Start:
     """Stream of the prefix, stopped at the fork; it has one row."""
     held: Mapping[int, torch.Tensor]
     """Blocks of the past that the velocity penalty holds -> z_SFCHW, their network inputs."""
-    decoder: Callable[[], StreamingDecoder]
-    """Gives the decoder as the past has left it."""
+    decoder: Callable[[int | None], StreamingDecoder]
+    """Gives the decoder as the past has left it, see `PrefixDecoders.take`."""
 
     @property
     def script(self) -> Script:
@@ -61,29 +62,55 @@ def start_groups(
 ) -> list[Start]:
     """Generate the prefix of every script, with the weights now in the pipeline.
 
-    ``held``: blocks of each prefix whose network inputs are kept.
+    Groups of one script and noise have one prefix up to the first of their forks: it is generated
+    once, and those that fork early take a copy of its cache. ``held``: blocks of each prefix whose
+    network inputs are kept.
     """
-    order = sorted(range(len(scripts)), key=lambda i: -windows[i].fork)
+    stories = _by_story(scripts, windows, noises)
+    last, copies = [story[-1] for story in stories], {}
 
-    def pick(values):
-        return [values[i] for i in order]
+    def visit(batch: Stream, block: int) -> None:
+        for row in range(batch.rows):
+            for i in stories[row][:-1]:
+                if windows[i].fork == block:
+                    copies[i] = batch.copied(row)
+                    copies[i].switch()
 
     pasts, inputs = generate_prefixes(
         pipeline,
         sampler,
-        pick(scripts),
+        [scripts[i] for i in last],
         embeddings,
-        pick(noises),
-        [w.fork for w in pick(windows)],
+        [noises[i] for i in last],
+        [windows[i].fork for i in last],
         cache_frames,
-        pick(held),
+        [sorted({block for i in story for block in held[i]}) for story in stories],
+        visit,
     )
-    decoders = PrefixDecoders(pipeline, [latents(past) for past in pasts])
-    found = [
-        Start(windows[i], noises[i], past, kept, lambda row=row: decoders.take(row))
-        for row, (i, past, kept) in enumerate(zip(order, pasts, inputs))
+    past = dict(zip(last, pasts)) | copies
+    kept = {i: inputs[row] for row, story in enumerate(stories) for i in story}
+    order = sorted(past, key=lambda i: -windows[i].fork)
+    decoders = PrefixDecoders(pipeline, [latents(past[i]) for i in order])
+    return [
+        Start(
+            windows[i],
+            noises[i],
+            past[i],
+            {block: kept[i][block] for block in held[i]},
+            functools.partial(decoders.take, order.index(i)),
+        )
+        for i in range(len(scripts))
     ]
-    return [found[order.index(i)] for i in range(len(scripts))]
+
+
+def _by_story(
+    scripts: Sequence[Script], windows: Sequence[Window], noises: Sequence[NamedNoise]
+) -> list[list[int]]:
+    """Groups that share a prefix, the earliest fork first; the story of the latest fork first."""
+    found: dict[tuple[Script, NamedNoise], list[int]] = {}
+    for i in sorted(range(len(scripts)), key=lambda i: windows[i].fork):
+        found.setdefault((scripts[i], noises[i]), []).append(i)
+    return sorted(found.values(), key=lambda story: -windows[story[-1]].fork)
 
 
 def generate_prefixes(
@@ -95,11 +122,13 @@ def generate_prefixes(
     forks: Sequence[int],
     cache_frames: int,
     held: Sequence[Sequence[int]],
+    visit: Callable[[Stream, int], None] = lambda batch, block: None,
 ) -> tuple[list[Stream], list[dict[int, torch.Tensor]]]:
     """Generate each script's stream of one row up to its fork; ``forks`` must fall.
 
     Returns the streams, and the inputs z_SFCHW of each one's ``held`` blocks. A prompt switch at
-    the fork itself is part of the stream.
+    the fork itself is part of the stream. ``visit`` is shown the streams that are left, and the
+    number of the block that comes next.
     """
     n = len(scripts)
     batch = Stream(
@@ -114,6 +143,7 @@ def generate_prefixes(
     pasts: list[Stream] = []
     kept: list[dict[int, list[torch.Tensor]]] = [{block: [] for block in blocks} for blocks in held]
     for block in range(forks[0] + 1):
+        visit(batch, block)
         while n and forks[n - 1] == block:
             n -= 1
             pasts.insert(0, batch.part(n, 1))
@@ -149,17 +179,25 @@ class PrefixDecoders:
         self.pipeline, self.prefixes = pipeline, prefixes
         self._ready: dict[int, StreamingDecoder] | None = None
 
-    def take(self, row: int) -> StreamingDecoder:
-        if self._ready is None:
-            self._ready = self._decoded(range(len(self.prefixes)))
-        return self._ready.pop(row, None) or self._decoded([row])[row]
+    def take(self, row: int, lead: int | None = None) -> StreamingDecoder:
+        """The decoder behind one prefix.
 
-    def _decoded(self, rows: Sequence[int]) -> dict[int, StreamingDecoder]:
-        decoder, done, ready = self.pipeline.decoder(), 0, {}
+        ``lead``: latent frames of the prefix that it decodes, the last ones (default: its receptive
+        field, which leaves out nothing that matters). The first call decides for all prefixes.
+        """
+        if self._ready is None:
+            self._ready = self._decoded(range(len(self.prefixes)), lead)
+        return self._ready.pop(row, None) or self._decoded([row], lead)[row]
+
+    def _decoded(self, rows: Sequence[int], lead: int | None) -> dict[int, StreamingDecoder]:
+        lead = receptive_field(self.pipeline.vae) if lead is None else lead
+        ends = [self.prefixes[row][-lead:] for row in rows]
+        skipped = [len(self.prefixes[row]) - len(end) for row, end in zip(rows, ends)]
+        decoder, done, ready = StreamingDecoder(self.pipeline.vae, skipped), 0, {}
         for n in range(len(rows), 0, -1):
-            length = len(self.prefixes[rows[n - 1]])
+            length = len(ends[n - 1])
             if length > done:
-                decoder(torch.stack([self.prefixes[row][done:length] for row in rows[:n]]))
+                decoder(torch.stack([end[done:length] for end in ends[:n]]))
             ready[rows[n - 1]], done = decoder.part(n - 1, 1), length
             decoder = decoder.part(0, n - 1)
         return ready
@@ -238,7 +276,7 @@ def roll_out(
     """
     with phases("prefix"):
         (start,) = starts(
-            pipeline, sampler, explorer, config, [script], embeddings, seed, [name], [held], fork
+            pipeline, sampler, explorer, config, [script], embeddings, seed, [name], [held], [fork]
         )
     return go_on(pipeline, explorer, config, start, seed, name, phases, horizon, own, needs)
 
@@ -253,18 +291,24 @@ def starts(
     seed: int,
     names: Sequence[Name],
     held: Sequence[Held],
-    fork: int | None = None,
+    forks: Sequence[int | None] | None = None,
+    stories: Sequence[Name] | None = None,
 ) -> list[Start]:
-    """The pasts of some groups, one a script and name, generated side by side."""
-    geometry = pipeline.geometry
+    """The pasts of some groups, one a script and name, generated side by side.
+
+    ``forks``: fork blocks (default, and None in it: drawn). ``stories``: names of the prefixes'
+    noise (default: the groups' own); groups of one script and story share their prefix.
+    """
+    geometry, forks = pipeline.geometry, forks or [None] * len(names)
     for script in scripts:
         check_room(explorer, config, script.blocks, geometry)
     windows = [
         _window(explorer, script, geometry, seed, name, fork)
-        for script, name in zip(scripts, names)
+        for script, name, fork in zip(scripts, names, forks)
     ]
     noises = [
-        NamedNoise(pipeline.latent_shape(geometry.block), seed, (*name, "noise")) for name in names
+        NamedNoise(pipeline.latent_shape(geometry.block), seed, (*name, "noise"))
+        for name in stories or names
     ]
     return start_groups(
         pipeline,
@@ -370,12 +414,26 @@ def check_room(explorer: Explorer, config: RolloutConfig, blocks: int, geometry:
 
     Raises ValueError if no block can be a fork, or the cache is too small.
     """
-    explorer.eligible_forks(blocks, geometry)
+    eligible = explorer.eligible_forks(blocks, geometry)
+    if config.forks > len(eligible):
+        raise ValueError(
+            f"rollout.forks = {config.forks}, but a video of {blocks} blocks can be forked at {len(eligible)}: {eligible}; lower it, or lengthen the videos"
+        )
     if config.cache_frames < (least := geometry.resident(blocks)):
         raise ValueError(
             f"rollout.cache_frames = {config.cache_frames}, but this generator (sink {geometry.sink}, window {geometry.window}) streams {blocks} blocks "
             f"from a cache of at least {least} latent frames; set {least} or more, routing draws from what is beyond the window"
         )
+
+
+def spread_forks(eligible: Sequence[int], count: int, generator: torch.Generator) -> list[int]:
+    """Fork blocks of ``count`` groups on one prefix, evenly spread: early, middle, late.
+
+    One random number places all of them, ascending; each eligible block is as likely as any other.
+    """
+    step = len(eligible) / count
+    first = step * float(torch.rand((), generator=generator, dtype=torch.float64))
+    return [eligible[min(int(first + i * step), len(eligible) - 1)] for i in range(count)]
 
 
 def _window(

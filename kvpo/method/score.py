@@ -93,16 +93,24 @@ def _last_frame(clips: dict[str, list[Clip]]) -> int:
     return max(c.stop for signal in clips.values() for c in signal)
 
 
-def decode(pipeline: Pipeline, rollout: Rollout, frames: int, together: int = 0) -> torch.Tensor:
+def decode(
+    pipeline: Pipeline,
+    rollout: Rollout,
+    frames: int,
+    together: int = 0,
+    lead: int | None = None,
+) -> torch.Tensor:
     """Decode all rows from the fork on to uint8 [B, T, 3, H, W] in main memory.
 
     T is at least ``frames`` pixel frames.
 
-    The prefix goes through the decoder once and leaves it in the state from which every row
-    continues.
+    The prefix's last ``lead`` latent frames (default: the decoder's receptive field) go through the
+    decoder once and leave it in the state from which every row continues.
     """
     decoder = (
-        rollout.decoder() if rollout.decoder else PrefixDecoders(pipeline, [rollout.prefix]).take(0)
+        rollout.decoder(lead)
+        if rollout.decoder
+        else PrefixDecoders(pipeline, [rollout.prefix]).take(0, lead)
     )
     # after the video's first latent frame every one gives four pixel frames
     latents = -(-frames // 4)
@@ -130,6 +138,7 @@ def score(
             rollout,
             max(_last_frame(clips), geometry.pixel_frames(window.stop * geometry.block)) - start,
             config.together,
+            config.lead,
         )
     with phases("reward"):
         scores = {

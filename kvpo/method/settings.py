@@ -24,9 +24,13 @@ class RolloutConfig:
     """Latent frames the prefix keeps, sink and nearest frames included.
     They are the pool that routing draws from."""
     prefixes: int = 1
-    """Groups of a process whose prefixes are generated and decoded side by side.
+    """Stories of a process whose prefixes are generated and decoded side by side.
     More means fewer and larger calls, and a cache of ``cache_frames`` for each of them from then
     on."""
+    forks: int = 1
+    """Groups that fork one story, each at another block: early, middle, late.
+    Their common prefix is generated once; ``groups`` is a multiple. Each costs a cache of its own.
+    Groups of one story share its noise, so a step has fewer stories that speak independently."""
     together: int = 0
     """Most branches, the anchor included, that are generated or replayed side by side; 0 = all.
     Each holds a past of its own in the cache: lower it where memory is short."""
@@ -40,6 +44,8 @@ class RolloutConfig:
             raise ValueError(f"rollout.cache_frames = {self.cache_frames} must be positive")
         if self.prefixes < 1:
             raise ValueError(f"rollout.prefixes = {self.prefixes} must be 1 or more")
+        if self.forks < 1:
+            raise ValueError(f"rollout.forks = {self.forks} must be 1 or more")
         if self.together < 0:
             raise ValueError(
                 f"rollout.together = {self.together} must be 1 or more, or 0 for all branches"
@@ -62,8 +68,16 @@ class ScoreConfig:
 
     together: int = 0
     """Most rows that are decoded side by side, 0 = all: lower it where memory is short."""
+    lead: int | None = None
+    """Latent frames before the fork that are decoded, so that the decoder knows what came before.
+    None: its receptive field (38 for Wan's VAE, 28 for the miniature's), the same pixels as from
+    frame 0 on. Fewer are cheaper, and pixels differ the more the fewer they are."""
 
     def __post_init__(self):
+        if self.lead is not None and self.lead < 1:
+            raise ValueError(
+                f"score.lead = {self.lead} must be 1 or more latent frames, or left out for the decoder's receptive field"
+            )
         if self.together < 0:
             raise ValueError(
                 f"score.together = {self.together} must be 1 or more, or 0 for all rows"

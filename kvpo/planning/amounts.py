@@ -5,7 +5,8 @@ They are means over all forks that can be.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -43,9 +44,36 @@ def replay_rows(config: RunConfig, geometry: Geometry) -> int:
     """
     members = branches_of(config) + config.advantages.anchor
     members = min(config.rollout.together or members, members)
-    found = members * config.exploring.window_blocks * replayed_steps(config, geometry)
-    found -= (members - 1) * starts_are_one(config, geometry)
+    pairs, whole = replayed_pairs(config, geometry)
+    found = members * pairs
+    if pairs == whole:
+        found -= (members - 1) * starts_are_one(config, geometry)
     return min(found, config.rows_per_pass or found)
+
+
+def replayed_pairs(config: RunConfig, geometry: Geometry) -> tuple[int, int]:
+    """(block, step) pairs of a window that are replayed, and those that have a weight."""
+    whole = config.exploring.window_blocks * replayed_steps(config, geometry)
+    return config.pairs.replayed(whole), whole
+
+
+def contexts_of(config: RunConfig, geometry: Geometry) -> float:
+    """Blocks of a window that a replay encodes as the past of later ones; a mean over the draw.
+
+    They are those before the last block that is replayed.
+    """
+    (drawn, whole), P = replayed_pairs(config, geometry), config.exploring.window_blocks
+    steps = whole // P
+    within = [math.comb((p + 1) * steps, drawn) / math.comb(whole, drawn) for p in range(P - 1)]
+    return sum(1.0 - share for share in within)
+
+
+def velocities_of(config: RunConfig, geometry: Geometry) -> float:
+    """Velocities of a group that a replay computes, a mean over the draw."""
+    members = branches_of(config) + config.advantages.anchor
+    drawn, whole = replayed_pairs(config, geometry)
+    once = (members - 1) * starts_are_one(config, geometry) * drawn / whole
+    return members * drawn - once
 
 
 def replayed_steps(config: RunConfig, geometry: Geometry) -> int:
@@ -77,6 +105,21 @@ def reward_memory(config: RunConfig) -> tuple[int, int]:
     return sum(stay.values()), max(come.values(), default=0)
 
 
+def last_forks(forks: Sequence[int], count: int) -> list[int]:
+    """Equally likely fork blocks of the last of ``count`` groups on one prefix.
+
+    See `kvpo.method.rollout.spread_forks`; a group alone has any of ``forks``. ValueError where
+    there are too few.
+    """
+    n = len(forks)
+    if count > n:
+        raise ValueError(
+            f"rollout.forks = {count}, but a video can be forked at {n} blocks only; lower it"
+        )
+    # the first group's place lies in [0, n / count); n points in it meet every block alike
+    return [forks[int((count - 1 + (i + 0.5) / n) * n / count)] for i in range(n)]
+
+
 def groups_of(config: RunConfig, world: int) -> int:
     """Groups of a step on the card that has most of them."""
     return -(-config.groups * config.branch_parallel // world)
@@ -84,7 +127,12 @@ def groups_of(config: RunConfig, world: int) -> int:
 
 def prefixes_of(config: RunConfig, world: int = 1) -> int:
     """Prefixes that are generated side by side on a card."""
-    return min(config.rollout.prefixes, groups_of(config, world))
+    return min(config.rollout.prefixes, -(-groups_of(config, world) // config.rollout.forks))
+
+
+def begun_of(config: RunConfig, world: int = 1) -> int:
+    """Groups of a card whose pasts are in memory at once: all that fork the prefixes above."""
+    return min(config.rollout.prefixes * config.rollout.forks, groups_of(config, world))
 
 
 def longest(forks: Sequence[float], draws: int) -> float:
@@ -112,6 +160,8 @@ class Amounts:
     """
 
     fork: float
+    prefix_blocks: float
+    """Blocks of the prefix that a group pays for: its share of those that serve several groups."""
     prefix_calls: float
     """Calls for the prefix; a group counts its share of those that serve several."""
     branch_calls: float
@@ -133,16 +183,22 @@ class Amounts:
     """Pixel frames that rewards look at, all rows."""
 
 
-def amounts(config: RunConfig, geometry: Geometry, world: int = 1) -> Amounts:
+def amounts(
+    config: RunConfig, geometry: Geometry, world: int = 1, field: int | None = None
+) -> Amounts:
+    """Amounts of a group. ``field``: the decoder's receptive field (default: all of the prefix)."""
+    lead = config.score.lead or field
     g, S = geometry, len(geometry.sigmas)
     chunks, P = -(-rows_of(config) // side_by_side(config)), config.exploring.window_blocks
     members = branches_of(config) + config.advantages.anchor
     parts = -(-members // min(config.rollout.together or members, members))
-    velocities = members * P * replayed_steps(config, g)
+    velocities = members * replayed_pairs(config, g)[0]
     passes = max(parts, -(-velocities // config.rows_per_pass) if config.rows_per_pass else parts)
-    found = []
+    found, lasts = [], []
     for script in scripts_of(config):
-        for fork in config.exploring.eligible_forks(script.blocks, g):
+        eligible = config.exploring.eligible_forks(script.blocks, g)
+        lasts += last_forks(eligible, config.rollout.forks)
+        for fork in eligible:
             window = Window(fork, P)
             stop = horizon(script, window, g, config.score)
             clips = group_clips(script, window, g, config.score)
@@ -151,23 +207,25 @@ def amounts(config: RunConfig, geometry: Geometry, world: int = 1) -> Amounts:
                 (
                     fork,
                     chunks * (S + 1) * (stop - fork),
-                    fork * g.block,
+                    min(fork * g.block, lead or fork * g.block),
                     rows_of(config) * (stop - fork) * g.block,
                     rows_of(config) * scored,
                     rows_of(config) * (stop - fork),
                 )
             )
     together = prefixes_of(config, world)
-    prefix = (S + 1) * longest([fork for fork, *_ in found], together) / together
+    shared = config.rollout.forks
+    prefix = (S + 1) * longest(lasts, together) / (together * shared)
     fork, branch, decoded_prefix, decoded_rows, scored, branch_rows = (
         sum(x) / len(found) for x in zip(*found)
     )
     replays = 1 + config.objective.asks_reference + (config.policy.sync_interval > 1)
     return Amounts(
         fork,
+        sum(lasts) / len(lasts) / shared,
         prefix,
         branch,
-        parts * (P - 1) + passes,
+        parts * contexts_of(config, g) + passes,
         replays,
         passes == 1,
         branch_rows,
@@ -197,7 +255,7 @@ def own_past(config: RunConfig, geometry: Geometry) -> tuple[int, int]:
     return rollout, (P - 1) * g.block + (g.window if switched and g.window > 0 else 0)
 
 
-def with_changes(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
+def with_changes(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
     """Dotted settings -> a config."""
     for key, value in changes.items():
         section, _, name = key.rpartition(".")

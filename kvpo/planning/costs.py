@@ -9,7 +9,7 @@ counted in `kvpo.planning.amounts`.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,9 +23,10 @@ from kvpo.convert.wan_base import arguments
 from kvpo.generators.causal_wan import CausalWan
 from kvpo.generators.memory import Bank
 from kvpo.generators.pipeline import Geometry
-from kvpo.generators.streaming import StreamingDecoder
+from kvpo.generators.streaming import StreamingDecoder, receptive_field
 from kvpo.planning.amounts import decoded_together, replay_rows, side_by_side
 from kvpo.planning.peak import Ledger, cost, fake, flops
+from kvpo.policy.adapters import Adapters
 from kvpo.policy.policy import Policy
 from kvpo.policy.sharding import master_of
 from kvpo.runs.loading import folder_of
@@ -131,6 +132,12 @@ class Costs:
     """Cost of decoding per latent frame; its bytes include the decoder's state."""
     rows: Mapping[str, int]
     """Part -> rows it was run with."""
+    field: int
+    """Latent frames before a frame that the decoder's pixels of it depend on."""
+    bare: float = 1.0
+    """Operations of a pass without the adapter, of those with it."""
+    maps: int = 0
+    """Bytes of the maps that have an adapter."""
 
     def with_trainable(self, share: float) -> Costs:
         """Costs if ``share`` times as many numbers were trained."""
@@ -143,7 +150,7 @@ def costs(config: RunConfig, sizes: Sizes) -> Costs:
     vae_dtype = getattr(torch, config.vae_dtype)
     B, R = side_by_side(config), replay_rows(config, g)
     model, vae, text = (
-        _on_meta(build, kind)
+        on_meta(build, kind)
         for build, kind in (
             (lambda: CausalWan(WanTransformer3DModel(**sizes.transformer)), dtype),
             (lambda: AutoencoderKLWan(**sizes.vae), vae_dtype),
@@ -151,7 +158,7 @@ def costs(config: RunConfig, sizes: Sizes) -> Costs:
         )
     )
     weights = _bytes(model.parameters())
-    policy = _on_meta(lambda: Policy(model, config.policy, config.seed), dtype)
+    policy = on_meta(lambda: Policy(model, config.policy, config.seed), dtype)
     sets = (
         _bytes((*policy.parameters, *policy.reference, *policy.behaviour, *policy.average))
         + _bytes(model.parameters())
@@ -160,7 +167,7 @@ def costs(config: RunConfig, sizes: Sizes) -> Costs:
     if config.policy.train == "full" and config.dtype == "float32":
         sets -= _bytes(policy.parameters)  # they are the module's own
     with fake() as ledger:
-        _materialise(model), _materialise(vae.requires_grad_(False))
+        materialise(model), materialise(vae.requires_grad_(False))
         masters = [master_of(p) for p in model.parameters() if p.requires_grad]  # noqa: F841, they collect the gradients
         if config.gradient_checkpointing:
             model.transformer.enable_gradient_checkpointing()
@@ -171,12 +178,12 @@ def costs(config: RunConfig, sizes: Sizes) -> Costs:
         forward = [_forward(ledger, model, cache, sizes, n) for n in (1, B, R)]
         with cost(ledger) as gradient:
             _velocity(model, cache, sizes, R).square().mean().backward()
-        grad = Pass(
-            max(0, gradient.bytes - 4 * policy.num_trainable),
-            (4 if config.gradient_checkpointing else 3) * forward[-1].flops,
-        )
+        with flops() as counted:  # once more: the counter keeps activations alive
+            _velocity(model, cache, sizes, R).square().mean().backward()
+        grad = Pass(max(0, gradient.bytes - 4 * policy.num_trainable), counted.get_total_flops())
         decoded = decoded_together(config)
-        decoding = [_decode(ledger, vae, sizes, n) for n in (1, decoded)]
+        decoding = [decoding_of(ledger, vae, sizes, n) for n in (1, decoded)]
+        bare, maps = _without_adapter(policy, lambda: _forward(ledger, model, cache, sizes, 1))
         rows = {"branches": B, "replay": R, "gradient": R, "decode_rows": decoded}
         return Costs(
             weights,
@@ -189,10 +196,24 @@ def costs(config: RunConfig, sizes: Sizes) -> Costs:
             grad,
             *decoding,
             rows,
+            receptive_field(vae),
+            bare,
+            maps,
         )
 
 
-def _on_meta(build, dtype: torch.dtype):
+def _without_adapter(policy: Policy, forward: Callable[[], Pass]) -> tuple[float, int]:
+    """Share of a pass's operations that is left without the adapter, and its maps' bytes."""
+    if policy.config.train != "lora":
+        return 1.0, 0
+    adapters = Adapters(policy.model.transformer, policy.names)
+    whole = forward().flops
+    with adapters.left_out():
+        return forward().flops / whole, _bytes(adapters.bases)
+
+
+def on_meta(build, dtype: torch.dtype):
+    """Build a module in ``dtype`` and without memory."""
     torch.set_default_dtype(dtype)
     try:
         with torch.device("meta"):
@@ -205,7 +226,7 @@ def _bytes(tensors) -> int:
     return sum(t.nbytes for t in tensors)
 
 
-def _materialise(module: torch.nn.Module) -> None:
+def materialise(module: torch.nn.Module) -> None:
     """Replace tensors on meta by ones that operations can be run on.
 
     peft can not be run on fake ones.
@@ -251,7 +272,7 @@ def _forward(ledger: Ledger, model: CausalWan, cache, sizes: Sizes, rows: int) -
 
 
 @torch.no_grad()
-def _decode(ledger: Ledger, vae: AutoencoderKLWan, sizes: Sizes, rows: int) -> Pass:
+def decoding_of(ledger: Ledger, vae: AutoencoderKLWan, sizes: Sizes, rows: int) -> Pass:
     """Cost of decoding a latent frame in the middle of a video.
 
     The bytes are the state's and the activations'. A row alone counts as half of two: on a CPU it
@@ -265,3 +286,11 @@ def _decode(ledger: Ledger, vae: AutoencoderKLWan, sizes: Sizes, rows: int) -> P
         with flops() as counted:
             decoder(latents)
     return Pass(found.bytes * rows // many, counted.get_total_flops() * rows // many)
+
+
+def fake_decoding(sizes: Sizes, dtype: torch.dtype, rows: int) -> Pass:
+    """Cost of decoding a latent frame in so many rows, by the decoder alone."""
+    vae = on_meta(lambda: AutoencoderKLWan(**sizes.vae), dtype)
+    with fake() as ledger:
+        materialise(vae.requires_grad_(False))
+        return decoding_of(ledger, vae, sizes, rows)

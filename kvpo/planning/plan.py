@@ -14,17 +14,19 @@ from kvpo.distributed.ranks import Ranks
 from kvpo.planning.amounts import (
     Amounts,
     amounts,
+    begun_of,
     branches_of,
+    contexts_of,
     decoded_together,
     groups_of,
     own_past,
     prefixes_of,
     replay_rows,
-    replayed_steps,
+    replayed_pairs,
     reward_memory,
     rows_of,
     side_by_side,
-    starts_are_one,
+    velocities_of,
     with_changes,
 )
 from kvpo.planning.costs import GIB, Costs, Sizes, costs, sizes_of
@@ -47,27 +49,37 @@ It is what a group of the paper's shape reached on an H200, 21 to 26 % in every 
 
 
 def planned(
-    recipe: str, config: RunConfig, gpus: int, nodes: int, card: str, gpu_memory: float, size: str
+    recipe: str,
+    config: RunConfig,
+    gpus: int,
+    nodes: int,
+    card: str,
+    gpu_memory: float,
+    size: str,
+    price: float = 0.0,
 ) -> tuple[list[str], dict[str, Any]]:
     """Plan a recipe; returns the lines to print, and the same as a record.
 
     Arguments are those of `kvpo.commands.plan.Plan`. Raises ValueError for an impossible geometry.
     """
-    if gpus < 1 or nodes < 1 or gpu_memory < 0:
+    if gpus < 1 or nodes < 1 or gpu_memory < 0 or price < 0:
         raise ValueError(
-            f"--gpus {gpus} and --nodes {nodes} must be 1 or more, and --gpu-memory {gpu_memory} positive"
+            f"--gpus {gpus} and --nodes {nodes} must be 1 or more, --gpu-memory {gpu_memory} and --price {price} not negative"
         )
     shares = shares_of(config.groups, nodes, gpus, config.branch_parallel)
     room = gpu_memory * 0.97 * 1e9 / GIB if gpu_memory else CARDS[card][1]
     sizes = sizes_of(config, size)
     world = nodes * gpus
-    found, counted = costs(config, sizes), amounts(config, sizes.geometry, world)
+    found = costs(config, sizes)
+    counted = amounts(config, sizes.geometry, world, found.field)
+    saved = savings(config, sizes, found, world)
     memory = stages(config, sizes, found, world)
     lines = [
         *_head(recipe, config, sizes, found),
         *_memory(memory, room),
         *_advice(config, sizes, found, room, world),
-        *_work(config, world, card, sizes, found, counted),
+        *_work(config, world, card, sizes, found, counted, price),
+        *_savings(saved),
         *_geometry(nodes, gpus, shares),
     ]
     content = {
@@ -75,6 +87,10 @@ def planned(
         "sizes": sizes.source,
         "stages GiB": {s: {k: v / GIB for k, v in parts.items()} for s, parts in memory.items()},
         "amounts": vars(counted),
+        "TFLOP of a group": {
+            phase: flops / 1e12 for phase, flops in work(config, sizes, found, counted).items()
+        },
+        "saved by": saved,
     }
     return lines, content
 
@@ -89,13 +105,14 @@ def stages(config: RunConfig, sizes: Sizes, c: Costs, world: int = 1) -> dict[st
     members = min(config.rollout.together or branches_of(config), branches_of(config))
     latent = 4 * g.block * sizes.transformer["in_channels"] * g.latent_height * g.latent_width
     rows, P, S = rows_of(config), config.exploring.window_blocks, len(g.sigmas)
-    pasts = prefixes_of(config, world)
+    prefixes, pasts = prefixes_of(config, world), begun_of(config, world)
     trained = 4 * c.trainable
     stay, come = reward_memory(config)
     always = (
         {"generator": c.weights, "VAE": c.vae}
         | _kept(config, c, world)
         | ({"rewards": stay} if stay else {})
+        | ({"merged weights": c.maps} if config.policy.merge_rollouts else {})
     )
     if config.data.prompts == "mini":
         always |= {"text encoder": c.text_encoder}
@@ -118,7 +135,10 @@ def stages(config: RunConfig, sizes: Sizes, c: Costs, world: int = 1) -> dict[st
     )
     return {
         "prefix": always
-        | {"shared past": stored["shared past"] + pasts * bank, "one pass": pasts * c.prefix.bytes},
+        | {
+            "shared past": stored["shared past"] + pasts * bank,
+            "one pass": prefixes * c.prefix.bytes,
+        },
         "branches": always
         | stored
         | {
@@ -289,7 +309,7 @@ def _advice(config: RunConfig, sizes: Sizes, c: Costs, room: float, world: int) 
     made, peak = fitted(config, sizes, c, room, world)
     if not made and peak <= room:
         return ["It fits.", ""]
-    settings = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in made.items())
+    settings = as_options(made)
     away = (
         f"Rewards that are trained on stay in {stay / GIB:.1f} GiB; `offload: true` lets them come and go. "
         if (stay := reward_memory(config)[0])
@@ -315,19 +335,20 @@ def _advice(config: RunConfig, sizes: Sizes, c: Costs, room: float, world: int) 
 
 def work(config: RunConfig, sizes: Sizes, c: Costs, n: Amounts) -> dict[str, float]:
     """Floating-point operations of one group, by phase."""
-    S, P = len(sizes.geometry.sigmas), config.exploring.window_blocks
+    g, S = sizes.geometry, len(sizes.geometry.sigmas)
     members = branches_of(config) + config.advantages.anchor
-    contexts = members * (P - 1)
-    velocities = members * P * replayed_steps(config, sizes.geometry) - (
-        members - 1
-    ) * starts_are_one(config, sizes.geometry)
+    contexts, velocities = members * contexts_of(config, g), velocities_of(config, g)
     row, grad = c.replay.flops / c.rows["replay"], c.gradient.flops / c.rows["gradient"]
     # what the first has of the other weights' energies serves the further ones
     updates = config.inner_updates
-    unscored = n.replays - 1 + (not n.single_pass) * updates
+    # the start weights' adapter is 0 and left out
+    left_out = config.objective.asks_reference * (1.0 - c.bare)
+    unscored = n.replays - 1 + (not n.single_pass) * updates - left_out
+    rolling = c.bare if config.policy.merge_rollouts else 1.0
+    branches = c.branches.flops / c.rows["branches"]
     return {
-        "prefix": (S + 1) * n.fork * c.prefix.flops,
-        "branches and anchor": n.branch_rows * (S + 1) * c.branches.flops / c.rows["branches"],
+        "prefix": rolling * (S + 1) * n.prefix_blocks * c.prefix.flops,
+        "branches and anchor": rolling * n.branch_rows * (S + 1) * branches,
         "decoding": n.decoded_prefix * c.decode_prefix.flops
         + n.decoded_rows * c.decode_rows.flops / c.rows["decode_rows"],
         "replays without gradient": unscored * (contexts + velocities) * row,
@@ -335,8 +356,64 @@ def work(config: RunConfig, sizes: Sizes, c: Costs, n: Amounts) -> dict[str, flo
     }
 
 
+SWITCHES: tuple[Mapping[str, Any], ...] = (
+    {"score.segments": 1},
+    {"score.segments": 0},
+    {"score.lead": 6},
+    {"rollout.forks": 2},
+    {"rollout.forks": 4},
+    {"policy.merge_rollouts": True},
+    {"policy.sync_interval": 1},
+    {"objective.kl_beta": 0.0, "objective.kl_watch": False},
+)
+"""Settings that cost something else than work: what is scored, how exact, what holds the policy."""
+
+
+def savings(config: RunConfig, sizes: Sizes, c: Costs, world: int = 1) -> dict[str, float]:
+    """Options -> share of a group's operations that each would save by itself.
+
+    Those that are on already, that can not be set here, or that save nothing are left out.
+    """
+    g = sizes.geometry
+    pairs, whole = replayed_pairs(config, g)
+    halves = [{"pairs.count": n} for n in (whole // 2, whole // 4) if 0 < n < pairs]
+
+    def flops(changed: RunConfig) -> float:
+        return sum(work(changed, sizes, c, amounts(changed, g, world, c.field)).values())
+
+    now, found = flops(config), {}
+    for switch in (*SWITCHES, *halves):
+        try:
+            saved = 1.0 - flops(with_changes(config, switch)) / now
+        except ValueError:  # an illegal pair of settings
+            continue
+        if saved > 0.001:
+            found[as_options(switch)] = saved
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def as_options(changes: Mapping[str, Any]) -> str:
+    """The same changes as a command's options."""
+    return " ".join(
+        f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}")
+        if v is not False
+        else f"--{'.no-'.join(k.replace('_', '-').rsplit('.', 1))}"
+        for k, v in changes.items()
+    )
+
+
+def _savings(saved: Mapping[str, float]) -> list[str]:
+    if not saved:
+        return []
+    return [
+        "",
+        "what each of these would save of a group's operations, by itself; what is learnt by what is left, no count says:",
+        *(f"  {options:<52}{share:>6.0%}" for options, share in saved.items()),
+    ]
+
+
 def _work(
-    config: RunConfig, world: int, card: str, sizes: Sizes, c: Costs, n: Amounts
+    config: RunConfig, world: int, card: str, sizes: Sizes, c: Costs, n: Amounts, price: float
 ) -> list[str]:
     found = work(config, sizes, c, n)
     groups, rate = groups_of(config, world), CARDS[card][0] * 1e12 * UTILISATION
@@ -365,7 +442,8 @@ def _work(
         f"a step: {count_of(config.groups, 'group')} on {world} x {card}: about {in_time(groups * seconds)} without rewards ({UTILISATION:.0%} of {CARDS[card][0]} TFLOP/s); "
         f"{count_of(config.steps, 'step')}: {in_time(config.steps * groups * seconds)}",
     ]
-    return lines
+    hours = world * config.steps * groups * seconds / 3600
+    return [*lines, f"{hours:.3g} GPU-hours" + (f", {hours * price:.3g} euros" if price else "")]
 
 
 def shares_of(groups: int, nodes: int, gpus: int, row: int = 1) -> list[range]:

@@ -21,6 +21,7 @@ from peft import LoraConfig
 from kvpo.common.rng import stream
 from kvpo.distributed.ranks import Ranks
 from kvpo.generators.causal_wan import CausalWan
+from kvpo.policy.adapters import Adapters, Entering, Merged, Swapped, WithoutZeros
 from kvpo.policy.settings import PolicyConfig
 from kvpo.policy.sharding import Shards, Whole
 
@@ -53,6 +54,12 @@ class Policy:
             self.snapshot(),
         )
         self._at_hand: dict[int, Sequence[torch.Tensor]] = {}
+        self._exact: Entering = Swapped(self.layout.computing)
+        self._rolling: Entering = self._exact
+        if config.train == "lora":
+            adapters = Adapters(transformer, self.names)
+            self._exact = WithoutZeros(self._exact, adapters)
+            self._rolling = Merged(adapters) if config.merge_rollouts else self._exact
         self.updates = self.lag = 0
         """Optimizer updates in all, and since the last sync."""
         self.broken = False
@@ -73,23 +80,24 @@ class Policy:
     def snapshot(self) -> list[torch.Tensor]:
         return [p.detach().clone() for p in self.parameters]
 
-    @contextmanager
-    def using(self, weights: list[torch.Tensor]) -> Iterator[None]:
+    def using(self, weights: list[torch.Tensor]) -> AbstractContextManager[None]:
         """Let the module compute with ``weights`` in the body; no gradient may be taken there.
 
         If sharded, all ranks must enter, unless the set is `at_hand`.
         """
-        computing = self.layout.computing
-        current = [p.data for p in computing]
+        return self._entered(self._exact, weights)
+
+    def rolling_out(self) -> AbstractContextManager[None]:
+        """Let the module compute with the behaviour weights, as `policy.merge_rollouts` asks."""
+        return self._entered(self._rolling, self.behaviour)
+
+    @contextmanager
+    def _entered(self, entering: Entering, weights: list[torch.Tensor]) -> Iterator[None]:
         whole = self._at_hand.get(id(weights)) or self.layout.whole(weights)
-        try:
-            for p, w in zip(computing, whole):
-                p.data = w.to(p.dtype)
-            with torch.no_grad():
-                yield
-        finally:
-            for p, w in zip(computing, current):
-                p.data = w
+        # a tensor counts the writes to it
+        version = (id(weights), tuple(w._version for w in weights))
+        with entering(whole, version), torch.no_grad():
+            yield
 
     @contextmanager
     def at_hand(self, *sets: list[torch.Tensor]) -> Iterator[None]:

@@ -70,7 +70,7 @@ def script_source(config: RunConfig) -> ScriptSource:
         return StorySource(
             config.seed, "train", config.data.blocks, config.data.memory, config.data.segments
         )
-    return PromptSet(_scripts(config.data.prompts, config), config.groups, config.seed)
+    return PromptSet(_scripts(config.data.prompts, config), config.stories, config.seed)
 
 
 def evaluation_scripts(config: RunConfig) -> list[Script]:

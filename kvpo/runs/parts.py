@@ -16,6 +16,7 @@ from kvpo.common.rng import stream
 from kvpo.common.timing import Phases
 from kvpo.config import RunConfig
 from kvpo.distributed.ranks import Ranks
+from kvpo.generators.backends import use_backend
 from kvpo.generators.embeddings import load_with_texts
 from kvpo.generators.pipeline import Pipeline
 from kvpo.generators.readable import check_prompts
@@ -23,7 +24,15 @@ from kvpo.generators.sampler import SAMPLERS
 from kvpo.method.agreement import Agreement
 from kvpo.method.explorers import Explorer
 from kvpo.method.prompts import PromptSet
-from kvpo.method.rollout import Name, Start, check_room, go_on, roll_out, starts
+from kvpo.method.rollout import (
+    Name,
+    Start,
+    check_room,
+    go_on,
+    roll_out,
+    spread_forks,
+    starts,
+)
 from kvpo.method.score import horizon, score
 from kvpo.method.sketch import Sketch
 from kvpo.method.update import Updater
@@ -68,6 +77,7 @@ class Parts:
         config.energy.step_weights(geometry.sigmas)  # refused here where they do not fit its steps
         config.velocity_penalty.check(geometry)
         self.sampler = SAMPLERS[config.sampler]
+        use_backend(self.pipeline.generator, config.attention)
         if config.gradient_checkpointing:
             self.pipeline.generator.transformer.enable_gradient_checkpointing()
 
@@ -127,7 +137,8 @@ class Parts:
         """The pasts of some groups of a step, up to their forks."""
         config = self.config
         names: list[Name] = [("train", step, i) for i in groups]
-        scripts = [self.source.script(step, i) for i in groups]
+        stories: list[Name] = [("train", step, i % config.stories) for i in groups]
+        scripts = [self.source.script(step, i % config.stories) for i in groups]
         embeddings: dict[str, torch.Tensor] = {}
         with self.row.together():
             for script in scripts:
@@ -136,7 +147,7 @@ class Parts:
             functools.partial(self._held, script, stream(config.seed, *name, "hold"))
             for script, name in zip(scripts, names)
         ]
-        with self.row.together(), self.policy.using(self.policy.behaviour), self.phases("prefix"):
+        with self.row.together(), self.policy.rolling_out(), self.phases("prefix"):
             return starts(
                 self.pipeline,
                 self.sampler,
@@ -147,7 +158,17 @@ class Parts:
                 config.seed,
                 names,
                 held,
+                [self._fork(s, i, name) for s, i, name in zip(scripts, groups, stories)],
+                stories,
             )
+
+    def _fork(self, script: Script, group: int, story: Name) -> int | None:
+        """The group's fork block where several groups fork one story; None = drawn by itself."""
+        if (count := self.config.rollout.forks) == 1:
+            return None
+        eligible = self.config.exploring.eligible_forks(script.blocks, self.pipeline.geometry)
+        forks = spread_forks(eligible, count, stream(self.config.seed, *story, "forks"))
+        return forks[group // self.config.stories]
 
     def explore(
         self,
@@ -168,7 +189,7 @@ class Parts:
             horizon, script, geometry=self.pipeline.geometry, config=config.score
         )
         own = self.row.stretch(config.rollout.branches)
-        with self.policy.using(self.policy.behaviour):
+        with self.policy.rolling_out():
             if start is None:
                 rollout = roll_out(
                     self.pipeline,

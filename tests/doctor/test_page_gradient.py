@@ -88,7 +88,7 @@ def group():
         0,
         [("g",)],
         [lambda fork: ()],
-        FORK,
+        [FORK],
     )
     return (
         pipeline,

@@ -250,6 +250,24 @@ def test_the_kl_to_the_start_is_seen_also_where_nothing_holds_it(beta):
     assert kl[0] == 0.0 < kl[1]
 
 
+def test_the_kl_that_nobody_asks_for_costs_nothing():
+    """With kl_watch off and kl_beta 0 no replay of the start weights, no KL in the log, and the
+    same weights bit for bit; with kl_beta above 0 it is needed all the same."""
+    states, calls = [], []
+    for watch in (True, False):
+        objective = TvePpo(kl_beta=0.0, kl_watch=watch)
+        run = Run(objective=objective, optimizer=OptimizerConfig(lr=1e-2, warmup=1))
+        run.accumulate()
+        run.updater.step()
+        before = run.pipeline.generator.calls
+        assert ("loss/kl" in run.accumulate().metrics) == watch
+        calls.append(run.pipeline.generator.calls - before)
+        run.updater.step()
+        states.append(run.state())
+    assert calls == [4, 2] and all(torch.equal(a, b) for a, b in zip(*states))
+    assert TvePpo(kl_beta=0.1, kl_watch=False).asks_reference
+
+
 def test_groups_add_up_to_their_mean():
     run = Run(groups=2)
     run.accumulate(A)

@@ -15,15 +15,27 @@ from kvpo.config import RECIPES, from_dict, load_config, recipe_path
 from kvpo.convert.wan_base import new_transformer
 from kvpo.planning.amounts import (
     amounts,
+    contexts_of,
+    last_forks,
     longest,
     own_past,
     replay_rows,
     reward_memory,
+    velocities_of,
     with_changes,
 )
 from kvpo.planning.costs import WAN_1_3B, WAN_14B, costs, sizes_of
 from kvpo.planning.peak import Ledger, cost, fake, flops
-from kvpo.planning.plan import CARDS, fitted, shares_of, stages, work
+from kvpo.planning.plan import (
+    CARDS,
+    SWITCHES,
+    as_options,
+    fitted,
+    savings,
+    shares_of,
+    stages,
+    work,
+)
 from kvpo.policy.policy import Policy
 from kvpo.train import Alignment
 
@@ -263,6 +275,101 @@ def test_shapes_of_14b_construct_without_memory():
     assert sum(p.numel() for p in new_transformer(WAN_14B).parameters()) == pytest.approx(
         14.3e9, rel=0.01
     )
+
+
+# --- What is not done ---
+
+
+def test_a_prefix_for_several_groups_by_hand(folder):
+    """The last of two forks among four blocks is the third or the fourth; half of it is a
+    group's, and each group has a cache."""
+    assert last_forks([3, 4, 5, 6], 1) == [3, 4, 5, 6]
+    assert sorted(last_forks([3, 4, 5, 6], 2)) == [5, 5, 6, 6]
+    assert sorted(last_forks([3, 4, 5], 2)) == [4, 5, 5], "the middle one is in both halves"
+    one, two = (
+        config_of(
+            folder,
+            groups=2,
+            data={"blocks": 9, "segments": 1, "memory": 0.0},
+            rollout={"branches": 3, "cache_frames": 12, "forks": n},
+        )
+        for n in (1, 2)
+    )
+    g = sizes_of(one).geometry
+    alone, shared = amounts(one, g), amounts(two, g)
+    assert alone.prefix_blocks == alone.fork == shared.fork
+    assert alone.fork / 2 < shared.prefix_blocks < alone.fork
+    assert shared.prefix_calls == 5 * shared.prefix_blocks
+    found = costs(one, sizes_of(one))
+    planned = [stages(c, sizes_of(one), found)["replay"]["shared past"] for c in (one, two)]
+    assert planned[1] == 2 * planned[0]
+
+
+def test_random_pairs_by_hand(folder):
+    """Two blocks of four steps: of one pair the second block's past is needed every other time,
+    of eight always; the shared first velocity is drawn as often as any other."""
+    changed = {n: config_of(folder, pairs={"count": n}) for n in (0, 1, 2)}
+    g = sizes_of(changed[0]).geometry
+    assert contexts_of(changed[0], g) == 1.0 and contexts_of(changed[1], g) == 0.5
+    assert contexts_of(changed[2], g) == pytest.approx(1 - 6 / 28)
+    assert velocities_of(changed[0], g) == 3 * 8 - 2
+    assert velocities_of(changed[1], g) == 3 - 2 / 8
+    assert replay_rows(changed[1], g) == 3
+
+
+def test_the_lead_by_hand(folder):
+    config = config_of(folder, score={"clip_frames": 8, "min_frames": 4, "lead": 4})
+    g, whole = sizes_of(config).geometry, config_of(folder)
+    assert amounts(config, g).decoded_prefix == 4.0
+    assert amounts(whole, g, field=99) == amounts(whole, g) != amounts(whole, g, field=5)
+
+
+def test_the_backward_pass_is_counted(folder):
+    """Of all weights twice the forward pass and what is recomputed; of an adapter less, because no
+    gradient of the maps under it is made."""
+    full = costs(*((c := config_of(folder)), sizes_of(c)))
+    adapter = config_of(folder, policy={"train": "lora", "rank": 2})
+    small = costs(adapter, sizes_of(adapter))
+    assert 2.5 < full.gradient.flops / full.replay.flops < 3.2
+    assert 1.9 < small.gradient.flops / small.replay.flops < 2.9
+    assert 0.7 < small.bare < 1.0 == full.bare and small.maps > 0 == full.maps
+
+
+def test_savings_are_those_of_the_changed_recipe(folder):
+    """Each by itself, as the planner counts the recipe with that option; what is on is left out."""
+    config = config_of(folder, groups=2, policy={"train": "lora", "rank": 2, "sync_interval": 2})
+    sizes = sizes_of(config)
+    found = costs(config, sizes)
+    saved = savings(config, sizes, found)
+    assert {"--rollout.forks 2", "--policy.merge-rollouts", "--policy.sync-interval 1"} <= set(
+        saved
+    )
+    assert "--objective.kl-beta 0.0 --objective.no-kl-watch" in saved
+
+    def flops(config):
+        counted = amounts(config, sizes.geometry, 1, found.field)
+        return sum(work(config, sizes, found, counted).values())
+
+    fewer = with_changes(config, {"pairs.count": 4})
+    assert saved["--pairs.count 4"] == pytest.approx(1 - flops(fewer) / flops(config))
+    assert "--pairs.count 4" not in savings(fewer, sizes, found)
+    assert all(0.0 < share < 1.0 for share in saved.values())
+
+
+def test_options_that_are_said_are_understood():
+    for changes in SWITCHES:
+        default = cli._parse("plan", ["longlive", *as_options(changes).split()]).settings
+        assert default == with_changes(load_config(recipe_path("longlive")), changes)
+
+
+def test_a_price(capsys, folder, tmp_path):
+    recipe = write_recipe(tmp_path / "r.yaml", settings(folder))
+    code, out, _ = run(capsys, recipe, "--price", "3")
+    hours = float(out.split(" GPU-hours, ")[0].split()[-1])
+    euros = float(out.split(" euros")[0].split()[-1])
+    assert code == 0 and euros == pytest.approx(3 * hours, rel=0.01)
+    assert "euros" not in run(capsys, recipe)[1]
+    assert "--price -1.0 not negative" in run(capsys, recipe, "--price", "-1")[2]
 
 
 # --- What would fit ---

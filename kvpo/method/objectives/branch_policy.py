@@ -82,6 +82,8 @@ def add_policy_gradient(
         metrics, sketch = learner.add_group(passes, share, advantage, before)
     log_pi = torch.log_softmax(-old_G / tau, dim=0)
     metrics |= _metrics(energy_G, log_pi, tau, loss, learner.policy.lag)
+    if objective.kl_to == "initial" and not objective.asks_reference:
+        del metrics["loss/kl"]  # it would be the one to the behaviour policy
     return GroupUpdate(energy_G, log_pi.exp(), metrics, old_G, reference_G, sketch)
 
 
@@ -97,8 +99,7 @@ def _energies_before(
         return before.old, before.reference
     old_G, reference_G, policy = None, None, learner.policy
     with phases("replay_old"):
-        # also where kl_beta is 0: the drift is to be seen
-        if policy.updates > 0 and objective.kl_to == "initial":
+        if policy.updates > 0 and objective.asks_reference:
             reference_G = _under(learner, policy.reference, members.energies)
         if not policy.on_policy:
             old_G = _under(learner, policy.behaviour, members.energies)

@@ -44,14 +44,6 @@ class DenoisedDistance(ClippedObjective):
     needs: ClassVar[frozenset[Record]] = frozenset({"inputs", "velocities", "clean"})
     uses_energy: ClassVar[bool] = False
 
-    @property
-    def asks_reference(self) -> bool:
-        return self.kl_beta > 0.0 and self.kl_to == "initial"
-
-    @property
-    def watches_kl(self) -> bool:
-        return self.kl_to == "initial"
-
     def refusal(self, explorer: Explorer, sampler: str) -> str:
         """Nothing is refused: branches of every kind lie somewhere."""
         return ""

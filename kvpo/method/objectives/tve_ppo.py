@@ -35,14 +35,6 @@ class TvePpo(ClippedObjective):
     needs: ClassVar[frozenset[Record]] = frozenset({"inputs", "velocities", "clean"})
     uses_energy: ClassVar[bool] = True
 
-    @property
-    def asks_reference(self) -> bool:
-        return self.kl_beta > 0.0 and self.kl_to == "initial"
-
-    @property
-    def watches_kl(self) -> bool:
-        return self.kl_to == "initial"
-
     def refusal(self, explorer: Explorer, sampler: str) -> str:
         """Why an explorer gives branches without an energy."""
         return no_energy(explorer)
