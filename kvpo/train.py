@@ -298,7 +298,7 @@ class Alignment:
             self.silent = self.silent + 1 if lost else 0
         if self.silent >= MOST_SILENT:
             raise ValueError(
-                f"{self.silent} groups in a row could not be measured; the reward that gives nothing is named above, where they were skipped"
+                f"{self.silent} groups in a row could not be measured; the reward that gives nothing is named above, where they were skipped; correct it or leave it out"
             )
 
     @contextmanager

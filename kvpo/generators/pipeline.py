@@ -264,7 +264,7 @@ class Pipeline:
                     )
             if self.stock.text_encoder is None:
                 raise ValueError(
-                    f"the text encoder is not loaded, and {new[0][:60]!r} has not been embedded with the others"
+                    f"the text encoder is not loaded, and {new[0][:60]!r} has not been embedded with the others; load the pipeline with its text encoder, or give all prompts to load_with_texts"
                 )
             # One at a time: padding to a batch's longest prompt may round differently, and a prompt
             # must always read the same.
