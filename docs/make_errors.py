@@ -95,6 +95,7 @@ SECTIONS = {
         "policy/checkpoint.py",
         "method/update.py",
         "common/metrics.py",
+        "common/trackers.py",
         "commands/align.py",
         "commands/report.py",
         "report",

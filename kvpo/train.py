@@ -20,8 +20,9 @@ from kvpo.common.metrics import MetricLog, NoLog, console_line
 from kvpo.common.progress import Bar, Progress
 from kvpo.common.rng import stream
 from kvpo.common.timing import Phases
+from kvpo.common.trackers import Trackers
 from kvpo.common.wording import count_of
-from kvpo.config import RunConfig
+from kvpo.config import RunConfig, to_dict
 from kvpo.distributed.branches import all_rewards, all_rows
 from kvpo.distributed.ranks import Ranks
 from kvpo.distributed.signals import Stopped, not_now, stoppable
@@ -43,7 +44,7 @@ from kvpo.method.update import GroupUpdate, Updater, group_means
 from kvpo.method.velocity_penalty import held_velocities
 from kvpo.policy.policy import Policy
 from kvpo.report.report import write_report
-from kvpo.report.samples import show_group
+from kvpo.report.samples import show_group, shown_videos
 from kvpo.rewards.calibration import refuse_frozen
 from kvpo.runs.build import calibration_clips, evaluation_scripts, judges, script_source, trained
 from kvpo.runs.loading import folder_of, load_pipeline
@@ -146,7 +147,7 @@ class Alignment:
             begun = self.state.begin(resume, override)
             log = NoLog()
             if self.ranks.first:
-                log = MetricLog(self.out, resume_after=begun - 1 if resume else None)
+                log = self._log(begun - 1 if resume else None)
             bar = self.progress.bar("align", self.config.steps, begun)
             with stoppable(), log, self.state.saver, bar as shown:
                 try:
@@ -174,7 +175,7 @@ class Alignment:
             self._evaluate(log)
         while not self.trials.must_stop(self.done, log) and self.done < self.config.steps:
             metrics = self.step(self.done)
-            log.write(self.done, metrics)
+            log.write(self.done, metrics, shown_videos(self.out, "groups", self.done))
             self.state.done += 1
             self.phases.where = f" after {count_of(self.done, 'step')},"
             bar.advance(console_line(self.done, metrics, self.config.steps), log=True)
@@ -187,7 +188,14 @@ class Alignment:
             self._evaluate(log)
 
     def _evaluate(self, log: MetricLog | NoLog) -> None:
-        log.write(self.done - 1, self.trials.evaluate(self.done))
+        metrics = self.trials.evaluate(self.done)
+        log.write(self.done - 1, metrics, shown_videos(self.out, "samples", self.done))
+
+    def _log(self, resume_after: int | None) -> MetricLog:
+        """Open the run's log, and its trackers."""
+        settings = to_dict(self.config)
+        trackers = Trackers(self.config.trackers, self.out, settings, resume_after)
+        return MetricLog(self.out, resume_after, trackers)
 
     def _save(self) -> None:
         with self.phases("checkpoint"):

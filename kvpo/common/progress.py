@@ -141,6 +141,7 @@ class Progress:
         self.phase(what)
         started = time.perf_counter()
         yield
+        self.phase("")
         self.ended(what, time.perf_counter() - started)
 
     def say(self, text: str) -> None:
