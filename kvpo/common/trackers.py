@@ -24,8 +24,8 @@ from kvpo.common.files import first_line, write_atomic
 
 Name = Literal["tensorboard", "wandb", "trackio"]
 PROJECT, IDS = "kvpo", "trackers.json"
-FRAMES = 48
-"""Most frames of a video in TensorBoard, which shows it as a GIF."""
+FRAMES, PIXELS = 48, 512
+"""Most frames and longest side of a video in TensorBoard, which shows it as a GIF."""
 
 
 def check_installed(name: Name) -> None:
@@ -153,6 +153,8 @@ def _add_video(board: Any, title: str, path: Path, step: int) -> None:
     frames, fps = read_mp4(path)
     every = -(-len(frames) // FRAMES)
     pictures = [Image.fromarray(f.permute(1, 2, 0).numpy()) for f in frames[::every]]
+    for picture in pictures:
+        picture.thumbnail((PIXELS, PIXELS))
     written = io.BytesIO()
     pictures[0].save(
         written,
@@ -163,8 +165,8 @@ def _add_video(board: Any, title: str, path: Path, step: int) -> None:
         loop=0,
     )
     image = Summary.Image(
-        height=frames.shape[-2],
-        width=frames.shape[-1],
+        height=pictures[0].height,
+        width=pictures[0].width,
         colorspace=3,
         encoded_image_string=written.getvalue(),
     )
