@@ -34,6 +34,8 @@ told("env")
 told("plan", "r.yaml")
 told("generate", "p", "--prompt", %r, "--blocks", 4, "--out", "videos")
 told("align", "r.yaml", "--out", "run")
+told("evaluate", "run:ema", "--recipe", "r.yaml", "--scripts", 2, "--out", "e.json")
+told("doctor", "r.yaml")
 """
 
 
@@ -72,11 +74,10 @@ def test_commands_in_a_container(volume):
     """`kvpo env` ended for want of a home folder, of which it was to say where it is."""
     done = contained(volume, COMMANDS % RED)
     codes = [line for line in done.stdout.splitlines() if line.startswith("CODE")]
-    assert codes == [f"CODE {name} 0" for name in ("env", "plan", "generate", "align")], (
-        done.stdout + done.stderr
-    )
+    names = ("env", "plan", "generate", "align", "evaluate", "doctor")
+    assert codes == [f"CODE {name} 0" for name in names], done.stdout + done.stderr
     assert "none: there is no home folder" in done.stdout
     said = [line for line in done.stderr.splitlines() if "not kept on disk" in line]
-    assert len(said) == 1, "one line, of the one command that would have kept them"
+    assert len(said) == 2, "a line of each command that would have kept them: align and doctor"
     assert (volume / "run" / "report.html").stat().st_uid == int(USER)
     assert (volume / "videos" / "000.mp4").is_file()
