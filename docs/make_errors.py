@@ -1,8 +1,8 @@
-"""docs/errors.md: every refusal of the program, by what it says, its reason and the way out.
+"""docs/errors/: every refusal of the program, by what it says, its reason and the way out.
 
     python docs/make_errors.py --write
 
-It stands beside the page that it makes and nowhere else: the program does not need it, and it
+docs/errors.md is their index. It stands beside the pages that it makes and nowhere else: the program does not need it, and it
 measures nothing, which is what benchmarks/ is for. It reads the code's syntax trees, imports
 nothing of the package, and invents nothing: what a row has is what a message in the code has,
 "what is wrong: the reason; the way out" cut at its own signs. A row without a way out is a message
@@ -23,6 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "errors.md"
+"""Index of the pages, which lie in a folder of its name."""
 
 REFUSALS = {"ValueError", "OSError", "FloatingPointError", "FileNotFoundError"}
 REFUSALS |= {"PermissionError", "ConnectionError"}
@@ -98,6 +99,7 @@ SECTIONS = {
         "policy/checkpoint.py",
         "method/update.py",
         "common/metrics.py",
+        "common/trackers.py",
         "commands/align.py",
         "commands/report.py",
         "report",
@@ -675,9 +677,12 @@ with exit code 1; a function of the API raises the same message as `ValueError`,
 `FileNotFoundError`, `PermissionError`, `ConnectionError`) or `FloatingPointError`. Words in {braces}
 stand for values of yours, words in [brackets] are not always said, and *or* stands between ways out
 of which a message names the one that fits. A message is the row read from left to right. To find
-one, search this page for a few of its words that are no value.
+one, search for a few of its words that are no value: on the site, or by `grep -r "WORDS" docs/errors`.
 
 Made from the code by `python docs/make_errors.py --write`; a test compares.
+
+| Page | Messages | Of |
+|---|---|---|
 """
 
 
@@ -696,18 +701,35 @@ def section_of(file: str) -> str:
     return max(found)[1]
 
 
-def page() -> str:
+def pages() -> dict[Path, str]:
+    """File -> text of the index and of a page for each section."""
     by_section: dict[str, dict[str, list[Message]]] = {name: {} for name in SECTIONS}
     for message in messages():
         files = by_section[section_of(message.file)]
         files.setdefault(message.file, []).append(message)
-    return HEAD + "".join(_section(name, files) for name, files in by_section.items() if files)
+    by_section = {name: files for name, files in by_section.items() if files}
+    rows = "".join(_row(name, files) for name, files in by_section.items())
+    return {PAGE: HEAD + rows} | {
+        PAGE.with_suffix("") / f"{_slug(name)}.md": _section(name, files)
+        for name, files in by_section.items()
+    }
+
+
+def _slug(name: str) -> str:
+    return name.lower().replace(" ", "_")
+
+
+def _row(name: str, files: dict[str, list[Message]]) -> str:
+    """The section's line in the index."""
+    number = sum(map(len, files.values()))
+    places = ", ".join(f"`{file}`" for file in files)
+    return f"| [{name}](errors/{_slug(name)}.md) | {number} | {places} |\n"
 
 
 def _section(name: str, files: dict[str, list[Message]]) -> str:
-    lines = ["", f"## {name}", ""]
+    lines = [f"# {name}", "", f"What is refused, and the way out. [All rooms](../{PAGE.name})", ""]
     for file, found in files.items():
-        lines += [f"`kvpo/{file}`", "", "| It says | because | way out |", "|---|---|---|"]
+        lines += [f"## `kvpo/{file}`", "", "| It says | because | way out |", "|---|---|---|"]
         lines += [
             f"| {_cell(m.text)} | {_cell(m.reason)} | {_cell(' *or* '.join(m.ways)) or '-'} |"
             for m in found
@@ -723,8 +745,13 @@ def _cell(text: str) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--write", action="store_true", help="write the page; else only print it")
-    if parser.parse_args().write:
-        PAGE.write_text(page(), encoding="utf-8")
-    else:
-        print(page(), end="")
+    parser.add_argument(
+        "--write", action="store_true", help="write the pages; else only print them"
+    )
+    write = parser.parse_args().write
+    for path, text in pages().items():
+        if write:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        else:
+            print(text)

@@ -116,6 +116,10 @@ class RunConfig:
     A group at full size takes minutes."""
     show_every: int = 20
     """Steps between recorded branch grids; 0 = none."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+    """Trackers that get metrics, videos and settings; metrics.jsonl is written in any case.
+    `tensorboard`: in the run's folder; `wandb` and `trackio`, which must be installed, in a project
+    kvpo. A resumed run goes on in the same run of its tracker."""
     rewards: tuple[RewardEntry, ...] = (
         RewardEntry("world_vq"),
         RewardEntry("world_mq"),

@@ -18,8 +18,9 @@ from kvpo.common.environment import take_peak
 from kvpo.common.metrics import MetricLog, NoLog, console_line
 from kvpo.common.progress import Bar, Progress
 from kvpo.common.rng import stream
+from kvpo.common.trackers import Trackers
 from kvpo.common.wording import count_of
-from kvpo.config import RunConfig
+from kvpo.config import RunConfig, to_dict
 from kvpo.distributed.branches import all_rewards, all_rows
 from kvpo.distributed.ranks import Ranks
 from kvpo.distributed.signals import Stopped, not_now, stoppable
@@ -32,7 +33,7 @@ from kvpo.method.score import pixel_diversity
 from kvpo.method.update import GroupUpdate, group_means
 from kvpo.method.velocity_penalty import held_velocities
 from kvpo.report.report import write_report
-from kvpo.report.samples import show_group
+from kvpo.report.samples import show_group, shown_videos
 from kvpo.runs.monitor import Trials
 from kvpo.runs.parts import Parts
 from kvpo.runs.state import RunState
@@ -83,7 +84,7 @@ class Alignment(Parts):
             begun = self.state.begin(resume, override)
             log = NoLog()
             if self.ranks.first:
-                log = MetricLog(self.out, resume_after=begun - 1 if resume else None)
+                log = self._log(begun - 1 if resume else None)
             bar = self.progress.bar("align", self.config.steps, begun)
             with stoppable(), log, self.state.saver, bar as shown:
                 try:
@@ -106,7 +107,7 @@ class Alignment(Parts):
             self._evaluate(log)
         while not self.trials.must_stop(self.done, log) and self.done < self.config.steps:
             metrics = self.step(self.done)
-            log.write(self.done, metrics)
+            log.write(self.done, metrics, shown_videos(self.out, "groups", self.done))
             self.state.done += 1
             self.phases.where = f" after {count_of(self.done, 'step')},"
             bar.advance(console_line(self.done, metrics, self.config.steps), log=True)
@@ -119,7 +120,14 @@ class Alignment(Parts):
             self._evaluate(log)
 
     def _evaluate(self, log: MetricLog | NoLog) -> None:
-        log.write(self.done - 1, self.trials.evaluate(self.done))
+        metrics = self.trials.evaluate(self.done)
+        log.write(self.done - 1, metrics, shown_videos(self.out, "samples", self.done))
+
+    def _log(self, resume_after: int | None) -> MetricLog:
+        """Open the run's log, and its trackers."""
+        settings = to_dict(self.config)
+        trackers = Trackers(self.config.trackers, self.out, settings, resume_after)
+        return MetricLog(self.out, resume_after, trackers)
 
     def _save(self) -> None:
         with self.phases("checkpoint"):
@@ -234,7 +242,7 @@ class Alignment(Parts):
             self.silent = self.silent + 1 if lost else 0
         if self.silent >= MOST_SILENT:
             raise ValueError(
-                f"{self.silent} groups in a row could not be measured; the reward that gives nothing is named above, where they were skipped"
+                f"{self.silent} groups in a row could not be measured; the reward that gives nothing is named above, where they were skipped; correct it or leave it out"
             )
 
     @contextmanager

@@ -62,7 +62,7 @@ class Script:
         """Index of the segment that holds at ``block``."""
         if not 0 <= block < self.blocks:
             raise ValueError(
-                f"script {self.id!r} has no block {block}; its {self.blocks} blocks count from 0"
+                f"script {self.id!r} has no block {block}; give one from 0 to {self.blocks - 1}"
             )
         return max(i for i, start in enumerate(self.starts) if start <= block)
 

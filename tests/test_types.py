@@ -20,7 +20,7 @@ def test_segments_cover_the_video_once():
 
 @pytest.mark.parametrize("block", (-1, 49))
 def test_a_block_outside_the_video_is_refused(block):
-    with pytest.raises(ValueError, match=f"'cat' has no block {block}; its 49 blocks"):
+    with pytest.raises(ValueError, match=f"'cat' has no block {block}; give one from 0 to 48"):
         STORY.segment(block)
 
 

@@ -44,7 +44,8 @@ def measured(
     progress: Progress,
 ) -> tuple[Scored, str]:
     """Evaluate one generator as a recipe says, with a bar; returns its numbers and its label."""
-    pipeline, label = loaded(generator, device, config)
+    with progress.timed("loading the generator"):
+        pipeline, label = loaded(generator, device, config)
     sampler = SAMPLERS[config.sampler]
     with progress.bar(f"evaluate {label}", len(stories)) as bar:
         asked = (stories, rewards, config.score, config.evaluate, bar.move_to)

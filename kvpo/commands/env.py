@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
 from kvpo.common.environment import environment, pick_device, version_of
+from kvpo.common.files import first_line
 from kvpo.rewards.isolated.environments import default_folder
 
 
@@ -70,13 +72,18 @@ def folders() -> dict[str, str]:
     from kvpo.generators.embeddings import cache_folder
 
     return {
-        "prompt cache": _place(cache_folder(), "KVPO_CACHE"),
-        "environments": _place(default_folder(), "KVPO_ENVS"),
-        "released": _place(Path(HF_HUB_CACHE), "HF_HUB_CACHE"),
+        "prompt cache": _place(cache_folder, "KVPO_CACHE"),
+        "environments": _place(default_folder, "KVPO_ENVS"),
+        "released": _place(lambda: Path(HF_HUB_CACHE), "HF_HUB_CACHE"),
     }
 
 
-def _place(folder: Path, variable: str) -> str:
+def _place(find: Callable[[], Path], variable: str) -> str:
+    """A folder in words; in a container there may be no home folder to have it."""
+    try:
+        folder = find()
+    except (OSError, ValueError) as error:
+        return f"none: {first_line(error)}"
     notes = [
         "" if folder.exists() else "not there yet",
         f"by ${variable}" * (variable in os.environ),

@@ -82,7 +82,11 @@ def evaluate_command(args: Evaluate) -> None:
     for spec in generators:
         check_prompts(pipeline_folder(spec), scripts, progress.warn)
     say_replaced([out], progress.say)
-    rewards = load_rewards(config.rewards, device)
+    progress.log(
+        f"kvpo evaluate {' against '.join(generators)} on {device}: {_measured_on(args, len(scripts))}, into {out}"
+    )
+    with progress.timed("loading the rewards"):
+        rewards = load_rewards(config.rewards, device)
     kinds = kinds_of(
         rewards, args.seeds, trained_families(args.generator) | trained_families(args.against)
     )

@@ -66,7 +66,7 @@ def explore_command(args: Explore) -> None:
     config = args.settings
     device = pick_device(args.settings.device)
     progress = Progress()
-    phases = Phases()
+    phases = Phases(progress.phase, progress.ended)
     scripts, generator = evaluation_scripts(config), args.generator or config.pipeline
     if not 0 <= args.script < len(scripts):
         raise ValueError(
@@ -77,9 +77,16 @@ def explore_command(args: Explore) -> None:
     script, out = scripts[args.script], unused(args.out) if args.out == Explore.out else args.out
     try_folder(out)
     check_prompts(pipeline_folder(generator), [script], progress.warn)
-    rewards, advantages = judges(replace(config, rewards=tuple(config.rewards_of("train"))), device)
-    pipeline, label = load_generator(generator, device, config.vae_dtype, config.dtype)
-    embeddings = dict(zip(script.texts, pipeline.encode_text(script.texts)))
+    progress.log(
+        f"kvpo explore {args.recipe} with {generator} on {device}: script {args.script}, {config.rollout.branches} branches, into {out}"
+    )
+    with progress.timed("loading the rewards"):
+        rewards, advantages = judges(
+            replace(config, rewards=tuple(config.rewards_of("train"))), device
+        )
+    with progress.timed("loading the generator"):
+        pipeline, label = load_generator(generator, device, config.vae_dtype, config.dtype)
+        embeddings = dict(zip(script.texts, pipeline.encode_text(script.texts)))
     chosen = config.explorer if args.by == "recipe" else args.by
     folder = out / f"script-{args.script}-{chosen}"
     say_replaced([folder / "groups" / "step-000000"], progress.say)
@@ -112,6 +119,7 @@ def explore_command(args: Explore) -> None:
             forks,
             args.tries,
             lambda f: window_diversity(pipeline, rolled(config.exploring, f, lambda w: w.stop)),
+            progress,
         )
     rollout = rolled(explorer, fork)
     scores, pixels, advantage, energy = score_group(
@@ -153,7 +161,7 @@ def explore_command(args: Explore) -> None:
 
 
 def widest_fork(
-    forks: Sequence[int], tries: int, diversity: Callable[[int], float]
+    forks: Sequence[int], tries: int, diversity: Callable[[int], float], progress: Progress
 ) -> tuple[int, str]:
     """Choose the one of a few ``forks`` whose branches differ most, and say so in a line.
 
@@ -168,7 +176,11 @@ def widest_fork(
     picked = [
         forks[i * len(forks) // min(tries, len(forks))] for i in range(min(tries, len(forks)))
     ]
-    found = {fork: diversity(fork) for fork in picked}
+    found = {}
+    with progress.bar("forks tried", len(picked)) as bar:
+        for fork in picked:
+            found[fork] = diversity(fork)
+            bar.advance(f"block {fork}: pixel diversity {found[fork]:.2g}")
     best = max(found, key=lambda fork: found[fork])
     tried = ", ".join(f"{fork}: {value:.2g}" for fork, value in found.items())
     return (

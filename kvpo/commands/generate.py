@@ -71,7 +71,12 @@ class Generate:
         check_prompts(folder, scripts, progress.warn)
         videos = self.videos(scripts, progress)
         dtype = precision(self.generator, device, self.dtype)
-        pipeline, label = load_generator(self.generator, device, dtype or "float32", dtype)
+        blocks = sum(script.blocks for script, _, _ in videos)
+        progress.log(
+            f"kvpo generate {self.generator} on {device}: {count_of(len(videos), 'video')}, {count_of(blocks, 'block')} in all, into {videos[0][2].parent}"
+        )
+        with progress.timed("loading the generator"):
+            pipeline, label = load_generator(self.generator, device, dtype or "float32", dtype)
         for path in self.lora:
             progress.say(f"{path}: {add_lora(pipeline, path, self.lora_scale)}")
         made_with = {
@@ -80,9 +85,7 @@ class Generate:
             "lora": list(map(str, self.lora)),
             "lora_scale": self.lora_scale,
         }
-        with progress.bar(
-            f"generate with {label}", sum(s.blocks for s in scripts) * len(self.seeds)
-        ) as bar:
+        with progress.bar(f"generate with {label}", blocks) as bar:
             for script, seed, path in videos:
                 about = about_video(script, seed, label, **made_with)
                 rate = write_video(pipeline, SAMPLERS[self.sampler], script, seed, path, bar, about)

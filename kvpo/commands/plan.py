@@ -27,7 +27,25 @@ class Plan:
     With branch_parallel it takes its share of a group's branches."""
     nodes: int = 1
     """Machines of so many cards."""
-    card: Literal["h200", "h100", "a100", "l40s", "rtx4090", "rtx5090"] = "h100"
+    card: Literal[
+        "b300",
+        "gb200",
+        "b200",
+        "gh200",
+        "h200",
+        "h100",
+        "h100nvl",
+        "h100pcie",
+        "h20",
+        "a100",
+        "a100-40gb",
+        "l40s",
+        "rtxpro6000",
+        "rtx6000ada",
+        "rtx5090",
+        "rtx4090",
+        "rtx3090",
+    ] = "h100"
     """Card that gives the time, and the memory unless that is given."""
     gpu_memory: float = 0.0
     """GB of one card, as sold; 0 = the card's."""

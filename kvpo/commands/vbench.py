@@ -63,6 +63,9 @@ class Vbench:
             )
         try_folder(self.out)
         check_prompts(pipeline_folder(self.generator), scripts, progress.warn)
+        progress.log(
+            f"kvpo vbench {self.generator}: {len(scripts)} prompts with {len(self.seeds)} videos each, into {self.out}"
+        )
         label = self.write_videos(scripts, config, progress)
         if not python:
             progress.say(
@@ -120,9 +123,10 @@ class Vbench:
         from kvpo.generators.sampler import SAMPLERS
         from kvpo.runs.loading import load_generator
 
-        pipeline, label = load_generator(
-            self.generator, pick_device(self.device), config.vae_dtype, config.dtype
-        )
+        with progress.timed("loading the generator"):
+            pipeline, label = load_generator(
+                self.generator, pick_device(self.device), config.vae_dtype, config.dtype
+            )
         made = self.out / "videos.json"
         record = {
             "label": label,

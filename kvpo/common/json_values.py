@@ -79,13 +79,16 @@ def _read(text: str, begin: int, whole: bool = True) -> tuple[Any, int]:
     try:
         value, end = decoder.raw_decode(text, lead)
     except json.JSONDecodeError as error:
-        raise JsonFault(f"not JSON ({error.msg})", begin + error.pos) from None
+        raise JsonFault(
+            f"not JSON ({error.msg}); correct it, or write one prompt a line", begin + error.pos
+        ) from None
     except RecursionError:
         raise JsonFault(
-            "brackets within brackets without end are no prompts", begin + lead
+            "brackets within brackets without end are no prompts; write one list of texts",
+            begin + lead,
         ) from None
     except ValueError as error:  # a number too long to be read
-        raise JsonFault(f"not JSON ({error})", begin + lead) from None
+        raise JsonFault(f"not JSON ({error}); write a shorter number", begin + lead) from None
     except _Twins as twins:
         raise JsonFault(
             f"the key {str(twins)!r} stands there twice, and only one could be read; take one out",
@@ -93,7 +96,8 @@ def _read(text: str, begin: int, whole: bool = True) -> tuple[Any, int]:
         ) from None
     if whole and text[end:].strip():
         raise JsonFault(
-            "not JSON (something follows the value)", begin + _SPACE.match(text, end).end()
+            "not JSON (something follows the value); put it on a line of its own, or take it out",
+            begin + _SPACE.match(text, end).end(),
         )
     return value, end
 

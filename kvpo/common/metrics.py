@@ -1,6 +1,6 @@
 """Every metric of a run, declared once.
 
-It is then written to `metrics.jsonl`, TensorBoard and the console.
+It is then written to `metrics.jsonl`, the run's trackers and the console.
 
 To add a metric, add a line to `DECLARED` and write docs/metrics.md anew (``python -m
 kvpo.common.metrics > docs/metrics.md``); logging a name that no line declares is an error. A
@@ -19,7 +19,10 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+if TYPE_CHECKING:
+    from kvpo.common.trackers import Trackers
 
 T = TypeVar("T")
 
@@ -346,15 +349,17 @@ def pick(values: Mapping[str, T], pattern: str) -> dict[str, T]:
 class MetricLog:
     """Log of a run's metrics, one line and one flush a step.
 
-    It appends to ``folder/metrics.jsonl`` and ``folder/tensorboard``.
+    It appends to ``folder/metrics.jsonl``, and tells the run's trackers.
 
     A line is ``{"step": 3, "unix_time": 1.7e9, "loss/kl": 0.01, ...}``. JSON has no NaN or
     infinity: they are written as the strings "NaN", "Infinity", "-Infinity", which `read_metrics`
     turns back into numbers.
     """
 
-    def __init__(self, folder: Path, resume_after: int | None = None, tensorboard: bool = True):
-        """Open the log of a run.
+    def __init__(
+        self, folder: Path, resume_after: int | None = None, trackers: Trackers | None = None
+    ):
+        """Open the log of a run; ``trackers`` are closed with it.
 
         ``resume_after``: the last step to keep (-1: none); None = a new run. Raises ValueError if a
         new run's log is there already.
@@ -368,12 +373,14 @@ class MetricLog:
                 f"{self.path} already holds a run; resume that run, or choose another folder"
             )
         self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        self._board = (
-            _board(self.path.parent / "tensorboard", resume_after) if tensorboard else None
-        )
+        self._trackers = trackers
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
+    def write(
+        self, step: int, values: Mapping[str, float], videos: Mapping[str, Path] | None = None
+    ) -> None:
         """Log ``values`` (numbers or one-element tensors) of a step.
+
+        ``videos``: files that trackers show, by name.
 
         Raises ValueError for an undeclared name: nothing is written then.
         """
@@ -384,15 +391,14 @@ class MetricLog:
             name: _to_json(number) for name, number in numbers.items()
         }
         _append(self._file, json.dumps(record, allow_nan=False).encode() + b"\n", self.path)
-        if self._board is not None:
-            for name, number in numbers.items():
-                self._board.add_scalar(name, number, step)
-            self._board.flush()
+        if self._trackers is not None:
+            self._trackers.write(step, numbers)
+            self._trackers.show(step, videos or {})
 
     def close(self) -> None:
         os.close(self._file)
-        if self._board is not None:
-            self._board.close()
+        if self._trackers is not None:
+            self._trackers.close()
 
     def __enter__(self) -> MetricLog:
         return self
@@ -404,18 +410,14 @@ class MetricLog:
 class NoLog:
     """Log of the ranks that do not write."""
 
-    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+    def write(
+        self, step: int, values: Mapping[str, float], videos: Mapping[str, Path] | None = None
+    ) -> None: ...
 
     def __enter__(self) -> NoLog:
         return self
 
     def __exit__(self, *_) -> None: ...
-
-
-def _board(folder: Path, resume_after: int | None):
-    from torch.utils.tensorboard import SummaryWriter  # takes a second: only runs that log pay it
-
-    return SummaryWriter(str(folder), purge_step=None if resume_after is None else resume_after + 1)
 
 
 def _append(file: int, line: bytes, path: Path) -> None:
@@ -511,7 +513,7 @@ _DOCS_HEAD = """# Metrics
 Generated from `kvpo.common.metrics.DECLARED` by `python -m kvpo.common.metrics > docs/metrics.md`; a test compares.
 
 A run writes them to `metrics.jsonl`, one JSON object a line with `step` and `unix_time` beside the metrics, and to
-`tensorboard/`. Several lines may share a step (an evaluation follows its update); where they name the same metric, the last one holds.
+its `trackers`: `tensorboard/` unless the recipe names others. Several lines may share a step (an evaluation follows its update); where they name the same metric, the last one holds.
 Numbers that are not finite are the strings `"NaN"`, `"Infinity"` and `"-Infinity"`, so that every line is JSON.
 The console shows a view of the same record. "Better" says where training should move a metric; `-` = neither way is good as such.
 """

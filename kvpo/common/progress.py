@@ -29,21 +29,32 @@ LONG = 30.0
 class Bar:
     """One piece of work under way."""
 
-    def __init__(self, owner: Progress, task):
+    def __init__(self, owner: Progress, task, name: str, total: int, done: int):
         self._owner, self._task = owner, task
+        self._name, self._total, self._done = name, total, done
+        self._logged = time.perf_counter()
 
     def advance(self, line: str = "", log: bool = False) -> None:
         """Count one more unit done, and show ``line`` below the bars until the next.
 
         With ``log`` it stays in output that goes into a file.
         """
-        self._owner.bars.update(self._task, advance=1)
         self._owner.show(line)
-        if log:
-            self._owner.log(line)
+        self._moved(self._done + 1, line, log)
 
     def move_to(self, done: int) -> None:
+        self._moved(done)
+
+    def _moved(self, done: int, line: str = "", log: bool = False) -> None:
+        self._done, now = done, time.perf_counter()
         self._owner.bars.update(self._task, completed=done)
+        if log:
+            self._owner.log(line)
+        elif now - self._logged > LONG:  # a log shows no bar: now and then it says how far it is
+            self._owner.log(f"{self._name} {done}/{self._total}{f', {line}' if line else ''}")
+        else:
+            return
+        self._logged = now
 
 
 class Progress:
@@ -73,14 +84,18 @@ class Progress:
 
     @contextmanager
     def bar(self, name: str, total: int, done: int = 0) -> Iterator[Bar]:
-        """Show a bar for a piece of work; bars may nest and share one live display."""
-        outermost = self._live is None
+        """Show a bar for a piece of work; bars may nest and share one live display.
+
+        In output that goes into a file it is a line every half a minute, and one when long work is
+        done.
+        """
+        started, outermost = time.perf_counter(), self._live is None
         if outermost:
             self._live = Live(self.bars, console=self._console, refresh_per_second=4)
             self._live.start()
         task = self.bars.add_task(name, total=total, completed=done)
         try:
-            yield Bar(self, task)
+            yield Bar(self, task, name, total, done)
         finally:
             if outermost:
                 self._live.stop()
@@ -89,6 +104,7 @@ class Progress:
                 if not self._console.is_terminal:
                     self._console.line()
             self.bars.remove_task(task)
+        self.ended(name, time.perf_counter() - started)
 
     def show(self, line: str) -> None:
         self.note(line)
@@ -125,6 +141,7 @@ class Progress:
         self.phase(what)
         started = time.perf_counter()
         yield
+        self.phase("")
         self.ended(what, time.perf_counter() - started)
 
     def say(self, text: str) -> None:

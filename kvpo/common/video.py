@@ -355,7 +355,7 @@ def grid(
     accents = accents or [""] * len(clips)
     if not clips or not len(clips) == len(captions) == len(accents):
         raise ValueError(
-            f"{len(clips)} clips, {len(captions)} captions, {len(accents)} accents: a grid needs one of each for each of at least one clip"
+            f"{len(clips)} clips, {len(captions)} captions, {len(accents)} accents; give one of each for each of at least one clip"
         )
     clips = [
         enlarge(check_video(clip, f"clip {i}"), -(-tile // min(clip.shape[-2:])))
@@ -363,7 +363,7 @@ def grid(
     ]
     if len({clip.shape[-2:] for clip in clips}) > 1:
         raise ValueError(
-            f"clips differ in size: {sorted({tuple(clip.shape[-2:]) for clip in clips})}; a grid needs one size"
+            f"clips differ in size: {sorted({tuple(clip.shape[-2:]) for clip in clips})}; give clips of one size"
         )
     steps, (height, width) = max(len(clip) for clip in clips), clips[0].shape[-2:]
     columns = columns or _columns(len(clips))
@@ -393,7 +393,7 @@ def strips(rows: Sequence[tuple[str, torch.Tensor]], frames: int = 8, tile: int 
     First and last frame are included: it is the still form of a grid.
     """
     if not rows or frames < 1:
-        raise ValueError(f"{len(rows)} videos, {frames} frames: strips need at least one of each")
+        raise ValueError(f"{len(rows)} videos, {frames} frames; give at least one of each")
     images = []
     for label, video in rows:
         at = torch.linspace(0, len(check_video(video, label)) - 1, frames).round().long()

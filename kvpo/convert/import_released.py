@@ -22,7 +22,7 @@ from kvpo.common.finite import check_finite
 from kvpo.common.weights import State, _sha256, account
 from kvpo.convert.lora import adapter_in, described, is_adapter, merge
 from kvpo.convert.wan_base import BaseFolder, new_transformer, open_base, save_transformer
-from kvpo.convert.wan_names import generator_state, keeps_float32
+from kvpo.convert.wan_names import OF_TRAINERS, generator_state, keeps_float32, unfolded
 from kvpo.convert.weight_files import find_weights
 from kvpo.generators.pipeline import Geometry
 
@@ -184,7 +184,7 @@ def _weights(
         for i, f in enumerate(found)
         if len(f.files) == 1 or f.files not in [g.files for g in found[:i]]
     ]
-    contents = [(f, f.read()) for f in found]
+    contents = [(f, unfolded(f.read())) for f in found]
     generators, adapters = (
         [c for c in contents if is_adapter(c[1]) == wanted] for wanted in (False, True)
     )
@@ -198,7 +198,11 @@ def _weights(
         {n: t.shape for n, t in new_transformer(config).state_dict().items()},
     )
     path = files.path
-    state, key = generator_state(content, path, (which,) if which else kind.prefer)
+    state, key = generator_state(content, path, (which,) if which else (*kind.prefer, *OF_TRAINERS))
+    if which and not key:
+        raise ValueError(
+            f"--weights {which}: {path} holds one generator and no keys to choose from; leave it out"
+        )
     account(
         state,
         wanted,

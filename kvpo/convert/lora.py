@@ -8,8 +8,9 @@
     halves    lora_A / lora_B, lora_down / lora_up, with or without an adapter's name:
               lora_A.default.weight
     scale     X.alpha beside the halves; `lora_adapter_metadata` in a safetensors header, as
-              diffusers writes it; adapter_config.json of PEFT.  Nothing said means alpha = rank,
-              as diffusers and ComfyUI take it
+              diffusers writes it; adapter_config.json of PEFT; `ss_network_alpha` of kohya's
+              trainers, where nothing else says it.  Nothing said means alpha = rank, as diffusers
+              and ComfyUI take it
 
 What is stored in two places must agree.  ``strength`` is the user's and multiplies, as in
 diffusers and ComfyUI.
@@ -28,8 +29,9 @@ from typing import Any, NamedTuple
 import torch
 
 from kvpo.common.finite import check_finite
+from kvpo.common.text_files import read_text
 from kvpo.common.weights import State
-from kvpo.convert.wan_names import bare_name, original_to_diffusers
+from kvpo.convert.wan_names import bare_name, original_to_diffusers, unfolded
 from kvpo.convert.weight_files import ADAPTER_CONFIG, WeightFiles, find_weights
 from kvpo.generators.pipeline import Pipeline
 
@@ -145,6 +147,8 @@ def adapter_in(found: WeightFiles, content: Mapping[str, Any]) -> Adapter:
     It minds what their header and their adapter_config.json say.
     """
     stated = [s for s in (_of_header(found), _of_config(found)) if s is not None]
+    if not stated and not any(name.endswith(".alpha") for name in content):
+        stated = _of_trainer(found)
     return adapter_of(content, found.path, stated)
 
 
@@ -154,6 +158,7 @@ def adapter_of(content: Mapping[str, Any], path: Path, stated: Iterable[Stated] 
     ValueError for halves without their other, for scales that contradict each other, and for what
     is no LoRA.
     """
+    content = unfolded(content)
     nested = next(
         (content[key] for key in NESTED if isinstance(content.get(key), Mapping)), content
     )
@@ -168,10 +173,7 @@ def adapter_of(content: Mapping[str, Any], path: Path, stated: Iterable[Stated] 
     for name, parts in modules.items():
         module = _diffusers_name(name)
         if module in adapter:
-            raise ValueError(
-                f"{path} holds two LoRAs of {module}, under different names; give each a file of "
-                "its own"
-            )
+            raise ValueError(_two_of(path, module))
         adapter[module] = _low_rank(path, name, module, parts, stated)
     return adapter
 
@@ -223,7 +225,7 @@ def described(adapter: Adapter, strength: float) -> str:
 def _collected(state: State, path: Path) -> dict[str, dict[str, torch.Tensor]]:
     """Module as the file names it, without prefixes -> its parts: A, B, B.bias, alpha, diff_b."""
     modules: dict[str, dict[str, torch.Tensor]] = {}
-    adapters, strange = set(), []
+    adapters, strange, twice = set(), [], ""
     for full, tensor in state.items():
         if kind := next(
             (
@@ -242,12 +244,16 @@ def _collected(state: State, path: Path) -> dict[str, dict[str, torch.Tensor]]:
             continue
         module, part, adapter = module_part
         adapters.add(adapter)
-        modules.setdefault(_module_name(module, path), {})[part] = tensor
+        parts = modules.setdefault(_module_name(module, path), {})
+        twice = twice or (module if part in parts else "")
+        parts[part] = tensor
     if len(adapters - {None}) > 1:
         raise ValueError(
             f"{path} holds {len(adapters - {None})} adapters, "
             f"{', '.join(sorted(a for a in adapters if a))}; save the one that is meant alone"
         )
+    if twice:
+        raise ValueError(_two_of(path, twice))
     for full in strange:
         if not (full.endswith((".diff", ".diff_b")) and not state[full].any()):
             raise ValueError(
@@ -259,6 +265,10 @@ def _collected(state: State, path: Path) -> dict[str, dict[str, torch.Tensor]]:
         for m, parts in modules.items()
         if set(parts) != {"diff_b"} or parts["diff_b"].any()
     }
+
+
+def _two_of(path: Path, module: str) -> str:
+    return f"{path} holds two LoRAs of {module}, under different names; give each a file of its own"
 
 
 def _part(full: str) -> tuple[str, str, str | None] | None:
@@ -363,12 +373,28 @@ def _of_header(found: WeightFiles) -> Stated | None:
     return _stated(own or {k: v for k, v in config.items() if "." not in k}, source, found.path)
 
 
+def _of_trainer(found: WeightFiles) -> list[Stated]:
+    """Read alpha from the notes of kohya's trainers in a header, where no alpha tensor says it.
+
+    The tensors come first where they are there: single blocks may have been trained at another one.
+    """
+    alpha = found.header().get("ss_network_alpha", "None")
+    if alpha == "None":
+        return []
+    try:
+        return [Stated("ss_network_alpha", None, float(alpha))]
+    except ValueError:
+        raise ValueError(
+            f"{found.path}: ss_network_alpha in its header is {alpha!r}; it must be a number"
+        ) from None
+
+
 def _of_config(found: WeightFiles) -> Stated | None:
     """Read what PEFT has written beside the file; None if there is nothing."""
     if found.config is None:
         return None
     try:
-        config = json.loads(found.config.read_text(encoding="utf-8"))
+        config = json.loads(read_text(found.config))
     except ValueError as error:
         raise ValueError(f"{found.config} is not JSON ({error}); copy it again") from None
     if not isinstance(config, Mapping):

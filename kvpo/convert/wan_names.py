@@ -23,11 +23,26 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from kvpo.common.weights import State
 
 GENERATORS = ("generator", "generator_ema", "model")
+JOINED = (*GENERATORS[:2], "generator_lora")
+"""Keys of whole models; a name that begins with one of them and a dot is inside it."""
+OF_TRAINERS = ("state_dict", "module", "model_state_dict")
+"""Keys under which Lightning, DeepSpeed and many scripts save a model, tried after the family's."""
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
-PREFIXES = ("module.", "base_model.model.", "model.", "diffusion_model.", "transformer.")
+PREFIXES = (
+    "module.",
+    "base_model.model.",
+    "model.",
+    "diffusion_model.",
+    "transformer.",
+    "pipe.",
+    "dit.",
+    "net.",
+    "unet.",
+)
 """Prefixes that are taken off as often as they stand at the front.
 
-They are DDP's, PEFT's, the trainers' own, ComfyUI's, diffusers'.
+They are DDP's, PEFT's, the trainers' own, ComfyUI's, diffusers', and those of trainers that save a
+whole pipeline.
 """
 DIFFUSERS_PARTS = (
     ".attn1.",
@@ -68,6 +83,7 @@ def generator_state(
     The key is "" where they lay at its top. ``prefer``: keys in order. Raises ValueError where the
     file holds no generator.
     """
+    content = unfolded(content)
     nested = [key for key in prefer if isinstance(content.get(key), Mapping)]
     state = dict(content[nested[0]]) if nested else dict(content)
     strange = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
@@ -76,6 +92,21 @@ def generator_state(
             f"{path} holds no generator: none of {', '.join(prefer)} is in it, and its top holds {sorted(map(str, content))[:8]}; give the checkpoint of a generator"
         )
     return original_to_diffusers(state), nested[0] if nested else ""
+
+
+def unfolded(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content with its generators apart, where a format without levels has joined the names.
+
+    ``generator.X`` and ``generator_ema.X`` become {"generator": {X: ...}, "generator_ema": ...}.
+    """
+    found: dict[str, Any] = {}
+    for name, value in content.items():
+        key, _, rest = name.partition(".")
+        if rest and key in JOINED:
+            found.setdefault(key, {})[rest] = value
+        else:
+            found[name] = value
+    return found
 
 
 def original_to_diffusers(state: Mapping[str, torch.Tensor]) -> State:
@@ -87,6 +118,13 @@ def original_to_diffusers(state: Mapping[str, torch.Tensor]) -> State:
     norms.
     """
     bare = {bare_name(name): tensor for name, tensor in state.items()}
+    if len(bare) < len(state):
+        taken = {bare_name(name): name for name in state}
+        first = next(name for name in state if taken[bare_name(name)] != name)
+        raise ValueError(
+            f"{first} and {taken[bare_name(first)]} are two tensors of one name, so one of two "
+            "models would be lost; save the one that is meant alone"
+        )
     if any(part in name for name in bare for part in DIFFUSERS_PARTS):
         return bare
     return convert_wan_transformer_to_diffusers(bare)

@@ -6,8 +6,9 @@ It is a file, a sharded set, a LoRA's folder, or no readable form.
     X.safetensors.index.json, its folder         all shards that the index names
     transformer/, or a pipeline folder           the weights of its transformer
     adapter_config.json beside adapter_model.*   a LoRA of PEFT, whose scale is in the config
+    .metadata beside *.distcp                    a checkpoint of torch.distributed.checkpoint
 
-Forms that would have to be unpickled, or that are a run's own state, are named with the way out.
+A run's own state is named with the way out.
 """
 
 from __future__ import annotations
@@ -21,13 +22,16 @@ from typing import Any
 from safetensors import safe_open
 
 from kvpo.common.access import check_readable
+from kvpo.common.text_files import read_text
 from kvpo.common.weights import read_checkpoint
+from kvpo.convert.distributed_files import INDEX, PIECES, is_distributed, read_distributed
 
 WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 SHARD = re.compile(
     r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.safetensors|\.bin)$"
 )
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 TRAINING_SETS = ("current.", "behaviour.", "average.", "reference.")
 
 
@@ -39,12 +43,17 @@ class WeightFiles:
     files: tuple[Path, ...]
     config: Path | None = None
     """PEFT's adapter_config.json, where the weights are a LoRA that it describes."""
+    distributed: bool = False
+    """Whether the files are pieces of a checkpoint of torch.distributed.checkpoint."""
 
     def read(self) -> dict[str, Any]:
         """All tensors of all files.  ValueError where a file is broken, or holds a run's state."""
         content: dict[str, Any] = {}
-        for file in self.files:
-            content |= read_checkpoint(file)
+        if self.distributed:
+            content = dict(read_distributed(self.path))
+        else:
+            for file in self.files:
+                content |= read_checkpoint(file)
         if any(name.startswith(TRAINING_SETS) for name in content):
             raise ValueError(
                 f"{self.path} is what a run of kvpo resumes from, four sets of weights in one; "
@@ -54,7 +63,7 @@ class WeightFiles:
 
     def header(self) -> dict[str, str]:
         """The text that a safetensors file carries beside its tensors; nothing for other files."""
-        if len(self.files) != 1 or self.files[0].suffix != ".safetensors":
+        if len(self.files) != 1 or self.files[0].suffix != ".safetensors" or self.distributed:
             return {}
         with safe_open(self.files[0], "pt") as file:
             return file.metadata() or {}
@@ -80,25 +89,41 @@ def find_weights(path: Path) -> WeightFiles:
         return WeightFiles(path, _indexed(path))
     if path.name == ADAPTER_CONFIG:
         return _in_folder(path.parent)
-    if path.suffix == ".distcp":
-        raise ValueError(_dcp(path.parent))
+    if path.suffix == PIECES or path.name == INDEX:
+        return _distributed(path.parent)
+    return WeightFiles(path, _shards(path) or (path,), _config_of(path))
+
+
+def _config_of(path: Path) -> Path | None:
+    """PEFT's config beside a file that it describes.
+
+    It describes adapter_model.* where that is there, and otherwise whatever weights lie beside it:
+    people rename the file, and without its config it would be merged at 1.
+    """
     config = path.parent / ADAPTER_CONFIG
-    beside = path.stem == "adapter_model" and config.is_file()
-    return WeightFiles(path, _shards(path) or (path,), config if beside else None)
+    if not config.is_file():
+        return None
+    others = any((path.parent / name).is_file() for name in ADAPTER_WEIGHTS)
+    return config if path.name in ADAPTER_WEIGHTS or not others else None
 
 
 def _in_folder(folder: Path) -> WeightFiles:
     names = {p.name: p for p in sorted(folder.iterdir())}
     if ADAPTER_CONFIG in names:
-        found = [names[n] for n in ("adapter_model.safetensors", "adapter_model.bin") if n in names]
-        if not found:
+        found = [names[n] for n in ADAPTER_WEIGHTS if n in names] or [
+            p for p in names.values() if p.suffix in WEIGHTS
+        ]
+        if found:
+            if found[0].name not in ADAPTER_WEIGHTS:
+                _only(folder, found, "weight files")
+            return WeightFiles(folder, (found[0],), names[ADAPTER_CONFIG])
+        if not is_distributed(folder):
             raise FileNotFoundError(
                 f"{folder} has {ADAPTER_CONFIG}, but neither adapter_model.safetensors nor "
                 "adapter_model.bin; copy the weights beside it"
             )
-        return WeightFiles(folder, (found[0],), names[ADAPTER_CONFIG])
-    if ".metadata" in names or any(n.endswith(".distcp") for n in names):
-        raise ValueError(_dcp(folder))
+    if is_distributed(folder):
+        return _distributed(folder)
     if "config.resolved.yaml" in names:
         raise ValueError(f"{folder} is a run of kvpo; {_EXPORT}")
     if "state.json" in names and any(n.startswith(("tensors.", "shard-")) for n in names):
@@ -132,7 +157,7 @@ def _indexed(index: Path) -> tuple[Path, ...]:
     """All shards of an index.  ValueError where one is missing."""
     check_readable(index)
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(json.loads(read_text(index))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(
             f"{index} is no index of shards: it has no weight_map; copy it again"
@@ -166,10 +191,9 @@ def _shards(path: Path) -> tuple[Path, ...]:
     return files
 
 
-def _dcp(folder: Path) -> str:
-    return (
-        f"{folder} is a checkpoint of torch.distributed.checkpoint, whose index is a pickle and is "
-        "not read here; "
-        "turn it into one file by `python -m torch.distributed.checkpoint.format_utils "
-        f"dcp_to_torch {folder} generator.pt` and give that"
+def _distributed(folder: Path) -> WeightFiles:
+    config = folder / ADAPTER_CONFIG
+    pieces = tuple(sorted(folder.glob(f"*{PIECES}")))
+    return WeightFiles(
+        folder, (folder / INDEX, *pieces), config if config.is_file() else None, distributed=True
     )

@@ -137,7 +137,7 @@ def measure(
                     progress.say(f"{dimension} could not be measured: {said[-1]}")
             if path.exists():
                 scores[dimension] = read_score(path, dimension)
-            bar.advance(dimension)
+            bar.advance(dimension, log=True)
     if not scores:
         raise ValueError(
             f"VBench measured none of {', '.join(dimensions)} with {python}; see above what it said"

@@ -38,7 +38,9 @@ def cache_folder() -> Path:
     try:
         return Path.home() / ".cache" / "kvpo"
     except RuntimeError as error:
-        raise OSError(f"there is no home folder ({first_line(error)})") from None
+        raise OSError(
+            f"there is no home folder ({first_line(error)}); set KVPO_CACHE to a folder for them"
+        ) from None
 
 
 def text_cache(warn: Callable[[str], None]) -> Path | None:
@@ -49,7 +51,7 @@ def text_cache(warn: Callable[[str], None]) -> Path | None:
     try:
         return cache_folder() / "text"
     except OSError as error:
-        warn(f"embeddings are not kept on disk: {error}; {WAY_OUT}")
+        warn(f"embeddings are not kept on disk: {error}")
         return None
 
 

@@ -30,6 +30,7 @@ from transformers.utils.logging import disable_progress_bar
 from kvpo.common.access import check_readable
 from kvpo.common.files import first_line, open_to_readers
 from kvpo.common.finite import check_finite
+from kvpo.common.text_files import read_text
 from kvpo.generators.cache import FrameCache
 from kvpo.generators.causal_wan import CausalWan
 from kvpo.generators.flow import warped_sigmas
@@ -168,7 +169,7 @@ class Geometry:
                 f"{path} is missing: a pipeline folder needs it to know its block, sink and window; `kvpo pretrain` writes one, `kvpo.generators.pipeline.Geometry` says what belongs in it"
             )
         try:
-            found = json.loads(path.read_text())
+            found = json.loads(read_text(path))
         except ValueError as error:
             raise ValueError(f"{path} is not JSON ({error}); copy it again") from None
         known = {f.name: f.default is MISSING for f in fields(cls)}
@@ -264,7 +265,7 @@ class Pipeline:
                     )
             if self.stock.text_encoder is None:
                 raise ValueError(
-                    f"the text encoder is not loaded, and {new[0][:60]!r} has not been embedded with the others"
+                    f"the text encoder is not loaded, and {new[0][:60]!r} has not been embedded with the others; load the pipeline with its text encoder, or give all prompts to load_with_texts"
                 )
             # One at a time: padding to a batch's longest prompt may round differently, and a prompt
             # must always read the same.

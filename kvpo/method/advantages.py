@@ -218,7 +218,7 @@ def _checked(table: RewardTable) -> torch.Tensor:
     for signal, r_KB in (("local", table.local), ("global", table.global_)):
         if r_KB.shape != (K, B):
             raise ValueError(
-                f"{signal} rewards have shape {tuple(r_KB.shape)}, expected {K} components x {B} rows"
+                f"{signal} rewards have shape {tuple(r_KB.shape)}, expected {K} components x {B} rows; give a table with one reward of each component for each row"
             )
         bad = (~r_KB.isfinite() & table.valid).nonzero().tolist()
         if bad:

@@ -83,7 +83,7 @@ class Temperature:
         energy = energy_old_G.detach().double().flatten()
         if not energy.isfinite().all():
             raise ValueError(
-                f"old energies {energy.tolist()} are not all finite; branches {(~energy.isfinite()).nonzero().flatten().tolist()} are broken"
+                f"old energies {energy.tolist()} are not all finite; branches {(~energy.isfinite()).nonzero().flatten().tolist()} are broken; leave them out of the group"
             )
         if self.value != "auto":
             return float(self.value)

@@ -178,7 +178,7 @@ def _checked(inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
     shapes = {name: tuple(x.shape) for name, x in tensors.items()}
     if len(set(shapes.values())) > 1 or any(len(s) != 1 or s[0] < 2 for s in shapes.values()):
         raise ValueError(
-            f"the objective needs one number per branch, of 2 or more branches, but got {shapes}"
+            f"the objective needs one number per branch, of 2 or more branches, but got {shapes}; give vectors of one length"
         )
     for name, x in tensors.items():
         bad = (~x.isfinite()).nonzero().flatten().tolist()
@@ -186,6 +186,6 @@ def _checked(inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
             raise ValueError(
                 f"{name} not finite: "
                 + ", ".join(f"branch {g} = {x[g].item()}" for g in bad)
-                + "; no update can be made from this group"
+                + "; leave this group out of the update"
             )
     return list(tensors.values())

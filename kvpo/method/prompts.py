@@ -73,7 +73,9 @@ class PromptSet:
 
     def __post_init__(self):
         if not self.scripts:
-            raise ValueError("a prompt set needs at least one script")
+            raise ValueError(
+                "a prompt set needs at least one script; give it those of a prompt file"
+            )
         if self.groups < 1:
             raise ValueError(
                 f"groups = {self.groups}, but a step has at least one group; set 1 or more"
@@ -82,7 +84,7 @@ class PromptSet:
     def script(self, step: int, index: int) -> Script:
         if step < 0 or not 0 <= index < self.groups:
             raise ValueError(
-                f"group {index} of step {step} does not exist: steps count from 0, and a step has groups 0 to {self.groups - 1}"
+                f"group {index} of step {step} does not exist; give a step from 0 on and a group from 0 to {self.groups - 1}"
             )
         epoch, place = divmod(step * self.groups + index, len(self.scripts))
         order = torch.randperm(len(self.scripts), generator=stream(self.seed, "order", epoch))

@@ -57,7 +57,7 @@ class StorySource:
     def story(self, step: int, index: int) -> Story:
         """The script with its truth."""
         if step < 0 or index < 0:
-            raise ValueError(f"group {index} of step {step} does not exist; both count from 0")
+            raise ValueError(f"group {index} of step {step} does not exist; give both from 0 on")
         name = (self.split, step, index)
         memory = chance(self.memory, stream(self.seed, "memory", *name))
         return write_story(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from kvpo.common.files import first_line, in_words
+from kvpo.common.trackers import check_installed
 from kvpo.config import RunConfig
 from kvpo.convert.import_released import FORMATS
 from kvpo.generators.pipeline import check_folder
@@ -49,7 +50,9 @@ def missing(config: RunConfig, download: bool = True) -> list[Fault]:
     ``download``: weights on the hub count as there if it can be reached, because loading them
     fetches them.
     """
-    checks: list[Callable[[], object]] = []
+    checks: list[Callable[[], object]] = [
+        lambda name=name: check_installed(name) for name in config.trackers
+    ]
     for entry in config.rewards:
         checks += _of_reward(entry, download)
     checks += [lambda: _pipeline(folder_of(config.pipeline))]

@@ -5,7 +5,7 @@ It also says what would make the recipe fit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from kvpo.common.wording import count_of, in_time
@@ -29,17 +29,9 @@ from kvpo.planning.amounts import (
     velocities_of,
     with_changes,
 )
+from kvpo.planning.cards import CARDS, sold_as
 from kvpo.planning.costs import GIB, Costs, Sizes, costs, sizes_of
 
-CARDS: Mapping[str, tuple[float, float]] = {
-    "h200": (989, 139),
-    "h100": (989, 79),
-    "a100": (312, 79),
-    "l40s": (362, 44),
-    "rtx4090": (165, 23.5),
-    "rtx5090": (209, 31.5),
-}
-"""Dense bf16 TFLOP/s as its maker states them, and GiB that a program can have."""
 UTILISATION = 0.25
 """Share of the card's rate that is reached.
 
@@ -67,7 +59,7 @@ def planned(
             f"--gpus {gpus} and --nodes {nodes} must be 1 or more, --gpu-memory {gpu_memory} and --price {price} not negative"
         )
     shares = shares_of(config.groups, nodes, gpus, config.branch_parallel)
-    room = gpu_memory * 0.97 * 1e9 / GIB if gpu_memory else CARDS[card][1]
+    room = sold_as(gpu_memory) if gpu_memory else CARDS[card].room
     sizes = sizes_of(config, size)
     world = nodes * gpus
     found = costs(config, sizes)
@@ -416,7 +408,7 @@ def _work(
     config: RunConfig, world: int, card: str, sizes: Sizes, c: Costs, n: Amounts, price: float
 ) -> list[str]:
     found = work(config, sizes, c, n)
-    groups, rate = groups_of(config, world), CARDS[card][0] * 1e12 * UTILISATION
+    groups, rate = groups_of(config, world), CARDS[card].tflops * 1e12 * UTILISATION
     seconds = sum(found.values()) / rate
     updates = config.inner_updates
     beside = n.replays - 1 + (not n.single_pass) * updates
@@ -439,7 +431,7 @@ def _work(
     lines += [
         f"{'together':<28}{sum(calls.values()):>9.0f}{sum(found.values()) / 1e12:>12.3g}{seconds:>9.3g}",
         f"decoded: {n.decoded_prefix:.0f} latent frames of the prefix, {n.decoded_rows:.0f} of branches and anchor; scored: {n.scored:.0f} pixel frames",
-        f"a step: {count_of(config.groups, 'group')} on {world} x {card}: about {in_time(groups * seconds)} without rewards ({UTILISATION:.0%} of {CARDS[card][0]} TFLOP/s); "
+        f"a step: {count_of(config.groups, 'group')} on {world} x {card}: about {in_time(groups * seconds)} without rewards ({UTILISATION:.0%} of {CARDS[card].tflops} TFLOP/s); "
         f"{count_of(config.steps, 'step')}: {in_time(config.steps * groups * seconds)}",
     ]
     hours = world * config.steps * groups * seconds / 3600

@@ -184,7 +184,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
             if key not in state
         ]
         if missing:
-            raise ValueError(f"it has no {missing}")
+            raise ValueError(f"it has no {missing}; copy the checkpoint again")
     except (OSError, ValueError, TypeError) as error:
         raise BrokenCheckpoint(path, error) from None
     return state

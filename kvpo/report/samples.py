@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -101,6 +101,12 @@ def show_samples(
         [e for e in json.loads(index.read_text()) if e["which"] != which] if index.exists() else []
     )
     write_atomic(index, json.dumps(others + entries, indent=1) + "\n")
+
+
+def shown_videos(run: Path, kind: Literal["groups", "samples"], step: int) -> dict[str, Path]:
+    """Name -> file of the videos that a step has left: a group's branches, or the samples."""
+    folder = run / kind / f"step-{step:06d}"
+    return {f"{kind}/{path.stem}": path for path in sorted(folder.glob("*.mp4"))}
 
 
 def before_after(run: Path, stories: int = 3, frames: int = 12) -> bytes:

@@ -114,7 +114,7 @@ class Scorer:
         except Exception as error:
             where = traceback.extract_tb(error.__traceback__)[-1]
             raise ValueError(
-                f"reward {self.spec.name!r} failed on {len(batch)} clips of {batch.length} frames ({where.filename}:{where.lineno}): {type(error).__name__}: {error}"
+                f"reward {self.spec.name!r} failed on {len(batch)} clips of {batch.length} frames ({where.filename}:{where.lineno}): {type(error).__name__}: {error}; correct the reward, or take it out of the recipe"
             ) from error
 
 

@@ -42,6 +42,7 @@ from kvpo.policy.saving import Saver
 MAY_CHANGE = (
     "steps: ",
     "show_every",
+    "trackers",
     "patience",
     "evaluate.",
     "sentinels.",

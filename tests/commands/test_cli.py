@@ -20,6 +20,7 @@ from tiny import BLUE, RED, save_pipeline
 from kvpo.commands import main as cli
 from kvpo.commands.explore import widest_fork
 from kvpo.commands.settings import Settings
+from kvpo.common.progress import Progress
 from kvpo.config import RunConfig
 from kvpo.runs.loading import load_generator
 
@@ -254,6 +255,8 @@ def test_generate(capsys, tmp_path, folder):
         "cpu",
     )
     assert code == 0 and (tmp_path / "000.mp4").stat().st_size > 500 and f"{RED} | {BLUE}" in out
+    head = f"kvpo generate {folder} on cpu: 1 video, 4 blocks in all, into {tmp_path}"
+    assert out.splitlines()[0][9:] == head
 
 
 def test_generate_from_a_file(capsys, tmp_path, folder):
@@ -350,6 +353,7 @@ def test_evaluate_alone(capsys, tmp_path, trained, folder):
         "--out",
         str(tmp_path / "e.json"),
     )
+    assert f" kvpo evaluate {folder} on cpu: 2 scripts, 1 video of each" in out.splitlines()[0]
     record = json.loads((tmp_path / "e.json").read_text())
     assert (
         code == 0
@@ -378,14 +382,15 @@ def test_explorers_that_are_compared_leave_the_story_at_one_block(capsys, tmp_pa
 def test_the_fork_that_is_shown_is_the_most_telling_of_a_few():
     """The README's story showed nine equal pictures: its objects were behind the pillar
     throughout the window drawn."""
+    quiet = Progress(quiet=True)
     seen = {4: 0.0, 5: 0.0, 6: 0.02, 7: 0.01, 8: 0.0, 9: 0.5}
-    best, said = widest_fork(list(seen), 3, seen.__getitem__)
+    best, said = widest_fork(list(seen), 3, seen.__getitem__, quiet)
     assert best == 6 and "4: 0, 6: 0.02, 8: 0" in said
-    assert widest_fork([4, 5], 9, seen.__getitem__)[0] == 4, (
+    assert widest_fork([4, 5], 9, seen.__getitem__, quiet)[0] == 4, (
         "no more tries than forks; of equals the first"
     )
     with pytest.raises(ValueError, match="--tries 0 must be 1 or more"):
-        widest_fork([4], 0, seen.__getitem__)
+        widest_fork([4], 0, seen.__getitem__, quiet)
 
 
 @pytest.mark.parametrize("by", ["recipe", "start_noise"])
@@ -395,6 +400,7 @@ def test_explore(capsys, tmp_path, trained, by):
         tmp_path, "script-0-start_noise" if by == "start_noise" else "script-0-kv_routing"
     )
     assert code == 0 and "branch 2" in out and "anchor" in out and len(group["plans"]) == 4
+    assert f" kvpo explore {trained[1]} with " in out.splitlines()[0]
     if by == "start_noise":
         assert group["pi"] == pytest.approx([1 / 3] * 3) and "other noise" in out
 

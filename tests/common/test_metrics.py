@@ -84,7 +84,7 @@ def test_stages_log_declared_names_only():
 )
 def test_undeclared_name_is_an_error_and_writes_nothing(tmp_path, name):
     with (
-        MetricLog(tmp_path, tensorboard=False) as log,
+        MetricLog(tmp_path) as log,
         pytest.raises(ValueError, match="is not declared"),
     ):
         log.write(0, {"loss/kl": 0.0, name: 1.0})
@@ -97,7 +97,7 @@ def test_misspelling_names_the_nearest():
 
 
 def test_numbers_come_back(tmp_path):
-    with MetricLog(tmp_path, tensorboard=False) as log:
+    with MetricLog(tmp_path) as log:
         log.write(
             0,
             {
@@ -130,12 +130,12 @@ def test_torn_last_line_is_left_out_and_repaired(tmp_path, cut):
     """kill -9 while a line was written: readers see the lines before it, and a resumed run does
     not glue its own to it."""
     path = tmp_path / "metrics.jsonl"
-    with MetricLog(tmp_path, tensorboard=False) as log:
+    with MetricLog(tmp_path) as log:
         for step in range(3):
             log.write(step, {"loss/kl": step})
     os.truncate(path, path.stat().st_size - cut)
     assert [r["step"] for r in read_metrics(path)] == [0, 1]
-    with MetricLog(tmp_path, resume_after=5, tensorboard=False) as log:
+    with MetricLog(tmp_path, resume_after=5) as log:
         log.write(2, {"loss/kl": 9.0})
     assert [r["loss/kl"] for r in read_metrics(path)] == [0.0, 1.0, 9.0]
 
@@ -145,7 +145,7 @@ def test_torn_last_line_is_left_out_and_repaired(tmp_path, cut):
 )
 def test_truncate_after_keeps_whole_steps(tmp_path, after, left):
     path = tmp_path / "metrics.jsonl"
-    with MetricLog(tmp_path, tensorboard=False) as log:
+    with MetricLog(tmp_path) as log:
         for step in (0, 1, 1, 2):
             log.write(step, {"loss/kl": 0.0})
     truncate_after(path, after)
@@ -157,7 +157,7 @@ def test_truncate_after_keeps_whole_steps(tmp_path, after, left):
 def test_new_run_does_not_append_to_an_old_one(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
     with pytest.raises(ValueError, match="already holds a run"):
-        MetricLog(tmp_path, tensorboard=False)
+        MetricLog(tmp_path)
 
 
 def test_damaged_line_is_named(tmp_path):
@@ -167,7 +167,7 @@ def test_damaged_line_is_named(tmp_path):
 
 
 def test_full_disk_leaves_no_half_line(tmp_path, monkeypatch):
-    log = MetricLog(tmp_path, tensorboard=False)
+    log = MetricLog(tmp_path)
     log.write(0, {"loss/kl": 0.0})
     before, write = (tmp_path / "metrics.jsonl").read_bytes(), os.write
     monkeypatch.setattr(os, "write", lambda file, data: write(file, data[:10]))
@@ -176,19 +176,6 @@ def test_full_disk_leaves_no_half_line(tmp_path, monkeypatch):
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
     monkeypatch.undo()
     log.close()
-
-
-def test_tensorboard_has_the_numbers_and_forgets_steps_that_are_run_again(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    with MetricLog(tmp_path) as log:
-        for step in range(4):
-            log.write(step, {"loss/kl": float(step), "loss/policy": math.nan})
-    with MetricLog(tmp_path, resume_after=1) as log:
-        log.write(2, {"loss/kl": 20.0})
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert [(e.step, e.value) for e in events.Scalars("loss/kl")] == [(0, 0.0), (1, 1.0), (2, 20.0)]
 
 
 def test_console_line_shows_the_main_metrics():

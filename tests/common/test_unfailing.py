@@ -91,3 +91,17 @@ def test_on_a_terminal_nothing_is_logged_and_the_phase_is_shown(monkeypatch):
         and written.getvalue().count(":")
         and "took" not in written.getvalue()
     )
+
+
+def test_long_work_says_in_a_log_how_far_it_is(capsys, monkeypatch):
+    """`kvpo evaluate > log` and `kvpo generate > log` said nothing until they had ended."""
+    clock = [0.0]
+    monkeypatch.setattr("kvpo.common.progress.time.perf_counter", lambda: clock[0])
+    progress = Progress()
+    with progress.bar("evaluate mini", 9) as bar:
+        for clock[0] in (20.0, 40.0, 60.0):
+            bar.move_to(int(clock[0] / 10))
+        clock[0] = 75.0
+        bar.advance("script 7")
+    said = [line[9:] for line in capsys.readouterr().out.splitlines()]
+    assert said == ["evaluate mini 4/9", "evaluate mini 7/9, script 7", "evaluate mini took 75 s"]

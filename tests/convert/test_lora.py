@@ -215,6 +215,50 @@ def test_a_peft_folder_of_the_original_names(tmp_path, base):
     same(by_us(theirs, base), by_peft(ours), base)
 
 
+def test_two_loras_under_two_prefixes(tmp_path):
+    """The second one's halves took the place of the first one's, silently."""
+    path = diffusers_form(tmp_path / "lora.safetensors")
+    again = {
+        n.replace("transformer.", "diffusion_model."): t + 1 for n, t in load_file(path).items()
+    }
+    save_file(load_file(path) | again, path)
+    refused(path, "holds two LoRAs of .*, under different names")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_config_from_another_editor(tmp_path, encoding):
+    """A byte order mark was "not JSON; copy it again"."""
+    folder = peft_folder(tmp_path / "adapter", lora_alpha=6)
+    config = folder / "adapter_config.json"
+    config.write_text(config.read_text(encoding="utf-8"), encoding=encoding)
+    assert {low.scale for low in read_lora(folder).values()} == {1.5}
+
+
+def test_a_renamed_file_keeps_its_config(tmp_path, base):
+    """Under another name the file was merged at 1, and its folder was none of a LoRA."""
+    folder = peft_folder(tmp_path / "adapter", lora_alpha=6)
+    (folder / "adapter_model.safetensors").rename(folder / "style.safetensors")
+    for path in (folder, folder / "style.safetensors"):
+        assert {low.scale for low in read_lora(path).values()} == {1.5}
+    diffusers_form(folder / "other.safetensors", SOME)
+    refused(folder, "holds 2 weight files, other.safetensors, style.safetensors; give the one")
+    peft_folder(tmp_path / "second", lora_alpha=2)
+    (tmp_path / "second" / "adapter_model.safetensors").rename(folder / "adapter_model.safetensors")
+    assert {low.scale for low in read_lora(folder / "style.safetensors").values()} == {1.0}
+
+
+def test_alpha_in_the_notes_of_kohya_s_trainer(tmp_path):
+    """It was merged at 1 where the file has no alpha tensors; tensors come first where they are."""
+    whole = load_file(kohya_form(tmp_path / "whole.safetensors"))
+    notes = {"ss_network_dim": str(RANK), "ss_network_alpha": "2.0"}
+    plain = {n: t for n, t in whole.items() if not n.endswith(".alpha")}
+    for state, scale in ((plain, 2 / RANK), (whole, ALPHA / RANK)):
+        save_file(state, tmp_path / "lora.safetensors", metadata=notes)
+        assert {low.scale for low in read_lora(tmp_path / "lora.safetensors").values()} == {scale}
+    save_file(plain, tmp_path / "lora.safetensors", metadata=notes | {"ss_network_alpha": "much"})
+    refused(tmp_path / "lora.safetensors", "ss_network_alpha in its header is 'much'; it must be")
+
+
 def renamed(path: Path, change: Callable[[str], str]) -> Path:
     plain = {f"{m}.lora_{h}.weight": t for m, A, B in halves() for h, t in (("A", A), ("B", B))}
     save_file({change(name): t for name, t in plain.items()}, path)
@@ -227,6 +271,7 @@ def renamed(path: Path, change: Callable[[str], str]) -> Path:
         lambda n: f"module.{n}",
         lambda n: f"model.diffusion_model.{n}",
         lambda n: f"module.model.{n}",
+        lambda n: f"pipe.dit.{n}",
         lambda n: n.replace(".weight", ".default.weight"),
         lambda n: f"base_model.model.{n}".replace(".weight", ".style.weight"),
         lambda n: n.replace("lora_A", "lora.down").replace("lora_B", "lora.up"),
@@ -235,6 +280,7 @@ def renamed(path: Path, change: Callable[[str], str]) -> Path:
         "DDP",
         "model.diffusion_model",
         "DDP and trainer",
+        "a whole pipeline's",
         "named adapter",
         "named adapter of peft",
         "old diffusers",

@@ -6,6 +6,7 @@ And what a checkpoint leaves unsaid is said.
 from __future__ import annotations
 
 import json
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from tiny import draw, new_pipeline, new_stream, story, with_geometry
 from kvpo.commands import main as cli
 from kvpo.commands.import_ import Import
 from kvpo.convert.import_released import FORMATS
+from kvpo.convert.lora import read_lora
 from kvpo.convert.wan_names import diffusers_to_original, original_to_diffusers
 from kvpo.generators.causal_wan import CausalWan
 from kvpo.generators.pipeline import Geometry, Pipeline
@@ -52,6 +54,19 @@ def equal(got, expected) -> bool:
     return got.keys() == expected.keys() and all(
         torch.equal(got[n], t) for n, t in expected.items()
     )
+
+
+@pytest.fixture
+def saved(tmp_path, monkeypatch):
+    """Function that writes a state as a folder of torch.distributed.checkpoint."""
+
+    def save(state, name: str = "dcp") -> Path:
+        # that no process group is there is what a file written here is about
+        monkeypatch.setattr("warnings.warn", lambda *args, **kwargs: None)
+        dcp.save(state, checkpoint_id=tmp_path / name, no_dist=True)
+        return tmp_path / name
+
+    return save
 
 
 # --- Forms that are read ---
@@ -108,6 +123,77 @@ def test_shards(capsys, base, tmp_path, given):
     assert equal(imported(capsys, base, tmp_path / "out", *paths[given]), new_wan(0).state_dict())
     card = (tmp_path / "out" / "README.md").read_text()
     assert all(shard.name in card for shard in shards)
+
+
+@pytest.mark.parametrize("given", ["folder", "index", "piece"])
+def test_a_distributed_checkpoint(capsys, base, tmp_path, saved, given):
+    """It was refused, with a command as the way out that would have run code from the file."""
+    folder = saved(
+        {
+            "generator": released_state(new_wan(8)),
+            "generator_ema": released_state(new_wan(0), wrapper="_fsdp_wrapped_module."),
+            "optimizer": {"state": {"moment": draw(3)}, "lr": 0.1},
+            "step": 7,
+        }
+    )
+    paths = {"folder": folder, "index": folder / ".metadata", "piece": folder / "__0_0.distcp"}
+    got = imported(capsys, base, tmp_path / "out", paths[given], format="self-forcing")
+    assert equal(got, new_wan(0).state_dict())
+    assert "__0_0.distcp" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_lora_in_a_distributed_checkpoint(tmp_path, saved):
+    """Half precision stays, and alpha / rank comes from the config beside it."""
+    lora = {n: t.to(torch.bfloat16) for n, t in released_lora(new_wan()).items()}
+    folder = saved({"generator_lora": lora})
+    (folder / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 1}))
+    adapter = read_lora(folder)
+    save_file(lora, tmp_path / "plain.safetensors")
+    plain = read_lora(tmp_path / "plain.safetensors")
+    assert adapter.keys() == plain.keys() and {low.scale for low in adapter.values()} == {0.25}
+    assert all(torch.equal(low.A, plain[m].A) for m, low in adapter.items())
+    assert all(low.B.dtype is torch.bfloat16 for low in adapter.values())
+
+
+@pytest.mark.parametrize("which", ["generator", "generator_ema"])
+def test_a_safetensors_file_of_two_generators(capsys, base, tmp_path, which):
+    """A format without levels joins the names: generator_ema.model.X.  The two were one model with
+    twice its tensors, all of them surplus.
+    """
+    both = {"generator": new_wan(8), "generator_ema": new_wan(0)}
+    state = {
+        f"{k}.{n}": t.contiguous() for k, m in both.items() for n, t in released_state(m).items()
+    }
+    save_file(state, tmp_path / "w.safetensors")
+    format = {"generator": "longlive", "generator_ema": "self-forcing"}[which]
+    got = imported(capsys, base, tmp_path / "out", tmp_path / "w.safetensors", format=format)
+    assert equal(got, both[which].state_dict())
+
+
+@pytest.mark.parametrize("key", ["state_dict", "module", "model_state_dict"])
+def test_a_trainer_s_own_key(capsys, base, tmp_path, key):
+    torch.save({key: released_state(new_wan(0)), "epoch": 3}, tmp_path / "last.ckpt")
+    got = imported(capsys, base, tmp_path / "out", tmp_path / "last.ckpt")
+    assert equal(got, new_wan(0).state_dict())
+
+
+def test_two_models_in_one_file_are_not_joined(capsys, base, tmp_path):
+    """Names that are equal without their prefixes left the last one's tensors, silently."""
+    both = {
+        f"{prefix}{n}": t.contiguous()
+        for prefix, seed in (("module.", 0), ("model.", 8))
+        for n, t in diffusers_to_original(new_wan(seed).state_dict()).items()
+    }
+    save_file(both, tmp_path / "w.safetensors")
+    err = refused(capsys, base, tmp_path, tmp_path / "w.safetensors")
+    assert "are two tensors of one name" in err
+
+
+def test_weights_that_can_not_be_chosen(capsys, base, tmp_path):
+    """--weights was passed over where a file has one generator and no keys."""
+    save_file(released_state(new_wan(0)), tmp_path / "w.safetensors")
+    err = refused(capsys, base, tmp_path, tmp_path / "w.safetensors", "--weights", "generator_ema")
+    assert "holds one generator and no keys to choose from; leave it out" in err
 
 
 def test_a_lora_s_folder_beside_a_generator(capsys, base, tmp_path):
@@ -225,17 +311,38 @@ def refused(capsys, base, tmp_path, *files) -> str:
     return err
 
 
-def test_a_distributed_checkpoint_is_named(capsys, base, tmp_path, monkeypatch):
-    """Its index is a pickle: it is not opened, and torch's own converter is the way out."""
-    # that no process group is there is what a file written here is about
-    monkeypatch.setattr("warnings.warn", lambda *args, **kwargs: None)
-    dcp.save({"generator": {"x": draw(3)}}, checkpoint_id=tmp_path / "dcp", no_dist=True)
-    for path in (tmp_path / "dcp", next((tmp_path / "dcp").glob("*.distcp"))):
-        err = refused(capsys, base, tmp_path, path)
-        assert (
-            "is a checkpoint of torch.distributed.checkpoint" in err
-            and f"format_utils dcp_to_torch {tmp_path / 'dcp'} generator.pt" in err
-        )
+class Runs:
+    """A pickle of it runs a command of its writer's choice."""
+
+    def __init__(self, proof: Path):
+        self.proof = proof
+
+    def __reduce__(self):
+        return Path.touch, (self.proof,)
+
+
+def test_an_index_with_code_is_refused_and_nothing_of_it_runs(capsys, base, tmp_path, saved):
+    """torch's own reader unpickles the index of such a checkpoint, which runs a stranger's code."""
+    folder, proof = saved({"generator": {"x": draw(3)}}), tmp_path / "proof"
+    (folder / ".metadata").write_bytes(pickle.dumps(Runs(proof)))
+    err = refused(capsys, base, tmp_path, folder)
+    assert "holds more than names and places (pathlib.Path.touch)" in err or "getattr" in err
+    assert "Save the weights alone, as safetensors" in err and not proof.exists()
+    (folder / ".metadata").write_bytes(b"nothing")
+    assert "is not a whole index" in refused(capsys, base, tmp_path, folder)
+
+
+def test_a_distributed_checkpoint_that_is_not_whole(capsys, base, tmp_path, saved):
+    folder = saved({"generator": {"x": draw(3)}})
+    piece = next(folder.glob("*.distcp"))
+    piece.rename(tmp_path / "elsewhere")
+    assert piece.name in (err := refused(capsys, base, tmp_path, folder))
+    assert "copy them too" in err
+    (tmp_path / "elsewhere").rename(piece)
+    piece.write_bytes(piece.read_bytes()[:-600])
+    assert "is not a whole checkpoint" in refused(capsys, base, tmp_path, folder)
+    (folder / ".metadata").unlink()
+    assert "but not its index .metadata; copy that too" in refused(capsys, base, tmp_path, piece)
 
 
 def test_folders_that_are_not_weights(capsys, base, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -99,6 +100,14 @@ def test_malformed_streaming(broken, content, reason):
         content if isinstance(content, str) else json.dumps(json.loads(path.read_text()) | content)
     )
     assert reason in refused(broken)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_streaming_file_of_another_editor(tmp_path, encoding):
+    """It is edited by hand, and a byte order mark was "not JSON; copy it again"."""
+    path = tmp_path / "streaming.json"
+    path.write_text(json.dumps(asdict(GEOMETRY)), encoding=encoding)
+    assert Geometry.read(path) == GEOMETRY
 
 
 def test_missing_streaming_key(broken):

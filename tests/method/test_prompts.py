@@ -349,7 +349,7 @@ def test_story_settings_that_cannot_be_met_are_refused(bad, message):
 
 
 def test_a_story_of_a_negative_step_is_refused():
-    with pytest.raises(ValueError, match="both count from 0"):
+    with pytest.raises(ValueError, match="give both from 0 on"):
         StorySource(0).story(-1, 0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from test_align import settings, write_recipe
 from tiny import GEOMETRY, draw
 
 from kvpo.commands import main as cli
+from kvpo.commands.plan import Plan
 from kvpo.common.progress import Progress
 from kvpo.config import RECIPES, from_dict, load_config, recipe_path
 from kvpo.convert.wan_base import new_transformer
@@ -24,10 +26,10 @@ from kvpo.planning.amounts import (
     velocities_of,
     with_changes,
 )
+from kvpo.planning.cards import CARDS, sold_as
 from kvpo.planning.costs import WAN_1_3B, WAN_14B, costs, sizes_of
 from kvpo.planning.peak import Ledger, cost, fake, flops
 from kvpo.planning.plan import (
-    CARDS,
     SWITCHES,
     as_options,
     fitted,
@@ -476,7 +478,19 @@ def test_bad_input(capsys, argv, message):
 
 
 def test_cards_are_rates_and_rooms():
-    assert all(100 < rate < 3000 and 10 < room < 300 for rate, room in CARDS.values())
+    """The command's choices are the table's; `--card b200` was none of them."""
+    assert get_args(get_type_hints(Plan)["card"]) == tuple(CARDS)
+    assert CARDS["b200"].tflops == 2250 and CARDS["b200"].room == sold_as(180) > CARDS["h200"].room
+    for card in CARDS.values():
+        assert 50 < card.tflops < 3000 and 20 < card.room < 300 and 0.5 < card.bandwidth < 10
+        # operations a byte: between a card of little memory bandwidth and one of much
+        assert 30 < card.tflops / card.bandwidth < 450
+
+
+def test_a_plan_for_a_b200(capsys):
+    code, out, _ = run(capsys, "longlive_short", "--card", "b200", "--size", "1.3b")
+    assert code == 0 and "of 162.6 GiB" in out and "x b200: about" in out
+    assert "of 2250 TFLOP/s" in out
 
 
 # --- A group over several cards ---

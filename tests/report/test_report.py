@@ -52,7 +52,7 @@ def clip(seed: int, frames: int = 24) -> torch.Tensor:
 
 def write_metrics(run: Path, steps: int = STEPS) -> None:
     noise = torch.randn(steps, 8, generator=stream(0, "noise")).tolist()
-    with MetricLog(run, tensorboard=False) as log:
+    with MetricLog(run) as log:
         for step, n in enumerate(noise):
             values = {
                 "loss/policy": 0.01 * n[0],
@@ -393,7 +393,7 @@ def test_an_evaluation_on_training_prompts_is_warned_of(run):
 
 def test_early_stop_and_nan_are_warned_of(run):
     (run / "metrics.jsonl").unlink()
-    with MetricLog(run, tensorboard=False) as log:
+    with MetricLog(run) as log:
         for step in range(12):
             log.write(
                 step,

@@ -214,7 +214,7 @@ def test_what_can_not_be_measured_is_invalid_and_nothing_else_is(reward):
     [
         (
             "nan",
-            "reward 'toy' failed on the other side: ValueError: score of clip 0 is nan; a clip that can not be measured is None",
+            "reward 'toy' failed on the other side: ValueError: score of clip 0 is nan; give None for a clip that can not be measured",
         ),
         (
             "few",

@@ -156,7 +156,9 @@ def diversity(frames: torch.Tensor, network: AttributeNet) -> dict[str, float]:
     """
     R = len(frames)
     if R < 2:
-        raise ValueError(f"diversity needs at least 2 videos of a prompt, not {R}")
+        raise ValueError(
+            f"diversity needs at least 2 videos of a prompt, not {R}; set seeds to 2 or more"
+        )
     p, embedding = read_frames(network, frames)
     i, j = torch.triu_indices(R, R, 1)
     mean = torch.nn.functional.normalize(embedding.mean(1), dim=-1)

@@ -70,7 +70,7 @@ class Worker:
             )
         except OSError as error:
             raise Broken(
-                f"its worker could not be started with {self.command[0]}: {error}"
+                f"its worker could not be started with {self.command[0]}: {error}; give the path of its environment's Python"
             ) from None
         self.lines: deque[str] = deque(maxlen=LINES)
         self._listener = threading.Thread(
@@ -188,17 +188,23 @@ class Server:
             response = connection.getresponse()
             if response.status != 200:
                 raise Broken(
-                    f"its server at {self.url} refused: {response.status} {response.reason}"
+                    f"its server at {self.url} refused: {response.status} {response.reason}; look at what it says there"
                 )
             reply = wire.read(response)[0]
         except (EOFError, ValueError, http.client.HTTPException) as error:
-            raise Broken(f"its server at {self.url} did not answer as a worker: {error}") from None
+            raise Broken(
+                f"its server at {self.url} did not answer as a worker: {error}; give the address of a reward's worker"
+            ) from None
         except TimeoutError:
-            raise Broken(f"its server at {self.url} did not answer within {timeout:g} s") from None
+            raise Broken(
+                f"its server at {self.url} did not answer within {timeout:g} s; raise the reward's timeout, or look at what it says there"
+            ) from None
         except Broken:
             raise
         except OSError as error:
-            raise Broken(f"its server at {self.url} can not be reached: {error}") from None
+            raise Broken(
+                f"its server at {self.url} can not be reached: {error}; start it there, or correct the address"
+            ) from None
         finally:
             connection.close()
         self.open = True

@@ -105,7 +105,9 @@ class Isolated(Measured):
             try:
                 self._handshake()
             except Broken as error:
-                raise OSError(f"{self._who} can not be loaded: {error}") from None
+                raise OSError(
+                    f"{self._who} can not be loaded: {error}. Run `kvpo rewards list` to see what it needs"
+                ) from None
 
     def offload(self) -> None:
         """A server's model stays where it is."""
@@ -221,7 +223,9 @@ class Isolated(Measured):
     ) -> Mapping[str, Any]:
         reply = self._link.ask({"protocol": wire.PROTOCOL, **header}, frames, self.timeout)
         if "error" in reply:
-            raise ValueError(f"{self._who} failed on the other side: {reply['error']}")
+            raise ValueError(
+                f"{self._who} failed on the other side: {reply['error']}; correct it there, or take the reward out of the recipe"
+            )
         if reply.get("protocol") != wire.PROTOCOL:
             raise ValueError(
                 f"{self._who}: the other side speaks protocol {reply.get('protocol')}, this one {wire.PROTOCOL}; both need the same kvpo"

@@ -59,10 +59,12 @@ def read(stream, most=ANY):
     prefix = _exactly(stream, PREFIX.size)
     mark, header, payload = PREFIX.unpack(prefix)
     if mark != MARK:
-        raise ValueError(f"not a message, it begins with {bytes(prefix)!r}")
+        raise ValueError(
+            f"not a message, it begins with {bytes(prefix)!r}; run the same kvpo on both sides"
+        )
     if header > HEADER or payload > most:
         raise ValueError(
-            f"a message of {header} + {payload} bytes; at most {HEADER} + {most} are taken"
+            f"a message of {header} + {payload} bytes; at most {HEADER} + {most} are taken; send fewer clips at once"
         )
     value = json.loads(_exactly(stream, header).decode(), parse_constant=_not_finite)
     if not isinstance(value, dict):
@@ -79,7 +81,9 @@ def frames_of(header, payload):
         or min(shape) < 1
         or np.prod(shape, dtype=object) != len(payload)
     ):
-        raise ValueError(f"shape {shape} and {len(payload)} bytes are no frames [B, T, 3, H, W]")
+        raise ValueError(
+            f"shape {shape} and {len(payload)} bytes are no frames [B, T, 3, H, W]; send uint8 of that shape"
+        )
     return np.frombuffer(payload, dtype=np.uint8).reshape(shape)
 
 

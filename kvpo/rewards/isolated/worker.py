@@ -137,7 +137,7 @@ def numbers(name, values):
     for clip, value in enumerate(plain):
         if value is not None and not math.isfinite(value):
             raise ValueError(
-                f"{name} of clip {clip} is {value}; a clip that can not be measured is None"
+                f"{name} of clip {clip} is {value}; give None for a clip that can not be measured"
             )
     return plain
 
