@@ -6,9 +6,6 @@ import io
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib.colors import ListedColormap
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
 from kvpo.method.explorers import Geometry
 from kvpo.types import BranchPlan, Window
@@ -74,6 +71,10 @@ def routing_map(
     every prompt segment, drawn as lines; ``labels``: text beside each row, in the order of
     ``plans`` (default: branch number).
     """
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
     labels = labels or [*(f"branch {g}" for g in range(len(plans) - 1)), "anchor"]
     order = [len(plans) - 1, *range(len(plans) - 1)]
     table = roles(plans, window, geometry, nearest)
@@ -86,14 +87,15 @@ def routing_map(
         layout="constrained",
     )
     axes = figure.subplots()
-    colours = dict(cmap=ListedColormap(list(ROLES.values())), vmin=-0.5, vmax=len(names) - 0.5)
     axes.pcolormesh(
         np.arange(frames + 1),
         np.arange(rows + 1),
         values,
         edgecolors="white",
         linewidth=1.0,
-        **colours,
+        cmap=ListedColormap(list(ROLES.values())),
+        vmin=-0.5,
+        vmax=len(names) - 0.5,
     )
     axes.set_ylim(rows, 0)
     axes.set_yticks(np.arange(rows) + 0.5, [labels[i] for i in order])
