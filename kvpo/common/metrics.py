@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from kvpo.common.extras import require_extra
+
 T = TypeVar("T")
 
 PHASES = (
@@ -404,6 +406,7 @@ class NoLog:
 
 
 def _board(folder: Path, resume_after: int | None):
+    require_extra("a run's log and report", "report", ("tensorboard", "matplotlib"))
     from torch.utils.tensorboard import SummaryWriter  # takes a second: only runs that log pay it
 
     return SummaryWriter(str(folder), purge_step=None if resume_after is None else resume_after + 1)

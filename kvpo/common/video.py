@@ -14,7 +14,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import av
 import numpy as np
@@ -23,6 +23,7 @@ from av.video.reformatter import Colorspace
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from kvpo.common.access import check_readable
+from kvpo.common.extras import require_extra
 from kvpo.common.files import first_line, write_atomic
 
 FPS = 16.0
@@ -117,7 +118,9 @@ class Mp4Writer:
     ):
         self.path = Path(path)
         self.part = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.part")
-        self.settings, self.encoder, self.file = (fps, factor, crf, about), None, None
+        self.settings = (fps, factor, crf, about)
+        self.encoder: _Encoder | None = None
+        self.file: BinaryIO | None = None
 
     def __enter__(self) -> Mp4Writer:
         return self
@@ -132,7 +135,7 @@ class Mp4Writer:
 
     def __exit__(self, kind, *_) -> None:
         try:
-            if self.encoder is not None:
+            if self.encoder is not None and self.file is not None:
                 self.encoder.close()
                 self.file.close()
                 if kind is None:
@@ -262,7 +265,7 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or first_line(error)
 
 
-def _even_rate(path: Path, times: Sequence[float | None], rate: float) -> float:
+def _even_rate(path: Path, shown: Sequence[float | None], rate: float) -> float:
     """Frames a second, by the times at which the frames are shown.
 
     ``rate``: what the file says, kept where it agrees.
@@ -270,7 +273,8 @@ def _even_rate(path: Path, times: Sequence[float | None], rate: float) -> float:
     ValueError where frames are shown for different times: whoever counts frames, as every reward
     does, sees another motion.
     """
-    if len(times) < 2 or None in times:
+    times = [time for time in shown if time is not None]
+    if len(times) < 2 or len(times) < len(shown):
         return rate or FPS
     lasts = (times[-1] - times[0]) / (len(times) - 1)
     steps = [b - a for a, b in itertools.pairwise(times)]
@@ -306,9 +310,12 @@ def html_image(png: Path | bytes, label: str) -> str:
 @functools.cache
 def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     """DejaVu Sans as matplotlib ships it: there on every machine, with Greek letters and arrows."""
+    require_extra("writing on a picture", "report", ("matplotlib",))
     # Found without importing it: that takes long, and fails where a user has no folder to write to.
-    data = Path(importlib.util.find_spec("matplotlib").origin).parent / "mpl-data" / "fonts" / "ttf"
-    return ImageFont.truetype(str(data / f"DejaVuSans{'-Bold' if bold else ''}.ttf"), size)
+    found = importlib.util.find_spec("matplotlib")
+    assert found is not None and found.origin is not None, "matplotlib is a package on disk"
+    fonts = Path(found.origin).parent / "mpl-data" / "fonts" / "ttf"
+    return ImageFont.truetype(str(fonts / f"DejaVuSans{'-Bold' if bold else ''}.ttf"), size)
 
 
 def _captioned(text: str, width: int, lines: int, size: int) -> Image.Image:

@@ -68,6 +68,8 @@ class Classic(Measured):
         min_frames=8,
         level="segment",
         licence="Apache-2.0 (OpenCV)",
+        packages=("cv2",),
+        extra="rewards",
     )
 
     def __post_init__(self):

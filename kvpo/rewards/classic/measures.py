@@ -348,20 +348,11 @@ def _places(shape: tuple[int, int]) -> np.ndarray:
 T = TypeVar("T")
 
 
-def _opencv():
-    try:
-        import cv2
-    except ImportError as error:
-        raise ImportError(
-            "the optical-flow evaluator needs OpenCV: pip install opencv-python-headless"
-        ) from error
-    return cv2
-
-
 @contextmanager
 def one_thread():
     """Pictures of 96x96 are not worth OpenCV's thread pool; leaves its setting as it was."""
-    cv2 = _opencv()
+    import cv2
+
     before = cv2.getNumThreads()
     cv2.setNumThreads(1)
     try:
