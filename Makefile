@@ -2,7 +2,7 @@
 #
 #   make align       align the miniature, in runs/align (or the next free folder); ends with the path of report.html
 #   make check       lint, in seconds
-#   make types       what the type checker says; it still finds faults, so nothing depends on it
+#   make types       what the type checker says; it still finds faults in generators/, method/ and their users, so nothing depends on it
 #   make test        the CPU suite
 #   make test-slow   the CPU suite with the tests that take minutes
 #   make docs        the documentation site, in build/site; a warning is an error

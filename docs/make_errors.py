@@ -102,6 +102,7 @@ SECTIONS = {
     "Machines and disks": (
         "common/access.py",
         "common/environment.py",
+        "common/extras.py",
         "common/files.py",
         "distributed",
         "generators/embeddings.py",

@@ -108,10 +108,6 @@ class BranchPlan:
     noise_mix: float = 0.0
     """Share of fresh start noise (only the start-noise explorer sets it)."""
 
-    @property
-    def is_anchor(self) -> bool:
-        return not self.frames and self.noise_mix == 0.0
-
 
 @dataclass(frozen=True)
 class Trajectory:

@@ -30,7 +30,7 @@ WITHOUT_A_WAY_OUT = {
     "common/json_values.py: not JSON ({msg})",
     "common/json_values.py: brackets within brackets without end are no prompts",
     "common/json_values.py: not JSON (something follows the value)",
-    "common/video.py: {number of clips} clips, {number of captions} captions, {number of accents} accents",
+    "common/video.py: {number of clips} clips and {number of captions} captions",
     "common/video.py: clips differ in size: {clips}",
     "common/video.py: {number of rows} videos, {frames} frames: strips need at least one of each",
     "generators/embeddings.py: there is no home folder ({error})",

@@ -74,16 +74,16 @@ class Progress:
     @contextmanager
     def bar(self, name: str, total: int, done: int = 0) -> Iterator[Bar]:
         """Show a bar for a piece of work; bars may nest and share one live display."""
-        outermost = self._live is None
-        if outermost:
-            self._live = Live(self.bars, console=self._console, refresh_per_second=4)
-            self._live.start()
+        started = None
+        if self._live is None:
+            started = self._live = Live(self.bars, console=self._console, refresh_per_second=4)
+            started.start()
         task = self.bars.add_task(name, total=total, completed=done)
         try:
             yield Bar(self, task)
         finally:
-            if outermost:
-                self._live.stop()
+            if started is not None:
+                started.stop()
                 self._live = None
                 # piped, the last picture ends without a newline, and what follows would stick to it
                 if not self._console.is_terminal:

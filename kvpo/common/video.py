@@ -20,7 +20,7 @@ import av
 import numpy as np
 import torch
 from av.video.reformatter import Colorspace
-from PIL import Image, ImageColor, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 
 from kvpo.common.access import check_readable
 from kvpo.common.extras import require_extra
@@ -30,7 +30,7 @@ FPS = 16.0
 """Frames a second of Wan and of the miniature."""
 MIN_SIDE = 256
 """Pixels: smaller videos are enlarged by a whole factor until their shorter side reaches this."""
-INK, PAPER, LINE = (28, 32, 36), (255, 255, 255), (208, 212, 217)
+INK, PAPER = (28, 32, 36), (255, 255, 255)
 BT709 = 1
 ENLARGED = "enlarged"
 """Key of the factor of `enlarge` in what a file says of itself."""
@@ -351,18 +351,15 @@ def grid(
     captions: Sequence[str],
     columns: int | None = None,
     tile: int = 160,
-    accents: Sequence[str] | None = None,
 ) -> torch.Tensor:
     """Clips side by side, a caption under each, as one video.
 
     ``tile``: pixels that a clip's shorter side at least gets; ``columns``: None = chosen, see
-    `_columns`; ``accents``: colour of the frame around each clip, "" = none. A shorter clip holds
-    its last frame.
+    `_columns`. A shorter clip holds its last frame.
     """
-    accents = accents or [""] * len(clips)
-    if not clips or not len(clips) == len(captions) == len(accents):
+    if not clips or len(clips) != len(captions):
         raise ValueError(
-            f"{len(clips)} clips, {len(captions)} captions, {len(accents)} accents: a grid needs one of each for each of at least one clip"
+            f"{len(clips)} clips and {len(captions)} captions: a grid needs a caption for each of at least one clip"
         )
     clips = [
         enlarge(check_video(clip, f"clip {i}"), -(-tile // min(clip.shape[-2:])))
@@ -384,9 +381,6 @@ def grid(
     )
     for i, (clip, footer) in enumerate(zip(clips, footers)):
         y, x = gap + i // columns * (cell[0] + gap), gap + i % columns * (width + gap)
-        if accents[i]:
-            colour = torch.tensor(ImageColor.getrgb(accents[i])[:3], dtype=torch.uint8)
-            canvas[:, y - 4 : y + height + 4, x - 4 : x + width + 4] = colour
         canvas[:, y : y + height, x : x + width] = clip[
             torch.arange(steps).clamp(max=len(clip) - 1)
         ].permute(0, 2, 3, 1)

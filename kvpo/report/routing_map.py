@@ -61,21 +61,19 @@ def routing_map(
     geometry: Geometry,
     nearest: int,
     starts: Sequence[int] = (0,),
-    labels: Sequence[str] | None = None,
 ) -> bytes:
     """Draw the routing map as a PNG; colour = role.
 
     Rows = anchor, then branches; columns = latent frames up to the window's end.
 
     ``plans``: branches, then the anchor's, as in `kvpo.types.Rollout`; ``starts``: first block of
-    every prompt segment, drawn as lines; ``labels``: text beside each row, in the order of
-    ``plans`` (default: branch number).
+    every prompt segment, drawn as lines.
     """
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    labels = labels or [*(f"branch {g}" for g in range(len(plans) - 1)), "anchor"]
+    labels = [*(f"branch {g}" for g in range(len(plans) - 1)), "anchor"]
     order = [len(plans) - 1, *range(len(plans) - 1)]
     table = roles(plans, window, geometry, nearest)
     names = list(ROLES)

@@ -73,7 +73,8 @@ def build_openings(vae, code: LinearEncoder, seed: int, prompts: int) -> Opening
                 torch.tensor(places),
             )
         )
-    return Openings(*(torch.stack(column) for column in zip(*rows)), scenes=tuple(scenes))
+    tokens, latents, cells, where = (torch.stack(column) for column in zip(*rows))
+    return Openings(tokens, latents, cells, where, tuple(scenes))
 
 
 Inputs = Callable[[torch.Tensor, torch.Tensor, torch.Generator], torch.Tensor]

@@ -51,7 +51,6 @@ class FlowMotion(Measured):
         FAMILY,
         looks_at="direction and smoothness of coloured motion, by optical flow",
         min_frames=2 * TURN,
-        level="segment",
         licence="Apache-2.0 (OpenCV)",
         packages=("cv2",),
         extra="rewards",
@@ -76,7 +75,7 @@ def _clip(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, float
     """
     import cv2
 
-    method = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
+    method = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
     method.setFinestScale(0)  # the pictures are tiny: use all their pixels
     chroma = frames.max(1) - frames.min(1)
     pictures = [np.pad(c, MARGIN, mode="wrap") for c in chroma]

@@ -100,7 +100,7 @@ def steps(pictures: Sequence[np.ndarray]) -> list[Step]:
         raise ValueError(
             f"pictures of {width} x {height} pixels (at most {WIDTH} wide) are too small for optical flow, which needs {SMALLEST} a side; score larger clips"
         )
-    method = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    method = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     if width < WIDTH // 2:
         method.setFinestScale(0)  # small pictures have no pixel to spare
     greys = [grey(picture) for picture in pictures]
