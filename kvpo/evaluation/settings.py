@@ -27,6 +27,9 @@ class EvaluateConfig:
     """Videos generated together."""
     seed: int = 1000
     """Names the scripts' and the noise's streams; training never draws from them."""
+    online: bool = False
+    """Also measure the weights that the optimizer changes, without averaging.
+    It takes half as long again, and what is exported is the average."""
     videos: int = 4
     """Scripts whose videos are kept, before and after."""
     stop_when_gamed: bool = True

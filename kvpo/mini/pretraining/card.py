@@ -178,7 +178,7 @@ Made from nothing, without any data but the program's own synthetic world, by
 
     kvpo pretrain --seed {seed}
 
-in three stages on a CPU ({spent}; the training steps alone) with the settings
+in two stages on a CPU ({spent}; the training steps alone) with the settings
 
 {knobs}
 

@@ -9,14 +9,11 @@ already commit to it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from kvpo.generators.causal_wan import CausalWan
 from kvpo.generators.flow import add_noise, warped_sigmas
-from kvpo.generators.sampler import Renoise, denoise_block
 from kvpo.mini.pretraining.autoencoder import encode
 from kvpo.mini.pretraining.flat import Lesson
 from kvpo.mini.pretraining.layouts import Layout, Slot
@@ -77,17 +74,11 @@ def build_openings(vae, code: LinearEncoder, seed: int, prompts: int) -> Opening
     return Openings(tokens, latents, cells, where, tuple(scenes))
 
 
-Inputs = Callable[[torch.Tensor, torch.Tensor, torch.Generator], torch.Tensor]
-"""Function that makes network inputs x_SRFCHW at the sampler's S noise levels.
+def noised_openings(candidates: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Inputs x_SRFCHW of flow matching at the sampler's S noise levels.
 
-It takes candidates [R, K, F, C, H, W], text [R, L, D] and a generator.
-"""
-
-
-def noised_openings(
-    candidates: torch.Tensor, text: torch.Tensor, generator: torch.Generator
-) -> torch.Tensor:
-    """Inputs of flow matching: true openings under true noise."""
+    They are true openings, drawn from the candidates [R, K, F, C, H, W], under noise.
+    """
     rows, places = candidates.shape[:2]
     x0 = torch.stack(
         [
@@ -99,15 +90,8 @@ def noised_openings(
     return add_noise(x0, eps, torch.tensor(SIGMAS).to(x0).view(-1, 1, 1, 1, 1, 1))
 
 
-def sampled_openings(
-    model: CausalWan, candidates: torch.Tensor, text: torch.Tensor, generator: torch.Generator
-) -> torch.Tensor:
-    """Inputs that the sampler really meets."""
-    return sample_openings(model, text, candidates[:, 0].shape, generator)[0]
-
-
 def opening_lesson(
-    encoder, openings: Openings, inputs: Inputs, batch: int, generator: torch.Generator, device
+    encoder, openings: Openings, batch: int, generator: torch.Generator, device
 ) -> Lesson:
     """Opening blocks of prompts drawn at random, at all of the sampler's noise levels."""
     drawn = torch.randint(
@@ -115,7 +99,7 @@ def opening_lesson(
     )
     text = encode_text(encoder, openings.tokens[drawn].to(device))
     candidates, row = openings.latents[drawn].float().to(device), torch.arange(len(drawn))
-    x, targets, weights = inputs(candidates, text.detach(), generator), [], []
+    x, targets, weights = noised_openings(candidates, generator), [], []
     for x_i, sigma in zip(x, SIGMAS):
         best = likeliest(x_i, candidates, sigma).cpu()
         targets.append((x_i - candidates[row, best]) / sigma)
@@ -132,24 +116,6 @@ def opening_lesson(
         rows(t).flatten(1, 2) for t in (x, torch.stack(targets), torch.stack(weights))
     )
     return Lesson(APART, x, sigma, rows(text.expand(STEPS, *text.shape)), frames, target, weight)
-
-
-@torch.no_grad()
-def sample_openings(
-    model: CausalWan, text: torch.Tensor, shape: torch.Size, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Opening blocks of the model's own: the inputs it met x_SRFCHW and what it made x0_RFCHW."""
-    eps = torch.randn(STEPS, *shape, generator=generator).to(text.device)
-    met: list[torch.Tensor] = []
-    made = denoise_block(
-        lambda x, sigma: model.velocity(x, sigma, text, list(range(BLOCK))),
-        Renoise(),
-        SIGMAS,
-        eps[0],
-        lambda i: eps[i + 1],
-        lambda _i, x, _v: met.append(x),
-    )
-    return torch.stack(met), made
 
 
 def likeliest(x: torch.Tensor, candidates: torch.Tensor, sigma: float) -> torch.Tensor:

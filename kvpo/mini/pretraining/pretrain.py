@@ -1,8 +1,11 @@
-"""``kvpo pretrain``: the miniature's start weights, from nothing, in three stages.
+"""``kvpo pretrain``: the miniature's start weights, from nothing, in two stages.
 
     decoder           latents -> clips; the encoder is computed, not trained           (kvpo.mini.pretraining.autoencoder)
     teacher_forcing   causal flow matching on true pasts, with the text encoder        (kvpo.mini.pretraining.teacher_forcing)
-    few_step          the four-step sampler after true pasts                           (kvpo.mini.pretraining.few_step)
+
+Half of the noise levels are the sampler's own four, so four steps work as well as eight. Nothing
+teaches the generator on its own stream: nobody has the true continuation of that, and what it does
+wrong there is what alignment is to mend.
 
 The decoder does not need the generator nor the generator the decoder, so on a CPU they train side
 by side at first. Everything random is named by (seed, stage, step). Killed at any instant and
@@ -15,7 +18,6 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +31,6 @@ from kvpo.generators.causal_wan import CausalWan
 from kvpo.generators.pipeline import Geometry, Pipeline, use_channels_last
 from kvpo.mini.pretraining.autoencoder import decoder_loss, fit_encoder, set_latent_scale
 from kvpo.mini.pretraining.card import measured, write_card
-from kvpo.mini.pretraining.few_step import few_step_loss
 from kvpo.mini.pretraining.flat import use_flat_attention
 from kvpo.mini.pretraining.library import Library, build_library, load_library, save_library
 from kvpo.mini.pretraining.linear_encoder import LinearEncoder, install
@@ -81,24 +82,21 @@ class Settings:
     decoder_batch: int = 4
     decoder_lr: float = 2e-3
     stories: int = 2400
-    """Stories that stages 2 and 3 cut their crops from."""
+    """Stories that the generator's crops are cut from."""
     flow_steps: int = 5000
     beside: int = 2100
-    """Steps of stage 2 that are done while the decoder trains in a process of its own.
+    """Generator's steps that are done while the decoder trains in a process of its own.
     That needs a CPU of at least two cores."""
     flow_batch: int = 8
     flow_lr: float = 2e-3
-    few_steps: int = 400
-    few_batch: int = 8
-    few_lr: float = 1e-3
     openings: int = 2048
-    """Prompts of which stages 2 and 3 keep the true openings."""
+    """Prompts of which the generator sees true openings."""
     save_every: int = 100
     """Steps between two states on disk: what a kill costs at most."""
     measured: int = 256
     """Held-out stories for the model card; 0 = no card."""
     compile: bool = True
-    """Compile the transformer's blocks for stages 2 and 3."""
+    """Compile the transformer's blocks."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,7 @@ class Networks:
 
     @property
     def generator(self) -> torch.nn.ModuleDict:
-        """Modules that stages 2 and 3 train."""
+        """Modules that are trained by teacher forcing."""
         return torch.nn.ModuleDict({"transformer": self.transformer, "text_encoder": self.encoder})
 
     def to(self, device) -> Networks:
@@ -123,7 +121,7 @@ def pretrain(
 ) -> None:
     """Train everything and write the pipeline folder ``out``.
 
-    States, the encoded stories, the log and what stage 2 left go to ``work``. Raises ValueError,
+    States, the encoded stories and the logs go to ``work``. Raises ValueError,
     before anything is touched, where ``out`` holds something else than a pipeline folder.
     """
     out, work, progress = Path(out), Path(work), Progress()
@@ -141,8 +139,15 @@ def pretrain(
     loss = teacher_forcing_loss(
         nets.transformer, nets.encoder, library, openings, seed, settings.flow_batch, device
     )
-    flow = generator_stage(
-        "teacher_forcing", nets, loss, settings.flow_steps, settings.flow_lr, work, settings
+    flow = Stage(
+        "teacher_forcing",
+        work,
+        nets.generator,
+        loss,
+        steps=settings.flow_steps,
+        lr=settings.flow_lr,
+        ema=0.995,
+        save_every=settings.save_every,
     )
     decoder = decoder_stage(nets.vae, code, work, seed, settings, device)
     with (
@@ -153,16 +158,6 @@ def pretrain(
         flow.run(progress, until=settings.beside)
     decoder.run(progress)  # done already, if it trained beside
     flow.run(progress)
-    # not ``out``: nobody shall take these for the finished ones
-    export(nets, work / "teacher_forced", progress)
-
-    loss = few_step_loss(
-        nets.transformer, nets.encoder, library, openings, seed, settings.few_batch, device
-    )
-    few = generator_stage(
-        "few_step", nets, loss, settings.few_steps, settings.few_lr, work, settings
-    )
-    few.run(progress)
     export(nets, out, progress)
     if settings.measured:
         numbers = measured(Pipeline.load(out, device), settings.measured)
@@ -172,7 +167,7 @@ def pretrain(
             settings.measured,
             settings,
             seed,
-            {stage.name: stage.seconds for stage in (decoder, flow, few)},
+            {stage.name: stage.seconds for stage in (decoder, flow)},
         )
         progress.say(
             "held-out stories: "
@@ -256,14 +251,6 @@ def stories(
         with progress.bar("stories", s.stories) as bar:
             save_library(build_library(nets.vae, code, seed, s.stories, bar.move_to), path)
     return load_library(path)
-
-
-def generator_stage(
-    name: str, nets: Networks, loss: Callable, steps: int, lr: float, work: Path, s: Settings
-) -> Stage:
-    return Stage(
-        name, work, nets.generator, loss, steps=steps, lr=lr, ema=0.995, save_every=s.save_every
-    )
 
 
 def export(nets: Networks, out: Path, progress: Progress) -> None:

@@ -19,7 +19,7 @@ from kvpo.mini.pretraining.flat import Lesson, lesson_error, slot_text
 from kvpo.mini.pretraining.layouts import ROUTED_SOURCES, Layout, draw_layout, stretch
 from kvpo.mini.pretraining.library import Library
 from kvpo.mini.pretraining.networks import BLOCK, STEPS
-from kvpo.mini.pretraining.openings import Openings, noised_openings, opening_lesson
+from kvpo.mini.pretraining.openings import Openings, opening_lesson
 
 OPENINGS = 4
 """Steps of which one teaches openings."""
@@ -120,7 +120,7 @@ def teacher_forcing_loss(
     def loss(step: int):
         g = stream(seed, "teacher-forcing", step)
         if step % OPENINGS == 0:
-            lesson = opening_lesson(encoder, openings, noised_openings, batch, g, device)
+            lesson = opening_lesson(encoder, openings, batch, g, device)
         else:
             lesson = crop_lesson(encoder, library, batch, g, device)
         return lesson_error(transformer, lesson), {
