@@ -78,13 +78,13 @@ class Settings:
     """Clips to which the encoder's linear code is fitted."""
     scale_clips: int = 64
     """Clips from which the latents' mean and scale are measured."""
-    decoder_steps: int = 4500
+    decoder_steps: int = 4000
     decoder_batch: int = 4
     decoder_lr: float = 2e-3
     stories: int = 2400
     """Stories that the generator's crops are cut from."""
-    flow_steps: int = 5000
-    beside: int = 2100
+    flow_steps: int = 6500
+    beside: int = 1900
     """Generator's steps that are done while the decoder trains in a process of its own.
     That needs a CPU of at least two cores."""
     flow_batch: int = 8

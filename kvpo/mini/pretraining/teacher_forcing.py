@@ -21,12 +21,13 @@ from kvpo.mini.pretraining.library import Library
 from kvpo.mini.pretraining.networks import BLOCK, STEPS
 from kvpo.mini.pretraining.openings import Openings, opening_lesson
 
-OPENINGS = 4
+OPENINGS = 6
 """Steps of which one teaches openings."""
-CONTEXT_NOISE = 0.1
+CONTEXT_NOISE = 0.35
 """Largest deviation of the noise on clean context, which is told time 0.
 
-Whatever streams has small errors too.
+A stream reads its own errors; a generator that has met nothing but true pasts takes them for what
+was meant, and objects fade from block to block. What their errors are, nothing teaches.
 """
 
 
