@@ -19,13 +19,13 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kvpo.common.extras import missing_modules
 from kvpo.common.files import write_atomic
 from kvpo.common.progress import Progress
 from kvpo.mini.source import story_clips
 from kvpo.rewards.base import RewardSpec, VideoBatch
 from kvpo.rewards.calibration import FLAWS, calibrate
 from kvpo.rewards.clips import folder_clips
-from kvpo.rewards.measured import missing_packages
 from kvpo.rewards.registry import SHIPPED, RewardEntry, find
 from kvpo.rewards.scorer import load_rewards
 
@@ -124,7 +124,7 @@ def main() -> None:
             batches = story_clips(args.count) if row.name in OF_THE_WORLD else real
             if (
                 batches
-                and not missing_packages(row.spec)
+                and not missing_modules(row.spec.packages)
                 and (not row.spec.memory_gb or row.spec.extra == "offline")
             ):
                 measured(row, batches)

@@ -108,6 +108,7 @@ SECTIONS = {
     "Machines and disks": (
         "common/access.py",
         "common/environment.py",
+        "common/extras.py",
         "common/files.py",
         "distributed",
         "generators/embeddings.py",

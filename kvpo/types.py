@@ -110,10 +110,6 @@ class BranchPlan:
     renoise_from: int | None = None
     """Denoise step from which on the noise behind a step is the branch's own; None = shared."""
 
-    @property
-    def is_anchor(self) -> bool:
-        return not self.frames and self.noise_mix == 0.0 and self.renoise_from is None
-
 
 @dataclass(frozen=True)
 class Trajectory:

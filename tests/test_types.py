@@ -46,12 +46,6 @@ def test_window():
     assert [block for block in range(20) if block in window] == [7, 8, 9]
 
 
-def test_only_the_empty_plan_is_the_anchors():
-    assert BranchPlan().is_anchor
-    assert not BranchPlan(frames=(3, 4)).is_anchor
-    assert not BranchPlan(noise_mix=0.1).is_anchor
-
-
 def test_the_anchor_is_not_counted_as_a_branch():
     plans = (BranchPlan((3,)), BranchPlan((4,)), BranchPlan())
     empty = torch.empty(0)

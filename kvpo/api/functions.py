@@ -241,7 +241,7 @@ def evaluate(
     >>> 0 < found["VQ"].low <= found["VQ"].mean <= found["VQ"].high < 1
     True
     """
-    changes = {"scripts": scripts, "seeds": seeds, "seed": seed, "videos": 0}
+    changes: dict[str, int | str] = {"scripts": scripts, "seeds": seeds, "seed": seed, "videos": 0}
     changes |= {"prompts": str(prompts)} if prompts else {}
     length = {} if blocks is None else {"data.blocks": blocks}
     config, where = settle(recipe, {"evaluate": changes, **length}), pick_device(device)
@@ -251,12 +251,14 @@ def evaluate(
     families = {f for one in generators for f in trained_families(_spec(one))}
     kinds, progress = kinds_of(rewards, seeds, families), Progress()
     asked = (config, stories, rewards, where, progress)
-    scored, labels = zip(*(measured(one, *asked) for one in generators), strict=True)
     facts = (len(stories), seeds, seed)
-    if against is None:
-        rows = tuple(_record(Mean, row) for row in means(scored[0], kinds))
-        return Evaluation(labels[0], "", rows, *facts)
-    return Evaluation(*labels, tuple(_record(Row, row) for row in compare(*scored, kinds)), *facts)
+    (own, label), *others = [measured(one, *asked) for one in generators]
+    if not others:
+        alone = tuple(_record(Mean, row) for row in means(own, kinds))
+        return Evaluation(label, "", alone, *facts)
+    ((other, other_label),) = others
+    rows = tuple(_record(Row, row) for row in compare(own, other, kinds))
+    return Evaluation(label, other_label, rows, *facts)
 
 
 def _record(kind: type[Record], row: dict[str, Any]) -> Record:
@@ -265,7 +267,8 @@ def _record(kind: type[Record], row: dict[str, Any]) -> Record:
     A value that could not be measured is None in the one and NaN in the other.
     """
     known = {field.name for field in fields(kind)}
-    return kind(**{k: math.nan if v is None else v for k, v in row.items() if k in known})
+    values: dict[str, Any] = {k: math.nan if v is None else v for k, v in row.items() if k in known}
+    return kind(**values)
 
 
 def explore(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from kvpo.common.video import write_mp4
+from kvpo.common.video import encode_mp4, html_video, write_mp4
 from kvpo.evaluation.evaluate import table
 from kvpo.report.read_run import Row
 from kvpo.types import BranchPlan, RewardTable, Rollout, Script
@@ -36,6 +36,10 @@ class Video:
         """Write it as MP4; the file is there when it is whole, or not at all."""
         write_mp4(Path(path), self.frames, self.fps)
         return Path(path)
+
+    def _repr_html_(self) -> str:
+        """A player that holds the video, for notebooks."""
+        return html_video(encode_mp4(self.frames, self.fps), " | ".join(self.script.texts))
 
     def __repr__(self) -> str:
         T, _, H, W = self.frames.shape

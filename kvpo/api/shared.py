@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -48,8 +49,10 @@ def measured(
         pipeline, label = loaded(generator, device, config)
     sampler = SAMPLERS[config.sampler]
     with progress.bar(f"evaluate {label}", len(stories)) as bar:
-        asked = (stories, rewards, config.score, config.evaluate, bar.move_to)
-        return evaluate(pipeline, sampler, *asked), label
+        found = evaluate(
+            pipeline, sampler, stories, rewards, config.score, config.evaluate, bar.move_to
+        )
+        return found, label
 
 
 def shown_explorer(config: RunConfig, by: str) -> Explorer:
@@ -57,7 +60,7 @@ def shown_explorer(config: RunConfig, by: str) -> Explorer:
 
     Groups that are compared must explore the same blocks.
     """
-    chosen = config.exploring if by == "recipe" else getattr(config, by)
+    chosen: Any = config.exploring if by == "recipe" else getattr(config, by)
     return replace(chosen, window_blocks=config.exploring.window_blocks)
 
 

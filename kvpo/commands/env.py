@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
+
+from packaging.requirements import Requirement
 
 from kvpo.common.environment import environment, pick_device, version_of
 from kvpo.common.files import first_line
@@ -34,24 +35,26 @@ def facts() -> dict[str, str]:
     commit = {"commit": found["git_commit"]} if found["git_commit"] else {}
     versions = {"kvpo": version_of("kvpo") or "not installed", **commit, "python": found["python"]}
     hardware = {"device": f"{device}, {found['hardware']}", "cuda": torch.version.cuda or "none"}
-    return {**versions, **pinned(), **hardware, **cards(), **folders()}
+    return {**versions, **needed(), **hardware, **cards(), **folders()}
 
 
-def pinned() -> dict[str, str]:
-    """The packages that kvpo needs: the installed version, and the pinned one where it differs."""
+def needed() -> dict[str, str]:
+    """The packages that kvpo needs, without its extras': the installed version of each."""
     try:
-        needed = [line for line in requires("kvpo") or [] if "extra ==" not in line]
+        lines = [line for line in requires("kvpo") or [] if "extra ==" not in line]
     except PackageNotFoundError:
-        needed = []
-    pins = dict(m.groups() for line in needed if (m := re.match(r"([\w.-]+)==([\w.]+)", line)))
-    return {name: _against(version_of(name), pin) for name, pin in pins.items()}
+        lines = []
+    return {wanted.name: _installed(wanted) for wanted in map(Requirement, lines)}
 
 
-def _against(version: str | None, pin: str) -> str:
+def _installed(wanted: Requirement) -> str:
+    """The installed version of a package, and what is needed where that is another."""
+    version = version_of(wanted.name)
     if version is None:
-        return f"missing, {pin} is needed"
-    same = version.partition("+")[0] == pin  # 2.13.0+cpu is 2.13.0, built for CPUs
-    return version if same else f"{version}, but {pin} is pinned"
+        return f"missing, {wanted.specifier} is needed"
+    # a version with a local part, as 2.13.0+cpu, counts as the one without
+    right = wanted.specifier.contains(version, prereleases=True)
+    return version if right else f"{version}, but {wanted.specifier} is needed"
 
 
 def cards() -> dict[str, str]:

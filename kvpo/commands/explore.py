@@ -53,6 +53,7 @@ def explore_command(args: Explore) -> None:
 
     from kvpo.api.records import branch_table
     from kvpo.api.shared import score_group, shown_explorer
+    from kvpo.common.extras import require_extra
     from kvpo.common.timing import Phases
     from kvpo.generators.readable import check_prompts
     from kvpo.generators.sampler import SAMPLERS
@@ -63,6 +64,7 @@ def explore_command(args: Explore) -> None:
     from kvpo.runs.build import evaluation_scripts, judges
     from kvpo.runs.loading import load_generator, pipeline_folder
 
+    require_extra("a routing map", "report", ("matplotlib",))
     config = args.settings
     device = pick_device(args.settings.device)
     progress = Progress()

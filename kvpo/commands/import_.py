@@ -98,7 +98,7 @@ class Import:
 
         for path in self.paths[:-1]:
             name = "/".join(path.absolute().parts[-2:]).lower()
-            for other in reversed(FORMATS.values()):
+            for other in reversed([*FORMATS.values()]):
                 if (
                     other.named
                     and other.name.startswith(self.format)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import importlib
 import itertools
 import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import kvpo
 from kvpo.common.files import first_line, in_words
 from kvpo.common.unfailing import silence, tolerate_encodings
+from kvpo.common.wording import nearest
 from kvpo.distributed.process_end import end_by
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def _parse(name: str, args: list[str]) -> Callable[[], None]:
     import tyro  # a part of a second, which --help and a mistyped command need not wait for
 
     # seconds of imports, which --help and a mistyped command need not wait for
-    command = find(name)
+    command: Any = find(name)
     whole, args = HELP_ALL in args, ["--help" if arg == HELP_ALL else arg for arg in args]
     if "settings" not in command.__dataclass_fields__:
         return tyro.cli(
@@ -208,10 +208,10 @@ def _together(args: list[str]) -> list[str]:
 
 
 def _unknown(name: str) -> str:
-    near = difflib.get_close_matches(name, COMMANDS, n=1)
+    near = nearest(name, COMMANDS)
     return (
         f"kvpo: there is no command {name!r}"
-        + (f"; did you mean {near[0]}? Commands" if near else "; commands")
+        + (f"; did you mean {near}? Commands" if near else "; commands")
         + f" are {', '.join(COMMANDS)}; kvpo --help says more"
     )
 

@@ -24,10 +24,12 @@ class Report:
             raise FileNotFoundError(
                 f"{self.run} is no run folder: it has no config.resolved.yaml; give the folder that `kvpo align` wrote"
             )
+        from kvpo.common.extras import require_extra
         from kvpo.common.files import write_atomic
         from kvpo.report.report import write_report
         from kvpo.report.samples import before_after
 
+        require_extra("a report", "report", ("matplotlib",))
         print(f"report: {write_report(self.run).resolve()}")
         if self.strips is not None:
             print(f"strips: {write_atomic(self.strips, before_after(self.run)).resolve()}")

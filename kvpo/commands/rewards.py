@@ -111,7 +111,8 @@ class Calibrate:
 
         scorers = trained(load_rewards(config.rewards, pick_device(self.device)))
         batches = _clips(self, config)
-        weights, table, progress = {s.spec.name: s.entry.weight for s in scorers}, {}, Progress()
+        weights, progress = {s.spec.name: s.entry.weight for s in scorers}, Progress()
+        table: dict[str, dict[str, Verdict]] = {}
         with progress.bar("calibrate", len(FLAWS)) as bar:
             for flaw in FLAWS:
                 table |= calibrate(scorers, batches, weights, flaws=[flaw])
@@ -157,9 +158,9 @@ class Rewards:
 
 
 def _listed(name: str, spec: RewardSpec) -> tuple[str, ...]:
-    from kvpo.rewards.measured import missing_packages
+    from kvpo.common.extras import missing_modules
 
-    missing = missing_packages(spec)
+    missing = missing_modules(spec.packages)
     here = (
         f"needs kvpo[{spec.extra}]"
         if missing

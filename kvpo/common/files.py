@@ -219,7 +219,7 @@ def in_words(error: BaseException) -> str:
         errno.ENOSPC: "the disk is full; free some of it, or choose another one",
         errno.EROFS: "the disk can not be written to; choose another one",
     }
-    return f"{os.fsdecode(error.filename)}: {reasons.get(error.errno, error.strerror)}"
+    return f"{os.fsdecode(error.filename)}: {reasons.get(error.errno or 0, str(error.strerror))}"
 
 
 def first_line(error: BaseException) -> str:

@@ -59,23 +59,29 @@ def _listed(text: str) -> Iterator[tuple[int, str, Any]]:
     values, decoder = _read(text.rstrip(), 0)[0], json.JSONDecoder()
     at = text.index("[") + 1
     for index, value in enumerate(values):
-        at = _BETWEEN.match(text, at).end()
+        at = _behind(_BETWEEN, text, at)
         yield at, f"[{index}]", value
         at = decoder.raw_decode(text, at)[1]
 
 
 def _after_one_another(text: str) -> Iterator[tuple[int, str, Any]]:
-    at, text = _SPACE.match(text).end(), text.rstrip()
+    at, text = _behind(_SPACE, text), text.rstrip()
     while at < len(text):
         value, end = _read(text[at:], at, whole=False)
         yield at, "", value
-        at = _SPACE.match(text, at + end).end()
+        at = _behind(_SPACE, text, at + end)
+
+
+def _behind(pattern: re.Pattern, text: str, at: int = 0) -> int:
+    """Offset behind what a pattern, which may be empty, takes at ``at``."""
+    found = pattern.match(text, at)
+    return at if found is None else found.end()
 
 
 def _read(text: str, begin: int, whole: bool = True) -> tuple[Any, int]:
     """(value, offset behind it); ``begin``: the text's own offset, for faults."""
     decoder = json.JSONDecoder(object_pairs_hook=_without_twins)
-    lead = _SPACE.match(text).end()
+    lead = _behind(_SPACE, text)
     try:
         value, end = decoder.raw_decode(text, lead)
     except json.JSONDecodeError as error:
@@ -97,7 +103,7 @@ def _read(text: str, begin: int, whole: bool = True) -> tuple[Any, int]:
     if whole and text[end:].strip():
         raise JsonFault(
             "not JSON (something follows the value); put it on a line of its own, or take it out",
-            begin + _SPACE.match(text, end).end(),
+            begin + _behind(_SPACE, text, end),
         )
     return value, end
 

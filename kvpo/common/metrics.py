@@ -9,7 +9,6 @@ kvpo.common.metrics > docs/metrics.md``); logging a name that no line declares i
 
 from __future__ import annotations
 
-import difflib
 import functools
 import json
 import math
@@ -23,6 +22,8 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 if TYPE_CHECKING:
     from kvpo.common.trackers import Trackers
+
+from kvpo.common.wording import nearest
 
 T = TypeVar("T")
 
@@ -331,9 +332,9 @@ def declaration(name: str) -> Metric:
     for metric in DECLARED:
         if _regex(metric.pattern).fullmatch(name):
             return metric
-    near = difflib.get_close_matches(name, [m.pattern for m in DECLARED], n=1, cutoff=0.3)
+    near = nearest(name, (metric.pattern for metric in DECLARED), cutoff=0.3)
     raise ValueError(
-        f"metric {name!r} is not declared{f' (nearest: {near[0]})' if near else ''}; every metric has a line in kvpo.common.metrics.DECLARED: add one or correct the name"
+        f"metric {name!r} is not declared{f' (nearest: {near})' if near else ''}; every metric has a line in kvpo.common.metrics.DECLARED: add one or correct the name"
     )
 
 

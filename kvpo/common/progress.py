@@ -89,22 +89,22 @@ class Progress:
         In output that goes into a file it is a line every half a minute, and one when long work is
         done.
         """
-        started, outermost = time.perf_counter(), self._live is None
-        if outermost:
-            self._live = Live(self.bars, console=self._console, refresh_per_second=4)
-            self._live.start()
+        began, started = time.perf_counter(), None
+        if self._live is None:
+            started = self._live = Live(self.bars, console=self._console, refresh_per_second=4)
+            started.start()
         task = self.bars.add_task(name, total=total, completed=done)
         try:
             yield Bar(self, task, name, total, done)
         finally:
-            if outermost:
-                self._live.stop()
+            if started is not None:
+                started.stop()
                 self._live = None
                 # piped, the last picture ends without a newline, and what follows would stick to it
                 if not self._console.is_terminal:
                     self._console.line()
             self.bars.remove_task(task)
-        self.ended(name, time.perf_counter() - started)
+        self.ended(name, time.perf_counter() - began)
 
     def show(self, line: str) -> None:
         self.note(line)

@@ -14,22 +14,23 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import av
 import numpy as np
 import torch
 from av.video.reformatter import Colorspace
-from PIL import Image, ImageColor, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 
 from kvpo.common.access import check_readable
+from kvpo.common.extras import require_extra
 from kvpo.common.files import first_line, write_atomic
 
 FPS = 16.0
 """Frames a second of Wan and of the miniature."""
 MIN_SIDE = 256
 """Pixels: smaller videos are enlarged by a whole factor until their shorter side reaches this."""
-INK, PAPER, LINE = (28, 32, 36), (255, 255, 255), (208, 212, 217)
+INK, PAPER = (28, 32, 36), (255, 255, 255)
 BT709 = 1
 ENLARGED = "enlarged"
 """Key of the factor of `enlarge` in what a file says of itself."""
@@ -117,7 +118,9 @@ class Mp4Writer:
     ):
         self.path = Path(path)
         self.part = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.part")
-        self.settings, self.encoder, self.file = (fps, factor, crf, about), None, None
+        self.settings = (fps, factor, crf, about)
+        self.encoder: _Encoder | None = None
+        self.file: BinaryIO | None = None
 
     def __enter__(self) -> Mp4Writer:
         return self
@@ -132,7 +135,7 @@ class Mp4Writer:
 
     def __exit__(self, kind, *_) -> None:
         try:
-            if self.encoder is not None:
+            if self.encoder is not None and self.file is not None:
                 self.encoder.close()
                 self.file.close()
                 if kind is None:
@@ -262,7 +265,7 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or first_line(error)
 
 
-def _even_rate(path: Path, times: Sequence[float | None], rate: float) -> float:
+def _even_rate(path: Path, shown: Sequence[float | None], rate: float) -> float:
     """Frames a second, by the times at which the frames are shown.
 
     ``rate``: what the file says, kept where it agrees.
@@ -270,7 +273,8 @@ def _even_rate(path: Path, times: Sequence[float | None], rate: float) -> float:
     ValueError where frames are shown for different times: whoever counts frames, as every reward
     does, sees another motion.
     """
-    if len(times) < 2 or None in times:
+    times = [time for time in shown if time is not None]
+    if len(times) < 2 or len(times) < len(shown):
         return rate or FPS
     lasts = (times[-1] - times[0]) / (len(times) - 1)
     steps = [b - a for a, b in itertools.pairwise(times)]
@@ -306,9 +310,12 @@ def html_image(png: Path | bytes, label: str) -> str:
 @functools.cache
 def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     """DejaVu Sans as matplotlib ships it: there on every machine, with Greek letters and arrows."""
+    require_extra("writing on a picture", "report", ("matplotlib",))
     # Found without importing it: that takes long, and fails where a user has no folder to write to.
-    data = Path(importlib.util.find_spec("matplotlib").origin).parent / "mpl-data" / "fonts" / "ttf"
-    return ImageFont.truetype(str(data / f"DejaVuSans{'-Bold' if bold else ''}.ttf"), size)
+    found = importlib.util.find_spec("matplotlib")
+    assert found is not None and found.origin is not None, "matplotlib is a package on disk"
+    fonts = Path(found.origin).parent / "mpl-data" / "fonts" / "ttf"
+    return ImageFont.truetype(str(fonts / f"DejaVuSans{'-Bold' if bold else ''}.ttf"), size)
 
 
 def _captioned(text: str, width: int, lines: int, size: int) -> Image.Image:
@@ -344,18 +351,15 @@ def grid(
     captions: Sequence[str],
     columns: int | None = None,
     tile: int = 160,
-    accents: Sequence[str] | None = None,
 ) -> torch.Tensor:
     """Clips side by side, a caption under each, as one video.
 
     ``tile``: pixels that a clip's shorter side at least gets; ``columns``: None = chosen, see
-    `_columns`; ``accents``: colour of the frame around each clip, "" = none. A shorter clip holds
-    its last frame.
+    `_columns`. A shorter clip holds its last frame.
     """
-    accents = accents or [""] * len(clips)
-    if not clips or not len(clips) == len(captions) == len(accents):
+    if not clips or len(clips) != len(captions):
         raise ValueError(
-            f"{len(clips)} clips, {len(captions)} captions, {len(accents)} accents; give one of each for each of at least one clip"
+            f"{len(clips)} clips, {len(captions)} captions; give one of each for each of at least one clip"
         )
     clips = [
         enlarge(check_video(clip, f"clip {i}"), -(-tile // min(clip.shape[-2:])))
@@ -377,9 +381,6 @@ def grid(
     )
     for i, (clip, footer) in enumerate(zip(clips, footers)):
         y, x = gap + i // columns * (cell[0] + gap), gap + i % columns * (width + gap)
-        if accents[i]:
-            colour = torch.tensor(ImageColor.getrgb(accents[i])[:3], dtype=torch.uint8)
-            canvas[:, y - 4 : y + height + 4, x - 4 : x + width + 4] = colour
         canvas[:, y : y + height, x : x + width] = clip[
             torch.arange(steps).clamp(max=len(clip) - 1)
         ].permute(0, 2, 3, 1)

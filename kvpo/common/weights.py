@@ -92,9 +92,9 @@ def identity(name: str, files: Sequence[Path]) -> str:
 
     It tells whether two runs have used the same weights.
     """
-    return " ".join((name, *(f"{file.name} sha256:{_sha256(file)}" for file in files)))
+    return " ".join((name, *(f"{file.name} sha256:{sha256_of(file)}" for file in files)))
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 def count_of(number: int, thing: str) -> str:
     """A number with its noun: 1 block, 2 blocks."""
     return f"{number} {thing}" + ("s" if number != 1 else "")
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """The known name that a mistyped one is nearest to; "" where none is near."""
+    return next(iter(difflib.get_close_matches(name, [*known], n=1, cutoff=cutoff)), "")
 
 
 def in_time(seconds: float) -> str:

@@ -19,7 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from kvpo.common.files import must_be_new, whole_folder, write_atomic
 from kvpo.common.finite import check_finite
-from kvpo.common.weights import State, _sha256, account
+from kvpo.common.weights import State, account, sha256_of
 from kvpo.convert.lora import adapter_in, described, is_adapter, merge
 from kvpo.convert.wan_base import BaseFolder, new_transformer, open_base, save_transformer
 from kvpo.convert.wan_names import OF_TRAINERS, generator_state, keeps_float32, unfolded
@@ -216,7 +216,7 @@ def _weights(
     )
     say(f"{path}: {len(state)} tensors{_chosen(content, key, kind, which)}, each in its place")
     sources = [
-        Source(file, f"generator{f', key {key}' if key else ''}", _sha256(file))
+        Source(file, f"generator{f', key {key}' if key else ''}", sha256_of(file))
         for file in files.files
     ]
     for files, content in adapters:
@@ -228,7 +228,7 @@ def _weights(
         )
         merge(state, adapter, lora_scale, str(files.path))
         sources += [
-            Source(file, described(adapter, lora_scale), _sha256(file)) for file in files.files
+            Source(file, described(adapter, lora_scale), sha256_of(file)) for file in files.files
         ]
         say(f"{files.path}: {sources[-1].what}")
     check_finite(

@@ -49,7 +49,8 @@ WANTED = (
 
 
 class BaseFolder(Protocol):
-    folder: Path
+    @property
+    def folder(self) -> Path: ...
 
     def transformer_config(self) -> dict[str, Any]:
         """Arguments of `WanTransformer3DModel`."""
@@ -77,16 +78,17 @@ def open_base(name: str) -> BaseFolder:
             raise FileNotFoundError(
                 f"--base {name} is no local folder, and could not be downloaded ({first_line(error)}); where there is a network: hf download {name} --local-dir FOLDER, then give --base FOLDER"
             ) from None
-    kind, needed = (
-        (DiffusersBase, ("transformer/config.json", *PARTS))
-        if (folder / "model_index.json").is_file()
-        else (OriginalBase, ("config.json", ORIGINAL_VAE, ORIGINAL_T5, ORIGINAL_TOKENIZER))
-    )
+    base: BaseFolder
+    if (folder / "model_index.json").is_file():
+        base, needed = DiffusersBase(folder), ("transformer/config.json", *PARTS)
+    else:
+        needed = ("config.json", ORIGINAL_VAE, ORIGINAL_T5, ORIGINAL_TOKENIZER)
+        base = OriginalBase(folder)
     if missing := [part for part in needed if not (folder / part).exists()]:
         raise FileNotFoundError(
             f"--base {name} is neither a whole diffusers folder nor a whole Wan2.1 folder: {', '.join(missing)} missing; fetch the base once more"
         )
-    return kind(folder)
+    return base
 
 
 @dataclass(frozen=True)

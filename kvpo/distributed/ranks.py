@@ -197,6 +197,7 @@ class Ranks:
         if self.world == 1:
             yield
             return
+        assert self.store is not None, "several ranks have one"
         with self._connected():
             self.store.add(f"arrived/{self.name}/{self.rank}", 1)
             yield
@@ -214,14 +215,16 @@ class Ranks:
             ) from None
 
     def _missing(self) -> str:
+        store = self.store
+        assert store is not None, "several ranks have one"
         try:
-            arrived = [self.store.add(f"arrived/{self.name}/{r}", 0) for r in range(self.world)]
+            arrived = [store.add(f"arrived/{self.name}/{r}", 0) for r in range(self.world)]
             missing = [
                 self.process(r) for r in range(self.world) if arrived[r] < arrived[self.rank]
             ]
             return (
                 "; ".join(
-                    f"rank {r} did not come, it was in {self.store.get(f'doing/{r}').decode()}"
+                    f"rank {r} did not come, it was in {store.get(f'doing/{r}').decode()}"
                     for r in missing
                 )
                 or "a connection broke"
@@ -236,7 +239,7 @@ class Ranks:
         `Stopped` is one of these errors, but where a rank has another one, that counts. All ranks
         enter, and leave together.
         """
-        error = None
+        error: BaseException | None = None
         try:
             with giving_way():
                 yield
@@ -254,7 +257,7 @@ class Ranks:
             with self._connected():
                 self.store.set("stopped", reason)
 
-    def _raise_what_any_has(self, error: Exception | None) -> None:
+    def _raise_what_any_has(self, error: BaseException | None) -> None:
         own = ("", "") if error is None else (type(error).__name__, str(error))
         # False sorts before True, so `Stopped` comes behind the errors.
         raised = sorted(

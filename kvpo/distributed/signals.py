@@ -99,8 +99,8 @@ def _handled_by(handler: Callable) -> Iterator[None]:
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, own in before.items():
+            signal.signal(number, own)
 
 
 @contextmanager

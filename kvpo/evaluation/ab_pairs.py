@@ -68,7 +68,8 @@ def draw_pairs(scripts: Sequence[Script], seeds: Sequence[int], seed: int) -> li
     sides = torch.randperm(len(both), generator=generator)
     # whose is the one more where the number is odd
     first = int(torch.randint(2, (), generator=generator))
-    return [Pair(*both[i], "ab"[(int(side) + first) % 2]) for i, side in zip(order, sides)]
+    left = ["ab"[(side + first) % 2] for side in sides.tolist()]
+    return [Pair(both[i][0], both[i][1], name) for i, name in zip(order, left)]
 
 
 def check_alike(a: Geometry, b: Geometry) -> None:

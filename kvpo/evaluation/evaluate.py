@@ -65,7 +65,9 @@ def evaluate(
 
     A script's number is the mean over its seeds of the mean over its segments' clips.
     """
-    columns, videos, apart, alike = [], [], [], []
+    columns, apart = [], []
+    videos: list[torch.Tensor] = []
+    alike: list[torch.Tensor] = []
     jobs = [(script, seed) for script in scripts for seed in range(config.seeds)]
     for first in range(0, len(jobs), config.batch):
         part = jobs[first : first + config.batch]

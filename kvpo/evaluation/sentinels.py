@@ -18,6 +18,7 @@ from typing import Literal
 
 import torch
 
+from kvpo.common.extras import require_extra
 from kvpo.common.metrics import read_metrics
 from kvpo.evaluation.evaluate import noise_name
 from kvpo.evaluation.settings import SentinelConfig
@@ -118,6 +119,7 @@ class Watch:
         config: SentinelConfig,
         seed: int,
     ):
+        require_extra("watching sentinels", "rewards", ("cv2",))
         self.policy, self.config = policy, config
         self._look = functools.partial(look, pipeline, sampler, scripts, config, seed)
 
@@ -146,7 +148,9 @@ def recent_kl(run: Path, done: int, steps: int) -> float:
 
 def judge(start: Look, now: Look, kl: float, config: SentinelConfig) -> Verdict:
     """Metrics, and which sentinels are beyond which limit."""
-    metrics, warnings, stops = {}, [], []
+    metrics: dict[str, float] = {}
+    warnings: list[str] = []
+    stops: list[str] = []
     for name, side in BAD.items():
         a, b, spread = start.mean(name), now.mean(name), start.spread(name)
         if not spread > 0:

@@ -28,7 +28,7 @@ class EvaluateConfig:
     seed: int = 1000
     """Names the scripts' and the noise's streams; training never draws from them."""
     online: bool = False
-    """Also measure the weights that the optimizer changes, without averaging.
+    """Measure the weights that the optimizer changes, too, without averaging.
     It takes half as long again, and what is exported is the average."""
     videos: int = 4
     """Scripts whose videos are kept, before and after."""

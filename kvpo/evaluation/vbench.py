@@ -172,12 +172,9 @@ def totals(scores: Mapping[str, float]) -> dict[str, float | None]:
         ]
         mean = sum(weighted) / sum(d.weight for d in members.values())
         found[part] = None if math.isnan(mean) else mean
-    whole = (
-        None
-        if None in found.values()
-        else sum(PARTS[part] * mean for part, mean in found.items()) / sum(PARTS.values())
-    )
-    return {**found, "total": whole}
+    there = {part: mean for part, mean in found.items() if mean is not None}
+    whole = sum(PARTS[part] * mean for part, mean in there.items()) / sum(PARTS.values())
+    return {**found, "total": whole if len(there) == len(PARTS) else None}
 
 
 def table(scores: Mapping[str, float]) -> str:

@@ -75,7 +75,8 @@ def story_clips(
 
     They are the first ``frames`` of every prompt segment of stories that no training draws.
     """
-    rows, i = [], 0
+    rows: list[tuple[torch.Tensor, str, tuple[str, ...]]] = []
+    i = 0
     while len(rows) < count:
         story = write_story(seed, "rewards", i, blocks=12, memory=pillar)
         video = to_uint8(story.render())

@@ -165,6 +165,7 @@ def chance(p: float, generator: torch.Generator) -> bool:
 
 def describe(scene: Scene, generator: torch.Generator) -> str:
     """A full caption of a scene, one of its paraphrases."""
+    assert scene.motion and scene.place, "a story's scene is known in full"
     size = pick([w for w, s in _SIZE_WORDS.items() if s == scene.size], generator)
     motion = pick(MOTION_PHRASES[scene.motion], generator).format(
         speed=pick([w for w, s in _SPEED_WORDS.items() if s == scene.speed], generator)
@@ -184,6 +185,7 @@ def describe_change(scene: Scene, change: str, generator: torch.Generator) -> st
         return pick(
             ("now it turns to a {}", "it becomes a {}", "then it becomes a {}"), generator
         ).format(scene.shape)
+    assert scene.motion, "a story's scene is known in full"
     motion = pick(MOTION_PHRASES[scene.motion], generator).format(
         speed=pick([w for w, s in _SPEED_WORDS.items() if s == scene.speed], generator)
     )

@@ -12,7 +12,7 @@ the story stays.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -41,7 +41,6 @@ BAND = 8
 PILLAR = (19, 45)
 """First and last + 1 column of the pillar."""
 PILLAR_COLOUR = (76, 70, 66)
-MOTIONS = ("left", "right", "up", "down", "circle", "bounce", "hide")
 SPEEDS = {"slowly": 0.8, "quickly": 1.6}
 """Pixels a frame."""
 HEADING = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
@@ -206,6 +205,7 @@ def render(
         at = (truth.scene[first:stop] == i).nonzero().flatten()
         if not len(at):
             continue
+        assert scene.shape and scene.colour and scene.place, "what is shown is known in full"
         alpha = coverage(scene.shape, truth.centre[first:stop][at], scene.radius)[:, None]
         alpha = alpha * truth.opacity[first:stop][at].view(-1, 1, 1, 1)
         if scene.pillar:
@@ -216,8 +216,3 @@ def render(
         ]
         out[at] = (1 - alpha) * backdrop(scene.place, scene.pillar) + alpha * colour
     return out
-
-
-def switched(scene: Scene, change: str, value: str) -> Scene:
-    """The next scene: one thing changes, the rest of the story stays."""
-    return replace(scene, **{change: value})

@@ -5,7 +5,7 @@ It also says what would make the recipe fit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from kvpo.common.wording import count_of, in_time

@@ -86,7 +86,7 @@ class Snapshot:
             "config": config,
             "packages": packages(),
         }
-        tensors = BlockingAsyncStager().stage(_tensors(policy, optimizer) | beside)
+        tensors = BlockingAsyncStager().stage({**_tensors(policy, optimizer), **beside})
         elsewhere = (
             {}
             if policy.sharded
@@ -117,7 +117,7 @@ def save_checkpoint(
             _write_file(snapshot.tensors, part / WHOLE)
             _write_file(snapshot.elsewhere, beside)
         ranks.only_first(lambda: _finish(part, target, snapshot.state))
-        ranks.only_first(lambda: beside.exists() and os.replace(beside, folder / ELSEWHERE))
+        ranks.only_first(lambda: _put_there(beside, folder / ELSEWHERE))
     except Lost:
         raise
     except OSError as error:
@@ -126,12 +126,20 @@ def save_checkpoint(
         raise OSError(
             f"checkpoint {target} could not be written ({error}); the ones before it are untouched. Free disk space, then go on with --resume"
         ) from None
-    ranks.only_first(
-        lambda: [
-            shutil.rmtree(old) for old in _up_to(target)[:-keep] if old != at_step(folder, best)
-        ]
-    )
+    ranks.only_first(lambda: _remove_old(target, keep, at_step(folder, best)))
     return target
+
+
+def _put_there(part: Path, target: Path) -> None:
+    """Give a file its name, where there is one."""
+    if part.exists():
+        os.replace(part, target)
+
+
+def _remove_old(target: Path, keep: int, best: Path) -> None:
+    for old in _up_to(target)[:-keep]:
+        if old != best:
+            shutil.rmtree(old)
 
 
 def at_step(folder: Path, step: int) -> Path:

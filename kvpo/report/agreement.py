@@ -21,12 +21,12 @@ def gradients(records: Records, run: Path) -> tuple[str, str]:
             "the agreement of the groups' gradients was not measured: agreement.window is 0, or too few groups were trained on"
         )
     cosine, error = (series(records, f"agreement/{name}")[""] for name in ("cosine", "error"))
-    band = tuple(
+    low, high = (
         (cosine[0], [c + side * e for c, e in zip(cosine[1], error[1])]) for side in (-2.0, 2.0)
     )
     chart = figure(
         "Mean cosine between groups' gradients",
-        [Line("over the latest groups, two standard errors", cosine, 1, band=band)],
+        [Line("over the latest groups, two standard errors", cosine, 1, band=(low, high))],
         "",
         level=(0.0, "noise"),
     )

@@ -11,12 +11,14 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 
 from kvpo.common.metrics import declaration, pick
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Points = tuple[list[float], list[float]]
 """Steps and values."""
@@ -49,12 +51,12 @@ class Line:
     """Lower and upper bound, shaded."""
 
 
-def distinct(number: int) -> dict[str, int | bool]:
+def distinct(number: int) -> tuple[int, bool]:
     """Colour and dash of a chart's line by its number.
 
     As many lines as two rounds of the colours look different.
     """
-    return {"colour": 1 + number % len(COLOURS), "dashed": number // len(COLOURS) % 2 == 1}
+    return 1 + number % len(COLOURS), number // len(COLOURS) % 2 == 1
 
 
 @dataclass(frozen=True)
@@ -202,6 +204,8 @@ def figure(
 def _curves(
     lines: Sequence[Line], log: bool, level: tuple[float, str] | None, title: str, unit: str
 ) -> str:
+    from matplotlib import rc_context
+
     with rc_context(RC):
         picture, axes = _axes()
         for line in lines:
@@ -232,6 +236,8 @@ def _curves(
 
 
 def _axes(size: tuple[float, float] = (4.3, 2.1)):
+    from matplotlib.figure import Figure
+
     picture = Figure(figsize=size, layout="constrained")
     axes = picture.subplots()
     axes.set_xlabel("updates made", color=INK)
@@ -241,7 +247,7 @@ def _axes(size: tuple[float, float] = (4.3, 2.1)):
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom")
         spine.set_color(GRID)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     return picture, axes
 
 
@@ -274,6 +280,8 @@ def stacked(phases: Mapping[str, Points], title: str, unit: str) -> str:
     """HTML of phases stacked over the steps; long runs are averaged into at most 120 bars."""
     steps = sorted({step for points in phases.values() for step in points[0]})
     bins = np.array_split(np.array(steps), min(120, len(steps)))
+    from matplotlib import rc_context
+
     with rc_context(RC):
         picture, axes = _axes((14.0, 3.0))
         base = np.zeros(len(bins))

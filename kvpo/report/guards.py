@@ -42,7 +42,7 @@ def conflicts(records: Records) -> tuple[str, str]:
     )
     if ranks:
         lines = [
-            Line(pair, points, **distinct(i), smooth=True)
+            Line(pair, points, *distinct(i), smooth=True)
             for i, (pair, points) in enumerate(ranks.items())
         ]
         body += f'<div class="charts">{figure("Rank correlation of advantages", lines, "", level=(0.0, "unrelated"))}</div>'
@@ -68,7 +68,7 @@ def sentinels(records: Records) -> tuple[str, str]:
         ]
         for name, points in moved.items()
     ]
-    lines = [Line(name, points, **distinct(i)) for i, (name, points) in enumerate(moved.items())]
+    lines = [Line(name, points, *distinct(i)) for i, (name, points) in enumerate(moved.items())]
     chart = figure(
         "Distance from the start weights",
         lines,

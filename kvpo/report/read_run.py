@@ -184,12 +184,16 @@ def read_evaluation(path: Path) -> Evaluation:
             f"{path.name} measures one set of weights alone and is not shown; give --against to compare two"
         )
     try:
-        numbers = ("a", "b", "diff", "low", "high", "win")
         rows = tuple(
             Row(
                 str(row["component"]),
                 str(row["kind"]),
-                *(number(row.get(name)) for name in numbers),
+                number(row.get("a")),
+                number(row.get("b")),
+                number(row.get("diff")),
+                number(row.get("low")),
+                number(row.get("high")),
+                number(row.get("win")),
                 int(row["n"]),
                 str(row.get("better", "higher")),
                 number(row.get("sd")),

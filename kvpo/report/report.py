@@ -13,12 +13,14 @@ import html
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kvpo.common.files import write_atomic
 from kvpo.common.metrics import PHASES, read_metrics
 from kvpo.pages import html as page
+from kvpo.pages.render import render
 from kvpo.report import agreement as report_agreement
 from kvpo.report import evaluation as report_evaluation
 from kvpo.report import guards as report_guards
@@ -81,21 +83,29 @@ def write_report(run: Path) -> Path:
         ("Setup", lambda: _setup(run)),
         ("Words", glossary),
     ]
-    text = page.PAGE.substitute(
-        title=html.escape(f"{run.resolve().name} - KVPO report"),
-        name=html.escape(run.resolve().name),
+    text = render(
+        "report.html",
+        title=f"{run.resolve().name} - KVPO report",
+        name=run.resolve().name,
         facts=_facts(run, records),
-        warnings=_warnings([*problem, *problems, *warnings(run, records, evaluations)]),
-        contents=page.contents([title for title, _ in parts]),
-        sections="\n".join(_part(*part) for part in parts),
-        footer=f"Written {time.strftime('%Y-%m-%d %H:%M:%S UTC', time.gmtime())} by <code>kvpo report</code>. Everything on this page is inside this file.",
-        style=page.STYLE,
-        script=page.SCRIPT,
+        warnings=[*problem, *problems, *warnings(run, records, evaluations)],
+        sections=[_section(*part) for part in parts],
+        written=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
     )
     return write_atomic(run / "report.html", text)
 
 
-def _part(title: str, body: Callable[[], tuple[str, str]]) -> str:
+@dataclass(frozen=True)
+class Section:
+    """A section of the page."""
+
+    title: str
+    lead: str
+    body: str
+    """HTML below the lead."""
+
+
+def _section(title: str, body: Callable[[], tuple[str, str]]) -> Section:
     """A section from ``body``'s (lead, HTML), or the reason why there is none.
 
     The files may come from an older program or an unlucky disk; a report that fails on one of them
@@ -103,17 +113,12 @@ def _part(title: str, body: Callable[[], tuple[str, str]]) -> str:
     place.
     """
     try:
-        lead, text = body()
+        return Section(title, *body())
     except Missing as reason:
-        return page.section(title, page.missing(str(reason)))
+        said = str(reason)
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
-        return page.section(
-            title,
-            page.missing(
-                f"this part of the run's folder does not have the expected form ({error!r})"
-            ),
-        )
-    return page.section(title, text, lead)
+        said = f"this part of the run's folder does not have the expected form ({error!r})"
+    return Section(title, "", page.missing(said))
 
 
 def _records(run: Path) -> tuple[Records, list[str]]:
@@ -208,11 +213,6 @@ def _mean(records: Records, name: str) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-def _warnings(lines: Sequence[str]) -> str:
-    items = "".join(f"<li>{html.escape(line[:1].upper() + line[1:])}.</li>" for line in lines)
-    return f'<div class="warnings"><b>Before you read on</b><ul>{items}</ul></div>' if lines else ""
-
-
 def _facts(run: Path, records: Records) -> str:
     last, planned = last_step(records), planned_steps(run)
     facts = (
@@ -236,7 +236,7 @@ def _facts(run: Path, records: Records) -> str:
         )
     except (Missing, AttributeError):
         pass  # the section Setup says so
-    return html.escape("  ·  ".join(facts))
+    return "  ·  ".join(facts)
 
 
 def _rewards(records: Records) -> tuple[str, str]:

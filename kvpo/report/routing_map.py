@@ -6,9 +6,6 @@ import io
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib.colors import ListedColormap
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
 from kvpo.method.explorers import Geometry
 from kvpo.types import BranchPlan, Window
@@ -64,17 +61,19 @@ def routing_map(
     geometry: Geometry,
     nearest: int,
     starts: Sequence[int] = (0,),
-    labels: Sequence[str] | None = None,
 ) -> bytes:
     """Draw the routing map as a PNG; colour = role.
 
     Rows = anchor, then branches; columns = latent frames up to the window's end.
 
     ``plans``: branches, then the anchor's, as in `kvpo.types.Rollout`; ``starts``: first block of
-    every prompt segment, drawn as lines; ``labels``: text beside each row, in the order of
-    ``plans`` (default: branch number).
+    every prompt segment, drawn as lines.
     """
-    labels = labels or [*(f"branch {g}" for g in range(len(plans) - 1)), "anchor"]
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    labels = [*(f"branch {g}" for g in range(len(plans) - 1)), "anchor"]
     order = [len(plans) - 1, *range(len(plans) - 1)]
     table = roles(plans, window, geometry, nearest)
     names = list(ROLES)
@@ -86,14 +85,15 @@ def routing_map(
         layout="constrained",
     )
     axes = figure.subplots()
-    colours = dict(cmap=ListedColormap(list(ROLES.values())), vmin=-0.5, vmax=len(names) - 0.5)
     axes.pcolormesh(
         np.arange(frames + 1),
         np.arange(rows + 1),
         values,
         edgecolors="white",
         linewidth=1.0,
-        **colours,
+        cmap=ListedColormap(list(ROLES.values())),
+        vmin=-0.5,
+        vmax=len(names) - 0.5,
     )
     axes.set_ylim(rows, 0)
     axes.set_yticks(np.arange(rows) + 0.5, [labels[i] for i in order])

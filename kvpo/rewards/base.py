@@ -16,7 +16,7 @@ import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -47,13 +47,6 @@ class VideoBatch:
 
     A later prompt may only say "it".
     """
-    group: torch.Tensor | None = None
-    """int64 [B]: number of the group of clips that a clip is compared with.
-
-    A group is the branches of one fork. None becomes all zeros.
-    """
-    meta: tuple[Mapping[str, Any], ...] = ()
-    """Notes on each clip, for logs only: seed, branch, segment ...; () = nothing."""
 
     def __post_init__(self):
         _check_frames(self.frames)
@@ -64,21 +57,15 @@ class VideoBatch:
             )
         if isinstance(self.prompts, str) or not all(isinstance(p, str) for p in self.prompts):
             raise ValueError(f"prompts = {self.prompts!r} must be a tuple with one string per clip")
-        group = torch.zeros(B, dtype=torch.int64) if self.group is None else self.group
         lengths = {
             "prompts": len(self.prompts),
             "history": len(self.history) or B,
-            "group": group.numel(),
-            "meta": len(self.meta) or B,
         }
         for name, length in lengths.items():
             if length != B:
                 raise ValueError(f"{length} {name} for {B} clips; give one per clip")
-        if group.dtype != torch.int64 or group.dim() != 1:
-            raise ValueError(f"group is {group.dtype} {list(group.shape)}; it must be int64 [B]")
         object.__setattr__(self, "prompts", tuple(self.prompts))
         object.__setattr__(self, "history", tuple(tuple(h) for h in self.history) or ((),) * B)
-        object.__setattr__(self, "group", group)
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -121,8 +108,6 @@ class VideoBatch:
             self.fps,
             tuple(self.prompts[i] for i in pick),
             tuple(self.history[i] for i in pick),
-            self.group[pick],
-            tuple(self.meta[i] for i in pick if self.meta),
         )
 
 
@@ -175,12 +160,6 @@ class RewardSpec:
 
     More are scored in several calls.
     """
-    level: Literal["frame", "clip", "segment", "rollout"] = "clip"
-    """Kind of clip for which the score makes sense.
-
-    `frame`: any frame; `clip`: any stretch; `segment`: one prompt segment; `rollout`: a whole
-    video.
-    """
     licence: str = "Apache-2.0"
     weights: str = ""
     """Identity of the weights (name and hash), known once they are loaded; "" = none."""
@@ -216,7 +195,8 @@ class Reward(Protocol):
     tensor([1.])
     """
 
-    spec: RewardSpec
+    @property
+    def spec(self) -> RewardSpec: ...
 
     def load(self, device: str | torch.device) -> None: ...
 

@@ -10,13 +10,13 @@ and nowhere else.
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from kvpo.common.extras import require_extra
 from kvpo.rewards.base import RewardOutput, RewardSpec, VideoBatch
 
 
@@ -41,7 +41,8 @@ class Measured:
 
     spec: RewardSpec
 
-    def load(self, device: str | torch.device = "cpu") -> None: ...
+    def load(self, device: str | torch.device = "cpu") -> None:
+        require(self.spec)
 
     def offload(self) -> None: ...
 
@@ -144,19 +145,9 @@ def check_frame_options(stride: int, reduce: str) -> None:
         raise ValueError(f"reduce = {reduce!r} is unknown; choose one of {', '.join(REDUCTIONS)}")
 
 
-def missing_packages(spec: RewardSpec) -> list[str]:
-    """Names of ``spec.packages`` that can not be imported; nothing is imported for it."""
-    return [
-        name for name in spec.packages if importlib.util.find_spec(name.partition(".")[0]) is None
-    ]
-
-
 def require(spec: RewardSpec) -> None:
     """Check that the reward's packages are installed; ValueError with the way out if not."""
-    if missing := missing_packages(spec):
-        raise ValueError(
-            f"reward {spec.name!r} needs {', '.join(missing)}: pip install 'kvpo[{spec.extra}]'"
-        )
+    require_extra(f"reward {spec.name!r}", spec.extra, spec.packages)
 
 
 def scored(

@@ -9,7 +9,6 @@ Nothing of a reward is imported before it is asked for, and nothing is loaded be
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 import inspect
 import os
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 
+from kvpo.common.wording import nearest
 from kvpo.rewards.base import UNBOUNDED, Reward, RewardSpec, VideoBatch
 from kvpo.rewards.entry import RewardEntry
 from kvpo.rewards.measured import Measured
@@ -89,7 +89,11 @@ def give(reward: Any) -> str:
             f"reward {reward!r} is a {type(reward).__name__}; give a name, a function of a VideoBatch, or an object with {', '.join(INTERFACE)}"
         )
     module, name = getattr(reward, "__module__", None), getattr(reward, "__qualname__", "")
-    if name and module != "__main__" and getattr(sys.modules.get(module), name, None) is reward:
+    if (
+        name
+        and module != "__main__"
+        and getattr(sys.modules.get(module or ""), name, None) is reward
+    ):
         return f"{module}:{name}"
     if inspect.isclass(reward):
         raise ValueError(
@@ -139,10 +143,10 @@ def find(name: str) -> Any:
     module, _, attribute = path.partition(":")
     if not attribute:
         known = [*SHIPPED, *_offered()]
-        near = difflib.get_close_matches(name, known, n=1)
+        near = nearest(name, known)
         raise ValueError(
             f"reward {name!r} is unknown"
-            + (f"; did you mean {near[0]}? Known" if near else "; known")
+            + (f"; did you mean {near}? Known" if near else "; known")
             + f" are {', '.join(known)}; your own is written package.module:Class"
         )
     if path == name and (here := os.getcwd()) not in sys.path:
@@ -179,7 +183,7 @@ def make_reward(name: str, params: Mapping[str, Any] = {}) -> Reward:
     if not inspect.isclass(found):
         return Function(found, name, params)
     _refuse_unknown_params(name, found, params)
-    reward = found(**params)
+    reward: Any = found(**params)
     missing = [attribute for attribute in INTERFACE if not hasattr(reward, attribute)]
     if missing:
         raise ValueError(
@@ -222,11 +226,11 @@ def _refuse_unknown_params(name: str, kind: type, params: Mapping[str, Any]) -> 
     )
     for key in params:
         if key not in takes:
-            near = difflib.get_close_matches(key, takes, n=1)
+            near = nearest(key, takes)
             raise ValueError(
                 f"reward {name!r} has no parameter {key!r}"
                 + (
-                    f"; did you mean {near[0]}?"
+                    f"; did you mean {near}?"
                     if near
                     else f"; it takes {', '.join(takes) or 'none'}"
                 )

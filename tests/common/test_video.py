@@ -150,7 +150,6 @@ def test_grid_places_clips_and_holds_the_last_frame():
         clips,
         ["one", "two, with a caption long enough to need a second line", ""],
         columns=2,
-        accents=["red", "", ""],
     )
     assert (
         video.dtype == torch.uint8
@@ -162,11 +161,6 @@ def test_grid_places_clips_and_holds_the_last_frame():
         video[:, 0, y, x].tolist() == [40, 40, 40, 200, 200, 200]
         and video[0, 0, y, x + cell_x] == 80
     )
-    assert video[0, :, y, 5].tolist() == [255, 0, 0] and video[0, :, y, 5 + cell_x].tolist() == [
-        255,
-        255,
-        255,
-    ]
     caption = video[0, 0, 8 + 192 + 4 : 8 + 192 + 30]
     assert (caption[:, 8:200] < 128).any() and (caption[:, 208:400] < 128).any()
 
@@ -177,7 +171,7 @@ def test_grid_leaves_few_tiles_empty(count, columns):
 
 
 def test_grid_refuses_what_does_not_fit():
-    with pytest.raises(ValueError, match="2 clips, 1 captions"):
+    with pytest.raises(ValueError, match="2 clips and 1 captions"):
         grid([patches(), patches()], ["one"])
     with pytest.raises(ValueError, match="differ in size"):
         grid([patches(), patches(side=32)], ["", ""])

@@ -91,7 +91,7 @@ def test_weights_on_a_hub_that_can_be_reached_are_not_missing_but_not_here(tmp_p
 
 def test_packages_and_environments_are_looked_for(tmp_path, monkeypatch, no_hub):
     monkeypatch.setenv("KVPO_ENVS", str(tmp_path))
-    monkeypatch.setattr("kvpo.rewards.measured.missing_packages", lambda spec: [*spec.packages])
+    monkeypatch.setattr("kvpo.common.extras.missing_modules", list)
     rewards = [
         {"name": "hpsv2", "params": {"weights": str(tmp_path)}},
         {"name": "envs/hpsv3", "isolation": "process", "environment": "hpsv3"},

@@ -18,7 +18,8 @@ import yaml
 from kvpo.common.metrics import PHASES, MetricLog
 from kvpo.common.rng import stream
 from kvpo.common.video import grid, write_mp4
-from kvpo.pages.html import STYLE, num, seconds
+from kvpo.pages.html import num, seconds
+from kvpo.pages.render import source
 from kvpo.report.curves import COLOURS, distinct, running_mean, series
 from kvpo.report.read_run import Missing, Row, read_evaluations, read_group, read_samples
 from kvpo.report.report import write_report
@@ -468,10 +469,10 @@ def test_a_point_stands_at_the_updates_made():
 
 def test_lines_of_one_chart_differ():
     """Of eight colours the ninth line had the first one's, and a step has more phases than that."""
-    assert len({tuple(distinct(i).values()) for i in range(24)}) == 24 and len(set(COLOURS)) == len(
-        COLOURS
-    ) >= len(PHASES)
-    style = STYLE.split("@media (prefers-color-scheme: dark)")
+    assert len({distinct(i) for i in range(24)}) == 24 and len(set(COLOURS)) == len(COLOURS) >= len(
+        PHASES
+    )
+    style = source("page.css").split("@media (prefers-color-scheme: dark)")
     for mode in (style[0], style[1].split("* {")[0]):
         assert len(set(re.findall(r"--c\d+: (#\w+)", mode))) == len(COLOURS)
 

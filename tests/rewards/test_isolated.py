@@ -313,7 +313,7 @@ def test_throughput(reward):
     """4 clips x 36 frames at 480 x 832 are 173 MB; a forward of a 7B model takes longer than
     they do."""
     batch = VideoBatch(torch.zeros(4, 36, 3, 480, 832, dtype=torch.uint8), 16.0, ("",) * 4)
-    header = {"do": "offload", "protocol": 1}
+    header = {"do": "offload", "protocol": 2}
     begin = time.perf_counter()
     # is not looked at: the time is the way's alone
     reward._link.ask(header, batch.frames.numpy(), 60.0)
@@ -475,7 +475,7 @@ def test_a_server_that_is_not_the_one_asked_for(toy, address, tmp_path):
         (
             "POST",
             "/score",
-            b"".join(wire.pack({"do": "offload", "protocol": 1})),
+            b"".join(wire.pack({"do": "offload", "protocol": 2})),
             {"Content-Type": wire.CONTENT_TYPE},
             400,
         ),

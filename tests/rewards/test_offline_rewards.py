@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from kvpo.common.extras import missing_modules
 from kvpo.mini.world import Scene, play, render
 from kvpo.rewards.base import VideoBatch, check_output, to_uint8
 from kvpo.rewards.calibration import degrade
-from kvpo.rewards.measured import missing_packages
 from kvpo.rewards.pretrained.conse import Conse, places
 from kvpo.rewards.pretrained.efficientnet import EfficientNetConsistency, own_motion
 from kvpo.rewards.pretrained.ocr import TextReward, likelihood, quoted, similarity
@@ -28,7 +28,7 @@ SIGN = 'a green wall with a sign that says "OPEN"'
 
 
 def needs(kind):
-    missing = missing_packages(kind.spec)
+    missing = missing_modules(kind.spec.packages)
     return pytest.mark.skipif(
         bool(missing), reason=f"{', '.join(missing)} not installed: pip install 'kvpo[offline]'"
     )

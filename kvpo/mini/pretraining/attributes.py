@@ -149,7 +149,8 @@ def train_classifier(seed: int = 0, steps: int = 1200) -> AttributeNet:
 
 def unseen_frames(seed: int, stories: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Every eighth frame of stories, and their labels, from the truth."""
-    pixels, labels = [], {name: [] for name in HEADS}
+    pixels: list[torch.Tensor] = []
+    labels: dict[str, list[int]] = {name: [] for name in HEADS}
     for i in range(stories):
         story = write_story(seed, "attributes-test", i, blocks=10)
         truth, video = story.truth(), story.render()
@@ -173,7 +174,7 @@ def examine(network: AttributeNet, seed: int = 1, stories: int = 48) -> dict[str
     They are measured on unseen clean and spoilt frames.
     """
     clean, labels = unseen_frames(seed, stories)
-    report = {}
+    report: dict[str, dict[str, float]] = {}
     for kind, pixels in (
         ("clean", clean),
         ("spoilt", spoil(clean, stream(seed, "attributes-test", "spoil"))),
@@ -192,7 +193,7 @@ def examine(network: AttributeNet, seed: int = 1, stories: int = 48) -> dict[str
 
 
 def _collect(network: AttributeNet, pixels: torch.Tensor) -> dict[str, list[torch.Tensor]]:
-    out = {name: [] for name in HEADS}
+    out: dict[str, list[torch.Tensor]] = {name: [] for name in HEADS}
     for part in pixels.split(256):
         for name, logit in network(part).items():
             out[name].append(logit)

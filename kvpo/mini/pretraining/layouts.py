@@ -174,8 +174,8 @@ def layout(kind: str, switch: int | None, generator: torch.Generator | None = No
 
 def draw_layout(generator: torch.Generator) -> Layout:
     """3 in 10 openings, 1 in 5 routed; a switch in half of them."""
-    kind = ("opening",) * 3 + ("later",) * 5 + ("routed",) * 2
-    kind = kind[int(torch.randint(10, (), generator=generator))]
+    kinds = ("opening",) * 3 + ("later",) * 5 + ("routed",) * 2
+    kind = kinds[int(torch.randint(10, (), generator=generator))]
     return layout(kind, draw_switch(kind, generator), generator)
 
 

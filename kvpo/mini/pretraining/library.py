@@ -127,7 +127,8 @@ def build_library(
             (story.script, latents, object_cells(pixels), tokenize(tokenizer, story.script.texts))
         )
         progress(i + 1)
-    return Library(*(tuple(column) for column in zip(*rows)))
+    scripts, latents, cells, tokens = (tuple(column) for column in zip(*rows))
+    return Library(scripts, latents, cells, tokens)
 
 
 def save_library(library: Library, path: Path) -> None:

@@ -70,7 +70,8 @@ def build_openings(vae, code: LinearEncoder, seed: int, prompts: int) -> Opening
                 torch.tensor(places),
             )
         )
-    return Openings(*(torch.stack(column) for column in zip(*rows)), scenes=tuple(scenes))
+    tokens, latents, cells, where = (torch.stack(column) for column in zip(*rows))
+    return Openings(tokens, latents, cells, where, tuple(scenes))
 
 
 def noised_openings(candidates: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

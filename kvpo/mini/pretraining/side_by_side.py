@@ -52,10 +52,10 @@ def train(build: Callable[..., Stage], args: tuple) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other process hears it, and ends this one
     torch.set_num_threads(1)
     stage = build(*args)
-    alone = stage.loss
+    alone, starter = stage.loss, parent_process()
 
     def loss(step: int):
-        if not parent_process().is_alive():
+        if starter is None or not starter.is_alive():
             sys.exit("the training that started this one is gone")
         return alone(step)
 

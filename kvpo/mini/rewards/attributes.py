@@ -9,8 +9,6 @@ on or against. Convolutions wrap around, as the world does.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 
 import torch
@@ -102,13 +100,6 @@ def load_network(path: str | Path = WEIGHTS, device: str | torch.device = "cpu")
         )
     network.load_state_dict(state)
     return network.requires_grad_(False).eval().to(device)
-
-
-def card(path: str | Path = WEIGHTS) -> dict:
-    """Card of the weights: the file's metadata on their making and accuracy, and its sha256."""
-    with safe_open(str(path), framework="pt") as file:
-        about = json.loads(file.metadata()["card"])
-    return about | {"sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
 
 
 @torch.inference_mode()

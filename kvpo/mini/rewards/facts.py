@@ -99,7 +99,6 @@ class WorldFacts(Measured):
         FAMILY,
         looks_at="plain facts of the world: one object, its colour, its motion",
         min_frames=8,
-        level="segment",
         report=PARTS,
     )
 
@@ -199,7 +198,7 @@ def _paced(scenes: list[Scene], speed_B: torch.Tensor, rate: float) -> list[bool
             name: abs(math.log(speed / typical_speed(scene.motion, pace * rate)))
             for name, pace in SPEEDS.items()
         }
-        out.append(min(off, key=off.get) == scene.speed)
+        out.append(min(off, key=off.__getitem__) == scene.speed)
     return out
 
 

@@ -29,7 +29,7 @@ import torch
 from kvpo.mini.rewards.asked import EVIDENCE, NONE, asked
 from kvpo.mini.world import HEADING, PILLAR, SIZE
 from kvpo.rewards.base import RewardSpec, VideoBatch
-from kvpo.rewards.classic.measures import _opencv, in_parallel
+from kvpo.rewards.classic.measures import in_parallel
 from kvpo.rewards.measured import Measured
 
 FAMILY = "optical-flow"
@@ -51,12 +51,10 @@ class FlowMotion(Measured):
         FAMILY,
         looks_at="direction and smoothness of coloured motion, by optical flow",
         min_frames=2 * TURN,
-        level="segment",
         licence="Apache-2.0 (OpenCV)",
+        packages=("cv2",),
+        extra="rewards",
     )
-
-    def load(self, device: str | torch.device = "cpu") -> None:
-        _opencv()
 
     def measure(self, batch: VideoBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         scenes = asked(batch)
@@ -75,8 +73,9 @@ def _clip(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, float
     Returns mean flow [T-1, 2] px/frame, where there is any [T-1], mean column of the colour [T-1],
     and mean warp error.
     """
-    cv2 = _opencv()
-    method = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
+    import cv2
+
+    method = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
     method.setFinestScale(0)  # the pictures are tiny: use all their pixels
     chroma = frames.max(1) - frames.min(1)
     pictures = [np.pad(c, MARGIN, mode="wrap") for c in chroma]

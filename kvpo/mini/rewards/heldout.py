@@ -68,7 +68,8 @@ class AttributeAgreement(_Classifier):
     def measure(self, batch: VideoBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         p, _ = self.read(batch)
         scenes = asked(batch)
-        rows = {name: [] for name in ("shape", "colour", "size", "place", "pillar")}
+        names = ("shape", "colour", "size", "place", "pillar")
+        rows: dict[str, list[float]] = {name: [] for name in names}
         for b, scene in enumerate(scenes):
             seen = p["object"][b, :, 1]
             weight = seen if scene.pillar else torch.ones_like(seen)
@@ -112,7 +113,6 @@ class IdentityDrift(_Classifier):
         looks_at="whether the object stays itself, by the same network",
         needs_prompt=False,
         min_frames=2 * FIRST,
-        level="segment",
         weights=WEIGHTS.name,
     )
 

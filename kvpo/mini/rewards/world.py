@@ -188,7 +188,6 @@ class TextAlignment(Measured):
         FAMILY,
         looks_at="the asked shape, colour, place and motion",
         min_frames=2 * LAG,
-        level="segment",
     )
 
     def measure(self, batch: VideoBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

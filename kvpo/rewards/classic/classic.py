@@ -66,8 +66,9 @@ class Classic(Measured):
         looks_at="eight classical measures of any video, none of which may fail",
         needs_prompt=False,
         min_frames=8,
-        level="segment",
         licence="Apache-2.0 (OpenCV)",
+        packages=("cv2",),
+        extra="rewards",
     )
 
     def __post_init__(self):

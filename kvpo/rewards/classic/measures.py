@@ -100,7 +100,7 @@ def steps(pictures: Sequence[np.ndarray]) -> list[Step]:
         raise ValueError(
             f"pictures of {width} x {height} pixels (at most {WIDTH} wide) are too small for optical flow, which needs {SMALLEST} a side; score larger clips"
         )
-    method = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    method = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     if width < WIDTH // 2:
         method.setFinestScale(0)  # small pictures have no pixel to spare
     greys = [grey(picture) for picture in pictures]
@@ -348,20 +348,11 @@ def _places(shape: tuple[int, int]) -> np.ndarray:
 T = TypeVar("T")
 
 
-def _opencv():
-    try:
-        import cv2
-    except ImportError as error:
-        raise ImportError(
-            "the optical-flow evaluator needs OpenCV: pip install opencv-python-headless"
-        ) from error
-    return cv2
-
-
 @contextmanager
 def one_thread():
     """Pictures of 96x96 are not worth OpenCV's thread pool; leaves its setting as it was."""
-    cv2 = _opencv()
+    import cv2
+
     before = cv2.getNumThreads()
     cv2.setNumThreads(1)
     try:

@@ -154,7 +154,6 @@ class Niqe(FrameScorer):
         (float("-inf"), 0.0),
         looks_at="how natural single frames look, by their statistics",
         needs_prompt=False,
-        level="frame",
         licence="of LIVE, UT Austin: any purpose, with notice",
         weights=WEIGHTS.name,
     )

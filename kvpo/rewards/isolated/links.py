@@ -85,9 +85,15 @@ class Worker:
         if not self.open:
             self.start()
         late, process = threading.Event(), self.process
+        assert process is not None, "it was started"
+
+        def give_up() -> None:
+            late.set()
+            _kill(process)
+
         # Killing it ends whatever waits for it here: a read of its reply, or a write that it does
         # not read.
-        timer = threading.Timer(timeout, lambda: (late.set(), _kill(process)))
+        timer = threading.Timer(timeout, give_up)
         timer.start()
         try:
             wire.write(process.stdin, header, frames)
@@ -113,6 +119,7 @@ class Worker:
     def _broken(self, reason: str | None) -> Broken:
         """Close the worker, and say why it broke, as far as that can be known."""
         process = self.process
+        assert process is not None, "it was asked"
         self.close()
         reason = reason or (
             f"was ended by {signal.Signals(-process.returncode).name}"
@@ -142,6 +149,7 @@ def _kill(process: subprocess.Popen) -> None:
 
 def _end(process: subprocess.Popen) -> None:
     """Closes its pipe, which asks it to end; kills what is left of it."""
+    assert process.stdin is not None and process.stdout is not None, "both are pipes"
     with suppress(OSError):  # what was not yet written can not be
         process.stdin.close()
     with suppress(subprocess.TimeoutExpired):
@@ -159,11 +167,12 @@ class Server:
 
     def __init__(self, url: str):
         address = urllib.parse.urlsplit(url)
-        if address.scheme != "http" or not address.port or address.path not in ("", "/"):
+        host, port = address.hostname, address.port
+        if address.scheme != "http" or not host or not port or address.path not in ("", "/"):
             raise ValueError(
                 f"url = {url!r} must be http://host:port; through a tunnel where the way to it is not yours alone (ssh -L)"
             )
-        self.url, self.host, self.port, self.open = url, address.hostname, address.port, False
+        self.url, self.host, self.port, self.open = url, host, port, False
 
     def ask(
         self, header: Mapping[str, Any], frames: np.ndarray | None, timeout: float

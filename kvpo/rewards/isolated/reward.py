@@ -132,7 +132,6 @@ class Isolated(Measured):
                 "fps": float(batch.fps),
                 "prompts": batch.prompts,
                 "history": batch.history,
-                "group": batch.group.tolist(),
             },
             frames,
         )
@@ -214,6 +213,7 @@ class Isolated(Measured):
                 raise OSError(f"{self._who} failed twice: {error}") from None
 
     def _once(self, header: Mapping[str, Any], frames: np.ndarray | None) -> Mapping[str, Any]:
+        assert self._link is not None, "it is loaded"
         if not self._link.open:
             self._handshake()
         return self._reply(header, frames)
@@ -221,6 +221,7 @@ class Isolated(Measured):
     def _reply(
         self, header: Mapping[str, Any], frames: np.ndarray | None = None
     ) -> Mapping[str, Any]:
+        assert self._link is not None, "it is loaded"
         reply = self._link.ask({"protocol": wire.PROTOCOL, **header}, frames, self.timeout)
         if "error" in reply:
             raise ValueError(
@@ -293,7 +294,7 @@ def as_spec(values: Mapping[str, Any], source: str) -> RewardSpec:
         raise ValueError(
             f"the SPEC of {source} has unknown or missing entries: {', '.join(wrong)}; it takes {', '.join(known)}"
         )
-    plain = {
+    plain: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
     }
     if "bounds" in plain:

@@ -20,7 +20,7 @@ import struct
 
 import numpy as np
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Version of the messages; both sides must have the same."""
 CONTENT_TYPE = "application/x-kvpo"
 MARK = b"KVPO"

@@ -103,7 +103,6 @@ class KvpoReward:
             header["fps"],
             tuple(header["prompts"]),
             tuple(header["history"]),
-            torch.tensor(header["group"]),
         )
         output = check_output(self.reward.spec, batch, self.reward.score(batch))
         scores = [

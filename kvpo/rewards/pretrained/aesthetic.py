@@ -47,14 +47,14 @@ class Aesthetic(FrameScorer):
     stride: int = 4
     reduce: str = "mean"
     model: Any = field(default=None, init=False, repr=False)
-    pixels: Pixels | None = field(default=None, init=False, repr=False)
+    pixels: Pixels = field(init=False, repr=False, compare=False)
+    """Preparation of pictures that the files ask for; set when the network is built."""
     spec: RewardSpec = RewardSpec(
         "aesthetic",
         FAMILY,
         looks_at="how beautiful single frames are",
         bounds=UNBOUNDED,
         needs_prompt=False,
-        level="frame",
         licence="Apache-2.0 (head), MIT (CLIP)",
         memory_gb=2.2,
     )

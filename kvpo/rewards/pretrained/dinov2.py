@@ -39,7 +39,8 @@ class DinoConsistency(Pretrained):
     stride: int = 4
     reduce: str = "mean"
     model: Any = field(default=None, init=False, repr=False)
-    pixels: Pixels | None = field(default=None, init=False, repr=False)
+    pixels: Pixels = field(init=False, repr=False, compare=False)
+    """Preparation of pictures that the files ask for; set when the network is built."""
     spec: RewardSpec = RewardSpec(
         "dinov2",
         "dino",

@@ -112,7 +112,6 @@ class EfficientNetConsistency(Pretrained):
         needs_prompt=False,
         min_frames=2,
         fps=8.0,
-        level="segment",
         packages=PACKAGES,
         extra="offline",
         memory_gb=0.7,

@@ -36,7 +36,6 @@ class HPSv2(ImageText):
         FAMILY,
         looks_at="how much people prefer a frame for its prompt",
         bounds=(-1.0, 1.0),
-        level="frame",
         licence="Apache-2.0",
         packages=("open_clip",),
         extra="hpsv2",

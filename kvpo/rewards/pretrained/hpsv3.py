@@ -67,7 +67,6 @@ class HPSv3(QwenReward):
         "qwen-vl",
         UNBOUNDED,
         looks_at="how much people prefer a frame for its prompt",
-        level="frame",
         licence="MIT; base Apache-2.0",
         memory_gb=20.0,
         report=("sigma",),

@@ -48,7 +48,8 @@ class ImageText(FrameScorer):
     reduce: str = "mean"
     model: Any = field(default=None, init=False, repr=False)
     tokenizer: Any = field(default=None, init=False, repr=False)
-    pixels: Pixels | None = field(default=None, init=False, repr=False)
+    pixels: Pixels = field(init=False, repr=False, compare=False)
+    """Preparation of pictures that the files ask for; set when the network is built."""
 
     def __post_init__(self):
         check_frame_options(self.stride, self.reduce)
@@ -147,7 +148,6 @@ class PickScore(_Stock):
         FAMILY,
         looks_at="which picture of a prompt people choose",
         bounds=(-100.0, 100.0),
-        level="frame",
         licence="MIT",
         memory_gb=5,
     )
@@ -169,7 +169,6 @@ class ClipAlignment(_Stock):
         FAMILY,
         looks_at="how frames fit their prompt",
         bounds=(-1.0, 1.0),
-        level="frame",
         licence="MIT",
         memory_gb=2.2,
     )
@@ -191,7 +190,6 @@ class SiglipAlignment(_Stock):
         FAMILY,
         looks_at="how frames fit their prompt",
         bounds=(-1.0, 1.0),
-        level="frame",
         licence="Apache-2.0",
         memory_gb=5.6,
     )
@@ -212,7 +210,7 @@ def _clip_classes() -> tuple[type, type]:
     return CLIPModel, CLIPTokenizer
 
 
-def open_tokenizer(reward: str, kind: type, folder: Path) -> Any:
+def open_tokenizer(reward: str, kind: Any, folder: Path) -> Any:
     """Open the tokenizer of a folder; ValueError if it has none, or a broken one."""
     if not any(
         (folder / name).is_file() for name in VOCABULARIES

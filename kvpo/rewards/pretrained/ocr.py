@@ -140,7 +140,6 @@ class TextReward(Measured):
         "ocr",
         "ocr",
         looks_at="whether the text that the prompt quotes can be read",
-        level="segment",
         fps=2.0,
         packages=("rapidocr", "onnxruntime"),
         extra="offline",
@@ -171,6 +170,7 @@ class TextReward(Measured):
         """Mean likelihood and similarity over frames and asked texts."""
         if not asked:
             return math.nan, math.nan
+        assert self.recogniser is not None, "measure has asked"
         wanted = [(text, self.recogniser.ids(text)) for text in asked]
         return tuple(
             np.mean(
@@ -182,6 +182,7 @@ class TextReward(Measured):
         self, frame_HWC: np.ndarray, wanted: Sequence[tuple[str, Sequence[int]]]
     ) -> list[tuple[float, float]]:
         """Likelihood and similarity of every wanted text; 0 where the frame has no text."""
+        assert self.recogniser is not None, "measure has asked"
         outputs = [self.recogniser.probabilities(line) for line in self._lines(frame_HWC)]
         read = [self.recogniser.text(p) for p in outputs]
         return [

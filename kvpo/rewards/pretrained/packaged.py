@@ -12,7 +12,8 @@ def packaged(module: str, inside: str) -> Path:
     Raises ValueError where there is none.
     """
     found = importlib.util.find_spec(module)
-    path = Path(found.submodule_search_locations[0], inside) if found else None
+    folders = found.submodule_search_locations if found else None
+    path = Path(folders[0], inside) if folders else None
     if path is None or not path.exists():
         raise ValueError(
             f"package {module!r} has no {inside!r}; install the version that kvpo names: pip install 'kvpo[offline]'"

@@ -78,7 +78,7 @@ class QwenReward(Pretrained):
         if self.model is None:
             auto = "bfloat16" if torch.device(device).type == "cuda" else "float32"
             dtype = DTYPES[auto if self.dtype == "auto" else self.dtype]
-            key = (*self.network, dtype)
+            key = (self.network, dtype)
             network = _NETWORKS.get(key) or self.read(dtype).eval().requires_grad_(False)
             self.model = _NETWORKS[key] = network
             self.spec = replace(self.spec, weights=network.identity)

@@ -65,7 +65,7 @@ def file_in(reward: str, found: Path, name: str) -> Path:
     return path
 
 
-def load_stock(reward: str, kind: type, folder: Path) -> torch.nn.Module:
+def load_stock(reward: str, kind: Any, folder: Path) -> torch.nn.Module:
     """A transformers model of class ``kind`` in float32, every tensor accounted for.
 
     Float32 on every device: the clips of a group differ in the third digit of a cosine, where half

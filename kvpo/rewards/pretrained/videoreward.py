@@ -80,7 +80,6 @@ class VideoReward(QwenReward):
         looks_at="people's verdicts on videos: picture, motion or text",
         min_frames=8,
         fps=2.0,
-        level="segment",
         licence="Apache-2.0; code and template MIT",
         memory_gb=7.0,
     )
@@ -124,7 +123,8 @@ class VideoReward(QwenReward):
         return network
 
     def measure(self, batch: VideoBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        frames, parts = batch.frames.to(self.device), {}
+        frames = batch.frames.to(self.device)
+        parts: dict[str, torch.Tensor] = {}
         if self.judge != "MQ":
             coloured = self.normalised(frames, batch.prompts)
             parts |= {"VQ": coloured[:, 0], "TA": coloured[:, 2]}

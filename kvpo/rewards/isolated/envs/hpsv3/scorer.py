@@ -11,7 +11,6 @@ SPEC = {
     "name": "hpsv3_original",
     "family": "qwen-vl",
     "bounds": None,
-    "level": "frame",
     "licence": "MIT",
     "memory_gb": 18.0,
 }
