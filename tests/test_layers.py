@@ -30,6 +30,7 @@ ROOMS = [
     "doctor",
     "planning",
     "api",
+    "studio",
     "commands",
     "__main__",
     "__init__",
