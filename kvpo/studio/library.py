@@ -1,9 +1,9 @@
 """The studio's folder: stories, saved videos, and what people preferred.
 
-    stories/NAME.json     trees of choices, written anew at every choice
-    videos/NAME.mp4       saved videos, what they are made of beside each
-    preferences.jsonl     picks and pairs, one a line, appended
-    clips/ID/ROW.mp4      the clips that they are about
+stories/NAME.json     trees of choices, written anew at every choice
+videos/NAME.mp4       saved videos, what they are made of beside each
+preferences.jsonl     picks and pairs, one a line, appended
+clips/ID/ROW.mp4      the clips that they are about
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ class Library:
     def keep(self, tree: Tree) -> None:
         """Write a story; OSError with the way out where the disk refuses."""
         path = self.story(tree.name)
-        with refusals(path, "the story goes on in the page; free disk space, then choose or name it again"):
+        with refusals(
+            path, "the story goes on in the page; free disk space, then choose or name it again"
+        ):
             tree.write(path)
 
     # --- Preferences ---
@@ -86,7 +88,9 @@ class Library:
             raise ValueError(f"{answer!r} is no answer; give one of {', '.join(ANSWERS)}")
         many = len(group.plans)
         if len(rows) != 2 or rows[0] == rows[1] or any(row not in range(many) for row in rows):
-            raise ValueError(f"{list(rows)} is no pair of rows 0 to {many - 1}; give two different ones")
+            raise ValueError(
+                f"{list(rows)} is no pair of rows 0 to {many - 1}; give two different ones"
+            )
         pixels = torch.cat(group.pixels, dim=1)[list(rows)]
         clips = self.clips(tree.name, pixels, fps)
         pair = {"kind": "pair", "rows": clips, "row_numbers": list(rows), "answer": answer}
@@ -101,7 +105,9 @@ class Library:
                 write_mp4(self.folder / path, pixels, fps)
         return list(map(str, paths))
 
-    def _append(self, rater: str, tree: Tree, group: Group, what: Mapping[str, Any]) -> dict[str, Any]:
+    def _append(
+        self, rater: str, tree: Tree, group: Group, what: Mapping[str, Any]
+    ) -> dict[str, Any]:
         fork = group.fork
         prompts = {b: t for b, t in tree.prompts(tree.at).items() if b <= fork.block}
         line = {
@@ -118,7 +124,10 @@ class Library:
             "plans": [asdict(plan) for plan in group.plans],
         }
         path = self.folder / "preferences.jsonl"
-        with self._lock, refusals(path, "the preference was not recorded; free disk space, choose again"):
+        with (
+            self._lock,
+            refusals(path, "the preference was not recorded; free disk space, choose again"),
+        ):
             append_line(path, line)
         return line
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import torch
@@ -72,6 +72,7 @@ class Live:
             raise ValueError(
                 "the branches were made under the prompt before; choose one or leave the fork, then give another prompt"
             )
+        self._check_end()
         text = check_prompt(self.pipeline, text)
         node, block = self.tree.nodes[self.tree.at], self.block
         held = [t for start, t in self.tree.prompts(self.tree.at).items() if start <= block]
@@ -99,12 +100,9 @@ class Live:
     @torch.no_grad()
     def advance(self) -> Made:
         """Make the next block.  ValueError at the end of what the generator can tell."""
-        if self.block >= self.blocks:
-            raise ValueError(
-                f"the story has {self.blocks} blocks, the most that this generator or --longest allows; begin another one, or go back to an earlier block"
-            )
+        self._check_end()
         if self.state is None:  # lost to an error
-            self._stand_at(self.tree.at, self.block)
+            self.return_to(self.tree.at, self.block)
         state, started = self.state, time.perf_counter()
         self.state = None
         self.kept.keep(self.tree.at, state)
@@ -113,6 +111,12 @@ class Live:
         self.state = state
         self.block += 1
         return self._made(self.block - 1, pixels, started)
+
+    def _check_end(self) -> None:
+        if self.block >= self.blocks:
+            raise ValueError(
+                f"the story has {self.blocks} blocks, the most that this generator or --longest allows; begin another one, or go back to an earlier block"
+            )
 
     def _made(self, block: int, pixels: torch.Tensor, started: float) -> Made:
         node, found = self.tree.nodes[self.tree.at], digest(pixels[0])
@@ -125,7 +129,7 @@ class Live:
 
     # --- Ways back ---
 
-    def go(self, node: int, block: int) -> Iterator[Made]:
+    def go(self, node: int, block: int) -> Generator[Made]:
         """Go to a block of a node, and give the blocks that had to be made for it.
 
         They are made from the nearest state that is kept, else from the story's beginning.
@@ -157,7 +161,7 @@ class Live:
         self.tree.at, self.state, self.block = path[0], self._fresh(path[0]), 0
         return 0
 
-    def _enter(self, number: int, end: int) -> Iterator[Made]:
+    def _enter(self, number: int, end: int) -> Generator[Made]:
         """Make a node's blocks up to ``end``, from its parent's state or from within it."""
         node = self.tree.nodes[number]
         entered, self.tree.at = self.tree.at == number, number
@@ -165,21 +169,34 @@ class Live:
         if node.fork is not None and not (entered and self.block >= node.fork.stop):
             if end < node.fork.stop:
                 raise ValueError(_inside(node.fork))
-            self.group = Group(self, node.fork)
-            self.tree.at = number
-            for _ in range(node.fork.stop - node.fork.block):
-                yield self._of_group(self.group.advance(), node.chosen)
-            self.state, self.group = self.group.chosen(node.chosen, self._script()), None
-            self.block = node.fork.stop
+            yield from self._rolled(number, node)
         while self.block < end:
             yield self.advance()
+
+    def _rolled(self, number: int, node: Node) -> Generator[Made]:
+        """Make a node's fork once more, and go on from the row that was chosen.
+
+        Whoever stops on the way stands in the parent, before the fork.
+        """
+        group, whole = Group(self, node.fork), False
+        try:
+            while not group.complete:
+                yield self._of_group(group.advance(), node.chosen)
+            whole = True
+        finally:
+            if not whole:
+                self.tree.at = node.parent
+                self._tell(self.state.stream)
+        self.state = group.chosen(node.chosen, self._script())
+        self.block = node.fork.stop
 
     def _of_group(self, made: Made, row: int) -> Made:
         return self._made(
             made.block, made.pixels[row : row + 1], time.perf_counter() - made.seconds
         )
 
-    def _stand_at(self, node: int, block: int) -> None:
+    def return_to(self, node: int, block: int) -> None:
+        """Go to a block of a node, whatever has to be made for it."""
         for _ in self.go(node, block):
             pass
 
@@ -207,17 +224,21 @@ class Live:
             raise ValueError(f"block {block} has not been made yet; fork at one up to {node.stop}")
         return number, block
 
-    def fork(self, fork: Fork) -> Group:
-        """Begin the branches of the next block; `go` leads to another one first."""
+    def check_fork(self, fork: Fork) -> None:
+        """Check that a block may be forked as asked.  ValueError where not."""
         eligible = fork.explorer().eligible_forks(self.blocks, self.pipeline.geometry)
         if fork.block not in eligible:
             raise ValueError(
                 f"block {fork.block} can not be forked by {fork.by}; blocks {eligible[0]} to {eligible[-1]} can, later ones or shorter windows may do"
             )
+
+    def fork(self, fork: Fork) -> Group:
+        """Begin the branches of the next block; `go` leads to another one first."""
+        self.check_fork(fork)
         if fork.block != self.block:
             raise ValueError(f"the story stands at block {self.block}; go to {fork.block} first")
         if self.state is None:
-            self._stand_at(self.tree.at, self.block)
+            self.return_to(self.tree.at, self.block)
         self.kept.keep(self.tree.at, self.state)
         self.group = Group(self, fork)
         return self.group
@@ -240,7 +261,7 @@ class Live:
         self.state, self.block = group.chosen(row, self._script()), fork.stop
         self.group = None
 
-    def undo(self) -> Iterator[Made]:
+    def undo(self) -> Generator[Made]:
         """Go back to what was told before the latest choice or change of the story."""
         node = self.tree.nodes[self.tree.at]
         if node.parent is None:
@@ -305,7 +326,7 @@ def _inside(fork: Fork) -> str:
 
 def start(live: Live) -> Live:
     """Stand at a story's first block, ready to advance."""
-    live._stand_at(0, 0)
+    live.return_to(0, 0)
     return live
 
 
