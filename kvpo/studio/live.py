@@ -115,7 +115,7 @@ class Live:
     def _check_end(self) -> None:
         if self.block >= self.blocks:
             raise ValueError(
-                f"the story has {self.blocks} blocks, the most that this generator or --longest allows; begin another one, or go back to an earlier block"
+                f"the story has {self.blocks} blocks, the most that this generator or --longest allows; use another story, or go back to an earlier block"
             )
 
     def _made(self, block: int, pixels: torch.Tensor, started: float) -> Made:
@@ -135,11 +135,15 @@ class Live:
         They are made from the nearest state that is kept, else from the story's beginning.
         """
         if not 0 <= node < len(self.tree.nodes):
-            raise ValueError(f"the story has no node {node}; it has {len(self.tree.nodes)}")
+            raise ValueError(
+                f"the story has no node {node}; choose one of 0 to {len(self.tree.nodes) - 1}"
+            )
         self.group = None
         own = self.tree.nodes[node]
         if not own.first <= block <= own.stop:
-            raise ValueError(f"node {node} has blocks {own.first} to {own.stop}, not {block}")
+            raise ValueError(
+                f"node {node} has no block {block}; choose one of {own.first} to {own.stop}"
+            )
         path = self.tree.path(node)
         ends = {n: self.tree.nodes[child].first for n, child in itertools.pairwise(path)} | {
             node: block
@@ -229,7 +233,7 @@ class Live:
         eligible = fork.explorer().eligible_forks(self.blocks, self.pipeline.geometry)
         if fork.block not in eligible:
             raise ValueError(
-                f"block {fork.block} can not be forked by {fork.by}; blocks {eligible[0]} to {eligible[-1]} can, later ones or shorter windows may do"
+                f"block {fork.block} can not be forked by {fork.by}; choose one of {eligible[0]} to {eligible[-1]}, or another window"
             )
 
     def fork(self, fork: Fork) -> Group:
@@ -254,7 +258,9 @@ class Live:
                 "there is nothing to choose from; fork a block and let its branches end"
             )
         if row not in range(len(group.plans)):
-            raise ValueError(f"the group has rows 0 to {len(group.plans) - 1}, not {row!r}")
+            raise ValueError(
+                f"the group has no row {row!r}; choose one of 0 to {len(group.plans) - 1}"
+            )
         fork = group.fork
         self.tree.leave(Node(self.tree.at, fork.block, fork, row))
         self.tree.nodes[-1].digests = [digest(pixels[row]) for pixels in group.pixels]

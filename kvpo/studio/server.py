@@ -181,6 +181,7 @@ async def serve_tab(studio: Studio, tab: WebSocket) -> None:
     session = Session(studio, send, send)
     studio.tabs += 1
     driver = asyncio.create_task(session.drive())
+    driver.add_done_callback(lambda _: studio.closed_tab())
     try:
         while True:
             await _take(session, tab)
@@ -191,8 +192,9 @@ async def serve_tab(studio: Studio, tab: WebSocket) -> None:
         await tab.close(1008)
     finally:
         session.leave()
-        await driver
-        studio.tabs -= 1
+        # A server may cancel this, but the block that is being made ends in any case, and only
+        # then the turn is given on.
+        await asyncio.shield(driver)
 
 
 async def _take(session: Session, tab: WebSocket) -> None:

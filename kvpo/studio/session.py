@@ -61,6 +61,9 @@ class Studio:
         kept = self.budget if budget is None else budget
         return Live(self.pipeline, tree, self.blocks, self.cache_frames, kept)
 
+    def closed_tab(self) -> None:
+        self.tabs -= 1
+
     def hello(self) -> dict[str, Any]:
         """Describe the generator and what may be asked of it."""
         g = self.pipeline.geometry
@@ -125,6 +128,12 @@ class Session:
 
     async def drive(self) -> None:
         """Do what the tab asks, until it is gone."""
+        try:
+            await self._serve()
+        finally:
+            self._give_turn()
+
+    async def _serve(self) -> None:
         await self.send_json(self.studio.hello())
         while not self.gone:
             if self.inbox:
@@ -301,6 +310,7 @@ class Session:
         await self._warn_of(prompt)
         self.playing = True
         await self._keep_and_tell()
+        await self.do_stories()
 
     async def do_say(self, prompt: str) -> None:
         """Switch to another prompt at the next block."""
@@ -417,7 +427,9 @@ class Session:
         await self._tell({"is": "fork", **facts, **plans})
         while not group.complete:
             if not await self._ready(self._stopped):
-                raise ValueError(f"the fork at block {fork.block} was left before it was whole")
+                raise ValueError(
+                    f"the fork at block {fork.block} was left before it was whole; choose a block to fork again"
+                )
             await self._send(await self._work(group.advance), "branch")
         await self._tell({"is": "forked"})
 
@@ -439,7 +451,9 @@ class Session:
         """Go on from a row of the group; the choice is recorded as a preference."""
         live, group = self._whole_group()
         if type(row) is not int or row not in range(len(group.plans)):
-            raise ValueError(f"the group has rows 0 to {len(group.plans) - 1}, not {row!r}")
+            raise ValueError(
+                f"the group has no row {row!r}; choose one of 0 to {len(group.plans) - 1}"
+            )
         fps = self.studio.pipeline.geometry.fps
         await self._work(self.library.picked, self.rater, live.tree, group, row, fps)
         await self._work(live.choose, row)
@@ -501,4 +515,4 @@ class Session:
             same.append(made.same is not False)
             await self._work(writer.write, made.pixels[0])
             await self._tell({"is": "saving", "block": len(same), "of": stop})
-        raise ValueError("saving was stopped; nothing was written")
+        raise ValueError("saving was stopped, and nothing was written; save again when you like")

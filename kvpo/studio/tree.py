@@ -50,7 +50,7 @@ class Fork:
             )
         known = [f.name for f in fields(EXPLORERS[self.by])]
         if unknown := sorted(set(self.settings) - set(known)):
-            raise ValueError(f"{self.by} has no settings {unknown}; it has {', '.join(known)}")
+            raise ValueError(f"{self.by} has no settings {unknown}; use {', '.join(known)}")
         if type(self.branches) is not int or not 2 <= self.branches <= MOST_BRANCHES:
             raise ValueError(
                 f"{self.branches!r} branches: a group compares 2 to {MOST_BRANCHES} of them; give a number between"

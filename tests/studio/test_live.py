@@ -137,7 +137,7 @@ def test_what_can_not_be_is_refused(pipeline):
     for _ in range(4):
         live.advance()
     for fork, said in (
-        (Fork(2, "kv_routing", {"window_blocks": 2}, 3), "blocks 3 to 6 can"),
+        (Fork(2, "kv_routing", {"window_blocks": 2}, 3), "one of 3 to 6"),
         (Fork(4, "magic", {}, 3), "there is no explorer"),
         (Fork(4, "kv_routing", {"mix": 1}, 3), "has no settings"),
         (Fork(4, "kv_routing", {"window_blocks": 2}, 99), "2 to 16"),

@@ -55,7 +55,7 @@ export class Fork {
     canvas.setAttribute("aria-label", this.name(row));
     const button = document.createElement("button");
     button.type = "button";
-    button.textContent = row === this.facts.rows - 1 ? "Choose the anchor" : `Choose branch ${row + 1}`;
+    button.textContent = row === this.facts.rows - 1 ? "Choose anchor" : `Choose branch ${row + 1}`;
     button.disabled = true;
     button.addEventListener("click", () => this.choose(row));
     const reads = document.createElement("p");

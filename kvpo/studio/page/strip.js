@@ -67,7 +67,8 @@ export class Strip {
       if (from >= stop) return;
       const lane = document.createElement("div");
       lane.className = "prompt";
-      lane.textContent = lane.title = this.story.prompts[start];
+      lane.title = this.story.prompts[start];
+      lane.append(Object.assign(document.createElement("span"), { textContent: lane.title }));
       lane.style.gridColumn = `${from - first + 1} / ${stop - first + 1}`;
       this.element.prepend(lane);
     });
