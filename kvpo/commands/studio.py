@@ -58,7 +58,7 @@ class Studio:
             import websockets
         except ImportError as error:
             raise ValueError(
-                f"the studio needs {error.name}, which is not installed; pip install 'kvpo[studio]'"
+                f"the studio needs {error.name}, which is not installed; pip install 'kvpo[studio]', or '.[studio]' in its source folder"
             ) from None
         del starlette, uvicorn, websockets
         from kvpo.studio.tree import MOST_BRANCHES
