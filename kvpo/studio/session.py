@@ -140,7 +140,7 @@ class Session:
                 message = self.inbox.popleft()
                 await self._guarded(lambda: self._obey(message))  # noqa: B023, called at once
             elif self.playing:
-                await self._guarded(self._play)
+                await self._guarded(self._play, stops=True)
             else:
                 self._give_turn()
                 await self._until(lambda: bool(self.inbox) or self.gone, lambda: False)
@@ -148,20 +148,24 @@ class Session:
         if self.live is not None:
             await self._guarded(self._keep)
 
-    async def _guarded(self, call: Callable[[], Awaitable[None]]) -> None:
-        """Do something; what goes wrong is said in the page, and the story stays."""
+    async def _guarded(self, call: Callable[[], Awaitable[None]], stops: bool = False) -> None:
+        """Do something; what goes wrong is said in the page, and the story stays.
+
+        ``stops``: a fault ends the playing.
+        """
         try:
             await call()
         except (ValueError, OSError, FloatingPointError) as error:
-            await self._fail(in_words(error))
+            await self._fail(in_words(error), stops)
         except Exception as error:
             traceback.print_exc()
             await self._fail(
-                f"the studio failed ({type(error).__name__}: {first_line(error)}); the story is kept, play goes on from its last whole block"
+                f"the studio failed ({type(error).__name__}: {first_line(error)}); the story is kept, play goes on from its last whole block",
+                True,
             )
 
-    async def _fail(self, message: str) -> None:
-        self.playing = False
+    async def _fail(self, message: str, stops: bool) -> None:
+        self.playing = self.playing and not stops
         await self._tell({"is": "error", "message": message})
         if self.live is not None:
             await self._tell(self._story())

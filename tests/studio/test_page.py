@@ -71,6 +71,7 @@ def page(tmp_path):
         page.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
         page.on("pageerror", lambda error: complaints.append(str(error)))
         yield page
+        print("the page says:", page.inner_text("#status"), page.inner_text("#message"), complaints)
         chromium.close()
     assert not complaints
 
@@ -143,6 +144,7 @@ def test_a_story_in_the_browser(address, page, tmp_path):
     page.wait_for_selector("#tree button[aria-current]:has-text('branch 2 of 3')")
     page.click("#save")
     page.wait_for_selector("#saved:not([hidden])")
+    assert page.locator("#message").is_hidden()
     with page.expect_download() as download:
         page.click("#saved")
     assert Path(download.value.path()).read_bytes()[4:8] == b"ftyp"
@@ -156,7 +158,8 @@ def test_a_story_in_the_browser(address, page, tmp_path):
     page.reload()
     status(page, "Ready")
     page.click("#stories button")
-    page.wait_for_selector("#message:has-text('bit for bit')")
+    page.wait_for_selector("#message:not([hidden])")
+    assert page.inner_text("#message").endswith("as before, bit for bit.")
     (left, same, pick), broken = read_preferences(tmp_path / "studio")
     assert (left["answer"], same["answer"], pick["chosen"], broken) == ("left", "same", 1, 0)
 

@@ -220,6 +220,17 @@ def test_a_bad_request_is_said_and_the_tab_lives_on(client, message, said):
         assert opened.until("status")["block"] == 0
 
 
+def test_a_prompt_that_is_refused_does_not_stop_the_story(client):
+    with tab(client) as opened:
+        opened.do("begin", prompt=RED, seed=0)
+        opened.until("block")
+        opened.do("say", prompt="zzz")
+        assert "knows no word" in opened.until("error")["message"]
+        assert opened.until("story")["playing"]
+        opened.until("block")
+        opened.do("pause")
+
+
 # --- What a tab gets ---
 
 
@@ -420,5 +431,5 @@ def test_a_story_of_another_generator_is_refused(client, studio):
         opened.do("name", name="other")
         assert "already" in opened.until("error")["message"]
         opened.do("name", name="mine")
-        assert opened.until("story")["name"] == "mine"
+        opened.until("story", name="mine")
         assert sorted(opened.until("stories")["stories"]) == ["mine", "other"]
