@@ -46,8 +46,11 @@ class Live:
     """One story of one generator, between two blocks of which anything may be asked."""
 
     def __init__(self, pipeline: Pipeline, tree: Tree, blocks: int, cache_frames: int, budget: int):
-        """``blocks``: longest story; ``cache_frames``: pool of routing; ``budget``: bytes of states
-        that are kept for ways back."""
+        """Stand before a story's first block.
+
+        ``blocks``: longest story; ``cache_frames``: latent frames that routing can draw from;
+        ``budget``: bytes of states that are kept for ways back.
+        """
         self.pipeline = pipeline
         self.tree = tree
         self.blocks = blocks
