@@ -72,10 +72,14 @@ class Studio:
 
     def listener(self) -> socket.socket:
         """Open the port.  ValueError where that is not possible."""
+        if not 0 <= self.port < 2**16:
+            raise ValueError(
+                f"--port {self.port} must lie between 1 and 65535, or be 0 for any that is free"
+            )
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         try:
             return socket.create_server((self.host, self.port), family=family)
-        except (OSError, OverflowError) as error:
+        except OSError as error:
             raise ValueError(
                 f"nothing can listen at {self.host} port {self.port} ({error}); give another --port, 0 for any that is free, or another --host"
             ) from None
