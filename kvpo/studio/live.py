@@ -286,6 +286,9 @@ class Group:
         self.fork, self.live = fork, live
         self.window = Window(fork.block, explorer.window_blocks)
         prefix = live.state.copied()
+        # Later prompts of the story that is left do not hold here: a replay would not know them.
+        held = {b: t for b, t in live.tree.prompts(live.tree.at).items() if b <= fork.block}
+        prefix.stream.scripts = [Script("story", tuple(held.values()), tuple(held), live.blocks)]
         prefix.stream.switch()
         draws = stream(live.tree.seed, "studio", "plan", fork.block, fork.draw)
         resident = prefix.stream.cache.resident

@@ -121,6 +121,25 @@ def test_a_fork_that_is_left_does_not_hide_a_switch(pipeline):
     assert torch.equal(frames(made), whole[0])
 
 
+@pytest.mark.parametrize("switch", [4, 5, 6])
+def test_a_fork_before_a_switch_is_replayed(pipeline, switch):
+    """A fork in the past whose explored blocks reach over a later switch of the story followed that
+    switch, and its replay, which only knows the prompts up to the fork, did not: three blocks came
+    out otherwise."""
+    live = told(pipeline)
+    for block in range(7):
+        if block == switch:
+            live.say(BLUE)
+        live.advance()
+    for _ in live.go(*live.place(4)):
+        pass
+    forked(live, ROUTED, 1)
+    live.advance()
+    again = Live(pipeline, live.tree, 20, 20, 0)
+    assert all(made.same for made in again.go(1, 7))
+    assert live.tree.prompts(1) == ({0: RED, 4: BLUE} if switch == 4 else {0: RED})
+
+
 def test_another_prompt_in_the_past_begins_a_stretch_of_its_own(pipeline):
     live = told(pipeline)
     first = [live.advance() for _ in range(5)]
