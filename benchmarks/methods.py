@@ -147,7 +147,7 @@ def benchmark(out: Path, run: Run) -> list[Path]:
 
 
 def print_grid(out: Path) -> None:
-    """What is run, what of it is finished, and which pairs are refused."""
+    """Say what is run, what of it is finished, and which pairs are refused."""
     for objective, explorer in itertools.product(OBJECTIVES, EXPLORERS):
         reason = legal(objective, explorer)
         if reason:

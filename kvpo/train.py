@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from kvpo.common.environment import take_peak
+from kvpo.common.extras import require_extra
 from kvpo.common.metrics import MetricLog, NoLog, console_line
 from kvpo.common.progress import Bar, Progress
 from kvpo.common.rng import stream
@@ -124,7 +125,8 @@ class Alignment(Parts):
         log.write(self.done - 1, metrics, shown_videos(self.out, "samples", self.done))
 
     def _log(self, resume_after: int | None) -> MetricLog:
-        """Open the run's log, and its trackers."""
+        """Open the run's log, and its trackers; ValueError where a package of theirs is missing."""
+        require_extra("a run's report", "report", ("matplotlib",))
         settings = to_dict(self.config)
         trackers = Trackers(self.config.trackers, self.out, settings, resume_after)
         return MetricLog(self.out, resume_after, trackers)

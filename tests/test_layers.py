@@ -31,6 +31,7 @@ ROOMS = [
     "planning",
     "bench",
     "api",
+    "studio",
     "commands",
     "__main__",
     "__init__",
