@@ -28,7 +28,7 @@ LARGEST = 16 * 2**20
 """Bytes of a story's file beyond which it is not read."""
 
 
-class Broken(ValueError):
+class NoTree(Exception):
     """A part of a file that is no tree; the reader's error names the file and the way out."""
 
 
@@ -136,51 +136,51 @@ class Tree:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             if found.pop("format") != FORMAT:
-                raise Broken(f"format {FORMAT} is needed")
+                raise NoTree(f"format {FORMAT} is needed")
             nodes = [_node(node) for node in found.pop("nodes")]
             tree = cls(nodes=nodes, **found)
             tree.check()
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (NoTree, ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(
                 f"{path} is no story of the studio ({error}); open another one"
             ) from None
         return tree
 
     def check(self) -> None:
-        """Check that nodes, blocks and prompts belong together.  Broken where they do not."""
+        """Check that nodes, blocks and prompts belong together.  NoTree where they do not."""
         names = (self.name, self.generator, self.sampler)
         if not self.nodes or not all(isinstance(name, str) for name in names):
-            raise Broken("a story has a name, a generator, a sampler and a node")
+            raise NoTree("a story has a name, a generator, a sampler and a node")
         if (
             type(self.seed) is not int
             or type(self.at) is not int
             or self.at not in range(len(self.nodes))
         ):
-            raise Broken(f"seed {self.seed!r} and node {self.at!r} must be whole numbers in range")
+            raise NoTree(f"seed {self.seed!r} and node {self.at!r} must be whole numbers in range")
         for number, node in enumerate(self.nodes):
             self._check_node(number, node)
 
     def _check_node(self, number: int, node: Node) -> None:
         root = number == 0
         if type(node.first) is not int or (node.parent is None) != root:
-            raise Broken(f"node {number} must leave another one at a block")
+            raise NoTree(f"node {number} must leave another one at a block")
         if not root and (type(node.parent) is not int or not 0 <= node.parent < number):
-            raise Broken(f"node {number} has no parent before it")
+            raise NoTree(f"node {number} has no parent before it")
         least = 0 if root else self.nodes[node.parent].first
         if node.first < least or (root and (node.first or 0 not in node.prompts)):
-            raise Broken(f"node {number} begins before its parent, or without a prompt")
+            raise NoTree(f"node {number} begins before its parent, or without a prompt")
         if not root and node.first > self.nodes[node.parent].stop:
-            raise Broken(f"node {number} begins behind its parent's end")
+            raise NoTree(f"node {number} begins behind its parent's end")
         if any(type(block) is not int or block < node.first for block in node.prompts):
-            raise Broken(f"node {number} has a prompt before its first block")
+            raise NoTree(f"node {number} has a prompt before its first block")
         for text in node.prompts.values():
             readable(text)
         if node.fork is not None:
             node.fork.explorer()
             if node.stop < node.fork.stop:
-                raise Broken(f"node {number} lacks digests of the branch that was chosen")
+                raise NoTree(f"node {number} lacks digests of the branch that was chosen")
             if node.fork.block != node.first or node.chosen not in range(node.fork.branches + 1):
-                raise Broken(f"node {number} chose row {node.chosen!r} of a fork that it has not")
+                raise NoTree(f"node {number} chose row {node.chosen!r} of a fork that it has not")
 
 
 def new_tree(name: str, generator: str, sampler: str, seed: int, prompt: str) -> Tree:
