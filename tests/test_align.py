@@ -98,7 +98,8 @@ def records(out: Path, evaluations: bool = True) -> list[dict[str, float]]:
 def straight(folder, tmp_path_factory):
     """An uninterrupted run of 4 steps, its recipe, and the seconds of a step."""
     home = tmp_path_factory.mktemp("straight")
-    path = write_recipe(home / "tiny.yaml", settings(folder, show_every=3))
+    evaluate = {"scripts": 2, "batch": 2, "videos": 1, "online": True}
+    path = write_recipe(home / "tiny.yaml", settings(folder, show_every=3, evaluate=evaluate))
     assert align(path, home / "run") == 0
     return home / "run", path, read_metrics(home / "run" / "metrics.jsonl")[1]["time/total"]
 

@@ -55,6 +55,10 @@ ALLOWED = {
 """(module, name) of everything that an index written by torch names; none of it does anything."""
 
 
+class _Foreign(pickle.UnpicklingError):
+    """A name that torch's own indices do not have; its message is that name."""
+
+
 class _Index(pickle.Unpickler):
     """Unpickler that knows torch's own records and dtypes, and refuses every other name."""
 
@@ -63,7 +67,7 @@ class _Index(pickle.Unpickler):
             return super().find_class(module, name)
         if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
             return found
-        raise pickle.UnpicklingError(f"{module}.{name}")
+        raise _Foreign(f"{module}.{name}")
 
 
 class _Reader(dcp.FileSystemReader):
@@ -117,7 +121,7 @@ def read_index(folder: Path) -> Metadata:
     try:
         with path.open("rb") as file:
             index = _Index(file).load()
-    except pickle.UnpicklingError as error:
+    except _Foreign as error:
         raise ValueError(
             f"{path} holds more than names and places ({first_line(error)}); reading it would run "
             "code from the file, so it is refused. Save the weights alone, as safetensors, where "

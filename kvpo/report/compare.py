@@ -258,10 +258,10 @@ def _charts(runs: Sequence[Compared]) -> str:
         known = [g for g in run.gains if TOTAL in g.rows]
         gains = [0.0, *(g.rows[TOTAL].diff for g in known)]
         steps = [0, *(g.step for g in known)]
-        by_update.append(Line(run.name, (steps, gains), **distinct(number)))
+        by_update.append(Line(run.name, (steps, gains), *distinct(number)))
         if all(g.step in run.clock for g in known):
             minutes = [0.0, *(run.clock[g.step] / 60.0 for g in known)]
-            by_time.append(Line(run.name, (minutes, gains), **distinct(number)))
+            by_time.append(Line(run.name, (minutes, gains), *distinct(number)))
     charts = figure("Gain against updates", by_update, TOTAL)
     if by_time:
         charts += figure("Gain against minutes of training", by_time, TOTAL)

@@ -120,7 +120,19 @@ def positional(command: type) -> list[str]:
         f.name
         for f in fields(command)
         if f.name
-        in ("recipe", "generator", "run", "out", "paths", "a", "b", "name", "answers", "action")
+        in (
+            "recipe",
+            "generator",
+            "run",
+            "runs",
+            "out",
+            "paths",
+            "a",
+            "b",
+            "name",
+            "answers",
+            "action",
+        )
         and str(f.type).startswith("Positional")
     ]
 

@@ -171,7 +171,7 @@ def test_grid_leaves_few_tiles_empty(count, columns):
 
 
 def test_grid_refuses_what_does_not_fit():
-    with pytest.raises(ValueError, match="2 clips and 1 captions"):
+    with pytest.raises(ValueError, match="2 clips, 1 captions; give one of each"):
         grid([patches(), patches()], ["one"])
     with pytest.raises(ValueError, match="differ in size"):
         grid([patches(), patches(side=32)], ["", ""])
