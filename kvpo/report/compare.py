@@ -21,6 +21,7 @@ from kvpo.common.metrics import read_metrics
 from kvpo.common.video import html_video
 from kvpo.evaluation.intervals import TOTAL
 from kvpo.pages import html as page
+from kvpo.pages.render import render
 from kvpo.report.curves import Line, distinct, figure
 from kvpo.report.read_run import Missing, Row, Sample, read_config, read_evaluation, read_samples
 
@@ -209,23 +210,22 @@ def _gain_text(row: Row) -> str:
 
 def write_comparison(runs: Sequence[Compared], out: Path) -> Path:
     """Write the page to ``out``; returns its path."""
-    parts = [
-        ("Gains", _gains_table(runs)),
-        ("Gain against cost", _charts(runs)),
-        ("Settings that differ", _settings(runs)),
-        ("The same stories and seeds", _videos(runs)),
-    ]
-    items = "".join(f"<li>{html.escape(line)}</li>" for line in warnings(runs))
-    text = page.PAGE.substitute(
+    parts = {
+        "Gains": _gains_table(runs),
+        "Gain against cost": _charts(runs),
+        "Settings that differ": _settings(runs),
+        "The same stories and seeds": _videos(runs),
+    }
+    text = render(
+        "report.html",
         title="Comparison - KVPO",
-        name=html.escape(", ".join(run.name for run in runs)),
+        kicker="KVPO comparison",
+        name=", ".join(run.name for run in runs),
         facts=f"{len(runs)} runs side by side",
-        warnings=f'<div class="warnings"><b>Read this first</b><ul>{items}</ul></div>',
-        contents=page.contents([title for title, _ in parts]),
-        sections="\n".join(page.section(title, body) for title, body in parts),
-        footer=f"Written {time.strftime('%Y-%m-%d %H:%M:%S UTC', time.gmtime())} by <code>kvpo compare</code>. Everything on this page is inside this file.",
-        style=page.STYLE,
-        script=page.SCRIPT,
+        warnings=[line.removesuffix(".") for line in warnings(runs)],
+        sections=[{"title": title, "lead": "", "body": body} for title, body in parts.items()],
+        written=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+        command="kvpo compare",
     )
     return write_atomic(out, text)
 

@@ -86,11 +86,13 @@ def write_report(run: Path) -> Path:
     text = render(
         "report.html",
         title=f"{run.resolve().name} - KVPO report",
+        kicker="KVPO run report",
         name=run.resolve().name,
         facts=_facts(run, records),
         warnings=[*problem, *problems, *warnings(run, records, evaluations)],
         sections=[_section(*part) for part in parts],
         written=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+        command="kvpo report",
     )
     return write_atomic(run / "report.html", text)
 
