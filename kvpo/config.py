@@ -188,10 +188,7 @@ class RunConfig:
             raise ValueError(
                 "advantages.weights is set by the rewards' own weights; write them there"
             )
-        if self.exploring.own_renoise and self.sampler != "renoise":
-            raise ValueError(
-                f"explorer {self.explorer} draws the noise behind denoise steps, but sampler = {self.sampler} has none there and every branch would be the anchor; use sampler renoise"
-            )
+        self.refuse_without_noise(self.explorer)
         if reason := self.objective.refusal(self.exploring, self.sampler):
             raise ValueError(
                 f"objective {self.objective.kind} can not be paired with explorer {self.explorer} and sampler {self.sampler}: {reason}; choose a pair of docs/methods.md"
@@ -210,6 +207,16 @@ class RunConfig:
         ):
             raise ValueError(
                 f"velocity_energy.weights = kernel are the weights of the renoise sampler's Gaussian steps, which sampler = {self.sampler} does not take; use equal or a number a step"
+            )
+
+    def refuse_without_noise(self, explorer: str) -> None:
+        """Refuse an explorer whose branches the sampler would leave alike.
+
+        Raises ValueError.
+        """
+        if getattr(self, explorer).own_renoise and self.sampler != "renoise":
+            raise ValueError(
+                f"explorer {explorer} draws the noise behind denoise steps, but sampler = {self.sampler} has none there and every branch would be the anchor; use sampler renoise"
             )
 
     @property

@@ -205,8 +205,10 @@ class Alignment(Parts):
         return metrics, learnt
 
     def _further_updates(self, step: int, learnt: list[Learnt]) -> list[dict[str, float]]:
-        """The second to the last update on a step's groups. A signal waits until they are made:
-        between them the weights are no step's."""
+        """Make the second to the last update on a step's groups.
+
+        A signal waits until they are made: between them the weights are no step's.
+        """
         found, n = [], self.config.inner_updates
         self.state.midway = True
         with not_now():

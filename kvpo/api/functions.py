@@ -283,10 +283,9 @@ def explore(
     """The branches of one story and what the rewards say of them, as `kvpo explore`.
 
     ``generator``: whose weights, else the recipe's pipeline.  ``script``: a story, or the number
-    of one among the recipe's evaluation scripts.  ``by``: which explorer, in the
-    recipe's window; start_noise is for comparison.  ``fork``: the block at which branches part,
-    else drawn (the command tries a few blocks).  ``settings``: as in
-    `align`.
+    of one among the recipe's evaluation scripts.  ``by``: which explorer, in the recipe's window.
+    ``fork``: the block at which branches part, else drawn (the command tries a few blocks).
+    ``settings``: as in `align`.
 
     Returns pixels from the fork on (uint8 RGB [B, T, 3, H, W], G branches and then the anchor),
     their rewards, advantages and energies, and the past frames that each branch reads; prints as a
@@ -310,9 +309,9 @@ def explore(
         trained_only = replace(config, rewards=tuple(config.rewards_of("train")))
         rewards, rule = judges(trained_only, device)
     story, name = _chosen(script, config)
+    explorer = shown_explorer(config, by)
     pipeline, label = loaded(config.pipeline if generator is None else generator, device, config)
     texts = dict(zip(story.texts, pipeline.encode_text(story.texts)))
-    explorer = shown_explorer(config, by)
     streams = (config.seed, ("explore", name), phases, fork)
     rollout = roll_out(
         pipeline, SAMPLERS[config.sampler], explorer, config.rollout, story, texts, *streams

@@ -58,9 +58,12 @@ def measured(
 def shown_explorer(config: RunConfig, by: str) -> Explorer:
     """The explorer that is looked at, in the window of the recipe's own, whichever it is.
 
-    Groups that are compared must explore the same blocks.
+    Groups that are compared must explore the same blocks. ValueError where the recipe's sampler
+    would leave its branches alike.
     """
-    chosen: Any = config.exploring if by == "recipe" else getattr(config, by)
+    name = config.explorer if by == "recipe" else by
+    config.refuse_without_noise(name)
+    chosen: Any = getattr(config, name)
     return replace(chosen, window_blocks=config.exploring.window_blocks)
 
 

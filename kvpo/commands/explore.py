@@ -15,9 +15,13 @@ from kvpo.common.progress import Progress
 from kvpo.common.provenance import about_video, write_beside
 
 if TYPE_CHECKING:
+    import torch
+
+    from kvpo.config import RunConfig
     from kvpo.generators.pipeline import Pipeline
     from kvpo.method.explorers import Explorer
-    from kvpo.types import Rollout, Window
+    from kvpo.method.rollout import Name
+    from kvpo.types import Rollout, Script, Window
 
 
 @dataclass(frozen=True)
@@ -49,117 +53,154 @@ class Explore:
 
 
 def explore_command(args: Explore) -> None:
-    import torch
-
-    from kvpo.api.records import branch_table
-    from kvpo.api.shared import score_group, shown_explorer
+    """Look at one group as the options say; what may be wrong in them is found before loading."""
     from kvpo.common.extras import require_extra
-    from kvpo.common.timing import Phases
     from kvpo.generators.readable import check_prompts
-    from kvpo.generators.sampler import SAMPLERS
-    from kvpo.method.rollout import roll_out
-    from kvpo.method.score import pixel_diversity
-    from kvpo.method.update import GroupUpdate
-    from kvpo.report.samples import show_group
-    from kvpo.runs.build import evaluation_scripts, judges
-    from kvpo.runs.loading import load_generator, pipeline_folder
+    from kvpo.runs.loading import pipeline_folder
 
     require_extra("a routing map", "report", ("matplotlib",))
-    config = args.settings
-    device = pick_device(args.settings.device)
-    progress = Progress()
-    phases = Phases(progress.phase, progress.ended)
-    scripts, generator = evaluation_scripts(config), args.generator or config.pipeline
+    config, progress = args.settings, Progress()
+    generator, device = args.generator or config.pipeline, pick_device(config.device)
+    script, explorer = _asked(args)
+    out = unused(args.out) if args.out == Explore.out else args.out
+    try_folder(out)
+    check_prompts(pipeline_folder(generator), [script], progress.warn)
+    progress.log(
+        f"kvpo explore {args.recipe} with {generator} on {device}: script {args.script}, {config.rollout.branches} branches, into {out}"
+    )
+    chosen = config.explorer if args.by == "recipe" else args.by
+    folder = out / f"script-{args.script}-{chosen}"
+    look = Look(config, script, ("explore", args.script), generator, device, progress)
+    say_replaced([folder / "groups" / "step-000000"], progress.say)
+    fork, said = (args.fork, "") if args.fork >= 0 else look.telling_fork(args.tries)
+    look.show(look.rolled(explorer, fork), explorer, folder, said)
+
+
+def _asked(args: Explore) -> tuple[Script, Explorer]:
+    """The story and the explorer that are asked for; ValueError where there is no such thing."""
+    from kvpo.api.shared import shown_explorer
+    from kvpo.runs.build import evaluation_scripts
+
+    scripts = evaluation_scripts(args.settings)
     if not 0 <= args.script < len(scripts):
         raise ValueError(
             f"--script {args.script} does not exist: the recipe has evaluation scripts 0 to {len(scripts) - 1}; give one of them"
         )
     if args.fork < -1:
         raise ValueError(f"--fork {args.fork} is no block; give its number, or -1 for a drawn one")
-    script, out = scripts[args.script], unused(args.out) if args.out == Explore.out else args.out
-    try_folder(out)
-    check_prompts(pipeline_folder(generator), [script], progress.warn)
-    progress.log(
-        f"kvpo explore {args.recipe} with {generator} on {device}: script {args.script}, {config.rollout.branches} branches, into {out}"
-    )
-    with progress.timed("loading the rewards"):
-        rewards, advantages = judges(
-            replace(config, rewards=tuple(config.rewards_of("train"))), device
-        )
-    with progress.timed("loading the generator"):
-        pipeline, label = load_generator(generator, device, config.vae_dtype, config.dtype)
-        embeddings = dict(zip(script.texts, pipeline.encode_text(script.texts)))
-    chosen = config.explorer if args.by == "recipe" else args.by
-    folder = out / f"script-{args.script}-{chosen}"
-    say_replaced([folder / "groups" / "step-000000"], progress.say)
-    explorer = shown_explorer(config, args.by)
-    name, sampler = ("explore", args.script), SAMPLERS[config.sampler]
+    _refuse_tries(args.tries)
+    return scripts[args.script], shown_explorer(args.settings, args.by)
+
+
+class Look:
+    """A generator, a story and the recipe's rewards: groups are rolled out and shown."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        script: Script,
+        name: Name,
+        generator: str,
+        device: torch.device,
+        progress: Progress,
+    ):
+        """Load all of it. ``name``: of the groups' random streams."""
+        from kvpo.common.timing import Phases
+        from kvpo.runs.build import judges
+        from kvpo.runs.loading import load_generator
+
+        self.config, self.script, self.name, self.progress = config, script, name, progress
+        self.phases = Phases(progress.phase, progress.ended)
+        with progress.timed("loading the rewards"):
+            trained_only = replace(config, rewards=tuple(config.rewards_of("train")))
+            self.rewards, self.advantages = judges(trained_only, device)
+        with progress.timed("loading the generator"):
+            self.pipeline, self.label = load_generator(
+                generator, device, config.vae_dtype, config.dtype
+            )
+            texts = self.pipeline.encode_text(script.texts)
+            self.embeddings = dict(zip(script.texts, texts))
 
     def rolled(
-        explorer: Explorer, fork: int, horizon: Callable[[Window], int] | None = None
+        self, explorer: Explorer, fork: int, horizon: Callable[[Window], int] | None = None
     ) -> Rollout:
+        """A group of the story, forked at block ``fork``; ``horizon`` as in `roll_out`."""
+        from kvpo.generators.sampler import SAMPLERS
+        from kvpo.method.rollout import roll_out
+
         return roll_out(
-            pipeline,
-            sampler,
+            self.pipeline,
+            SAMPLERS[self.config.sampler],
             explorer,
-            config.rollout,
-            script,
-            embeddings,
-            config.seed,
-            name,
-            phases,
+            self.config.rollout,
+            self.script,
+            self.embeddings,
+            self.config.seed,
+            self.name,
+            self.phases,
             fork,
             horizon,
         )
 
-    fork, said = args.fork, ""
-    if fork < 0:
-        # By the recipe's explorer, whichever is shown: groups that are compared must leave the
-        # story at one block.
-        forks = config.exploring.eligible_forks(script.blocks, pipeline.geometry)
-        fork, said = widest_fork(
-            forks,
-            args.tries,
-            lambda f: window_diversity(pipeline, rolled(config.exploring, f, lambda w: w.stop)),
-            progress,
+    def telling_fork(self, tries: int) -> tuple[int, str]:
+        """The fork of a few whose branches differ most, as `widest_fork`.
+
+        It is the recipe's explorer that forks, whichever is shown: groups that are compared must
+        leave the story at one block.
+        """
+        explorer = self.config.exploring
+
+        def diversity(fork: int) -> float:
+            rollout = self.rolled(explorer, fork, lambda window: window.stop)
+            return window_diversity(self.pipeline, rollout)
+
+        forks = explorer.eligible_forks(self.script.blocks, self.pipeline.geometry)
+        return widest_fork(forks, tries, diversity, self.progress)
+
+    def show(self, rollout: Rollout, explorer: Explorer, out: Path, said: str) -> None:
+        """Judge a group, write what there is to see of it into ``out``, and say its numbers."""
+        from kvpo.api.records import branch_table
+        from kvpo.api.shared import score_group
+        from kvpo.method.score import pixel_diversity
+        from kvpo.method.update import GroupUpdate
+        from kvpo.report.samples import show_group
+
+        scores, pixels, advantage, energy = score_group(
+            self.pipeline,
+            rollout,
+            self.embeddings,
+            self.config,
+            self.rewards,
+            self.advantages,
+            self.phases,
         )
-    rollout = rolled(explorer, fork)
-    scores, pixels, advantage, energy = score_group(
-        pipeline, rollout, embeddings, config, rewards, advantages, phases
-    )
-    pi = (
-        torch.softmax(-energy / config.temperature.resolve(energy), dim=0)
-        if not explorer.deterministic_replay
-        else torch.full_like(energy, 1 / len(energy))
-    )
-    folder = show_group(
-        folder,
-        0,
-        pipeline,
-        rollout,
-        pixels,
-        scores,
-        advantage,
-        GroupUpdate(energy, pi, {}),
-        explorer,
-    )
-    write_beside(
-        folder / "explore.json",
-        about_video(
-            script, config.seed, label, explorer=type(explorer).__name__, fork=rollout.window.fork
-        ),
-    )
-    progress.say(
-        f"{label}, {type(explorer).__name__}, fork at block {rollout.window.fork} of {script.blocks}: "
-        + " | ".join(script.texts)
-    )
-    if said:
-        progress.say(said)
-    progress.say(branch_table(rollout, scores, advantage.values, energy))
-    progress.say(f"pixel diversity of the branches: {pixel_diversity(pixels[:-1]):.5f}")
-    progress.say(
-        f"written to {Path(folder).resolve()}: grid.mp4, routing.png, group.json, explore.json"
-    )
+        update = GroupUpdate(energy, self._pi(energy, explorer), {})
+        judged = (pixels, scores, advantage, update, explorer)
+        folder = show_group(out, 0, self.pipeline, rollout, *judged)
+        kind, fork, script = type(explorer).__name__, rollout.window.fork, self.script
+        facts = about_video(script, self.config.seed, self.label, explorer=kind, fork=fork)
+        write_beside(folder / "explore.json", facts)
+        head = f"{self.label}, {kind}, fork at block {fork} of {script.blocks}: "
+        say = self.progress.say
+        say(head + " | ".join(script.texts))
+        if said:
+            say(said)
+        say(branch_table(rollout, scores, advantage.values, energy))
+        say(f"pixel diversity of the branches: {pixel_diversity(pixels[:-1]):.5f}")
+        say(f"written to {Path(folder).resolve()}: grid.mp4, routing.png, group.json, explore.json")
+
+    def _pi(self, energy: torch.Tensor, explorer: Explorer) -> torch.Tensor:
+        """pi of the branches; even where they have no energy, which is 0 or rounding then."""
+        import torch
+
+        if explorer.deterministic_replay:
+            return torch.full_like(energy, 1 / len(energy))
+        return torch.softmax(-energy / self.config.temperature.resolve(energy), dim=0)
+
+
+def _refuse_tries(tries: int) -> None:
+    if tries < 1:
+        raise ValueError(f"--tries {tries} must be 1 or more")
 
 
 def widest_fork(
@@ -167,14 +208,11 @@ def widest_fork(
 ) -> tuple[int, str]:
     """Choose the one of a few ``forks`` whose branches differ most, and say so in a line.
 
-    The few are evenly spread.
-
-    A window in which the story hides its objects shows nine equal pictures, whatever the branches
+    The few are evenly spread. A window in which the story hides its objects shows nine equal pictures, whatever the branches
     remember. Only pixels are looked at, never a reward or what the story knows; training draws its
     forks blindly all the same.
     """
-    if tries < 1:
-        raise ValueError(f"--tries {tries} must be 1 or more")
+    _refuse_tries(tries)
     picked = [
         forks[i * len(forks) // min(tries, len(forks))] for i in range(min(tries, len(forks)))
     ]

@@ -3,19 +3,18 @@
     E(g) = 1 / (P S) sum_{b,s} w_s mean_{F,C,H,W} (v_{b,s} - u_{b,s})^2        logit_g = -E(g) / tau
 
 u are the velocities stored in the rollout, v those the evaluated weights give at the same inputs in
-the unperturbed context (method.md section 4). Kinds of energy differ only in the step weights w_s.
+the unperturbed context (method.md section 4). Kinds of energy differ only in the step weights w_s:
 
-Energy of the denoised latents, the reference code's: late steps, of small sigma, count less
-(method.md section 4).
-
-Trajectory velocity energy (TVE), the paper's: every denoise step counts alike, unless asked
-otherwise (method.md section 4).
+    VelocityEnergy   the trajectory velocity energy (TVE), the paper's: every denoise step counts
+                     alike, unless asked otherwise
+    DenoisedEnergy   that of the denoised latents, the reference code's: late steps, of small sigma,
+                     count less
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
@@ -55,6 +54,14 @@ def squared_residual(v_RFCHW: torch.Tensor, u_RFCHW: torch.Tensor) -> torch.Tens
     dtype = torch.promote_types(torch.promote_types(v_RFCHW.dtype, u_RFCHW.dtype), torch.float32)
     residual = v_RFCHW.to(dtype) - u_RFCHW.to(dtype)
     return residual.square().flatten(1).mean(dim=1, dtype=torch.float64)
+
+
+def added_up(shares: Iterable[tuple[torch.Tensor, torch.Tensor]], members: int) -> torch.Tensor:
+    """x_M float64 on the CPU, detached, from (member [R], share of its number [R]) of every pass."""
+    found = torch.zeros(members, dtype=torch.float64)
+    for member, share in shares:
+        found.index_add_(0, member, share.detach().cpu().double())
+    return found
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,11 @@
 A plan never touches the generator: it is data (`kvpo.types.BranchPlan`) that the rollout carries
 out, so an explorer can be tested, replayed and shown without a network (method.md section 2).
 
-Start-noise exploration: branches differ in the noise they start from, not in what they read.
-
-The classical baseline for the comparison with routing. Its branches are what the unperturbed policy
-itself makes of another noise, so an energy objective, which asks how the policy would explain them,
-sees zero (method.md section 7).
+Here are the two whose branches differ in their noise, not in what they read; routing has a file of
+its own. `StartNoise` is the classical baseline for the comparison with routing, `RenoiseExplorer`
+draws the noise behind denoise steps. Branches of both are what the unperturbed policy itself makes
+of another noise, so an energy of velocities, which asks how the policy would explain them, is zero
+(method.md section 7).
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ the contrastive flow-matching objective
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -68,6 +69,10 @@ class ClippedObjective:
         if self.kl_beta < 0.0:
             raise ValueError(
                 f"kl_beta = {self.kl_beta} would reward drift from the reference; set 0 or more"
+            )
+        if not self.kl_beta < math.inf:
+            raise ValueError(
+                f"kl_beta = {self.kl_beta} is no strength of a penalty; set 0 (none) or a positive number"
             )
 
     @property

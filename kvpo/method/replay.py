@@ -21,7 +21,7 @@ from kvpo.generators.cache import FrameCache
 from kvpo.generators.flow import denoised
 from kvpo.generators.pipeline import Pipeline
 from kvpo.generators.sampler import Stream
-from kvpo.method.energies import Surrogate, squared_residual
+from kvpo.method.energies import Surrogate, added_up, squared_residual
 from kvpo.types import Rollout
 
 
@@ -274,8 +274,8 @@ class WindowReplay:
 class Replay(WindowReplay):
     """The recorded inputs of a group's members, with the energies that a surrogate makes of them.
 
-    It is also what an objective learns a group from (`kvpo.method.objective.Objective`), which may
-    want other inputs: `at` gives their replay, `draw` noise for them.
+    It is also what an objective learns a group from (`kvpo.method.objectives.interface.Objective`),
+    which may want other inputs: `at` gives their replay, `draw` noise for them.
     """
 
     def __init__(
@@ -323,10 +323,7 @@ class Replay(WindowReplay):
     @torch.no_grad()
     def energies(self) -> torch.Tensor:
         """E_G float64 under the weights in the module."""
-        energy = torch.zeros(len(self.rows), dtype=torch.float64)
-        for branches, share in self.passes():
-            energy.index_add_(0, branches, share.cpu())
-        return energy
+        return added_up(self.passes(), len(self.rows))
 
     def passes(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield (branch [R], share of its energy [R] float64) of every pass.

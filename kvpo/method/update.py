@@ -15,7 +15,7 @@ from kvpo.common.finite import finite
 from kvpo.common.timing import Phases
 from kvpo.distributed.ranks import Ranks
 from kvpo.method.advantages import Advantage, UnsafePolicy
-from kvpo.method.energies import Temperature, squared_residual
+from kvpo.method.energies import Temperature, added_up, squared_residual
 from kvpo.method.objectives.interface import GroupUpdate, Objective
 from kvpo.method.replay import Replay
 from kvpo.method.settings import OptimizerConfig
@@ -58,9 +58,9 @@ class Updater:
         phases: Phases,
         before: GroupUpdate | None = None,
     ) -> GroupUpdate:
-        """Add the clipped gradient of one group's loss. ``replay``: of this rank's members.
-        ``before``: of an earlier update on the same group.
+        """Add the clipped gradient of one group's loss.
 
+        ``replay``: of this rank's members. ``before``: of an earlier update on the same group.
         ValueError naming quantity and branch where a number is not finite.
         """
         weight = self.unsafe.weight(advantage.safe)
@@ -91,10 +91,7 @@ class Updater:
 
         All ranks of a row enter.
         """
-        own = torch.zeros(members, dtype=torch.float64)
-        for member, share in shares:
-            own.index_add_(0, member, share.detach().cpu().double())
-        return torch.cat(self.row.gather(own))
+        return torch.cat(self.row.gather(added_up(shares, members)))
 
     def total(self, value: float) -> float:
         """Sum of a number over the ranks of a row; all of them enter."""
@@ -206,8 +203,8 @@ class Updater:
         """Add the gradient of the losses' sum over the ranks of ``row`` to the step's.
 
         It is clipped by itself where ``clip_of`` is group; returned are its norm and its sketch
-        before that. The losses are ``share`` of a whole group's. A gradient that is not finite is left for
-        `step` to name.
+        before that. The losses are ``share`` of a whole group's. A gradient that is not finite is
+        left for `step` to name.
         """
         collecting = self.policy.layout.collecting
         earlier = [p.grad for p in collecting]

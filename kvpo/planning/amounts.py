@@ -219,7 +219,8 @@ def amounts(
     fork, branch, decoded_prefix, decoded_rows, scored, branch_rows = (
         sum(x) / len(found) for x in zip(*found)
     )
-    replays = 1 + config.objective.asks_reference + (config.policy.sync_interval > 1)
+    behind = config.policy.sync_interval > 1 or config.policy.behaviour_decay > 0.0
+    replays = 1 + config.objective.asks_reference + behind
     return Amounts(
         fork,
         sum(lasts) / len(lasts) / shared,

@@ -110,8 +110,6 @@ class Parts:
         self.ranks.tell(doing)
         self.progress.phase(doing.rstrip(","))
 
-    # What is asked of them.
-
     def _load_pipeline(self) -> Pipeline:
         config = self.config
         if not isinstance(self.source, PromptSet):
@@ -128,6 +126,8 @@ class Parts:
                 bar.move_to,
                 self.progress.warn,
             )
+
+    # What is asked of them.
 
     def embed(self, script: Script) -> dict[str, torch.Tensor]:
         """Prompt -> its embedding [L, D]."""
@@ -181,8 +181,9 @@ class Parts:
     ) -> tuple[Rollout, RewardTable, torch.Tensor]:
         """A group of the behaviour policy, its rewards, and its pixels from the fork on.
 
-        Of the group it is this rank's branches, and the anchor. ``name`` names its random streams; ``explorer``: default the recipe's; ``start``: its
-        past, where that is there already; ``fork`` as in `roll_out`.
+        This rank's branches are made, and the anchor. ``name`` names the random streams;
+        ``explorer``: default the recipe's; ``fork`` as in `roll_out`; ``start``: the group's past,
+        where that is there already.
         """
         config, explorer = self.config, explorer or self.config.exploring
         seen = functools.partial(

@@ -438,6 +438,18 @@ def test_explore_judges_as_training_does(capsys, tmp_path, folder):
     )
 
 
+def test_explore_refuses_branches_that_would_all_be_the_anchor(capsys, tmp_path, folder):
+    """`--by renoise` on a recipe with the ode sampler, which draws no noise behind a step, showed
+    the anchor several times over and called it branches. `--tries 0` was found out after the
+    generator had been loaded."""
+    recipe = write_recipe(tmp_path / "o.yaml", settings(tmp_path / "no generator", sampler="ode"))
+    code, _, err = run(capsys, "explore", recipe, "--by", "renoise", "--out", str(tmp_path / "e"))
+    assert code == 1 and "every branch would be the anchor; use sampler renoise" in err
+    code, _, err = run(capsys, "explore", recipe, "--tries", "0", "--out", str(tmp_path / "e"))
+    assert code == 1 and "--tries 0 must be 1 or more" in err
+    assert not (tmp_path / "e").exists()
+
+
 def test_explore_names_what_exists(capsys, trained):
     code, _, err = run(capsys, "explore", trained[1], "--script", "9")
     assert (
@@ -467,6 +479,17 @@ def test_doctor(capsys, tmp_path, folder, train):
     code, out, err = run(capsys, "doctor", recipe)
     assert code == 0 and "all invariants hold" in out and "FAILED" not in out and not err.strip()
     assert out.count("\nok ") >= 9 and set(Path.cwd().iterdir()) == before
+
+
+def test_doctor_of_branches_that_have_no_energy(capsys, tmp_path, folder):
+    """The unrouted policy makes branches of other noise itself, so their energies are 0 and
+    rounding. The doctor asked them to differ, and to agree to a part in ten thousand of nothing:
+    every recipe of nft with start_noise was called broken."""
+    noisy = settings(folder, objective={"kind": "nft"}, explorer="start_noise")
+    recipe = write_recipe(tmp_path / "d.yaml", noisy | {"start_noise": {"window_blocks": 2}})
+    code, out, err = run(capsys, "doctor", recipe)
+    assert code == 0 and "all invariants hold" in out and not err.strip()
+    assert "branches of other noise, replayed: largest energy" in out
 
 
 def test_doctor_says_what_fails(capsys, tmp_path, folder, monkeypatch):

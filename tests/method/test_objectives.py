@@ -369,6 +369,25 @@ def test_pairs_and_values_that_are_refused(content, reason):
     assert reason in refused(content)
 
 
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"kl_beta": float("nan")},
+        {"kl_beta": float("inf")},
+        {"kind": "denoised_distance", "kl_beta": float("nan")},
+        {"kind": "nft", "beta": float("inf")},
+        {"kind": "nft", "advantage_range": float("inf")},
+        {"kind": "rvm", "scale": float("inf")},
+    ],
+)
+def test_strengths_that_are_no_numbers_are_refused(objective):
+    """`--objective.kl-beta nan` was taken: the first update ended with a gradient of NaN in 177
+    tensors, and advice to lower the learning rate. `--objective.kind nft
+    --objective.advantage-range inf` trained to its end and had no advantage but 0."""
+    with pytest.raises(ValueError, match=r"(nan|inf)\b.* positive number"):
+        from_dict({"objective": objective})
+
+
 def test_older_recipes_knew_one_objective():
     """Recipes and run folders from before there were several name no kind."""
     old = from_dict({"objective": {"kl_beta": 2.0, "kl_to": "old"}})

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
 from kvpo.common.late import Late
+from kvpo.method.energies import added_up
 from kvpo.method.loss import ClippedObjective, Loss, entropy
 from kvpo.method.objectives.interface import GroupUpdate
 
@@ -65,7 +66,7 @@ def add_policy_gradient(
         with learner.row.together():
             shares = list(members.passes()) if members.single_pass else []
         energy_G = learner.of_all(
-            lambda: _sum(shares, len(members.rows)) if shares else members.energies()
+            lambda: added_up(shares, len(members.rows)) if shares else members.energies()
         )
         # the same weights: the old scores are the detached new ones
         old_G = energy_G if old_G is None else old_G
@@ -125,11 +126,3 @@ def _metrics(
         "policy/evenness": float(entropy(log_pi)) / math.log(len(log_pi)),
         "policy/top": float(log_pi.max().exp()),
     } | dict(loss.metrics)
-
-
-def _sum(shares: list[tuple[torch.Tensor, torch.Tensor]], branches: int) -> torch.Tensor:
-    """E_G, detached, from the shares of all passes."""
-    energy = torch.zeros(branches, dtype=torch.float64)
-    for branch, share in shares:
-        energy.index_add_(0, branch, share.detach().cpu())
-    return energy

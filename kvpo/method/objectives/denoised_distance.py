@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from kvpo.common.late import Late
+from kvpo.method.energies import added_up
 from kvpo.method.loss import ClippedObjective
 from kvpo.method.objectives.branch_policy import add_policy_gradient
 from kvpo.method.objectives.interface import GroupUpdate, Record, check_finite, refuse_broken
@@ -86,11 +87,8 @@ class Distances:
 
     def energies(self) -> torch.Tensor:
         """E_M float64 under the weights in the module, without gradient."""
-        energy = torch.zeros(len(self.rows), dtype=torch.float64)
         with torch.no_grad():
-            for member, share in self.passes():
-                energy.index_add_(0, member, share.cpu())
-        return energy
+            return added_up(self.passes(), len(self.rows))
 
     def passes(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield (member [M R], share of its energy [M R] float64) of every pass of the anchor."""

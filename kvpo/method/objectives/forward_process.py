@@ -16,7 +16,12 @@ from typing import TYPE_CHECKING, Protocol
 
 from kvpo.common.late import Late
 from kvpo.method.energies import squared_residual
-from kvpo.method.objectives.interface import GroupUpdate, check_finite, refuse_broken
+from kvpo.method.objectives.interface import (
+    GroupUpdate,
+    check_finite,
+    energy_metrics,
+    refuse_broken,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -98,46 +103,70 @@ def add_forward_gradient(
     check_finite(advantage)
     refuse_broken("clean latents", replay.rollout.trajectory.clean[replay.rows])
     forward, targets = noised(replay, objective.levels)
-    policy, members = learner.policy, len(forward.rows)
+    old, start = _velocities_before(learner, objective, forward, phases)
+    members, of_member = len(forward.rows), len(forward.sigmas) * targets.shape[1]
+    A_M = learner.own(advantage.values.double(), advantage, members)
+    terms, seen = len(advantage.values) * of_member, _Seen()
+    losses = _losses(objective, forward, targets, A_M, old, start, seen)
+    scaled = (share / terms * loss_R.sum() for loss_R in losses)
+    with phases("replay_grad"):
+        metrics, sketch = learner.add_group(scaled, share, advantage, before)
+    energy_M = learner.of_members(seen.errors, members) / of_member
+    metrics |= energy_metrics(energy_M, share, learner.policy.lag)
+    metrics["loss/policy"] = learner.total(seen.loss) / terms
+    if start is not None:
+        metrics["loss/from_start"] = learner.total(seen.moved) / terms
+    return GroupUpdate(energy_M, torch.full_like(energy_M, float("nan")), metrics, sketch=sketch)
+
+
+class _Seen:
+    """Numbers of the passes, for the log."""
+
+    def __init__(self):
+        self.loss = self.moved = 0.0
+        self.errors: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+
+def _losses(
+    objective: ForwardLoss,
+    forward: WindowReplay,
+    targets: torch.Tensor,
+    A_M: torch.Tensor,
+    old: torch.Tensor | None,
+    start: torch.Tensor | None,
+    seen: _Seen,
+) -> Iterator[torch.Tensor]:
+    """Yield the losses [R] of every pass's rows, with gradient.
+
+    ``old`` and ``start``: velocities [M, P, S, ...] of other weights; None where those are the
+    current ones, or not asked for.
+    """
+    for rows, v in forward.velocities():
+        at = forward.places(rows)
+        target = forward.stored(targets, rows)
+        A_R = A_M[at[0]].to(v.device)
+        loss_R = objective.row_losses(v, target, v.detach() if old is None else old[at], A_R)
+        if start is not None:
+            distance_R = squared_residual(v, start[at])
+            seen.moved += float(distance_R.detach().sum())
+            loss_R = loss_R + objective.kl_beta * distance_R
+        seen.loss += float(loss_R.detach().sum())
+        error_R = squared_residual(v.detach(), target)
+        seen.errors.append((torch.tensor(at[0]), error_R.cpu()))
+        yield loss_R
+
+
+def _velocities_before(
+    learner: Updater, objective: ForwardLoss, forward: WindowReplay, phases: Phases
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """v_MPSFCHW of the behaviour weights and of the start weights, where they are asked for."""
+    policy = learner.policy
     held = objective.kl_beta > 0.0 and policy.updates > 0
     with phases("replay_old"), learner.row.together():
         # the same weights: the old velocities are the detached new ones
         old = None if policy.on_policy else _under(learner, policy.behaviour, forward)
         start = _under(learner, policy.reference, forward) if held else None
-    A_M = learner.own(advantage.values.double(), advantage, members)
-    rows_of_group = len(advantage.values) * len(forward.sigmas) * targets.shape[1]
-    errors: list[tuple[torch.Tensor, torch.Tensor]] = []
-    values: list[float] = []
-    moved: list[float] = []
-
-    def losses() -> Iterator[torch.Tensor]:
-        for rows, v in forward.velocities():
-            at = forward.places(rows)
-            target = forward.stored(targets, rows)
-            A_R = A_M[at[0]].to(v.device)
-            loss_R = objective.row_losses(v, target, v.detach() if old is None else old[at], A_R)
-            if start is not None:
-                distance_R = squared_residual(v, start[at])
-                moved.append(float(distance_R.detach().sum()))
-                loss_R = loss_R + objective.kl_beta * distance_R
-            values.append(float(loss_R.detach().sum()))
-            error_R = squared_residual(v.detach(), target).cpu()
-            errors.append((torch.tensor(at[0]), error_R))
-            yield share / rows_of_group * loss_R.sum()
-
-    with phases("replay_grad"):
-        metrics, sketch = learner.add_group(losses(), share, advantage, before)
-    energy_M = learner.of_members(errors, members) / (len(forward.sigmas) * targets.shape[1])
-    metrics |= {
-        "loss/policy": learner.total(sum(values)) / rows_of_group,
-        "loss/weight": share,
-        "energy/mean": float(energy_M.mean()),
-        "energy/std": float(energy_M.std()),
-        "policy/lag": policy.lag,
-    }
-    if start is not None:
-        metrics["loss/from_start"] = learner.total(sum(moved)) / rows_of_group
-    return GroupUpdate(energy_M, torch.full_like(energy_M, float("nan")), metrics, sketch=sketch)
+    return old, start
 
 
 def _under(learner: Updater, weights: list[torch.Tensor], replay: WindowReplay) -> torch.Tensor:

@@ -117,3 +117,13 @@ def refuse_broken(name: str, x_M: torch.Tensor) -> None:
         raise ValueError(
             f"{name} of branches {bad} are not finite, and no update can be made from this group; look at the generator's weights and its dtype"
         )
+
+
+def energy_metrics(energy_M: torch.Tensor, share: float, lag: int) -> dict[str, float]:
+    """Metrics that every objective has: its members' energies, its weight, its policy's lag."""
+    return {
+        "loss/weight": share,
+        "energy/mean": float(energy_M.mean()),
+        "energy/std": float(energy_M.std()),
+        "policy/lag": lag,
+    }

@@ -20,7 +20,13 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from kvpo.common.late import Late
 from kvpo.method.energies import squared_residual
-from kvpo.method.objectives.interface import GroupUpdate, Record, check_finite, refuse_broken
+from kvpo.method.objectives.interface import (
+    GroupUpdate,
+    Record,
+    check_finite,
+    energy_metrics,
+    refuse_broken,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -80,44 +86,49 @@ class KernelGrpo:
         """Add the clipped gradient of one group's loss, as `Objective.add` says."""
         check_finite(advantage)
         kernel = Kernel(replay)
-        policy, members = learner.policy, len(replay.rows)
         refuse_broken("inputs", kernel.replay.inputs[replay.rows])
-        held = self.kl_beta > 0.0 and policy.updates > 0
-        start = None
-        with phases("replay_old"), learner.row.together():
-            if held:
-                with policy.using(policy.reference):
-                    start = kernel.replay.all_velocities()
-        A_M = learner.own(advantage.values.double(), advantage, members)
-        terms = len(advantage.values) * replay.rollout.window.blocks * len(kernel.steps)
-        on_policy = policy.on_policy and before is None
-        seen = _Seen()
-
-        def losses() -> Iterator[torch.Tensor]:
-            for rows, v in kernel.replay.velocities():
-                at = kernel.replay.places(rows)
-                # the same weights: the recorded velocities differ from these by rounding
-                old = v.detach() if on_policy else kernel.recorded(rows)
-                log_r = kernel.log_p(rows, v) - kernel.log_p(rows, old)
-                loss = clipped(log_r, A_M[at[0]].to(v.device), self.clip)
-                if start is not None:
-                    loss = loss + self.kl_beta * kernel.kl(rows, v, start[at])
-                seen.add(at[0], log_r, loss, kernel.log_p(rows, v))
-                yield share / terms * loss.sum()
-
+        start = self._start(learner, kernel, phases)
+        A_M = learner.own(advantage.values.double(), advantage, len(replay.rows))
+        on_policy = learner.policy.on_policy and before is None
+        terms, seen = len(advantage.values) * kernel.terms, _Seen()
+        losses = self._losses(kernel, A_M, on_policy, start, seen)
+        scaled = (share / terms * loss_R.sum() for loss_R in losses)
         with phases("replay_grad"):
-            metrics, sketch = learner.add_group(losses(), share, advantage, before)
-        per_member = replay.rollout.window.blocks * len(kernel.steps)
-        energy_M = learner.of_members(seen.surprise, members) / per_member
-        metrics |= seen.metrics(self.clip) | {
-            "loss/policy": learner.total(seen.loss) / terms,
-            "loss/weight": share,
-            "energy/mean": float(energy_M.mean()),
-            "energy/std": float(energy_M.std()),
-            "policy/lag": policy.lag,
-        }
+            metrics, sketch = learner.add_group(scaled, share, advantage, before)
+        energy_M = learner.of_members(seen.surprise, len(replay.rows)) / kernel.terms
+        metrics |= seen.metrics(self.clip) | energy_metrics(energy_M, share, learner.policy.lag)
+        metrics["loss/policy"] = learner.total(seen.loss) / terms
         unknown = torch.full_like(energy_M, float("nan"))
         return GroupUpdate(energy_M, unknown, metrics, sketch=sketch)
+
+    def _start(self, learner: Updater, kernel: Kernel, phases: Phases) -> torch.Tensor | None:
+        """v_MPSFCHW of the start weights, where the KL holds to them and they are others by now."""
+        with phases("replay_old"), learner.row.together():
+            if self.kl_beta == 0.0 or learner.policy.updates == 0:
+                return None
+            with learner.policy.using(learner.policy.reference):
+                return kernel.replay.all_velocities()
+
+    def _losses(
+        self,
+        kernel: Kernel,
+        A_M: torch.Tensor,
+        on_policy: bool,
+        start: torch.Tensor | None,
+        seen: _Seen,
+    ) -> Iterator[torch.Tensor]:
+        """Yield the losses [R] of every pass's rows, with gradient."""
+        for rows, v in kernel.replay.velocities():
+            at = kernel.replay.places(rows)
+            # the same weights: the recorded velocities differ from these by rounding
+            old = v.detach() if on_policy else kernel.recorded(rows)
+            log_p = kernel.log_p(rows, v)
+            log_r = log_p - kernel.log_p(rows, old)
+            loss_R = clipped(log_r, A_M[at[0]].to(v.device), self.clip)
+            if start is not None:
+                loss_R = loss_R + self.kl_beta * kernel.kl(rows, v, start[at])
+            seen.add(at[0], log_r, loss_R, log_p)
+            yield loss_R
 
 
 class Kernel:
@@ -133,6 +144,8 @@ class Kernel:
                 "these branches share all noise behind their denoise steps, so their kernel says nothing of them; explore by renoise"
             )
         self.steps = range(first, len(self.sigmas) - 1)
+        self.terms = replay.rollout.window.blocks * len(self.steps)
+        """Steps of every branch that count."""
         self.velocities = trajectory.velocities
         self.results = trajectory.inputs.roll(-1, dims=2)
         """x'_BPSFCHW: the next step's input."""

@@ -19,6 +19,7 @@ holds all branches alike.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -59,9 +60,9 @@ class Nft:
     watches_kl: ClassVar[bool] = False
 
     def __post_init__(self):
-        if not (self.beta > 0.0 and self.advantage_range > 0.0):
+        if not (0.0 < self.beta < math.inf and 0.0 < self.advantage_range < math.inf):
             raise ValueError(
-                f"objective.beta = {self.beta} and objective.advantage_range = {self.advantage_range} must be positive"
+                f"objective.beta = {self.beta} and objective.advantage_range = {self.advantage_range} must be positive numbers"
             )
         refuse_bad(self.levels, self.kl_beta)
 

@@ -15,7 +15,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from kvpo.common.late import Late
-from kvpo.method.objectives.interface import GroupUpdate, Record, check_finite, refuse_broken
+from kvpo.method.objectives.interface import (
+    GroupUpdate,
+    Record,
+    check_finite,
+    energy_metrics,
+    refuse_broken,
+)
 from kvpo.method.objectives.tve_ppo import no_energy
 
 if TYPE_CHECKING:
@@ -83,12 +89,6 @@ class Regression:
         with phases("replay_grad"):
             metrics, sketch = learner.add_group(losses(), share, advantage, before)
         energy_M = learner.of_members(energy, len(replay.rows))
-        metrics |= {
-            "loss/policy": float(w_M @ energy_M),
-            "loss/weight": share,
-            "energy/mean": float(energy_M.mean()),
-            "energy/std": float(energy_M.std()),
-            "policy/top": float(w_M.max()),
-            "policy/lag": learner.policy.lag,
-        }
+        metrics |= energy_metrics(energy_M, share, learner.policy.lag)
+        metrics |= {"loss/policy": float(w_M @ energy_M), "policy/top": float(w_M.max())}
         return GroupUpdate(energy_M, w_M, metrics, sketch=sketch)

@@ -13,6 +13,7 @@ one deviation of the batch (`advantages.std: step`), times 0.1, clipped.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -51,9 +52,9 @@ class Rvm:
     watches_kl: ClassVar[bool] = False
 
     def __post_init__(self):
-        if not (self.scale > 0.0 and 0.0 < self.limit <= 1.0):
+        if not (0.0 < self.scale < math.inf and 0.0 < self.limit <= 1.0):
             raise ValueError(
-                f"objective.scale = {self.scale} must be positive, and objective.limit = {self.limit} lie in (0, 1]"
+                f"objective.scale = {self.scale} must be a positive number, and objective.limit = {self.limit} lie in (0, 1]"
             )
         refuse_bad(self.levels, self.kl_beta)
 

@@ -1,0 +1,68 @@
+"""Every objective from the command line: a run to its end where the pair is legal, else an error."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+from test_align import align, settings, write_recipe
+
+from kvpo.method.objectives.kinds import OBJECTIVES
+from kvpo.report.compare import read_runs
+
+EXPLORERS = ("kv_routing", "start_noise", "renoise")
+LEGAL = {
+    "tve_ppo": ("kv_routing",),
+    "regression": ("kv_routing",),
+    "nft": EXPLORERS,
+    "rvm": EXPLORERS,
+    "kernel_grpo": ("renoise",),
+    "denoised_distance": EXPLORERS,
+}
+"""The table of docs/methods.md."""
+SHORT = ("--show-every", "1", "--rollout.branches", "2")
+
+
+def test_every_objective_has_its_pairs():
+    assert set(LEGAL) == set(OBJECTIVES)
+
+
+@pytest.mark.parametrize(
+    ("kind", "explorer"),
+    [
+        ("tve_ppo", "kv_routing"),
+        ("regression", "kv_routing"),
+        ("nft", "start_noise"),
+        ("rvm", "renoise"),
+        ("kernel_grpo", "renoise"),
+        ("denoised_distance", "start_noise"),
+    ],
+)
+def test_a_run_by_every_objective_ends_whole(folder, tmp_path, kind, explorer):
+    """It has its log, report and evaluation, goes on with --resume, and can be compared."""
+    recipe, out = write_recipe(tmp_path / "r.yaml", settings(folder)), tmp_path / "run"
+    pair = ("--objective.kind", kind, "--explorer", explorer)
+    assert align(recipe, out, *SHORT, *pair, "--steps", "2") == 0
+    assert align(recipe, out, *SHORT, *pair, "--resume", "--steps", "3") == 0
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in lines if "loss/policy" in r] == [0, 1, 2]
+    assert (out / "report.html").stat().st_size > 10_000
+    assert align(recipe, tmp_path / "other", *SHORT, "--steps", "2") == 0
+    first, second = read_runs([out, tmp_path / "other"])
+    assert (first.method, first.last.step, second.last.step) == (f"{kind} by {explorer}", 3, 2)
+
+
+ILLEGAL = [
+    pair for pair in itertools.product(OBJECTIVES, EXPLORERS) if pair[1] not in LEGAL[pair[0]]
+]
+
+
+@pytest.mark.parametrize(("kind", "explorer"), ILLEGAL)
+def test_an_illegal_pair_is_one_error_before_any_work(capsys, tmp_path, kind, explorer):
+    recipe = write_recipe(tmp_path / "r.yaml", settings(tmp_path / "no generator"))
+    pair = ("--objective.kind", kind, "--explorer", explorer)
+    assert align(recipe, tmp_path / "run", *pair) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"objective {kind} can not be paired with explorer {explorer}" in line
+    assert "docs/methods.md" in line and not (tmp_path / "run").exists()
