@@ -166,6 +166,8 @@ link.addEventListener("block", ({ detail: block }) => {
     link.saw(block.serial);
     player.still(block, block.frames - 1);
     strip.play(block.number);
+    ids["fact-block"].textContent = block.number;
+    ids.scrub.value = strip.placeOf(block.number) + block.frames - 1;
     say(`Telling block ${block.number} again`);
   }
 });
