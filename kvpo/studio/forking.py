@@ -1,4 +1,4 @@
-"""What a tab may ask of a fork: make its branches, leave it, choose one, compare two."""
+"""Requests of a tab about a fork: make its branches, leave it, choose one, compare two."""
 
 from __future__ import annotations
 

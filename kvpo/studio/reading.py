@@ -1,4 +1,4 @@
-"""What a generator reads of a prompt, and what it does not."""
+"""The words of a prompt that a generator reads, and those that it does not."""
 
 from __future__ import annotations
 

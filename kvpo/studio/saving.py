@@ -1,4 +1,4 @@
-"""What a tab may ask of videos: write the story up to here as an mp4."""
+"""The request of a tab for a video: write the story up to here as an mp4."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Saving(Stories):
 
 
 def about_story(tree: Tree, stop: int) -> dict[str, Any]:
-    """What a video of a story's first ``stop`` blocks is made of, to be written into it."""
+    """Record of a story's first ``stop`` blocks, which is written into their video."""
     prompts = {block: text for block, text in tree.prompts(tree.at).items() if block < stop}
     script = Script("story", tuple(prompts.values()), tuple(prompts), stop)
     nodes = [tree.nodes[number] for number in tree.path(tree.at)]

@@ -1,4 +1,4 @@
-"""What the tabs of one server share: the generator, its folder, and the turns at it."""
+"""The things that the tabs of one server share: the generator, its folder, and the turns at it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a tab may ask of its story: begin, say, pause, go elsewhere, undo, open, name."""
+"""Requests of a tab about its story: begin, say, pause, go elsewhere, undo, open, name."""
 
 from __future__ import annotations
 
