@@ -42,6 +42,9 @@ class Studio:
     dtype: Literal["", "float32", "bfloat16"] = ""
     """Precision; default: a run's own, bfloat16 on a GPU, float32 on a CPU."""
     device: str = "auto"
+    threads: int = 1
+    """Threads of the CPU for generation; 0 = as many as PyTorch takes.
+    More are faster for large generators on idle cores, and far slower on busy ones."""
 
     def __call__(self) -> None:
         self.check_options()
@@ -70,6 +73,9 @@ class Studio:
                 f"--memory {self.memory} and --cache-frames {self.cache_frames} must not be below 0 and 1; give more"
             )
 
+        if self.threads < 0:
+            raise ValueError(f"--threads {self.threads} must be 1 or more, or 0 for PyTorch's own")
+
     def listener(self) -> socket.socket:
         """Open the port.  ValueError where that is not possible."""
         if not 0 <= self.port < 2**16:
@@ -86,21 +92,20 @@ class Studio:
 
     def serve(self, listener: socket.socket, progress: Progress) -> None:
         """Load the generator, say the address, and serve until ctrl-C."""
-        from concurrent.futures import ThreadPoolExecutor
-
         import uvicorn
 
         from kvpo.runs.loading import load_generator, precision
         from kvpo.studio.library import Library
         from kvpo.studio.live import longest_story
         from kvpo.studio.server import LARGEST_MESSAGE, new_app, new_token
-        from kvpo.studio.session import Studio as Shared
+        from kvpo.studio.shared import Studio as Shared
+        from kvpo.studio.shared import new_worker
 
         library, device = Library(self.out), pick_device(self.device)
         dtype = precision(self.generator, device, self.dtype)
         pipeline, label = load_generator(self.generator, device, dtype or "float32", dtype)
         blocks, token = longest_story(pipeline, self.longest), new_token()
-        with ThreadPoolExecutor(1, "generator") as worker:
+        with new_worker(self.threads) as worker:
             shared = Shared(
                 pipeline,
                 label,

@@ -11,11 +11,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import threading
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ import torch
 
 from kvpo.common.files import refusals, try_folder
 from kvpo.common.video import write_mp4
-from kvpo.studio.live import Group
+from kvpo.studio.group import Group
 from kvpo.studio.tree import Tree
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -39,6 +41,14 @@ def check_name(name: object) -> str:
     return name
 
 
+def _no_link(path: Path) -> Path:
+    if path.is_symlink():
+        raise ValueError(
+            f"{path.name} is a link, which may lead elsewhere; put the file itself there"
+        )
+    return path
+
+
 class Library:
     """Folder of one studio; every file in it is whole, or the line of it that is not is passed over."""
 
@@ -50,10 +60,10 @@ class Library:
     # --- Stories and videos ---
 
     def story(self, name: str) -> Path:
-        return self.folder / "stories" / f"{check_name(name)}.json"
+        return _no_link(self.folder / "stories" / f"{check_name(name)}.json")
 
     def video(self, name: str) -> Path:
-        return self.folder / "videos" / f"{check_name(name)}.mp4"
+        return _no_link(self.folder / "videos" / f"{check_name(name)}.mp4")
 
     def stories(self) -> list[str]:
         """Names of the stories, the latest written first."""
@@ -87,7 +97,8 @@ class Library:
         if answer not in ANSWERS:
             raise ValueError(f"{answer!r} is no answer; give one of {', '.join(ANSWERS)}")
         many = len(group.plans)
-        if len(rows) != 2 or rows[0] == rows[1] or any(row not in range(many) for row in rows):
+        whole = all(type(row) is int and 0 <= row < many for row in rows)
+        if len(rows) != 2 or not whole or rows[0] == rows[1]:
             raise ValueError(
                 f"{list(rows)} is no pair of rows 0 to {many - 1}; give two different ones"
             )
@@ -101,8 +112,12 @@ class Library:
         name = Path("clips") / f"{check_name(story)}-{uuid.uuid4().hex[:12]}"
         paths = [name / f"{row}.mp4" for row in range(len(pixels_RT3HW))]
         with refusals(self.folder / name, "nothing was recorded; free disk space and choose again"):
-            for path, pixels in zip(paths, pixels_RT3HW):
-                write_mp4(self.folder / path, pixels, fps)
+            try:
+                for path, pixels in zip(paths, pixels_RT3HW):
+                    write_mp4(self.folder / path, pixels, fps)
+            except OSError:
+                shutil.rmtree(self.folder / name, ignore_errors=True)
+                raise
         return list(map(str, paths))
 
     def _append(
@@ -128,25 +143,39 @@ class Library:
             self._lock,
             refusals(path, "the preference was not recorded; free disk space, choose again"),
         ):
-            append_line(path, line)
+            try:
+                append_line(path, line)
+            except OSError:
+                shutil.rmtree((self.folder / what["rows"][0]).parent, ignore_errors=True)
+                raise
         return line
 
 
 def append_line(path: Path, line: Mapping[str, Any]) -> None:
     """Append one JSON line, and wait until the disk has it.
 
-    A line that a killed process left unfinished is closed first, so that it spoils no other.
+    A line that a killed process left unfinished is closed first, so that it spoils no other. Where
+    the disk refuses, nothing of the line stays, so that it can be appended again.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
-        file.seek(0, os.SEEK_END)
-        if file.tell():
+    with path.open("a+b", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        text = json.dumps(line).encode() + b"\n"
+        if size:
             file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
-        file.write(json.dumps(line).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+            text = text if file.read(1) == b"\n" else b"\n" + text
+        try:
+            _write_all(file, text)
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+def _write_all(file: FileIO, text: bytes) -> None:
+    """Write all bytes; a disk that becomes full takes some of them first, and refuses then."""
+    while text:
+        text = text[file.write(text) :]
 
 
 def read_preferences(folder: Path) -> tuple[list[dict[str, Any]], int]:

@@ -6,40 +6,23 @@ that `kvpo generate` writes for the same prompts and seed, bit for bit.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import time
 from collections.abc import Generator
-from dataclasses import dataclass
 
 import torch
 
-from kvpo.common.rng import stream
-from kvpo.generators.history import Routed
 from kvpo.generators.pipeline import Pipeline
-from kvpo.generators.readable import words_of
 from kvpo.generators.sampler import SAMPLERS, NamedNoise, StackedNoise, Stream
-from kvpo.method.prompts import readable
-from kvpo.method.rollout import PlannedNoise, branch_out
-from kvpo.studio.state import Kept, State, cut_out
+from kvpo.studio.group import Group
+from kvpo.studio.made import Made, digest
+from kvpo.studio.reading import check_prompt
+from kvpo.studio.state import Kept, State
 from kvpo.studio.tree import Fork, Node, Tree
-from kvpo.types import BranchPlan, Script, Window
+from kvpo.types import Script
 
 NOISE = ("generate", "story")
 """Name of a story's noise: that of `kvpo generate --prompt`, so both make the same video."""
-
-
-@dataclass(frozen=True)
-class Made:
-    """A block as it was made."""
-
-    node: int
-    block: int
-    pixels: torch.Tensor
-    """Frames of every row, uint8 [R, T, 3, H, W]; a story has one row."""
-    seconds: float
-    same: bool | None = None
-    """Whether it equals what was made here before, bit for bit; None: made for the first time."""
 
 
 class Live:
@@ -278,60 +261,6 @@ class Live:
         return self.go(node.parent, self.tree.nodes[node.parent].stop)
 
 
-class Group:
-    """Branches of one block and their anchor, made in step."""
-
-    def __init__(self, live: Live, fork: Fork):
-        explorer, pipeline = fork.explorer(), live.pipeline
-        self.fork, self.live = fork, live
-        self.window = Window(fork.block, explorer.window_blocks)
-        prefix = live.state.copied()
-        # Later prompts of the story that is left do not hold here: a replay would not know them.
-        held = {b: t for b, t in live.tree.prompts(live.tree.at).items() if b <= fork.block}
-        prefix.stream.scripts = [Script("story", tuple(held.values()), tuple(held), live.blocks)]
-        prefix.stream.switch()
-        draws = stream(live.tree.seed, "studio", "plan", fork.block, fork.draw)
-        resident = prefix.stream.cache.resident
-        g = pipeline.geometry
-        plans = explorer.plan(self.window, g, fork.branches, draws, resident)
-        self.plans = (*plans, BranchPlan())
-        noise = PlannedNoise(live.noise, self.plans, self.window, fork.draw * fork.branches)
-        self.history = Routed(g.history, self.plans, self.window, g.block)
-        self.stream = branch_out(pipeline, prefix.stream, self.plans, noise, self.window)
-        self.decoder = prefix.decoder.fork(len(self.plans))
-        self.pixels: list[torch.Tensor] = []
-        """Frames of each explored block so far, uint8 [G + 1, T, 3, H, W]."""
-
-    @property
-    def complete(self) -> bool:
-        return len(self.pixels) == self.window.blocks
-
-    def reads(self) -> list[list[list[int]]]:
-        """Past frames that each row reads at each explored block; slots of a bank are left out."""
-        g = self.live.pipeline.geometry
-        found = []
-        for block in range(self.window.fork, self.window.stop):
-            past = self.history.past(block * g.block, g.block)
-            rows = past if past and not isinstance(past[0], int) else [past] * len(self.plans)
-            found.append([[frame for frame in row if frame >= 0] for row in rows])
-        return [list(row) for row in zip(*found)]
-
-    @torch.no_grad()
-    def advance(self) -> Made:
-        """Make the next explored block of every row."""
-        started, block = time.perf_counter(), len(self.stream.blocks)
-        pixels = self.decoder(self.stream.advance(self.history)).cpu()
-        self.pixels.append(pixels)
-        return Made(self.live.tree.at, block, pixels, time.perf_counter() - started)
-
-    def chosen(self, row: int, script: Script) -> State:
-        """Cut out the state of one row after the explored blocks."""
-        noise, capacity = StackedNoise((self.live.noise,)), self.live.capacity
-        state = cut_out(self.stream, self.decoder, row, capacity, script, noise)
-        state.stream.forget()
-        return state
-
-
 def _inside(fork: Fork) -> str:
     return f"blocks {fork.block} to {fork.stop - 1} are one piece, the branch that was chosen; fork at {fork.block} or from {fork.stop} on"
 
@@ -340,31 +269,6 @@ def start(live: Live) -> Live:
     """Stand at a story's first block, ready to advance."""
     live.return_to(0, 0)
     return live
-
-
-def check_prompt(pipeline: Pipeline, text: object) -> str:
-    """Return a prompt as the generator reads it.
-
-    Raises ValueError where it shows nothing, is too long, or has no word that is known.
-    """
-    text = readable(text)
-    known, unknown = words_of(pipeline.stock.tokenizer, text)
-    if unknown and not known:
-        raise ValueError(
-            f"the generator knows no word of the prompt {text[:60]!r}; use words of its vocabulary (docs/prompts.md lists the miniature's)"
-        )
-    pipeline.encode_text([text])
-    return text
-
-
-def strange_words(pipeline: Pipeline, text: str) -> list[str]:
-    """Words of a prompt that the generator reads as nothing."""
-    return words_of(pipeline.stock.tokenizer, text)[1]
-
-
-def digest(pixels_T3HW: torch.Tensor) -> str:
-    """Digest of a block's frames: equal for equal bytes and, but for chance, for nothing else."""
-    return hashlib.blake2b(pixels_T3HW.contiguous().numpy().tobytes(), digest_size=8).hexdigest()
 
 
 def longest_story(pipeline: Pipeline, longest: int) -> int:

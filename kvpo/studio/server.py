@@ -18,7 +18,8 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from kvpo.studio.session import Session, Studio
+from kvpo.studio.session import Session
+from kvpo.studio.shared import Studio
 
 PAGE = {
     "index.html": "text/html",
@@ -174,7 +175,10 @@ async def serve_tab(studio: Studio, tab: WebSocket) -> None:
 
     async def send(what: Mapping[str, Any] | bytes) -> None:
         try:
-            await (tab.send_bytes(what) if isinstance(what, bytes) else tab.send_json(what))
+            # ASCII: half a surrogate pair that a tab sent would not go out as UTF-8 again.
+            await (
+                tab.send_bytes(what) if isinstance(what, bytes) else tab.send_text(json.dumps(what))
+            )
         except (WebSocketDisconnect, RuntimeError, OSError):  # it has gone in the meantime
             session.leave()
 

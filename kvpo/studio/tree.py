@@ -16,6 +16,7 @@ from typing import Any
 
 from kvpo.common.access import check_readable
 from kvpo.common.files import write_atomic
+from kvpo.generators.sampler import SAMPLERS
 from kvpo.method.explorers import Explorer, StartNoise
 from kvpo.method.prompts import readable
 from kvpo.method.routing import KVRouting
@@ -48,7 +49,7 @@ class Fork:
 
     def explorer(self) -> Explorer:
         """Make the explorer.  ValueError for a name or setting that does not exist."""
-        if self.by not in EXPLORERS:
+        if not isinstance(self.by, str) or self.by not in EXPLORERS:
             raise ValueError(
                 f"there is no explorer {self.by!r}; choose one of {', '.join(EXPLORERS)}"
             )
@@ -59,8 +60,8 @@ class Fork:
             raise ValueError(
                 f"{self.branches!r} branches: a group compares 2 to {MOST_BRANCHES} of them; give a number between"
             )
-        if type(self.draw) is not int or self.draw < 0:
-            raise ValueError(f"draw = {self.draw!r} must be a whole number, 0 or more")
+        if type(self.draw) is not int or not 0 <= self.draw < 2**31:
+            raise ValueError(f"draw = {self.draw!r} must be a whole number, 0 or more, below 2**31")
         return EXPLORERS[self.by](**self.settings)
 
     @property
@@ -140,7 +141,7 @@ class Tree:
             nodes = [_node(node) for node in found.pop("nodes")]
             tree = cls(nodes=nodes, **found)
             tree.check()
-        except (NoTree, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (NoTree, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"{path} is no story of the studio ({error}); open another one"
             ) from None
@@ -157,6 +158,8 @@ class Tree:
             or self.at not in range(len(self.nodes))
         ):
             raise NoTree(f"seed {self.seed!r} and node {self.at!r} must be whole numbers in range")
+        if self.sampler not in SAMPLERS:
+            raise NoTree(f"there is no sampler {self.sampler!r}")
         for number, node in enumerate(self.nodes):
             self._check_node(number, node)
 
@@ -173,6 +176,8 @@ class Tree:
             raise NoTree(f"node {number} begins behind its parent's end")
         if any(type(block) is not int or block < node.first for block in node.prompts):
             raise NoTree(f"node {number} has a prompt before its first block")
+        if type(node.digests) is not list or any(type(d) is not str for d in node.digests):
+            raise NoTree(f"node {number} has digests that are not text")
         for text in node.prompts.values():
             readable(text)
         if node.fork is not None:

@@ -9,7 +9,8 @@ from tiny import BLUE, RED, SMALL, with_geometry
 
 from kvpo.generators.generate import streamed
 from kvpo.generators.sampler import SAMPLERS
-from kvpo.studio.live import NOISE, Live, digest, longest_story, start
+from kvpo.studio.live import NOISE, Live, longest_story, start
+from kvpo.studio.made import digest
 from kvpo.studio.tree import Fork, Tree, new_tree
 from kvpo.types import Script
 

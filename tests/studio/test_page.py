@@ -19,7 +19,7 @@ from tiny import BLUE, RED
 
 from kvpo.studio.library import Library, read_preferences
 from kvpo.studio.server import LARGEST_MESSAGE, new_app
-from kvpo.studio.session import Studio
+from kvpo.studio.shared import Studio
 
 TOKEN = "secret-token"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chromium-headless-shell")
@@ -109,6 +109,11 @@ def test_a_story_in_the_browser(address, page, tmp_path):
     assert page.inner_text("#fact-first").endswith(" s")
     assert page.inner_text("#fact-rate").endswith("frames/s")
     made = page.locator(".block").count()
+    page.focus("#scrub")
+    page.keyboard.press("Home")
+    page.wait_for_selector(".block[data-number='0'][aria-pressed='true']")
+    page.keyboard.press("End")
+    page.wait_for_selector(f".block[data-number='{made - 1}'][aria-pressed='true']")
 
     page.click(".block[data-number='4']")
     page.fill("#fork-window", "2")

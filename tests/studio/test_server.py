@@ -2,100 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
+from tabs import FORK, HOST, OURS, TOKEN, tab
 from tiny import BLUE, RED
 
 from kvpo.common.video import read_about, read_mp4
 from kvpo.generators.generate import streamed
 from kvpo.generators.sampler import SAMPLERS
-from kvpo.studio import session as sessions
-from kvpo.studio.images import unpacked
-from kvpo.studio.library import Library, append_line, check_name, read_preferences
+from kvpo.studio import tab as tabs
+from kvpo.studio.library import append_line, check_name, read_preferences
 from kvpo.studio.live import NOISE
-from kvpo.studio.server import HEADERS, PAGE, Guard, new_app
-from kvpo.studio.session import AHEAD, Studio
+from kvpo.studio.server import HEADERS, PAGE, Guard
+from kvpo.studio.shared import AHEAD
 from kvpo.types import Script
-
-TOKEN, HOST = "secret-token", "127.0.0.1:8765"
-OURS = {"host": HOST, "origin": f"http://{HOST}"}
-FORK = {"do": "fork", "block": 3, "by": "kv_routing", "branches": 2, "window": 1, "draw": 0}
-
-
-@pytest.fixture
-def studio(pipeline, tmp_path) -> Iterator[Studio]:
-    with ThreadPoolExecutor(1) as worker:
-        library = Library(tmp_path / "studio")
-        yield Studio(pipeline, "tiny", library, worker, 40, 20, 2**26)
-
-
-@pytest.fixture
-def client(studio) -> Iterator[TestClient]:
-    with TestClient(new_app(studio, TOKEN), base_url=f"http://{HOST}") as client:
-        yield client
-
-
-class Tab:
-    """A page that does what it is told: it takes blocks as they come, unless it is slow."""
-
-    def __init__(self, socket):
-        self.socket, self.blocks, self.got, self.slow = socket, [], [], False
-
-    def do(self, do: str, **what) -> None:
-        self.socket.send_text(json.dumps({"do": do, **what}))
-
-    def next(self) -> dict:
-        """Take the next message; of a block its head, with its frames."""
-        message = self.socket.receive()
-        if (data := message.get("bytes")) is None:
-            self.got.append(json.loads(message["text"]))
-            return self.got[-1]
-        head, strips = unpacked(data)
-        rows = [np.array(Image.open(io.BytesIO(strip))) for strip in strips]
-        shape = (head["frames"], head["height"], head["width"], 3)
-        pixels = [torch.from_numpy(row.reshape(shape)).permute(0, 3, 1, 2) for row in rows]
-        self.blocks.append({"is": "block", **head, "pixels": pixels})
-        if not self.slow:
-            self.do("seen", blocks=len(self.blocks))
-        return self.blocks[-1]
-
-    def until(self, what: str, **facts) -> dict:
-        """Take messages up to one of a kind, which has these facts."""
-        for _ in range(200):
-            message = self.next()
-            if message["is"] == what and all(message.get(k) == v for k, v in facts.items()):
-                return message
-            if message["is"] == "error" and what != "error":
-                raise AssertionError(message["message"])
-        raise AssertionError(f"no message {what} {facts}")
-
-    def play_to(self, number: int) -> None:
-        """Take blocks up to one, then pause."""
-        while not (self.blocks and self.blocks[-1]["number"] >= number):
-            self.next()
-        self.do("pause")
-        self.until("story", playing=False)
-
-
-@contextlib.contextmanager
-def tab(client: TestClient, **headers) -> Iterator[Tab]:
-    with client.websocket_connect(f"/{TOKEN}/socket", headers=OURS | headers) as socket:
-        opened = Tab(socket)
-        assert opened.next()["is"] == "hello"
-        yield opened
-
 
 # --- Who may speak ---
 
@@ -334,7 +259,7 @@ def test_a_slow_reader_makes_nothing_pile_up(client):
 def test_one_tab_at_a_time(client, monkeypatch):
     """The second waits and is told so; it is told too when it is its turn, here because the first
     pauses, then because the first one is gone."""
-    monkeypatch.setattr(sessions, "PATIENCE", 60.0)
+    monkeypatch.setattr(tabs, "PATIENCE", 60.0)
     with tab(client) as second:
         with tab(client) as first:
             first.do("begin", prompt=RED, seed=3)
@@ -357,7 +282,7 @@ def test_one_tab_at_a_time(client, monkeypatch):
 
 def test_a_tab_that_is_not_looked_at_gives_way(client, monkeypatch):
     """A hidden tab shows no frames and takes no blocks; it kept all others waiting for ever."""
-    monkeypatch.setattr(sessions, "PATIENCE", 0.05)
+    monkeypatch.setattr(tabs, "PATIENCE", 0.05)
     with tab(client) as hidden, tab(client) as other:
         hidden.slow = True
         hidden.do("begin", prompt=RED, seed=3)

@@ -19,13 +19,14 @@ const player = new Player(ids.screen, (block) => {
   link.saw(block.serial);
   strip.play(block.number);
   ids["fact-block"].textContent = block.number;
+  ids.scrub.value = strip.placeOf(block.number);
   ids.screen.setAttribute("aria-label", `Block ${block.number} of the story`);
   if (asked !== null) {
     ids["fact-first"].textContent = `${((performance.now() - asked) / 1000).toFixed(2)} s`;
     asked = null;
   }
 });
-const strip = new Strip(ids.strip, store, 3, select);
+const strip = new Strip(ids.strip, store, 3, (block) => { select(block); ids.scrub.value = strip.placeOf(block.number); });
 const fork = new Fork(link, strip);
 
 function say(text) { if (ids.status.textContent !== text) ids.status.textContent = text; }
@@ -38,6 +39,7 @@ function tell(text, note = false) {
 
 function buttons() {
   const [there, forked] = [story !== null, fork.open];
+  ids.scrub.disabled = !there || forked;
   ids.pause.disabled = ids.restart.disabled = ids.save.disabled = !there || forked;
   ids.undo.disabled = !there || forked || story.nodes[story.at].parent === null;
   ids.new.disabled = ids.name.disabled = ids.rename.disabled = !there;
@@ -45,6 +47,11 @@ function buttons() {
   ids.go.textContent = there ? "Switch" : "Play";
   ids.go.disabled = forked || hello === null;
   ids.hint.textContent = there ? "Another prompt takes over at the next block that is made." : "Type a prompt and press play.";
+}
+
+function show() {
+  strip.show(story);
+  ids.scrub.max = Math.max(0, strip.frameCount - 1);
 }
 
 function begin() {
@@ -60,11 +67,11 @@ function begin() {
   link.say("begin", { prompt: ids.prompt.value, seed });
 }
 
-function select(block) {
+function select(block, frame = 0) {
   selected = block;
   strip.select(block.number);
   if (!player.paused && story?.playing) { player.paused = true; link.say("pause"); }
-  player.still(block);
+  player.still(block, frame);
   ids["fork-form"].hidden = fork.open;
   ids["fork-where"].textContent = `Block ${block.number}`;
   ids["fact-block"].textContent = block.number;
@@ -92,6 +99,10 @@ ids.ask.addEventListener("submit", (event) => {
   if (!story.playing) { asked = performance.now(); player.paused = false; jump(); }
   link.say("say", { prompt: ids.prompt.value });
   if (!story.playing) link.say("play");
+});
+ids.scrub.addEventListener("input", () => {
+  const found = strip.frameAt(ids.scrub.valueAsNumber);
+  if (found) select(...found);
 });
 ids.new.addEventListener("click", () => { tell(""); begin(); });
 ids.pause.addEventListener("click", () => {
@@ -146,7 +157,7 @@ link.addEventListener("hello", ({ detail }) => {
 link.addEventListener("block", ({ detail: block }) => {
   if (block.kind === "branch") { link.saw(block.serial); fork.push(block); return; }
   store.put(block);
-  if (story) strip.show(story);
+  if (story) show();
   if (block.kind === "live") {
     player.push(block);
     ids["fact-rate"].textContent = `${(block.frames / block.seconds).toFixed(1)} frames/s`;
@@ -155,6 +166,8 @@ link.addEventListener("block", ({ detail: block }) => {
     link.saw(block.serial);
     player.still(block, block.frames - 1);
     strip.play(block.number);
+    ids["fact-block"].textContent = block.number;
+    ids.scrub.value = strip.placeOf(block.number) + block.frames - 1;
     say(`Telling block ${block.number} again`);
   }
 });
@@ -167,7 +180,7 @@ link.addEventListener("story", ({ detail }) => {
     ids["fork-form"].hidden = ids.saved.hidden = true;
   }
   story = detail;
-  strip.show(story);
+  show();
   ids["fact-seed"].textContent = story.seed;
   if (!ids.name.matches(":focus")) ids.name.value = story.name;
   if (fork.open && !detail.playing && fork.blocks.length === 0) fork.end();

@@ -41,8 +41,9 @@ export class Player {
   }
 
   async still(block, frame = 0) {
+    const asked = this.asked = (this.asked ?? 0) + 1;
     const picture = await createImageBitmap(block.strips[0]);
-    paint(this.canvas, block, picture, frame);
+    if (asked === this.asked) paint(this.canvas, block, picture, frame);   // the latest one asked for stays
     picture.close();
   }
 

@@ -43,6 +43,21 @@ export class Strip {
     return found.sort((a, b) => a - b);
   }
 
+  // Frames of the present path that the page has, and the block and frame at a place among them.
+  get frameCount() { return this.path().reduce((sum, block) => sum + block.frames, 0); }
+
+  path() { return this.numbers().map((number) => this.store.get(this.owner(number), number)); }
+
+  frameAt(place) {
+    for (const block of this.path()) {
+      if (place < block.frames) return [block, place];
+      place -= block.frames;
+    }
+    return null;
+  }
+
+  placeOf(number) { return this.path().reduce((sum, block) => sum + (block.number < number ? block.frames : 0), 0); }
+
   show(story) {
     this.story = story;
     const numbers = this.numbers();

@@ -1,0 +1,27 @@
+"""The studio with the tiny generator, its server, and tabs that speak to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from starlette.testclient import TestClient
+from tabs import HOST, TOKEN
+
+from kvpo.studio.library import Library
+from kvpo.studio.server import new_app
+from kvpo.studio.shared import Studio
+
+
+@pytest.fixture
+def studio(pipeline, tmp_path) -> Iterator[Studio]:
+    with ThreadPoolExecutor(1) as worker:
+        library = Library(tmp_path / "studio")
+        yield Studio(pipeline, "tiny", library, worker, 40, 20, 2**26)
+
+
+@pytest.fixture
+def client(studio) -> Iterator[TestClient]:
+    with TestClient(new_app(studio, TOKEN), base_url=f"http://{HOST}") as client:
+        yield client
