@@ -1,0 +1,1 @@
+"""What people preferred, as a reward: recorded answers, frozen features, a Bradley-Terry model."""
