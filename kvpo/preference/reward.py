@@ -52,12 +52,12 @@ class Preference(Measured):
         try:
             self.sets = make_sets(self.saved.sets)
         except ValueError as error:
-            raise ValueError(f"the preference of {folder} can not be used here: {error}") from None
+            raise ValueError(
+                f"the preference of {folder} can not be used here ({error}); install what its features need, or give one that was fitted with `--features frames`"
+            ) from None
         names = tuple(f"{kind}.{n}" for kind, fs in self.sets.items() for n in fs.names)
         if names != self.saved.names or "frames" not in self.sets:
-            raise ValueError(
-                f"{folder} was fitted to other features than this kvpo has; fit the answers again"
-            )
+            raise ValueError(f"{folder} was fitted to other features than this kvpo has; {AGAIN}")
         label = re.sub(r"[^A-Za-z0-9_.-]", "_", folder.resolve().name)
         self.spec = replace(
             self.spec,

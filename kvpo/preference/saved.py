@@ -113,7 +113,7 @@ def _about(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is of something else than a preference; {AGAIN}")
     if about.get("version") != VERSION:
         raise ValueError(
-            f"{path} has version {about.get('version')!r}, and this kvpo reads version {VERSION}; fit the answers again"
+            f"{path} has version {about.get('version')!r}, and this kvpo reads version {VERSION}; {AGAIN}"
         )
     kinds = {"sets": list, "names": list, "networks": dict, "numbers": dict, "provenance": dict}
     if wrong := [key for key, kind in kinds.items() if not isinstance(about.get(key), kind)]:
@@ -121,8 +121,14 @@ def _about(folder: Path) -> dict[str, Any]:
     if not all(isinstance(text, str) for text in about["sets"] + about["names"]):
         raise ValueError(f"{path}: its sets and names must be texts; {AGAIN}")
     limits = about.get("limits")
-    if not isinstance(limits, dict) or set(limits) != set(LIFE) or not all(map(_above_0, limits.values())):
-        raise ValueError(f"{path}: its limits must be numbers above 0 for {', '.join(LIFE)}; {AGAIN}")
+    if (
+        not isinstance(limits, dict)
+        or set(limits) != set(LIFE)
+        or not all(map(_above_0, limits.values()))
+    ):
+        raise ValueError(
+            f"{path}: its limits must be numbers above 0 for {', '.join(LIFE)}; {AGAIN}"
+        )
     return about
 
 

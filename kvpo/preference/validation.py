@@ -28,7 +28,7 @@ from kvpo.common.rng import stream
 from kvpo.preference.bradley_terry import Scale, fit, log_loss, scale_of
 from kvpo.preference.features import FRAMES, SHARE, STEP
 
-STRENGTHS = (0.003, 0.01, 0.03, 0.1, 0.3)
+STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0)
 SPOILT = ("frozen", "blank")
 DEAD = 20.0
 """Log odds that a clip loses in which nothing moves, or nothing is to be seen."""
@@ -121,7 +121,11 @@ def learn(problem: Problem, option: Option) -> Model:
 def options(sets: Sequence[str]) -> list[Option]:
     """List all that may be chosen: statistics of frames with any of the other sets, all strengths."""
     others = [name for name in sets if name != "frames"]
-    kinds = [("frames", *more) for n in range(len(others) + 1) for more in itertools.combinations(others, n)]
+    kinds = [
+        ("frames", *more)
+        for n in range(len(others) + 1)
+        for more in itertools.combinations(others, n)
+    ]
     return [Option(kind, s) for kind, s in itertools.product(kinds, STRENGTHS)]
 
 

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from test_align import settings, write_recipe
 from tiny import RED
 
 from kvpo.commands import main as cli
+from kvpo.common.metrics import read_metrics
 from kvpo.common.progress import Progress
 from kvpo.common.video import write_mp4
 from kvpo.preference import fit as fitting
@@ -54,7 +56,7 @@ def filmed(look: Look, seed: int, frames: int = 16) -> torch.Tensor:
     colour = torch.tensor([draw.choice(((200, 40, 40), (40, 60, 220), (220, 200, 40)))]).view(3, 1)
     clip = []
     for t in range(frames):
-        jump = [2.5 * look.shake * draw.uniform(-1, 1) for _ in range(2)]
+        jump = [4 * look.shake * draw.uniform(-1, 1) for _ in range(2)]
         at = 10 + 1.8 * t + jump[0]
         inside = (x - at) ** 2 + (y - top - jump[1]) ** 2 < radius**2
         picture = ground.expand(3, -1, -1).clone()
@@ -238,9 +240,9 @@ def test_a_hidden_taste_is_found_from_sixty_pairs(taste):
     """10 % of the answers are wrong; on fresh clips the score must rank as the taste does, and a
     clip must beat its own first frame held still."""
     model = fitted(*rated(TASTES[taste]))
-    assert model.numbers["accuracy"] > 0.7 and model.numbers["log_loss"] < math.log(2)
+    assert model.numbers["interval"][0] > 0.5 and model.numbers["log_loss"] < math.log(2)
     draw = random.Random(99)
-    looks = [Look(draw.random(), draw.random(), draw.random()) for _ in range(40)]
+    looks = [Look(draw.random(), draw.random(), draw.random()) for _ in range(24)]
     videos = torch.stack([filmed(look, 1000 + i) for i, look in enumerate(looks)])
     batch = VideoBatch(videos, 16.0, ("",) * len(looks))
     z = model.model.scale(make_sets(["frames"])["frames"].measure(batch).numpy())
@@ -386,7 +388,7 @@ def test_the_command_fits_shows_and_scores(studio, tmp_path, capsys):
     assert "accuracy" in said and f"preference:{out}" in said and "spoilt copies" in said
     assert {p.name for p in out.iterdir()} == {"preference.json", "preference.safetensors"}
     assert cli.main(["preference", "show", str(out)]) == 0
-    assert capsys.readouterr().out.splitlines() == said.splitlines()[: -len(said.splitlines()) + 7]
+    assert capsys.readouterr().out.splitlines() == said.splitlines()[-8:-1], "all but the last line"
     clip = str(studio / "clips" / "0" / "0.mp4")
     assert cli.main(["rewards", "score", clip, "--reward", f"preference:{out}"]) == 0
     assert "preference-taste 0." in capsys.readouterr().out
@@ -462,9 +464,7 @@ def test_a_frozen_picture_does_not_win_a_training(brighter, tmp_path):
     )
     scorer.load("cpu")
     clips = torch.stack([filmed(Look(i / 12, 0.5, 0.3), 50 + i) for i in range(12)])
-    refuse_frozen(
-        [scorer], [VideoBatch(clips, 16.0, ("",) * 12)], {scorer.spec.name: 1.0}
-    )
+    refuse_frozen([scorer], [VideoBatch(clips, 16.0, ("",) * 12)], {scorer.spec.name: 1.0})
 
 
 @pytest.mark.parametrize(
@@ -546,3 +546,14 @@ def test_all_sets_measure_a_clip_and_are_saved_with_their_weights(tmp_path):
     odds = model.scale(raw) @ model.weights
     assert output.scores.tolist() == pytest.approx((1 / (1 + np.exp(-odds))).tolist(), rel=1e-4)
     assert set(output.parts) == {*sets, "dead"}
+
+
+def test_a_run_is_aligned_to_a_fitted_preference(brighter, folder, tmp_path):
+    """The recipe names its folder, and the metrics are logged under its name."""
+    save(tmp_path / "taste", brighter, {})
+    changes = {"steps": 2, "rewards": [{"name": f"preference:{tmp_path / 'taste'}"}]}
+    recipe = write_recipe(tmp_path / "tiny.yaml", settings(folder, **changes))
+    assert cli.main(["align", recipe, "--out", str(tmp_path / "run")]) == 0
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert sum(any("preference-taste" in key for key in row) for row in rows) >= 2
+    assert (tmp_path / "run" / "report.html").is_file()
