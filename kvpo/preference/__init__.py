@@ -1,1 +1,1 @@
-"""What people preferred, as a reward: recorded answers, frozen features, a Bradley-Terry model."""
+"""A reward of what people preferred: recorded answers, frozen features, a Bradley-Terry model."""

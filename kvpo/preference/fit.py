@@ -54,7 +54,7 @@ class Measured:
     """Set -> float64 [C, F]: recorded clips, then the spoilt copies."""
     digests: Sequence[bytes]
     copies: Sequence[tuple[int, int]]
-    """Of each spoilt copy: number of its recorded clip, number in SPOILT."""
+    """Number of the recorded clip and number in SPOILT, of each spoilt copy."""
 
 
 def check_amount(answers: Sequence[Answer]) -> None:

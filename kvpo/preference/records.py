@@ -38,7 +38,7 @@ class Versus:
 
 @dataclass(frozen=True)
 class Answer:
-    """What one person said at one time."""
+    """One statement of one person."""
 
     line: int
     kind: str

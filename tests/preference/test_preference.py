@@ -76,7 +76,9 @@ def rated(prefers, pairs: int = 60, stories: int = 12, wrong: float = 0.1, rater
     """Answers of one rater who errs, and the clips by path."""
     draw, videos, answers = random.Random(5), {}, []
     for number in range(pairs):
-        looks = [Look(draw.random(), draw.random(), draw.random()) for _ in range(2)]
+        # Three levels, two different ones of each: what a rater can tell apart, mixed at random.
+        levels = [draw.sample((0.0, 0.5, 1.0), 2) for _ in range(3)]
+        looks = [Look(*row) for row in zip(*levels)]
         clips = tuple(Path(f"clips/{number}/{row}.mp4") for row in range(2))
         for row, (clip, look) in enumerate(zip(clips, looks)):
             videos[clip] = filmed(look, 2 * number + row)
