@@ -94,6 +94,7 @@ SECTIONS = {
         "evaluation",
     ),
     "The studio": ("studio", "commands/studio.py"),
+    "Preferences": ("preference",),
     "Runs and resuming": (
         "runs",
         "train.py",

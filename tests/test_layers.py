@@ -22,6 +22,7 @@ ROOMS = [
     "mini",
     "method",
     "evaluation",
+    "preference",
     "report",
     "config",
     "runs",

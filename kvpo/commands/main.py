@@ -25,6 +25,7 @@ COMMANDS: Mapping[str, str] = {
     "generate": "generate videos from prompts",
     "explore": "show the branches of one story side by side, and what each of them reads",
     "studio": "watch a stream in the browser, fork it, choose how it goes on",
+    "preference": "fit a reward to choices made in the studio, and show what it is worth",
     "evaluate": "measure a generator on fixed scripts; against another one, with intervals",
     "rewards": "list rewards, score a video, calibrate a recipe's",
     "reward-env": "make an environment for a reward that needs other packages",

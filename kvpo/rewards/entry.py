@@ -15,7 +15,8 @@ class RewardEntry:
     """Name of the reward: a shipped one, an entry point's, or one's own.
 
     Shipped names are listed by `kvpo rewards list`; one's own is ``package.module:Class`` or
-    ``package.module:function``; isolated also a scorer file or that of a shipped environment
+    ``package.module:function``; ``preference:FOLDER`` is what `kvpo preference fit`
+    wrote (docs/preference.md); isolated also a scorer file or that of a shipped environment
     (docs/isolated_rewards.md).
     """
     weight: float = 1.0

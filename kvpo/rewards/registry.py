@@ -52,6 +52,8 @@ SHIPPED: Mapping[str, str] = {
 }
 """Name -> module:class."""
 
+PREFERENCE = "preference:"
+"""Beginning of names of fitted preferences; the folder that `kvpo preference fit` wrote follows."""
 GIVEN = "python:"
 """Beginning of names that only this process knows: rewards that were given as objects."""
 _given: dict[str, Any] = {}
@@ -140,6 +142,8 @@ def find(name: str) -> Any:
             )
         return _given[name]
     path = SHIPPED.get(name) or _offered().get(name) or name
+    if name.startswith(PREFERENCE):
+        path = "kvpo.preference.reward:Preference"
     module, _, attribute = path.partition(":")
     if not attribute:
         known = [*SHIPPED, *_offered()]
@@ -170,6 +174,8 @@ def find(name: str) -> Any:
 def make_reward(name: str, params: Mapping[str, Any] = {}) -> Reward:
     """The reward, not yet loaded. ValueError for a name, parameter or class that can not be one."""
     found = find(name)
+    if name.startswith(PREFERENCE):
+        params = {**params, "path": name.removeprefix(PREFERENCE)}
     if _is_reward(found):
         if params:
             raise ValueError(

@@ -25,11 +25,12 @@ import torch
 
 from kvpo.common.files import refusals, try_folder
 from kvpo.common.video import write_mp4
+from kvpo.preference.records import CREDIT, FILE, read_lines
 from kvpo.studio.group import Group
 from kvpo.studio.tree import Tree
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-ANSWERS = ("left", "right", "same")
+ANSWERS = tuple(CREDIT)
 
 
 def check_name(name: object) -> str:
@@ -138,7 +139,7 @@ class Library:
             "fork": asdict(fork),
             "plans": [asdict(plan) for plan in group.plans],
         }
-        path = self.folder / "preferences.jsonl"
+        path = self.folder / FILE
         with (
             self._lock,
             refusals(path, "the preference was not recorded; free disk space, choose again"),
@@ -180,12 +181,5 @@ def _write_all(file: FileIO, text: bytes) -> None:
 
 def read_preferences(folder: Path) -> tuple[list[dict[str, Any]], int]:
     """Read what people preferred: the lines, and how many unfinished ones were passed over."""
-    path, found, broken = folder / "preferences.jsonl", [], 0
-    if not path.is_file():
-        return [], 0
-    for text in path.read_bytes().splitlines():
-        try:
-            found.append(json.loads(text))
-        except ValueError:
-            broken += bool(text.strip())
-    return found, broken
+    lines, broken = read_lines(folder / FILE)
+    return [value for _, value in lines], len(broken)

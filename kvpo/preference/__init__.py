@@ -1,0 +1,1 @@
+"""A reward of what people preferred: recorded answers, frozen features, a Bradley-Terry model."""
