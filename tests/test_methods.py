@@ -9,7 +9,6 @@ import pytest
 from test_align import align, settings, write_recipe
 
 from kvpo.method.objectives.kinds import OBJECTIVES
-from kvpo.report.compare import read_runs
 
 EXPLORERS = ("kv_routing", "start_noise", "renoise")
 LEGAL = {
@@ -21,7 +20,7 @@ LEGAL = {
     "denoised_distance": EXPLORERS,
 }
 """The table of docs/methods.md."""
-SHORT = ("--show-every", "1", "--rollout.branches", "2")
+SHORT = ("--rollout.branches", "2")
 
 
 def test_every_objective_has_its_pairs():
@@ -31,26 +30,25 @@ def test_every_objective_has_its_pairs():
 @pytest.mark.parametrize(
     ("kind", "explorer"),
     [
-        ("tve_ppo", "kv_routing"),
-        ("regression", "kv_routing"),
+        pytest.param("tve_ppo", "kv_routing", marks=pytest.mark.slow),
+        pytest.param("regression", "kv_routing", marks=pytest.mark.slow),
         ("nft", "start_noise"),
-        ("rvm", "renoise"),
-        ("kernel_grpo", "renoise"),
-        ("denoised_distance", "start_noise"),
+        pytest.param("rvm", "renoise", marks=pytest.mark.slow),
+        pytest.param("kernel_grpo", "renoise", marks=pytest.mark.slow),
+        pytest.param("denoised_distance", "start_noise", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_by_every_objective_ends_whole(folder, tmp_path, kind, explorer):
-    """It has its log, report and evaluation, goes on with --resume, and can be compared."""
-    recipe, out = write_recipe(tmp_path / "r.yaml", settings(folder)), tmp_path / "run"
+    """It has its log, report and evaluation, and goes on with --resume."""
+    recipe = write_recipe(tmp_path / "r.yaml", settings(folder, trackers=[]))
+    out = tmp_path / "run"
     pair = ("--objective.kind", kind, "--explorer", explorer)
     assert align(recipe, out, *SHORT, *pair, "--steps", "2") == 0
     assert align(recipe, out, *SHORT, *pair, "--resume", "--steps", "3") == 0
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in lines if "loss/policy" in r] == [0, 1, 2]
     assert (out / "report.html").stat().st_size > 10_000
-    assert align(recipe, tmp_path / "other", *SHORT, "--steps", "2") == 0
-    first, second = read_runs([out, tmp_path / "other"])
-    assert (first.method, first.last.step, second.last.step) == (f"{kind} by {explorer}", 3, 2)
+    assert (out / "evaluation/ema-step-000003.json").is_file()
 
 
 ILLEGAL = [
