@@ -260,7 +260,7 @@ def test_a_crash_once_costs_a_restart(reward, tmp_path):
 
 
 def test_a_hanging_worker_is_ended_with_its_children(toy, tmp_path):
-    reward = Isolated(str(toy), timeout=3.0)  # a worker begins in 0.3 s, on crowded cores in 2
+    reward = Isolated(str(toy), timeout=3.0)  # one was too few on crowded cores
     reward.load()
     with (
         pytest.warns(RuntimeWarning, match="did not answer within 3 s"),
