@@ -102,6 +102,14 @@ def forks_from(first: int, blocks: int, window_blocks: int, why_first: str) -> l
     return list(range(first, blocks - window_blocks + 1))
 
 
+def check_window(window_blocks: int) -> None:
+    """A window is what is explored, so it has a block.  ValueError where it has none."""
+    if window_blocks < 1:
+        raise ValueError(
+            f"window_blocks = {window_blocks}, but a window has at least 1 block; set 1 or more"
+        )
+
+
 @dataclass(frozen=True)
 class StartNoise:
     """Exploration by fresh noise, mixed into the start noise of the window's blocks.
@@ -123,10 +131,7 @@ class StartNoise:
             raise ValueError(
                 f"mix = {self.mix} must lie in (0, 1]: at 0 every branch would be the anchor"
             )
-        if self.window_blocks < 1:
-            raise ValueError(
-                f"window_blocks = {self.window_blocks}, but a window has at least 1 block; set 1 or more"
-            )
+        check_window(self.window_blocks)
 
     def eligible_forks(self, blocks: int, geometry: Geometry) -> list[int]:
         """Every block after the first whose P blocks fit.
@@ -171,10 +176,7 @@ class RenoiseExplorer:
     def __post_init__(self):
         if self.from_step < 0:
             raise ValueError(f"from_step = {self.from_step} must be a denoise step, counted from 0")
-        if self.window_blocks < 1:
-            raise ValueError(
-                f"window_blocks = {self.window_blocks}, but a window has at least 1 block; set 1 or more"
-            )
+        check_window(self.window_blocks)
 
     def eligible_forks(self, blocks: int, geometry: Geometry) -> list[int]:
         """Every block after the first whose P blocks fit.

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from kvpo.common.late import Late
-from kvpo.method.explorers import Geometry, check_branches, forks_from
+from kvpo.method.explorers import Geometry, check_branches, check_window, forks_from
 from kvpo.types import BranchPlan, Window
 
 if TYPE_CHECKING:
@@ -60,10 +60,7 @@ class KVRouting:
             raise ValueError(
                 f"nearest = {self.nearest}, but a branch must keep at least the 1 frame right before each block; set nearest >= 1"
             )
-        if self.window_blocks < 1:
-            raise ValueError(
-                f"window_blocks = {self.window_blocks}, but a window has at least 1 block; set 1 or more"
-            )
+        check_window(self.window_blocks)
 
     def routed(self, geometry: Geometry) -> int:
         """n, routed frames a branch reads.  ValueError if the window leaves no room for any."""

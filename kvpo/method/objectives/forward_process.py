@@ -12,12 +12,14 @@ that branches differ in nothing but what they are.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 from kvpo.common.late import Late
 from kvpo.method.energies import squared_residual
 from kvpo.method.objectives.interface import (
     GroupUpdate,
+    Record,
     check_finite,
     energy_metrics,
     refuse_broken,
@@ -28,43 +30,77 @@ if TYPE_CHECKING:
 
     from kvpo.common.timing import Phases
     from kvpo.method.advantages import Advantage
+    from kvpo.method.explorers import Explorer
     from kvpo.method.replay import Replay, WindowReplay
     from kvpo.method.update import Updater
 else:
     torch = Late("torch")
 
 
-class ForwardLoss(Protocol):
-    """The part in which objectives of the forward process differ."""
+@dataclass(frozen=True)
+class ForwardObjective:
+    """Settings and answers that objectives of the forward process share."""
+
+    levels: int = 0
+    """Noise levels drawn for every group, evenly over (0, 1].
+    0: the generator's own denoise steps. A distilled generator knows no others."""
+    kl_beta: float = 0.0
+    """Strength of the squared distance from the start weights' velocities; 0 = none."""
+
+    needs: ClassVar[frozenset[Record]] = frozenset({"clean"})
+    uses_energy: ClassVar[bool] = False
+    watches_kl: ClassVar[bool] = False
+
+    def __post_init__(self):
+        if self.levels < 0:
+            raise ValueError(
+                f"objective.levels = {self.levels} must be 1 or more noise levels, or 0 for the generator's own"
+            )
+        if not 0.0 <= self.kl_beta < float("inf"):
+            raise ValueError(f"objective.kl_beta = {self.kl_beta} must be 0 (none) or positive")
 
     @property
-    def levels(self) -> int:
-        """Noise levels drawn for a group; 0 = the generator's own denoise steps."""
-        ...
+    def asks_reference(self) -> bool:
+        return self.kl_beta > 0.0
 
-    @property
-    def kl_beta(self) -> float:
-        """Strength of the squared distance from the start weights' velocities."""
-        ...
+    def refusal(self, explorer: Explorer, sampler: str) -> str:
+        """Nothing is refused: clean latents are there whatever made them."""
+        return ""
 
     def row_losses(
         self, v: torch.Tensor, target: torch.Tensor, old: torch.Tensor, A_R: torch.Tensor
     ) -> torch.Tensor:
         """l_R float64 of rows [R, F, C, H, W] whose branches have the advantages A_R."""
-        ...
+        raise NotImplementedError
 
-
-def refuse_bad(levels: int, kl_beta: float) -> None:
-    """Refuse what can be no settings of a forward process.
-
-    Raises ValueError.
-    """
-    if levels < 0:
-        raise ValueError(
-            f"objective.levels = {levels} must be 1 or more noise levels, or 0 for the generator's own"
-        )
-    if not 0.0 <= kl_beta < float("inf"):
-        raise ValueError(f"objective.kl_beta = {kl_beta} must be 0 (none) or positive")
+    def add(
+        self,
+        learner: Updater,
+        replay: Replay,
+        advantage: Advantage,
+        share: float,
+        phases: Phases,
+        before: GroupUpdate | None,
+    ) -> GroupUpdate:
+        """Add the clipped gradient of one group's loss, as `Objective.add` says."""
+        check_finite(advantage)
+        refuse_broken("clean latents", replay.rollout.trajectory.clean[replay.rows])
+        forward, targets = noised(replay, self.levels)
+        old, start = _velocities_before(learner, self, forward, phases)
+        members, of_member = len(forward.rows), len(forward.sigmas) * targets.shape[1]
+        A_M = learner.own(advantage.values.double(), advantage, members)
+        terms, seen = len(advantage.values) * of_member, _Seen()
+        losses = _losses(self, forward, targets, A_M, old, start, seen)
+        scaled = (share / terms * loss_R.sum() for loss_R in losses)
+        with phases("replay_grad"):
+            metrics, sketch = learner.add_group(scaled, share, advantage, before)
+        energy_M = learner.of_members(seen.errors, members) / of_member
+        metrics |= energy_metrics(energy_M, share, learner.policy.lag)
+        metrics["loss/policy"] = learner.total(seen.loss) / terms
+        if start is not None:
+            metrics["loss/from_start"] = learner.total(seen.moved) / terms
+        unknown = torch.full_like(energy_M, float("nan"))
+        return GroupUpdate(energy_M, unknown, metrics, sketch=sketch)
 
 
 def noise_levels(replay: Replay, levels: int) -> list[float]:
@@ -90,35 +126,6 @@ def noised(replay: Replay, levels: int) -> tuple[WindowReplay, torch.Tensor]:
     return replay.at((1.0 - sigma) * x0 + sigma * eps, sigmas), eps - x0
 
 
-def add_forward_gradient(
-    learner: Updater,
-    objective: ForwardLoss,
-    replay: Replay,
-    advantage: Advantage,
-    share: float,
-    phases: Phases,
-    before: GroupUpdate | None,
-) -> GroupUpdate:
-    """Add the clipped gradient of one group's loss; arguments as in `Objective.add`."""
-    check_finite(advantage)
-    refuse_broken("clean latents", replay.rollout.trajectory.clean[replay.rows])
-    forward, targets = noised(replay, objective.levels)
-    old, start = _velocities_before(learner, objective, forward, phases)
-    members, of_member = len(forward.rows), len(forward.sigmas) * targets.shape[1]
-    A_M = learner.own(advantage.values.double(), advantage, members)
-    terms, seen = len(advantage.values) * of_member, _Seen()
-    losses = _losses(objective, forward, targets, A_M, old, start, seen)
-    scaled = (share / terms * loss_R.sum() for loss_R in losses)
-    with phases("replay_grad"):
-        metrics, sketch = learner.add_group(scaled, share, advantage, before)
-    energy_M = learner.of_members(seen.errors, members) / of_member
-    metrics |= energy_metrics(energy_M, share, learner.policy.lag)
-    metrics["loss/policy"] = learner.total(seen.loss) / terms
-    if start is not None:
-        metrics["loss/from_start"] = learner.total(seen.moved) / terms
-    return GroupUpdate(energy_M, torch.full_like(energy_M, float("nan")), metrics, sketch=sketch)
-
-
 class _Seen:
     """Numbers of the passes, for the log."""
 
@@ -128,7 +135,7 @@ class _Seen:
 
 
 def _losses(
-    objective: ForwardLoss,
+    objective: ForwardObjective,
     forward: WindowReplay,
     targets: torch.Tensor,
     A_M: torch.Tensor,
@@ -157,11 +164,11 @@ def _losses(
 
 
 def _velocities_before(
-    learner: Updater, objective: ForwardLoss, forward: WindowReplay, phases: Phases
+    learner: Updater, objective: ForwardObjective, forward: WindowReplay, phases: Phases
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """v_MPSFCHW of the behaviour weights and of the start weights, where they are asked for."""
     policy = learner.policy
-    held = objective.kl_beta > 0.0 and policy.updates > 0
+    held = objective.asks_reference and policy.updates > 0
     with phases("replay_old"), learner.row.together():
         # the same weights: the old velocities are the detached new ones
         old = None if policy.on_policy else _under(learner, policy.behaviour, forward)

@@ -21,24 +21,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from kvpo.method.energies import squared_residual
-from kvpo.method.objectives.forward_process import add_forward_gradient, refuse_bad
-from kvpo.method.objectives.interface import GroupUpdate, Record
+from kvpo.method.objectives.forward_process import ForwardObjective
 
 if TYPE_CHECKING:
     import torch
 
-    from kvpo.common.timing import Phases
-    from kvpo.method.advantages import Advantage
-    from kvpo.method.explorers import Explorer
-    from kvpo.method.replay import Replay
-    from kvpo.method.update import Updater
-
 
 @dataclass(frozen=True)
-class Nft:
+class Nft(ForwardObjective):
     """Negative-aware fine-tuning on branches' clean latents, noised anew."""
 
     kind: Literal["nft"] = "nft"
@@ -49,30 +42,13 @@ class Nft:
     old policy for the same advantage."""
     advantage_range: float = 5.0
     """Advantage at which a branch counts as wholly good, and its negative as wholly bad."""
-    levels: int = 0
-    """Noise levels drawn for every group, evenly over (0, 1].
-    0: the generator's own denoise steps. A distilled generator knows no others."""
-    kl_beta: float = 0.0
-    """Strength of the squared distance from the start weights' velocities; 0 = none."""
-
-    needs: ClassVar[frozenset[Record]] = frozenset({"clean"})
-    uses_energy: ClassVar[bool] = False
-    watches_kl: ClassVar[bool] = False
 
     def __post_init__(self):
         if not (0.0 < self.beta < math.inf and 0.0 < self.advantage_range < math.inf):
             raise ValueError(
                 f"objective.beta = {self.beta} and objective.advantage_range = {self.advantage_range} must be positive numbers"
             )
-        refuse_bad(self.levels, self.kl_beta)
-
-    @property
-    def asks_reference(self) -> bool:
-        return self.kl_beta > 0.0
-
-    def refusal(self, explorer: Explorer, sampler: str) -> str:
-        """Nothing is refused: clean latents are there whatever made them."""
-        return ""
+        super().__post_init__()
 
     def row_losses(
         self, v: torch.Tensor, target: torch.Tensor, old: torch.Tensor, A_R: torch.Tensor
@@ -84,15 +60,3 @@ class Nft:
         return r_R * squared_residual(positive, target) + (1.0 - r_R) * squared_residual(
             negative, target
         )
-
-    def add(
-        self,
-        learner: Updater,
-        replay: Replay,
-        advantage: Advantage,
-        share: float,
-        phases: Phases,
-        before: GroupUpdate | None,
-    ) -> GroupUpdate:
-        """Add the clipped gradient of one group's loss, as `Objective.add` says."""
-        return add_forward_gradient(learner, self, replay, advantage, share, phases, before)

@@ -15,24 +15,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from kvpo.method.energies import squared_residual
-from kvpo.method.objectives.forward_process import add_forward_gradient, refuse_bad
-from kvpo.method.objectives.interface import GroupUpdate, Record
+from kvpo.method.objectives.forward_process import ForwardObjective
 
 if TYPE_CHECKING:
     import torch
 
-    from kvpo.common.timing import Phases
-    from kvpo.method.advantages import Advantage
-    from kvpo.method.explorers import Explorer
-    from kvpo.method.replay import Replay
-    from kvpo.method.update import Updater
-
 
 @dataclass(frozen=True)
-class Rvm:
+class Rvm(ForwardObjective):
     """Signed regression onto branches' clean latents, noised anew, with an anchor."""
 
     kind: Literal["rvm"] = "rvm"
@@ -41,30 +34,13 @@ class Rvm:
     """Coefficient of a branch of advantage 1: how far towards its target the velocity is asked."""
     limit: float = 1.0
     """Largest coefficient, of either sign; at most 1, beyond which a target is overshot."""
-    levels: int = 0
-    """Noise levels drawn for every group, evenly over (0, 1].
-    0: the generator's own denoise steps. A distilled generator knows no others."""
-    kl_beta: float = 0.0
-    """Strength of the squared distance from the start weights' velocities; 0 = none."""
-
-    needs: ClassVar[frozenset[Record]] = frozenset({"clean"})
-    uses_energy: ClassVar[bool] = False
-    watches_kl: ClassVar[bool] = False
 
     def __post_init__(self):
         if not (0.0 < self.scale < math.inf and 0.0 < self.limit <= 1.0):
             raise ValueError(
                 f"objective.scale = {self.scale} must be a positive number, and objective.limit = {self.limit} lie in (0, 1]"
             )
-        refuse_bad(self.levels, self.kl_beta)
-
-    @property
-    def asks_reference(self) -> bool:
-        return self.kl_beta > 0.0
-
-    def refusal(self, explorer: Explorer, sampler: str) -> str:
-        """Nothing is refused: clean latents are there whatever made them."""
-        return ""
+        super().__post_init__()
 
     def row_losses(
         self, v: torch.Tensor, target: torch.Tensor, old: torch.Tensor, A_R: torch.Tensor
@@ -72,15 +48,3 @@ class Rvm:
         """l_R float64 of rows [R, F, C, H, W] whose branches have the advantages A_R."""
         c_R = (self.scale * A_R).clamp(-self.limit, self.limit)
         return c_R * squared_residual(v, target) + (1.0 - c_R) * squared_residual(v, old)
-
-    def add(
-        self,
-        learner: Updater,
-        replay: Replay,
-        advantage: Advantage,
-        share: float,
-        phases: Phases,
-        before: GroupUpdate | None,
-    ) -> GroupUpdate:
-        """Add the clipped gradient of one group's loss, as `Objective.add` says."""
-        return add_forward_gradient(learner, self, replay, advantage, share, phases, before)
