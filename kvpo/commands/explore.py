@@ -55,7 +55,9 @@ class Explore:
 def explore_command(args: Explore) -> None:
     """Look at one group as the options say; what may be wrong in them is found before loading."""
     from kvpo.common.extras import require_extra
+    from kvpo.generators.pipeline import check_folder
     from kvpo.generators.readable import check_prompts
+    from kvpo.method.rollout import check_fork
     from kvpo.runs.loading import pipeline_folder
 
     require_extra("a routing map", "report", ("matplotlib",))
@@ -64,7 +66,11 @@ def explore_command(args: Explore) -> None:
     script, explorer = _asked(args)
     out = unused(args.out) if args.out == Explore.out else args.out
     try_folder(out)
-    check_prompts(pipeline_folder(generator), [script], progress.warn)
+    folder = pipeline_folder(generator)
+    check_prompts(folder, [script], progress.warn)
+    asked = args.fork if args.fork >= 0 else None
+    # where none is asked for, the recipe's explorer forks, whichever is shown
+    check_fork(config.exploring if asked is None else explorer, script, check_folder(folder), asked)
     progress.log(
         f"kvpo explore {args.recipe} with {generator} on {device}: script {args.script}, {config.rollout.branches} branches, into {out}"
     )
@@ -89,6 +95,10 @@ def _asked(args: Explore) -> tuple[Script, Explorer]:
     if args.fork < -1:
         raise ValueError(f"--fork {args.fork} is no block; give its number, or -1 for a drawn one")
     _refuse_tries(args.tries)
+    if args.fork >= 0 and args.tries != Explore.tries:
+        raise ValueError(
+            f"--tries {args.tries} looks for a fork, and --fork {args.fork} gives one; leave one out"
+        )
     return scripts[args.script], shown_explorer(args.settings, args.by)
 
 

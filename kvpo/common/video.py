@@ -205,10 +205,12 @@ def read_mp4(path: Path, original: bool = False) -> tuple[torch.Tensor, float]:
 
     Sides are as stored, that is enlarged, or with ``original`` as they were made.
 
-    Raises PermissionError; ValueError if it is no readable video, or its frames do not lie evenly
-    in time.
+    Raises PermissionError, FileNotFoundError; ValueError if it is no readable video, or its frames
+    do not lie evenly in time.
     """
     check_readable(path)
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is no file; give the path of a video")
     try:
         # A file object: libav would take a colon in the path for a protocol, and %d for a number.
         with Path(path).open("rb") as file, av.open(file) as container:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
+from kvpo.common.wording import count_of
 from kvpo.types import BranchPlan, Window
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def forks_from(first: int, blocks: int, window_blocks: int, why_first: str) -> l
         )
     if first + window_blocks > blocks:
         raise ValueError(
-            f"no block can be a fork: {why_first} puts the first fork at block {first}, and a window of {window_blocks} blocks from there "
+            f"no block can be a fork: {why_first} puts the first fork at block {first}, and a window of {count_of(window_blocks, 'block')} from there "
             f"ends at block {first + window_blocks}, but the video has {blocks} blocks; lengthen the video or shorten the window"
         )
     return list(range(first, blocks - window_blocks + 1))

@@ -445,10 +445,24 @@ def _window(
             int(torch.randint(len(eligible), (), generator=stream(seed, *name, "fork")))
         ]
     elif fork not in eligible:
-        raise ValueError(
-            f"block {fork} can not be a fork of script {script.id!r}; eligible are {eligible}"
-        )
+        raise _no_fork(fork, script, eligible)
     return Window(fork, explorer.window_blocks)
+
+
+def check_fork(explorer: Explorer, script: Script, geometry: Geometry, fork: int | None) -> None:
+    """Check that a story can be forked at all, and at ``fork`` where one is asked for.
+
+    Raises ValueError where not; the generator need not be loaded for it.
+    """
+    eligible = explorer.eligible_forks(script.blocks, geometry)
+    if fork is not None and fork not in eligible:
+        raise _no_fork(fork, script, eligible)
+
+
+def _no_fork(fork: int, script: Script, eligible: Sequence[int]) -> ValueError:
+    return ValueError(
+        f"block {fork} can not be a fork of script {script.id!r}; eligible are {eligible}"
+    )
 
 
 def branch_out(
