@@ -104,3 +104,13 @@ def test_a_saved_video_says_where_it_comes_from(pipeline, tmp_path):
     assert about["prompts"] == [RED, BLUE] and about["seed"] == 3
     assert about["generator"] == (pipeline.spec or pipeline.folder)
     assert about["sampler"] == "renoise" and "commit" in about
+
+
+def test_a_video_is_saved_as_what_its_name_says(pipeline, tmp_path):
+    """A video saved as x.gif was an MP4 of that name; a folder ended in the system's words about a
+    file that nobody had named."""
+    video = kvpo.generate(pipeline, kvpo.Script("a", (RED,), (0,), 1))
+    for wrong in (tmp_path, tmp_path / "x.gif", tmp_path / "x"):
+        with pytest.raises(ValueError, match="is no name of an MP4; give a file such as"):
+            video.save(wrong)
+    assert not list(tmp_path.iterdir())

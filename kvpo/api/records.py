@@ -40,10 +40,15 @@ class Video:
         """Write it as MP4; the file is there when it is whole, or not at all.
 
         It says where it comes from, as those of `kvpo generate` do: prompts, seed, generator.
+        ValueError for a name of another kind of file.
         """
+        path = Path(path)
+        if path.suffix.lower() != ".mp4" or path.is_dir():
+            raise ValueError(
+                f"{path} is no name of an MP4; give a file such as {path / 'video.mp4'}"
+            )
         about = about_video(self.script, self.seed, self.generator, sampler=self.sampler)
-        write_mp4(Path(path), self.frames, self.fps, about=about)
-        return Path(path)
+        return write_mp4(path, self.frames, self.fps, about=about)
 
     def _repr_html_(self) -> str:
         """A player that holds the video, for notebooks."""

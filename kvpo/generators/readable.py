@@ -73,7 +73,7 @@ def check_texts(
     }
     strangers: dict[str, str] = {}
     for text, place in places.items():
-        if (count := len(tokenizer(text).input_ids)) > text_length:
+        if (count := len(tokenizer(text, verbose=False).input_ids)) > text_length:
             raise ValueError(
                 f"{place}: the prompt has {count} tokens, but this generator reads "
                 f"{text_length} and would ignore the rest; shorten {text[:60]!r}..."

@@ -64,7 +64,7 @@ def test_the_report_on_an_environment_loads_torch_alone():
 import sys
 from kvpo.commands.main import main
 code = main(["env"])
-sys.exit(code or " ".join({"diffusers", "transformers", "av", "scipy"} & {*sys.modules}))
+sys.exit(code or ", ".join({"diffusers", "transformers", "av", "scipy"} & {*sys.modules}) or 0)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
