@@ -53,6 +53,17 @@ class DataConfig:
     For scripts of a prompt file only."""
     memory: float = 0.0
     """Share of stories that only the past can resolve (`mini` only)."""
+    open_forks: bool = False
+    """Fork no story where its object is behind the pillar for the whole window (`mini` only).
+    Branches of such a window look alike, so the group's local rewards say nothing. Which windows
+    these are the story's truth says, before anything is generated; a story that shows its object
+    in no window is forked anywhere."""
+
+    def __post_init__(self):
+        if self.open_forks and self.prompts != "mini":
+            raise ValueError(
+                f"data.open_forks asks a story where its object is hidden, and the prompts of {self.prompts} do not say it; leave it out"
+            )
 
 
 @dataclass(frozen=True)
@@ -187,6 +198,10 @@ class RunConfig:
         if self.advantages.weights:
             raise ValueError(
                 "advantages.weights is set by the rewards' own weights; write them there"
+            )
+        if self.data.open_forks and self.rollout.alike_forks:
+            raise ValueError(
+                "data.open_forks forks each story where it shows its object, and rollout.alike_forks all of them at one block; set only one"
             )
         self.refuse_without_noise(self.explorer)
         if reason := self.objective.refusal(self.exploring, self.sampler):

@@ -220,7 +220,7 @@ def widest_fork(
 
     The few are evenly spread. A window in which the story hides its objects shows nine equal pictures, whatever the branches
     remember. Only pixels are looked at, never a reward or what the story knows; training draws its
-    forks blindly all the same.
+    forks blindly all the same, or where `data.open_forks` lets it.
     """
     _refuse_tries(tries)
     picked = [

@@ -441,12 +441,16 @@ def _window(
 ) -> Window:
     eligible = explorer.eligible_forks(script.blocks, geometry)
     if fork is None:
-        fork = eligible[
-            int(torch.randint(len(eligible), (), generator=stream(seed, *name, "fork")))
-        ]
+        fork = draw_fork(eligible, seed, name)
     elif fork not in eligible:
         raise _no_fork(fork, script, eligible)
     return Window(fork, explorer.window_blocks)
+
+
+def draw_fork(eligible: Sequence[int], seed: int, name: Name) -> int:
+    """The fork block of the group ``name``: each eligible one is as likely as any other."""
+    generator = stream(seed, *name, "fork")
+    return eligible[int(torch.randint(len(eligible), (), generator=generator))]
 
 
 def check_fork(explorer: Explorer, script: Script, geometry: Geometry, fork: int | None) -> None:
