@@ -83,7 +83,7 @@ class Alignment(Parts):
         """
         with self.state:
             begun = self.state.begin(resume, override)
-            log = NoLog()
+            log: MetricLog | NoLog = NoLog()
             if self.ranks.first:
                 log = self._log(begun - 1 if resume else None)
             bar = self.progress.bar("align", self.config.steps, begun)
