@@ -40,10 +40,8 @@ class LookedUpEnergy(DenoisedEnergy):
     looked_up: tuple = ()
 
     def step_weights(self, sigmas):
-        true, near = (
-            torch.tensor(sigmas, dtype=torch.float64),
-            torch.tensor(self.looked_up, dtype=torch.float64),
-        )
+        true = torch.tensor(sigmas, dtype=torch.float64)
+        near = torch.tensor(self.looked_up, dtype=torch.float64)
         return true.square() / (2.0 * near.clamp_min(self.floor).square())
 
 

@@ -107,10 +107,8 @@ def test_layout_of_an_opening_by_hand():
     seen = [(s.source, s.noisy, s.prompt, s.reads) for s in slots]
     first, second, third = frames_of(0), frames_of(1), frames_of(2)
     # blocks 1 and 2 under the new prompt; block 0 is the sink and keeps its own
-    again_1, again_2 = (
-        frames_of(3),
-        frames_of(4),
-    )
+    again_1 = frames_of(3)
+    again_2 = frames_of(4)
     assert seen[:6] == [
         (0, False, 0, ()),
         (1, False, 1, first),
@@ -512,10 +510,8 @@ def openings(code):
 
 def test_an_opening_lesson_asks_for_one_true_opening(openings):
     """x - sigma v of every block is one of the prompt's openings, to half precision."""
-    encoder, tokens = (
-        new_text_encoder(0),
-        {tuple(t.tolist()): i for i, t in enumerate(openings.tokens)},
-    )
+    encoder = new_text_encoder(0)
+    tokens = {tuple(t.tolist()): i for i, t in enumerate(openings.tokens)}
     lesson = opening_lesson(encoder, openings, 2, stream(0, "lesson"), "cpu")
     assert (
         len(tokens) == 6 and lesson.x.shape[:2] == (2, 72) and lesson.target.shape == lesson.x.shape

@@ -24,10 +24,8 @@ from kvpo.rewards.pretrained.hpsv3 import HPSv3
 from kvpo.rewards.pretrained.videoreward import VideoReward, grey
 
 GOLDEN = Path(__file__).parent / "golden_rewards"
-ABOUT, NUMBERS = (
-    json.loads((GOLDEN / "qwen.json").read_text()),
-    load_file(GOLDEN / "qwen.safetensors"),
-)
+ABOUT = json.loads((GOLDEN / "qwen.json").read_text())
+NUMBERS = load_file(GOLDEN / "qwen.safetensors")
 SPECIAL = [
     "<|endoftext|>",
     "<|im_start|>",
