@@ -478,6 +478,24 @@ def test_a_stage_trained_beside_is_finished_when_the_body_ends(tmp_path, two_thr
     assert stage.resume() and stage.step == 5
 
 
+def test_a_finished_stage_has_no_process_beside(tmp_path, two_threads, monkeypatch):
+    """A resumed pretraining started a process for a decoder that was done, and waited for it."""
+    stage = one_weight(tmp_path, 5)
+    assert not stage.finished()
+    stage.run(Progress(), until=3)
+    assert not one_weight(tmp_path, 5).finished()
+    stage.run(Progress())
+    assert one_weight(tmp_path, 5).finished()
+
+    def start(_how):
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr("kvpo.mini.pretraining.side_by_side.get_context", start)
+    with trained_beside(one_weight, (tmp_path, 5), Progress(), finished=True):
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 2
+
+
 def test_a_fault_of_the_training_beside_is_met_by_who_runs_the_stage(tmp_path, two_threads, capfd):
     with trained_beside(one_weight, (tmp_path, 5, True), Progress()):
         pass
