@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -181,52 +181,75 @@ def findings(config: RunConfig) -> Iterator[Finding]:
     yield _at_most(
         "a block read through the cache == one uncached forward", _against_stock(run, rolled), close
     )
-    script, name = run.source.script(0, 0), ("doctor",)
-    embeddings = run.embed(script)
-    with run.policy.using(run.policy.behaviour):
-        (start,) = starts(
-            run.pipeline,
-            run.sampler,
-            config.exploring,
-            config.rollout,
-            [script],
-            embeddings,
-            config.seed,
-            [name],
-            [lambda fork: ()],
-        )
-    watched = _Watched(run.pipeline.generator, start.past.cache)
+    group = _Group(run)
+    yield _at_most(
+        "empty plans: every row is the anchor, bit for bit",
+        _spread(group.roll(_Empty(config.exploring)).latents),
+        0.0,
+    )
+    rollout = group.roll(config.exploring)
+    yield from _rows(group, rollout, tolerance)
+    yield from _energies(config.exploring, group.replay, rollout, tolerance)
+    yield from _gradients(run, group.replay, rollout)
+    if isinstance(config.exploring, KVRouting):
+        yield from _steps(run, group.start, rollout, group.embeddings)
+        yield from _pages(run, rollout, group.embeddings)
+    yield _resumed(run, group.replay, rollout)
 
-    def roll(explorer: Explorer) -> Rollout:
+
+class _Group:
+    """One group of the recipe: a past that it is rolled out from again and again."""
+
+    def __init__(self, run: Parts):
+        self.run = run
+        self.name = ("doctor",)
+        config, script = run.config, run.source.script(0, 0)
+        self.embeddings = run.embed(script)
+        with run.policy.using(run.policy.behaviour):
+            (self.start,) = starts(
+                run.pipeline,
+                run.sampler,
+                config.exploring,
+                config.rollout,
+                [script],
+                self.embeddings,
+                config.seed,
+                [self.name],
+                [lambda fork: ()],
+            )
+        self.watched = _Watched(run.pipeline.generator, self.start.past.cache)
+
+    def roll(self, explorer: Explorer) -> Rollout:
+        """The group by an explorer, its passes watched."""
+        run, config = self.run, self.run.config
         with run.policy.using(run.policy.behaviour):
             return go_on(
-                replace(run.pipeline, generator=watched),
+                replace(run.pipeline, generator=self.watched),
                 explorer,
                 config.rollout,
-                start,
+                self.start,
                 config.seed,
-                name,
+                self.name,
                 Phases(),
             )
 
-    def replay(rollout: Rollout, rows=None, size: int = 0, context: str = config.context) -> Replay:
+    def replay(self, rollout: Rollout, rows: Sequence[int] | None = None, size: int = 0) -> Replay:
+        """The group's replay; ``size``: most velocities in a pass, 0 = all."""
+        config = self.run.config
         return Replay(
-            run.pipeline,
+            self.run.pipeline,
             rollout,
-            embeddings,
-            CONTEXTS[context],
+            self.embeddings,
+            CONTEXTS[config.context],
             config.energy,
             rows,
             size,
             config.rollout.together,
         )
 
-    yield _at_most(
-        "empty plans: every row is the anchor, bit for bit",
-        _spread(roll(_Empty(config.exploring)).latents),
-        0.0,
-    )
-    rollout = roll(config.exploring)
+
+def _rows(group: _Group, rollout: Rollout, tolerance: float) -> Iterator[Finding]:
+    """Check what the rows of a group have in common: start noise, prefix, decoder, policy."""
     routed = any(plan.frames for plan in rollout.plans)
     inputs = rollout.trajectory.inputs
     assert inputs is not None, "all of the window was recorded"
@@ -235,21 +258,15 @@ def findings(config: RunConfig) -> Iterator[Finding]:
         _spread(inputs[:, 0, 0]) if routed else 0.0,
         0.0,
     )
-    yield watched.finding()
+    yield group.watched.finding()
     yield _at_most(
         "rows decoded on from the prefix: equal latents differ by", _decoded_apart(rollout), 0.0
     )
     yield _at_most(
         "the anchor, replayed by the weights that made it: energy",
-        float(replay(rollout, [rollout.num_branches]).energies()),
+        float(group.replay(rollout, [rollout.num_branches]).energies()),
         tolerance,
     )
-    yield from _energies(config.exploring, replay, rollout, tolerance)
-    yield from _gradients(run, replay, rollout)
-    if isinstance(config.exploring, KVRouting):
-        yield from _steps(run, start, rollout, embeddings)
-        yield from _pages(run, rollout, embeddings)
-    yield _resumed(run, replay, rollout)
 
 
 @torch.no_grad()
