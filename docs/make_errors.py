@@ -55,6 +55,7 @@ SECTIONS = {
         "method/rollout.py",
         "method/routing.py",
         "method/score.py",
+        "method/sde_explorer.py",
         "method/settings.py",
         "method/step_weights.py",
         "method/velocity_penalty.py",

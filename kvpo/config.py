@@ -28,6 +28,7 @@ from kvpo.method.objectives.kinds import AnyObjective, objective_kind
 from kvpo.method.objectives.tve_ppo import TvePpo
 from kvpo.method.pairs import PairSampling
 from kvpo.method.routing import KVRouting
+from kvpo.method.sde_explorer import SdeExplorer
 from kvpo.method.settings import AgreementConfig, OptimizerConfig, RolloutConfig, ScoreConfig
 from kvpo.method.velocity_penalty import VelocityPenalty
 from kvpo.policy.settings import CheckpointConfig, PolicyConfig
@@ -92,7 +93,7 @@ class RunConfig:
     sampler: Literal["renoise", "ode"] = "renoise"
     """Rule that leads from a denoise step to the next.
     `renoise`: fresh noise on the predicted clean latents; `ode`: Euler along the velocity."""
-    explorer: Literal["kv_routing", "start_noise", "renoise"] = "kv_routing"
+    explorer: Literal["kv_routing", "start_noise", "renoise", "sde"] = "kv_routing"
     """Source of branch diversity; the section of that name holds its settings."""
     surrogate: Literal["velocity_energy", "denoised_energy"] = "velocity_energy"
     """Energy that says how likely a branch is; the section of that name holds its settings."""
@@ -141,6 +142,7 @@ class RunConfig:
     kv_routing: KVRouting = KVRouting()
     start_noise: StartNoise = StartNoise()
     renoise: RenoiseExplorer = RenoiseExplorer()
+    sde: SdeExplorer = SdeExplorer()
     score: ScoreConfig = ScoreConfig()
     advantages: Advantages = Advantages()
     unsafe: UnsafePolicy = UnsafePolicy()
@@ -214,7 +216,12 @@ class RunConfig:
 
         Raises ValueError.
         """
-        if getattr(self, explorer).own_renoise and self.sampler != "renoise":
+        own = getattr(self, explorer).own_noise
+        if own == "sde" and self.sampler != "ode":
+            raise ValueError(
+                f"explorer {explorer} gives noise to the steps of sampler ode, but sampler = {self.sampler} draws noise behind its steps already; use sampler ode, or explorer renoise"
+            )
+        if own == "renoise" and self.sampler != "renoise":
             raise ValueError(
                 f"explorer {explorer} draws the noise behind denoise steps, but sampler = {self.sampler} has none there and every branch would be the anchor; use sampler renoise"
             )

@@ -109,6 +109,16 @@ class BranchPlan:
     """Share of fresh start noise (only the start-noise explorer sets it)."""
     renoise_from: int | None = None
     """Denoise step from which on the noise behind a step is the branch's own; None = shared."""
+    step_noise: tuple[float, ...] = ()
+    """Standard deviation of the own noise in each step of the `ode` sampler, 0 = none.
+
+    () = the sampler's own, deterministic steps.
+    """
+
+    def draws(self, step: int) -> bool:
+        """Whether the noise in or behind denoise step ``step`` is the branch's own."""
+        later = self.renoise_from is not None and step >= self.renoise_from
+        return later or (bool(self.step_noise) and self.step_noise[step] > 0.0)
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,24 @@ from test_align import align, settings, write_recipe
 
 from kvpo.method.objectives.kinds import OBJECTIVES
 
-EXPLORERS = ("kv_routing", "start_noise", "renoise")
+EXPLORERS = ("kv_routing", "start_noise", "renoise", "sde")
 LEGAL = {
     "tve_ppo": ("kv_routing",),
     "regression": ("kv_routing",),
     "nft": EXPLORERS,
     "rvm": EXPLORERS,
     "kernel_grpo": ("renoise",),
+    "sde_grpo": ("sde",),
     "denoised_distance": EXPLORERS,
 }
 """The table of docs/methods.md."""
 SHORT = ("--rollout.branches", "2")
+
+
+def pair_of(kind: str, explorer: str) -> tuple[str, ...]:
+    """Options of a pair, with the sampler that its explorer needs."""
+    sampler = "ode" if explorer == "sde" else "renoise"
+    return ("--objective.kind", kind, "--explorer", explorer, "--sampler", sampler)
 
 
 def test_every_objective_has_its_pairs():
@@ -35,6 +42,7 @@ def test_every_objective_has_its_pairs():
         ("nft", "start_noise"),
         pytest.param("rvm", "renoise", marks=pytest.mark.slow),
         pytest.param("kernel_grpo", "renoise", marks=pytest.mark.slow),
+        pytest.param("sde_grpo", "sde", marks=pytest.mark.slow),
         pytest.param("denoised_distance", "start_noise", marks=pytest.mark.slow),
     ],
 )
@@ -42,7 +50,7 @@ def test_a_run_by_every_objective_ends_whole(folder, tmp_path, kind, explorer):
     """It has its log, report and evaluation, and goes on with --resume."""
     recipe = write_recipe(tmp_path / "r.yaml", settings(folder, trackers=[]))
     out = tmp_path / "run"
-    pair = ("--objective.kind", kind, "--explorer", explorer)
+    pair = pair_of(kind, explorer)
     assert align(recipe, out, *SHORT, *pair, "--steps", "2") == 0
     assert align(recipe, out, *SHORT, *pair, "--resume", "--steps", "3") == 0
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -59,7 +67,7 @@ ILLEGAL = [
 @pytest.mark.parametrize(("kind", "explorer"), ILLEGAL)
 def test_an_illegal_pair_is_one_error_before_any_work(capsys, tmp_path, kind, explorer):
     recipe = write_recipe(tmp_path / "r.yaml", settings(tmp_path / "no generator"))
-    pair = ("--objective.kind", kind, "--explorer", explorer)
+    pair = pair_of(kind, explorer)
     assert align(recipe, tmp_path / "run", *pair) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert f"objective {kind} can not be paired with explorer {explorer}" in line

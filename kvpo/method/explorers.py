@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from kvpo.types import BranchPlan, Window
 
@@ -52,10 +52,10 @@ class Explorer(Protocol):
     Its energy is then identically 0 with zero gradient, so an energy objective on such branches is
     refused (method.md section 7).
     """
-    own_renoise: ClassVar[bool]
-    """True: the noise behind some denoise steps is each branch's own draw.
+    own_noise: ClassVar[Literal["", "renoise", "sde"]]
+    """Kind of denoise step whose noise is each branch's own draw: `renoise`, `sde`; "" = none.
 
-    Its likelihood under the sampler then says something of that branch alone.
+    Its likelihood then says something of that branch alone.
     """
 
     def eligible_forks(self, blocks: int, geometry: Geometry) -> list[int]:
@@ -124,7 +124,7 @@ class StartNoise:
 
     nearest: ClassVar[int] = 0
     deterministic_replay: ClassVar[bool] = True
-    own_renoise: ClassVar[bool] = False
+    own_noise: ClassVar[Literal["", "renoise", "sde"]] = ""
 
     def __post_init__(self):
         if not 0.0 < self.mix <= 1.0:
@@ -171,7 +171,7 @@ class RenoiseExplorer:
 
     nearest: ClassVar[int] = 0
     deterministic_replay: ClassVar[bool] = True
-    own_renoise: ClassVar[bool] = True
+    own_noise: ClassVar[Literal["", "renoise", "sde"]] = "renoise"
 
     def __post_init__(self):
         if self.from_step < 0:

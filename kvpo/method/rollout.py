@@ -24,7 +24,15 @@ from kvpo.common.rng import stream
 from kvpo.common.timing import Phases
 from kvpo.generators.history import Routed
 from kvpo.generators.pipeline import Geometry, Pipeline
-from kvpo.generators.sampler import NamedNoise, Noise, Sampler, StackedNoise, Stream
+from kvpo.generators.sampler import (
+    NamedNoise,
+    Noise,
+    Ode,
+    OwnSteps,
+    Sampler,
+    StackedNoise,
+    Stream,
+)
 from kvpo.generators.streaming import StreamingDecoder, receptive_field
 from kvpo.method.explorers import Explorer, mix_noise
 from kvpo.method.objectives.interface import EVERYTHING, Record
@@ -232,7 +240,7 @@ class PlannedNoise:
 
     def renoise(self, block: int, step: int) -> torch.Tensor:
         noise = self.shared.renoise(block, step)
-        own = [p.renoise_from is not None and step >= p.renoise_from for p in self.plans]
+        own = [plan.draws(step) for plan in self.plans]
         if block not in self.window or not any(own):
             return noise
         return torch.stack(
@@ -400,13 +408,29 @@ def _branches(
         if "velocities" in needs:
             seen["velocities"].append(v)
 
+    deployed, own = branches.sampler, own_steps(branches.sampler, plans, geometry)
     for block in range(window.fork, stop):
+        branches.sampler = own if block in window else deployed
         branches.advance(*((history, record) if block in window else ()))
     shape = (window.blocks, len(geometry.sigmas))
     inputs, velocities = (
         torch.stack(x, dim=1).unflatten(1, shape) if x else None for x in seen.values()
     )
     return inputs, velocities, torch.cat(branches.blocks[window.fork :], dim=1)
+
+
+def own_steps(deployed: Sampler, plans: tuple[BranchPlan, ...], geometry: Geometry) -> Sampler:
+    """The sampler of a window's blocks: the deployed one, stochastic in rows whose plans say so.
+
+    ValueError where the deployed one draws noise itself.
+    """
+    if not any(plan.step_noise for plan in plans):
+        return deployed
+    if not isinstance(deployed, Ode):
+        raise ValueError(
+            f"these branches take the ode sampler's steps with noise, but the sampler is {type(deployed).__name__.lower()}; use sampler ode, or another explorer"
+        )
+    return OwnSteps(tuple(geometry.sigmas), tuple(plan.step_noise for plan in plans))
 
 
 def check_room(explorer: Explorer, config: RolloutConfig, blocks: int, geometry: Geometry) -> None:
