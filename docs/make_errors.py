@@ -47,6 +47,7 @@ SECTIONS = {
         "policy/settings.py",
         "method/advantages.py",
         "method/agreement.py",
+        "method/best_of.py",
         "method/energies.py",
         "method/explorers.py",
         "method/loss.py",

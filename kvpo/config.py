@@ -21,6 +21,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from kvpo.common.metrics import MOST_INNER
 from kvpo.evaluation.settings import EvaluateConfig, SentinelConfig
 from kvpo.method.advantages import Advantages, UnsafePolicy
+from kvpo.method.best_of import BestOf
 from kvpo.method.energies import DenoisedEnergy, Surrogate, Temperature, VelocityEnergy
 from kvpo.method.explorers import Explorer, RenoiseExplorer, StartNoise
 from kvpo.method.objectives.interface import Record
@@ -93,7 +94,7 @@ class RunConfig:
     sampler: Literal["renoise", "ode"] = "renoise"
     """Rule that leads from a denoise step to the next.
     `renoise`: fresh noise on the predicted clean latents; `ode`: Euler along the velocity."""
-    explorer: Literal["kv_routing", "start_noise", "renoise", "sde"] = "kv_routing"
+    explorer: Literal["kv_routing", "start_noise", "renoise", "sde", "best_of"] = "kv_routing"
     """Source of branch diversity; the section of that name holds its settings."""
     surrogate: Literal["velocity_energy", "denoised_energy"] = "velocity_energy"
     """Energy that says how likely a branch is; the section of that name holds its settings."""
@@ -143,6 +144,7 @@ class RunConfig:
     start_noise: StartNoise = StartNoise()
     renoise: RenoiseExplorer = RenoiseExplorer()
     sde: SdeExplorer = SdeExplorer()
+    best_of: BestOf = BestOf()
     score: ScoreConfig = ScoreConfig()
     advantages: Advantages = Advantages()
     unsafe: UnsafePolicy = UnsafePolicy()
@@ -216,7 +218,8 @@ class RunConfig:
 
         Raises ValueError.
         """
-        own = getattr(self, explorer).own_noise
+        chosen = getattr(self, explorer)
+        own = "" if chosen.independent else chosen.own_noise
         if own == "sde" and self.sampler != "ode":
             raise ValueError(
                 f"explorer {explorer} gives noise to the steps of sampler ode, but sampler = {self.sampler} draws noise behind its steps already; use sampler ode, or explorer renoise"
@@ -246,7 +249,8 @@ class RunConfig:
 
     @property
     def exploring(self) -> Explorer:
-        return getattr(self, self.explorer)
+        chosen = getattr(self, self.explorer)
+        return chosen.of(self.data.blocks) if isinstance(chosen, BestOf) else chosen
 
     @property
     def energy(self) -> Surrogate:

@@ -10,15 +10,15 @@ from test_align import align, settings, write_recipe
 
 from kvpo.method.objectives.kinds import OBJECTIVES
 
-EXPLORERS = ("kv_routing", "start_noise", "renoise", "sde")
+EXPLORERS = ("kv_routing", "start_noise", "renoise", "sde", "best_of")
 LEGAL = {
     "tve_ppo": ("kv_routing",),
     "regression": ("kv_routing",),
     "nft": EXPLORERS,
     "rvm": EXPLORERS,
-    "kernel_grpo": ("renoise",),
+    "kernel_grpo": ("renoise", "best_of"),
     "sde_grpo": ("sde",),
-    "denoised_distance": EXPLORERS,
+    "denoised_distance": EXPLORERS[:-1],
 }
 """The table of docs/methods.md."""
 SHORT = ("--rollout.branches", "2")
@@ -41,6 +41,7 @@ def test_every_objective_has_its_pairs():
         pytest.param("regression", "kv_routing", marks=pytest.mark.slow),
         ("nft", "start_noise"),
         pytest.param("rvm", "renoise", marks=pytest.mark.slow),
+        pytest.param("rvm", "best_of", marks=pytest.mark.slow),
         pytest.param("kernel_grpo", "renoise", marks=pytest.mark.slow),
         pytest.param("sde_grpo", "sde", marks=pytest.mark.slow),
         pytest.param("denoised_distance", "start_noise", marks=pytest.mark.slow),

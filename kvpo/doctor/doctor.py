@@ -225,7 +225,8 @@ def findings(config: RunConfig) -> Iterator[Finding]:
         _spread(rollout.trajectory.inputs[:, 0, 0]) if routed else 0.0,
         0.0,
     )
-    yield watched.finding()
+    if watched.left:  # videos of their own have no prefix
+        yield watched.finding()
     yield _at_most(
         "rows decoded on from the prefix: equal latents differ by", _decoded_apart(rollout), 0.0
     )

@@ -57,6 +57,8 @@ class Explorer(Protocol):
 
     Its likelihood then says something of that branch alone.
     """
+    independent: ClassVar[bool]
+    """True: branches share neither a past nor noise, they are videos of their own."""
 
     def eligible_forks(self, blocks: int, geometry: Geometry) -> list[int]:
         """Blocks of a video of ``blocks`` blocks at which a window may start.
@@ -125,6 +127,7 @@ class StartNoise:
     nearest: ClassVar[int] = 0
     deterministic_replay: ClassVar[bool] = True
     own_noise: ClassVar[Literal["", "renoise", "sde"]] = ""
+    independent: ClassVar[bool] = False
 
     def __post_init__(self):
         if not 0.0 < self.mix <= 1.0:
@@ -172,6 +175,7 @@ class RenoiseExplorer:
     nearest: ClassVar[int] = 0
     deterministic_replay: ClassVar[bool] = True
     own_noise: ClassVar[Literal["", "renoise", "sde"]] = "renoise"
+    independent: ClassVar[bool] = False
 
     def __post_init__(self):
         if self.from_step < 0:

@@ -171,7 +171,12 @@ def generate_prefixes(
 
 
 def latents(past: Stream) -> torch.Tensor:
-    """x0_NCHW of a stream of one row."""
+    """x0_NCHW of a stream of one row; N is 0 before its first block."""
+    if not past.blocks:
+        g = past.geometry
+        channels = past.model.transformer.config.in_channels
+        shape = (0, channels, g.latent_height, g.latent_width)
+        return torch.zeros(shape, device=past.model.device)
     return torch.cat(past.blocks, dim=1)[0]
 
 

@@ -52,6 +52,7 @@ class KVRouting:
 
     deterministic_replay: ClassVar[bool] = False
     own_noise: ClassVar[Literal["", "renoise", "sde"]] = ""
+    independent: ClassVar[bool] = False
 
     def __post_init__(self):
         if self.draw not in DRAWS:

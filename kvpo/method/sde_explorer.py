@@ -39,6 +39,7 @@ class SdeExplorer:
     nearest: ClassVar[int] = 0
     deterministic_replay: ClassVar[bool] = True
     own_noise: ClassVar[Literal["", "renoise", "sde"]] = "sde"
+    independent: ClassVar[bool] = False
 
     def __post_init__(self):
         if not 0.0 < self.noise_level < float("inf"):

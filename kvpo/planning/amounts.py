@@ -12,6 +12,7 @@ from typing import Any
 
 from kvpo.config import RunConfig
 from kvpo.generators.pipeline import Geometry
+from kvpo.method.objectives.interface import ReplayShape
 from kvpo.method.prompts import even_starts, starts_at
 from kvpo.method.rollout import own_frames
 from kvpo.method.score import group_clips, horizon
@@ -29,6 +30,18 @@ def rows_of(config: RunConfig) -> int:
     return branches_of(config) + 1
 
 
+def shape_of(config: RunConfig, geometry: Geometry) -> ReplayShape:
+    """What the recipe's objective replays of a group."""
+    return config.objective.shape(config.exploring, config.energy, geometry.sigmas)
+
+
+def members_of(config: RunConfig, geometry: Geometry) -> int:
+    """Rows of a group that a replay has on the card that has most of them."""
+    if shape_of(config, geometry).anchor_alone:
+        return 1
+    return branches_of(config) + config.advantages.anchor
+
+
 def side_by_side(config: RunConfig) -> int:
     return min(config.rollout.together or rows_of(config), rows_of(config))
 
@@ -42,18 +55,18 @@ def replay_rows(config: RunConfig, geometry: Geometry) -> int:
 
     All branches may start alike; the first step of the first block is then one for all.
     """
-    members = branches_of(config) + config.advantages.anchor
+    members = members_of(config, geometry)
     members = min(config.rollout.together or members, members)
     pairs, whole = replayed_pairs(config, geometry)
     found = members * pairs
     if pairs == whole:
-        found -= (members - 1) * starts_are_one(config, geometry)
+        found -= (members - 1) * shape_of(config, geometry).alike
     return min(found, config.rows_per_pass or found)
 
 
 def replayed_pairs(config: RunConfig, geometry: Geometry) -> tuple[int, int]:
     """(block, step) pairs of a window that are replayed, and those that have a weight."""
-    whole = config.exploring.window_blocks * replayed_steps(config, geometry)
+    whole = config.exploring.window_blocks * shape_of(config, geometry).steps
     return config.pairs.replayed(whole), whole
 
 
@@ -70,20 +83,10 @@ def contexts_of(config: RunConfig, geometry: Geometry) -> float:
 
 def velocities_of(config: RunConfig, geometry: Geometry) -> float:
     """Velocities of a group that a replay computes, a mean over the draw."""
-    members = branches_of(config) + config.advantages.anchor
+    members = members_of(config, geometry)
     drawn, whole = replayed_pairs(config, geometry)
-    once = (members - 1) * starts_are_one(config, geometry) * drawn / whole
+    once = (members - 1) * shape_of(config, geometry).alike * drawn / whole
     return members * drawn - once
-
-
-def replayed_steps(config: RunConfig, geometry: Geometry) -> int:
-    """Denoise steps that have a weight in the energy: the others are not replayed."""
-    return int((config.energy.step_weights(geometry.sigmas) > 0.0).sum())
-
-
-def starts_are_one(config: RunConfig, geometry: Geometry) -> bool:
-    """The first step, at which all branches have one velocity, is replayed."""
-    return bool(config.energy.step_weights(geometry.sigmas)[0] > 0.0)
 
 
 def reward_memory(config: RunConfig) -> tuple[int, int]:
@@ -172,8 +175,10 @@ class Amounts:
     where it lags.
     """
     replays: int
-    single_pass: bool
-    """Whether a replay is one pass: its graph is kept, and no energies are computed beforehand."""
+    energies_first: bool
+    """Whether energies are computed before the gradient: they are not where one pass has both."""
+    anew: int
+    """Replays of other weights that every further update on a group makes once more."""
     branch_rows: float
     """Rows that go through the network for the branches, in blocks: rows times blocks."""
     decoded_prefix: float
@@ -190,7 +195,7 @@ def amounts(
     lead = config.score.lead or field
     g, S = geometry, len(geometry.sigmas)
     chunks, P = -(-rows_of(config) // side_by_side(config)), config.exploring.window_blocks
-    members = branches_of(config) + config.advantages.anchor
+    members, shape = members_of(config, g), shape_of(config, g)
     parts = -(-members // min(config.rollout.together or members, members))
     velocities = members * replayed_pairs(config, g)[0]
     passes = max(parts, -(-velocities // config.rows_per_pass) if config.rows_per_pass else parts)
@@ -220,7 +225,8 @@ def amounts(
         sum(x) / len(found) for x in zip(*found)
     )
     behind = config.policy.sync_interval > 1 or config.policy.behaviour_decay > 0.0
-    replays = 1 + config.objective.asks_reference + behind
+    reference = bool(config.objective.asks_reference)
+    replays = 1 + reference + (behind and shape.behaviour)
     return Amounts(
         fork,
         sum(lasts) / len(lasts) / shared,
@@ -228,7 +234,8 @@ def amounts(
         branch,
         parts * contexts_of(config, g) + passes,
         replays,
-        passes == 1,
+        shape.energies_first and passes > 1,
+        shape.anew * (reference + shape.behaviour),
         branch_rows,
         decoded_prefix,
         decoded_rows,

@@ -15,6 +15,7 @@ from tiny import draw, embed, new_pipeline, new_rollout, story
 from kvpo.common.timing import Phases
 from kvpo.config import differences, from_dict, to_dict
 from kvpo.method.advantages import UnsafePolicy
+from kvpo.method.best_of import BestOf
 from kvpo.method.energies import Temperature, VelocityEnergy
 from kvpo.method.explorers import RenoiseExplorer, StartNoise
 from kvpo.method.objectives.denoised_distance import DenoisedDistance, Distances
@@ -40,8 +41,9 @@ PAIRS = [
     (KernelGrpo(), RenoiseExplorer(1)),
     (SdeGrpo(), SdeExplorer(steps=2)),
     (DenoisedDistance(kl_beta=0.0), StartNoise(window_blocks=1)),
+    (KernelGrpo(), BestOf(1)),
 ]
-IDS = [objective.kind for objective, _ in PAIRS]
+IDS = [f"{objective.kind}-{type(explorer).__name__}" for objective, explorer in PAIRS]
 A = advantages(1.0, -0.4, -0.6)
 
 
@@ -55,7 +57,8 @@ class Exact:
         for name in ("reference", "behaviour", "average"):
             setattr(self.policy, name, self.policy.snapshot())
         sampler = "ode" if isinstance(explorer, SdeExplorer) else "renoise"
-        rollout = new_rollout(self.pipeline, story(6), explorer, fork=4, sampler=sampler)
+        fork = 0 if explorer.independent else 4
+        rollout = new_rollout(self.pipeline, story(6), explorer, fork=fork, sampler=sampler)
         t = rollout.trajectory
         kept = Trajectory(t.inputs.double(), t.velocities.double(), t.clean.double())
         self.rollout = replace(rollout, trajectory=kept, prefix=rollout.prefix.double())
@@ -434,6 +437,9 @@ def test_nothing_is_recorded_that_is_not_needed(kind):
         ({"explorer": "sde", "sampler": "ode"}, "identically 0"),
         ({"objective": {"kind": "sde_grpo"}}, "renoise has another kernel"),
         ({"objective": {"kind": "sde_grpo"}, "sampler": "ode"}, "take no stochastic steps"),
+        ({"explorer": "best_of"}, "identically 0"),
+        ({"objective": {"kind": "denoised_distance"}, "explorer": "best_of"}, "other pasts than"),
+        ({"explorer": "best_of", "best_of": {"window_blocks": -1}}, "0 for the whole video"),
         ({"explorer": "sde", "sde": {"noise_level": 0}}, "noise_level = 0.0 must be positive"),
         ({"explorer": "sde", "sde": {"steps": -1}}, "steps = -1 a number of them"),
         ({"objective": {"kind": "rvm"}, "context": "self"}, "use branch or anchor"),

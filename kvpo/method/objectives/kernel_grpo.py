@@ -37,6 +37,10 @@ class KernelGrpo(StepObjective):
             return "its branches share the noise behind every step, so its likelihood says nothing of what distinguishes them; use explorer renoise"
         return ""
 
+    def stochastic(self, explorer: Explorer, sigmas: Sequence[float]) -> Sequence[int]:
+        """All steps but the last, from the first on whose noise the explorer draws."""
+        return range(getattr(explorer, "from_step", 0), len(sigmas) - 1)
+
     def steps(self, rollout: Rollout, sigmas: Sequence[float]) -> Mapping[int, GaussianStep]:
         """Steps behind which the noise is the branches' own."""
         first = rollout.plans[0].renoise_from

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 
 from kvpo.generators.gaussian_steps import GaussianStep, sde_step
 from kvpo.method.objectives.step_policy import StepObjective
+from kvpo.method.sde_explorer import SdeExplorer
 
 if TYPE_CHECKING:
     from kvpo.method.explorers import Explorer
@@ -37,6 +38,12 @@ class SdeGrpo(StepObjective):
         if explorer.own_noise != "sde":
             return "its branches take no stochastic steps, so nothing in them has a likelihood; use explorer sde"
         return ""
+
+    def stochastic(self, explorer: Explorer, sigmas: Sequence[float]) -> Sequence[int]:
+        """Steps to which the explorer gives noise."""
+        if not isinstance(explorer, SdeExplorer):
+            return ()
+        return [i for i, std in enumerate(explorer.stds(sigmas)) if std > 0.0]
 
     def steps(self, rollout: Rollout, sigmas: Sequence[float]) -> Mapping[int, GaussianStep]:
         """Steps that draw the branches' own noise."""

@@ -22,6 +22,7 @@ from kvpo.method.energies import squared_residual
 from kvpo.method.objectives.interface import (
     GroupUpdate,
     Record,
+    ReplayShape,
     check_finite,
     energy_metrics,
     refuse_broken,
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from kvpo.common.timing import Phases
     from kvpo.generators.gaussian_steps import GaussianStep
     from kvpo.method.advantages import Advantage
+    from kvpo.method.energies import Surrogate
+    from kvpo.method.explorers import Explorer
     from kvpo.method.replay import Replay, WindowReplay
     from kvpo.method.update import Updater
     from kvpo.types import Rollout
@@ -63,6 +66,18 @@ class StepObjective:
     @property
     def asks_reference(self) -> bool:
         return self.kl_beta > 0.0
+
+    def stochastic(self, explorer: Explorer, sigmas: Sequence[float]) -> Sequence[int]:
+        """Numbers of the steps whose noise will be the branches' own."""
+        raise NotImplementedError
+
+    def shape(
+        self, explorer: Explorer, surrogate: Surrogate, sigmas: Sequence[float]
+    ) -> ReplayShape:
+        """Those steps alone; old velocities are the rollout's."""
+        steps = self.stochastic(explorer, sigmas)
+        alike = 0 in steps and not explorer.independent
+        return ReplayShape(len(steps), alike, anew=True, copies=1)
 
     def steps(self, rollout: Rollout, sigmas: Sequence[float]) -> Mapping[int, GaussianStep]:
         """The steps whose noise is the branches' own.  ValueError where there are none."""
