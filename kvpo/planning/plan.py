@@ -344,7 +344,7 @@ def work(config: RunConfig, sizes: Sizes, c: Costs, n: Amounts) -> dict[str, flo
     # the start weights' adapter is 0 and left out
     again = 1 + (updates - 1) * (n.anew > 0)
     left_out = config.objective.asks_reference * (1.0 - c.bare) * again
-    unscored = beside(n, updates) - left_out
+    unscored = replays_beside(n, updates) - left_out
     rolling = c.bare if config.policy.merge_rollouts else 1.0
     branches = c.branches.flops / c.rows["branches"]
     return {
@@ -357,7 +357,7 @@ def work(config: RunConfig, sizes: Sizes, c: Costs, n: Amounts) -> dict[str, flo
     }
 
 
-def beside(n: Amounts, updates: int) -> int:
+def replays_beside(n: Amounts, updates: int) -> int:
     """Replays without gradient of a group, over all updates on it."""
     return n.replays - 1 + (updates - 1) * n.anew + n.energies_first * updates
 
@@ -434,7 +434,7 @@ def _work(
     calls = {
         "prefix": n.prefix_calls,
         "branches and anchor": n.branch_calls,
-        "replays without gradient": beside(n, updates) * n.replay_calls,
+        "replays without gradient": replays_beside(n, updates) * n.replay_calls,
         "replay with gradient": updates * n.replay_calls,
     }
     lines += [
