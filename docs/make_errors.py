@@ -53,6 +53,7 @@ SECTIONS = {
         "method/loss.py",
         "method/objectives",
         "method/pairs.py",
+        "method/prompt_explorer.py",
         "method/rollout.py",
         "method/routing.py",
         "method/score.py",

@@ -28,6 +28,7 @@ from kvpo.method.objectives.interface import Record
 from kvpo.method.objectives.kinds import AnyObjective, objective_kind
 from kvpo.method.objectives.tve_ppo import TvePpo
 from kvpo.method.pairs import PairSampling
+from kvpo.method.prompt_explorer import PromptExplorer
 from kvpo.method.routing import KVRouting
 from kvpo.method.sde_explorer import SdeExplorer
 from kvpo.method.settings import AgreementConfig, OptimizerConfig, RolloutConfig, ScoreConfig
@@ -94,7 +95,9 @@ class RunConfig:
     sampler: Literal["renoise", "ode"] = "renoise"
     """Rule that leads from a denoise step to the next.
     `renoise`: fresh noise on the predicted clean latents; `ode`: Euler along the velocity."""
-    explorer: Literal["kv_routing", "start_noise", "renoise", "sde", "best_of"] = "kv_routing"
+    explorer: Literal["kv_routing", "start_noise", "renoise", "sde", "best_of", "prompt"] = (
+        "kv_routing"
+    )
     """Source of branch diversity; the section of that name holds its settings."""
     surrogate: Literal["velocity_energy", "denoised_energy"] = "velocity_energy"
     """Energy that says how likely a branch is; the section of that name holds its settings."""
@@ -145,6 +148,7 @@ class RunConfig:
     renoise: RenoiseExplorer = RenoiseExplorer()
     sde: SdeExplorer = SdeExplorer()
     best_of: BestOf = BestOf()
+    prompt: PromptExplorer = PromptExplorer()
     score: ScoreConfig = ScoreConfig()
     advantages: Advantages = Advantages()
     unsafe: UnsafePolicy = UnsafePolicy()
@@ -196,6 +200,11 @@ class RunConfig:
         if reason := self.objective.refusal(self.exploring, self.sampler):
             raise ValueError(
                 f"objective {self.objective.kind} can not be paired with explorer {self.explorer} and sampler {self.sampler}: {reason}; choose a pair of docs/methods.md"
+            )
+        drawn = self.data.segments is None and self.data.prompts == "mini"
+        if self.explorer == "prompt" and (drawn or self.data.segments == 1):
+            raise ValueError(
+                f"explorer prompt forks where a second prompt takes over, but data.segments = {self.data.segments} gives stories of one prompt too; set 2 or more"
             )
         if self.pairs.count and not self.objective.uses_energy:
             raise ValueError(

@@ -10,15 +10,15 @@ from test_align import align, settings, write_recipe
 
 from kvpo.method.objectives.kinds import OBJECTIVES
 
-EXPLORERS = ("kv_routing", "start_noise", "renoise", "sde", "best_of")
+EXPLORERS = ("kv_routing", "start_noise", "renoise", "sde", "best_of", "prompt")
 LEGAL = {
-    "tve_ppo": ("kv_routing",),
-    "regression": ("kv_routing",),
+    "tve_ppo": ("kv_routing", "prompt"),
+    "regression": ("kv_routing", "prompt"),
     "nft": EXPLORERS,
     "rvm": EXPLORERS,
     "kernel_grpo": ("renoise", "best_of"),
     "sde_grpo": ("sde",),
-    "denoised_distance": EXPLORERS[:-1],
+    "denoised_distance": tuple(e for e in EXPLORERS if e != "best_of"),
 }
 """The table of docs/methods.md."""
 SHORT = ("--rollout.branches", "2")
@@ -27,7 +27,8 @@ SHORT = ("--rollout.branches", "2")
 def pair_of(kind: str, explorer: str) -> tuple[str, ...]:
     """Options of a pair, with the sampler that its explorer needs."""
     sampler = "ode" if explorer == "sde" else "renoise"
-    return ("--objective.kind", kind, "--explorer", explorer, "--sampler", sampler)
+    stories = ("--data.segments", "2") if explorer == "prompt" else ()
+    return ("--objective.kind", kind, "--explorer", explorer, "--sampler", sampler, *stories)
 
 
 def test_every_objective_has_its_pairs():
@@ -39,6 +40,7 @@ def test_every_objective_has_its_pairs():
     [
         pytest.param("tve_ppo", "kv_routing", marks=pytest.mark.slow),
         pytest.param("regression", "kv_routing", marks=pytest.mark.slow),
+        pytest.param("tve_ppo", "prompt", marks=pytest.mark.slow),
         ("nft", "start_noise"),
         pytest.param("rvm", "renoise", marks=pytest.mark.slow),
         pytest.param("rvm", "best_of", marks=pytest.mark.slow),

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
-from kvpo.types import BranchPlan, Window
+from kvpo.types import BranchPlan, Script, Window
 
 if TYPE_CHECKING:
     import torch
@@ -80,6 +80,23 @@ class Explorer(Protocol):
         ``resident``: absolute frames in the cache at the fork; None = all frames before it.
         """
         ...
+
+
+def forks_of(explorer: Explorer, script: Script, geometry: Geometry) -> list[int]:
+    """Blocks of a story at which a window may start: all that fit, or prompt switches alone.
+
+    Raises ValueError if there is none.
+    """
+    fitting = explorer.eligible_forks(script.blocks, geometry)
+    if not getattr(explorer, "at_switches", False):
+        return fitting
+    found = [fork for fork in fitting if fork in script.starts[1:]]
+    if not found:
+        raise ValueError(
+            f"script {script.id!r}: its prompts begin at blocks {list(script.starts)}, and a window of {explorer.window_blocks} blocks that begins with another prompt "
+            f"can be forked at {fitting[0]} to {fitting[-1]} only; give every story a second prompt there, or another explorer"
+        )
+    return found
 
 
 def check_branches(num_branches: int) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -34,7 +34,7 @@ from kvpo.generators.sampler import (
     Stream,
 )
 from kvpo.generators.streaming import StreamingDecoder, receptive_field
-from kvpo.method.explorers import Explorer, mix_noise
+from kvpo.method.explorers import Explorer, forks_of, mix_noise
 from kvpo.method.objectives.interface import EVERYTHING, Record
 from kvpo.method.settings import RolloutConfig
 from kvpo.types import BranchPlan, Rollout, Script, Trajectory, Window
@@ -414,14 +414,40 @@ def _branches(
             seen["velocities"].append(v)
 
     deployed, own = branches.sampler, own_steps(branches.sampler, plans, geometry)
+    plain = branches.scripts, branches.embeddings
+    told = told_otherwise(branches, plans, window)
     for block in range(window.fork, stop):
         branches.sampler = own if block in window else deployed
+        branches.scripts, branches.embeddings = told if block in window else plain
         branches.advance(*((history, record) if block in window else ()))
     shape = (window.blocks, len(geometry.sigmas))
     inputs, velocities = (
         torch.stack(x, dim=1).unflatten(1, shape) if x else None for x in seen.values()
     )
     return inputs, velocities, torch.cat(branches.blocks[window.fork :], dim=1)
+
+
+def told_otherwise(
+    branches: Stream, plans: tuple[BranchPlan, ...], window: Window
+) -> tuple[Sequence[Script], Mapping[str, torch.Tensor]]:
+    """Scripts and embeddings of a window's rows, of which some plans move the fork's prompt.
+
+    One script for all rows where none does.
+    """
+    if not any(plan.prompt_shift for plan in plans):
+        return branches.scripts, branches.embeddings
+    script, embeddings = branches.scripts[0], dict(branches.embeddings)
+    here = script.segment(window.fork)
+    new, old = (embeddings[script.texts[i]] for i in (here, here - 1))
+    scripts = []
+    for plan in plans:
+        text = script.texts[here]
+        if w := plan.prompt_shift:
+            text = f"{text} + {w} of its distance from the prompt before"
+            embeddings[text] = new + w * (new - old)
+        texts = (*script.texts[:here], text, *script.texts[here + 1 :])
+        scripts.append(replace(script, texts=texts))
+    return scripts, embeddings
 
 
 def own_steps(deployed: Sampler, plans: tuple[BranchPlan, ...], geometry: Geometry) -> Sampler:
@@ -468,7 +494,7 @@ def spread_forks(eligible: Sequence[int], count: int, generator: torch.Generator
 def _window(
     explorer: Explorer, script: Script, geometry, seed: int, name: tuple, fork: int | None
 ) -> Window:
-    eligible = explorer.eligible_forks(script.blocks, geometry)
+    eligible = forks_of(explorer, script, geometry)
     if fork is None:
         fork = eligible[
             int(torch.randint(len(eligible), (), generator=stream(seed, *name, "fork")))

@@ -12,6 +12,7 @@ from typing import Any
 
 from kvpo.config import RunConfig
 from kvpo.generators.pipeline import Geometry
+from kvpo.method.explorers import forks_of
 from kvpo.method.objectives.interface import ReplayShape
 from kvpo.method.prompts import even_starts, starts_at
 from kvpo.method.rollout import own_frames
@@ -148,6 +149,8 @@ def scripts_of(config: RunConfig) -> list[Script]:
     """Scripts of the recipe's shape: of so many prompts, or of one to four where that is drawn."""
     blocks = config.data.blocks
     counts = [config.data.segments] if config.data.segments else [1, 2, 3, 4]
+    if getattr(config.exploring, "at_switches", False):
+        counts = [n for n in counts if n > 1]
     starts = [
         starts_at(config.data.switches, n) if config.data.switches else even_starts(n, blocks)
         for n in counts
@@ -201,7 +204,7 @@ def amounts(
     passes = max(parts, -(-velocities // config.rows_per_pass) if config.rows_per_pass else parts)
     found, lasts = [], []
     for script in scripts_of(config):
-        eligible = config.exploring.eligible_forks(script.blocks, g)
+        eligible = forks_of(config.exploring, script, g)
         lasts += last_forks(eligible, config.rollout.forks)
         for fork in eligible:
             window = Window(fork, P)
@@ -252,12 +255,12 @@ def own_past(config: RunConfig, geometry: Geometry) -> tuple[int, int]:
     rollout = max(
         own_frames(g, s, Window(f, P))
         for s in scripts_of(config)
-        for f in config.exploring.eligible_forks(s.blocks, g)
+        for f in forks_of(config.exploring, s, g)
     )
     switched = any(
         s.segment(b) != s.segment(b - 1)
         for s in scripts_of(config)
-        for f in config.exploring.eligible_forks(s.blocks, g)
+        for f in forks_of(config.exploring, s, g)
         for b in range(f + 1, f + P)
     )
     return rollout, (P - 1) * g.block + (g.window if switched and g.window > 0 else 0)

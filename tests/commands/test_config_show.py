@@ -54,9 +54,16 @@ def test_every_setting_says_what_it_is():
 def test_sections_that_are_not_chosen_are_left_out(capsys):
     some, everything = shown(capsys, "mini"), shown(capsys, "mini", "--all")
     left_out = {name.partition(".")[0] for name in {*everything} - {*some}}
-    assert left_out == {"start_noise", "renoise", "sde", "best_of", "denoised_energy"}
+    assert left_out == {"start_noise", "renoise", "sde", "best_of", "prompt", "denoised_energy"}
     other = replace(RunConfig(), surrogate="denoised_energy")
-    assert unused_sections(other) == ["best_of", "renoise", "sde", "start_noise", "velocity_energy"]
+    assert unused_sections(other) == [
+        "best_of",
+        "prompt",
+        "renoise",
+        "sde",
+        "start_noise",
+        "velocity_energy",
+    ]
 
 
 def test_a_reward_is_its_name_and_what_is_unusual():
