@@ -31,7 +31,7 @@ from kvpo.method.objectives.kinds import OBJECTIVES
 from kvpo.report.compare import read_runs, text_table, write_comparison
 
 EXPLORERS = ("kv_routing", "start_noise", "renoise", "sde")
-"""Those that can have windows of one block anywhere: not `best_of` and `prompt`."""
+"""Explorers that can have windows of one block anywhere: not `best_of` and `prompt`."""
 SAMPLERS = {"sde": "ode"}
 """Explorer -> its sampler; the others have the recipe's. Gains are over the same sampler's start."""
 RATES = (1.0e-4, 3.0e-4, 9.0e-4)

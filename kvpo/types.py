@@ -119,7 +119,7 @@ class BranchPlan:
 
     @property
     def differ(self) -> str:
-        """What sets the branch apart from the anchor, in words."""
+        """Words for what sets the branch apart from the anchor."""
         if self.prompt_shift:
             return "how far their prompt is moved away from the one before"
         if self.step_noise:

@@ -40,7 +40,7 @@ class BestOf:
             )
 
     def of(self, blocks: int) -> BestOf:
-        """The same for videos of ``blocks`` blocks, with its number of blocks named."""
+        """Name the number of blocks for videos of ``blocks`` blocks."""
         return self if self.window_blocks else replace(self, window_blocks=blocks)
 
     def eligible_forks(self, blocks: int, geometry: Geometry) -> list[int]:

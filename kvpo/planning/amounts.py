@@ -32,7 +32,7 @@ def rows_of(config: RunConfig) -> int:
 
 
 def shape_of(config: RunConfig, geometry: Geometry) -> ReplayShape:
-    """What the recipe's objective replays of a group."""
+    """Velocities that the recipe's objective replays of a group."""
     return config.objective.shape(config.exploring, config.energy, geometry.sigmas)
 
 

@@ -28,7 +28,8 @@ def shown(capsys, *argv: str) -> dict[str, list[str]]:
     lines = capsys.readouterr().out.splitlines()
     starts = [lines[0].index(head) for head in ("setting", "value", "default", "what it is")]
     spans = list(zip(starts, [*starts[1:], None]))
-    cells = [[line[a:b].strip() for a, b in spans] for line in lines[1:]]
+    rows = [line for line in lines[1:] if not line.startswith("not used by this recipe: ")]
+    cells = [[line[a:b].strip() for a, b in spans] for line in rows]
     return {name: rest for name, *rest in cells}
 
 

@@ -46,7 +46,7 @@ def test_shifts_are_spread_over_their_range(pipeline):
 
 def test_forks_are_at_switches_only(pipeline):
     geometry = pipeline.geometry
-    assert forks_of(EXPLORER, story(8, 3, 5, 7), geometry) == [3, 5]
+    assert forks_of(EXPLORER, story(8, 5, 7), geometry) == [5]
     assert new_rollout(pipeline, story(6, 4), EXPLORER).window == Window(4, 2)
     with pytest.raises(ValueError, match=r"block 2 can not be a fork.*eligible are \[3, 4\]"):
         new_rollout(pipeline, SCRIPT, EXPLORER, fork=2)

@@ -61,7 +61,7 @@ class GroupUpdate:
 
 @dataclass(frozen=True)
 class ReplayShape:
-    """What an objective replays of a group, for `kvpo plan`."""
+    """Velocities that an objective replays of a group, for `kvpo plan`."""
 
     steps: int
     """Velocities of every block that each member has replayed."""
@@ -100,7 +100,7 @@ class Objective(Protocol):
     def shape(
         self, explorer: Explorer, surrogate: Surrogate, sigmas: Sequence[float]
     ) -> ReplayShape:
-        """What it replays of a group that this explorer makes."""
+        """Say what is replayed of a group that this explorer makes."""
         ...
 
     def add(

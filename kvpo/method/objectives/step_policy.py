@@ -74,7 +74,7 @@ class StepObjective:
     def shape(
         self, explorer: Explorer, surrogate: Surrogate, sigmas: Sequence[float]
     ) -> ReplayShape:
-        """Those steps alone; old velocities are the rollout's."""
+        """Replay those steps alone; old velocities are the rollout's."""
         steps = self.stochastic(explorer, sigmas)
         alike = 0 in steps and not explorer.independent
         return ReplayShape(len(steps), alike, anew=True, copies=1)
