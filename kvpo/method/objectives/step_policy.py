@@ -146,14 +146,16 @@ class Transitions:
     def __init__(self, replay: Replay, steps: Mapping[int, GaussianStep]):
         """Plan the replay of ``steps``: number of a denoise step -> what it is."""
         trajectory = replay.rollout.trajectory
+        inputs, velocities = trajectory.inputs, trajectory.velocities
+        assert inputs is not None and velocities is not None, "the objective needs them"
         self.steps = steps
         self.terms = replay.rollout.window.blocks * len(steps)
         """Steps of every branch that count."""
-        self.recorded_velocities = trajectory.velocities
-        self.results = trajectory.inputs.roll(-1, dims=2)
+        self.recorded_velocities = velocities
+        self.results = inputs.roll(-1, dims=2)
         """x'_BPSFCHW: the next step's input."""
         sigmas = [float(s) for s in replay.pipeline.geometry.sigmas]
-        self.replay: WindowReplay = replay.at(trajectory.inputs, sigmas, list(steps))
+        self.replay: WindowReplay = replay.at(inputs, sigmas, list(steps))
 
     def recorded(self, rows) -> torch.Tensor:
         """u_RFCHW, velocities of the weights that rolled out."""
