@@ -314,7 +314,7 @@ def explore(
     generator: str | Path | Pipeline | None = None,
     *,
     script: int | Script = 0,
-    by: Literal["recipe", "kv_routing", "start_noise", "renoise"] = "recipe",
+    by: Literal["recipe", "kv_routing", "start_noise", "renoise", "sde", "prompt"] = "recipe",
     fork: int | None = None,
     **settings: Any,
 ) -> Exploration:
@@ -337,9 +337,9 @@ def explore(
     >>> found.pixels.shape, [len(plan.frames) for plan in found.plans]
     (torch.Size([3, 24, 3, 64, 64]), [4, 4, 0])
     """
-    if by not in ("recipe", "kv_routing", "start_noise", "renoise"):
+    if by not in ("recipe", "kv_routing", "start_noise", "renoise", "sde", "prompt"):
         raise ValueError(
-            f"by = {by!r} is no explorer; use recipe, kv_routing, start_noise or renoise"
+            f"by = {by!r} is no explorer; use recipe, kv_routing, start_noise, renoise, sde or prompt"
         )
     with _preparing:
         config = settle(recipe, settings)

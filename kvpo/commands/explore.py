@@ -37,9 +37,9 @@ class Explore:
     """Generator: pipeline folder, mini or a run; default: the recipe's pipeline."""
     script: int = 0
     """Number of the story among the recipe's evaluation scripts."""
-    by: Literal["recipe", "kv_routing", "start_noise", "renoise"] = "recipe"
+    by: Literal["recipe", "kv_routing", "start_noise", "renoise", "sde", "prompt"] = "recipe"
     """Explorer, in the window of the recipe's.
-    start_noise and renoise can be shown, but not trained by an energy."""
+    start_noise, renoise and sde can be shown, but not trained by an energy."""
     fork: int = -1
     """Fork block; -1 = the one of a few where the recipe's branches look most different.
     Only eligible blocks are tried. It is the same for every explorer."""
@@ -164,7 +164,9 @@ class Look:
             rollout = self.rolled(explorer, fork, lambda window: window.stop)
             return window_diversity(self.pipeline, rollout)
 
-        forks = explorer.eligible_forks(self.script.blocks, self.pipeline.geometry)
+        from kvpo.method.explorers import forks_of
+
+        forks = forks_of(explorer, self.script, self.pipeline.geometry)
         return widest_fork(forks, tries, diversity, self.progress)
 
     def show(self, rollout: Rollout, explorer: Explorer, out: Path, said: str) -> None:

@@ -22,7 +22,7 @@ from kvpo.generators.pipeline import Pipeline, pixel_span
 from kvpo.generators.readable import check_prompts
 from kvpo.generators.sampler import SAMPLERS
 from kvpo.method.agreement import Agreement
-from kvpo.method.explorers import Explorer
+from kvpo.method.explorers import Explorer, forks_of
 from kvpo.method.prompts import PromptSet
 from kvpo.method.rollout import (
     Name,
@@ -76,6 +76,8 @@ class Parts:
             self.pipeline = self._load_pipeline()
         geometry = self.pipeline.geometry
         check_room(config.exploring, config.rollout, config.data.blocks, geometry)
+        for script in self._written_scripts():
+            forks_of(config.exploring, script, geometry)
         config.energy.step_weights(geometry.sigmas)  # refused here where they do not fit its steps
         config.velocity_penalty.check(geometry)
         self.sampler = SAMPLERS[config.sampler]
@@ -174,7 +176,7 @@ class Parts:
         drawn_for: Name = ("train", step)
         if not config.rollout.alike_forks:
             drawn_for = (*drawn_for, of_script)
-        eligible = config.exploring.eligible_forks(script.blocks, self.pipeline.geometry)
+        eligible = forks_of(config.exploring, script, self.pipeline.geometry)
         generator = stream(config.seed, *drawn_for, "forks")
         return spread_forks(eligible, config.rollout.forks, generator)[group // config.stories]
 
@@ -251,7 +253,7 @@ class Parts:
     def _held(self, script: Script, generator: torch.Generator, fork: int) -> list[int]:
         """Opening blocks of a group that the velocity penalty holds."""
         config, geometry = self.config, self.pipeline.geometry
-        opening = config.exploring.eligible_forks(script.blocks, geometry)[0]
+        opening = forks_of(config.exploring, script, geometry)[0]
         return config.velocity_penalty.draw(
             script, fork, opening, geometry, config.rollout.cache_frames, generator
         )
