@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ from kvpo.convert.wan_base import arguments
 from kvpo.generators.causal_wan import CausalWan
 from kvpo.generators.memory import Bank
 from kvpo.generators.pipeline import Geometry
-from kvpo.generators.streaming import StreamingDecoder, receptive_field
+from kvpo.generators.preview import RELEASED, Layout, Preview, layout_of
+from kvpo.generators.streaming import FrameDecoder, StreamingDecoder, VaeFrames
 from kvpo.planning.amounts import decoded_together, replay_rows, side_by_side
 from kvpo.planning.peak import Ledger, cost, fake, flops
 from kvpo.policy.adapters import Adapters
@@ -110,6 +112,19 @@ class Pass:
 
 
 @dataclass(frozen=True)
+class Decoding:
+    """Cost of a decoder; of its work by latent frame."""
+
+    weights: int
+    """Bytes."""
+    field: int
+    """Latent frames before a frame that its pixels of it depend on."""
+    prefix: Pass
+    rows: Pass
+    """Cost of a latent frame in `Costs.rows` rows; its bytes include the decoder's state."""
+
+
+@dataclass(frozen=True)
 class Costs:
     """Bytes and operations of the parts of a step, at the recipe's shapes."""
 
@@ -127,17 +142,20 @@ class Costs:
     replay: Pass
     gradient: Pass
     """Cost of a pass with gradient, without the gradients themselves."""
-    decode_prefix: Pass
-    decode_rows: Pass
-    """Cost of decoding per latent frame; its bytes include the decoder's state."""
+    full: Decoding
+    """The VAE's decoder; its weights are ``vae``, the encoder's with them."""
+    preview: Decoding | None
+    """The recipe's preview decoder, or the released one that it could have; None: there is none."""
     rows: Mapping[str, int]
     """Part -> rows it was run with."""
-    field: int
-    """Latent frames before a frame that the decoder's pixels of it depend on."""
     bare: float = 1.0
     """Operations of a pass without the adapter, of those with it."""
     maps: int = 0
     """Bytes of the maps that have an adapter."""
+
+    def decoding(self, config: RunConfig) -> Decoding:
+        """Cost of the decoder that a group is scored with."""
+        return self.preview if config.score.preview and self.preview else self.full
 
     def with_trainable(self, share: float) -> Costs:
         """Costs if ``share`` times as many numbers were trained."""
@@ -157,6 +175,8 @@ def costs(config: RunConfig, sizes: Sizes) -> Costs:
             (lambda: UMT5EncoderModel(UMT5Config(**sizes.text)), dtype),
         )
     )
+    layout = _preview_layout(config, sizes)
+    small = None if layout is None else on_meta(lambda: Preview(layout), vae_dtype)
     weights = _bytes(model.parameters())
     policy = on_meta(lambda: Policy(model, config.policy, config.seed), dtype)
     sets = (
@@ -182,7 +202,11 @@ def costs(config: RunConfig, sizes: Sizes) -> Costs:
             _velocity(model, cache, sizes, R).square().mean().backward()
         grad = Pass(max(0, gradient.bytes - 4 * policy.num_trainable), counted.get_total_flops())
         decoded = decoded_together(config)
-        decoding = [decoding_of(ledger, vae, sizes, n) for n in (1, decoded)]
+        full = _decoding(ledger, VaeFrames(vae), vae, sizes, decoded)
+        preview = None
+        if small is not None:
+            materialise(small.requires_grad_(False))
+            preview = _decoding(ledger, small, small, sizes, decoded)
         bare, maps = _without_adapter(policy, lambda: _forward(ledger, model, cache, sizes, 1))
         rows = {"branches": B, "replay": R, "gradient": R, "decode_rows": decoded}
         return Costs(
@@ -194,12 +218,34 @@ def costs(config: RunConfig, sizes: Sizes) -> Costs:
             cache.nbytes // cache.capacity,
             *forward,
             grad,
-            *decoding,
+            full,
+            preview,
             rows,
-            receptive_field(vae),
             bare,
             maps,
         )
+
+
+def _preview_layout(config: RunConfig, sizes: Sizes) -> Layout | None:
+    """Layout of the recipe's preview decoder where its file is there.
+
+    Else that of the released file for the generator's latents; None where there is none.
+    """
+    path = Path(config.score.preview)
+    if config.score.preview and path.is_file():
+        layout = layout_of(path)
+        layout.check(sizes.vae, str(path))
+        return layout
+    latents = sizes.vae.get("z_dim", 16)
+    wan = sizes.vae.get("base_dim", 96) >= 96  # the width of Wan's own VAEs
+    return Layout(latents, 2 if latents == 48 else 1) if wan and latents in RELEASED else None
+
+
+def _decoding(
+    ledger: Ledger, network: FrameDecoder, module: torch.nn.Module, sizes: Sizes, rows: int
+) -> Decoding:
+    prefix, many = (decoding_of(ledger, network, sizes, n) for n in (1, rows))
+    return Decoding(_bytes(module.parameters()), network.field, prefix, many)
 
 
 def _without_adapter(policy: Policy, forward: Callable[[], Pass]) -> tuple[float, int]:
@@ -272,14 +318,15 @@ def _forward(ledger: Ledger, model: CausalWan, cache, sizes: Sizes, rows: int) -
 
 
 @torch.no_grad()
-def decoding_of(ledger: Ledger, vae: AutoencoderKLWan, sizes: Sizes, rows: int) -> Pass:
+def decoding_of(ledger: Ledger, network: FrameDecoder, sizes: Sizes, rows: int) -> Pass:
     """Cost of decoding a latent frame in the middle of a video.
 
-    The bytes are the state's and the activations'. A row alone counts as half of two: on a CPU it
-    is decoded as two.
+    The bytes are the state's and the activations'. A row alone counts as half of two: on a CPU the
+    VAE decodes it as two.
     """
-    g, decoder, many = sizes.geometry, StreamingDecoder(vae), max(rows, 2)
-    latents = torch.zeros(many, 1, vae.config.z_dim, g.latent_height, g.latent_width)
+    g, decoder, many = sizes.geometry, StreamingDecoder(network), max(rows, 2)
+    channels = sizes.vae.get("z_dim", 16)
+    latents = torch.zeros(many, 1, channels, g.latent_height, g.latent_width)
     with cost(ledger) as found:
         for _ in range(2):
             decoder(latents)
@@ -293,4 +340,4 @@ def fake_decoding(sizes: Sizes, dtype: torch.dtype, rows: int) -> Pass:
     vae = on_meta(lambda: AutoencoderKLWan(**sizes.vae), dtype)
     with fake() as ledger:
         materialise(vae.requires_grad_(False))
-        return decoding_of(ledger, vae, sizes, rows)
+        return decoding_of(ledger, VaeFrames(vae), sizes, rows)

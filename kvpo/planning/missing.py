@@ -16,6 +16,7 @@ from kvpo.common.trackers import check_installed
 from kvpo.config import RunConfig
 from kvpo.convert.import_released import FORMATS
 from kvpo.generators.pipeline import check_folder
+from kvpo.generators.preview import check_there
 from kvpo.rewards.isolated.environments import python_of
 from kvpo.rewards.measured import require
 from kvpo.rewards.pretrained.released import HUB_ID, find
@@ -60,6 +61,8 @@ def missing(config: RunConfig, download: bool = True) -> list[Fault]:
     evaluated = config.evaluate.prompts or config.data.prompts
     checks += [lambda: _prompts(evaluated, lambda: evaluation_scripts(config))]
     checks += [lambda: _clips(config.calibration_clips)]
+    if config.score.preview:
+        checks += [lambda: check_there(Path(config.score.preview))]
     found: dict[str, Fault] = {}
     for check in checks:
         try:

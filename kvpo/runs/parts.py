@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 
@@ -19,6 +20,7 @@ from kvpo.distributed.ranks import Ranks
 from kvpo.generators.backends import use_backend
 from kvpo.generators.embeddings import load_with_texts
 from kvpo.generators.pipeline import Pipeline
+from kvpo.generators.preview import read_preview
 from kvpo.generators.readable import check_prompts
 from kvpo.generators.sampler import SAMPLERS
 from kvpo.method.agreement import Agreement
@@ -62,6 +64,9 @@ class Parts:
 
         # What a user may have got wrong is read before the generator is loaded, and nothing is
         # left to show itself after the training.
+        preview = None
+        if config.score.preview:
+            preview = read_preview(Path(config.score.preview), folder_of(config.pipeline))
         with progress.timed("loading the rewards"):
             self.judges, self.advantages = judges(config, self.device)
         self.rewards = trained(self.judges)
@@ -72,6 +77,8 @@ class Parts:
 
         with progress.timed("loading the generator"):
             self.pipeline = self._load_pipeline()
+        if preview is not None:
+            self.pipeline.preview = preview.to(self.device, getattr(torch, config.vae_dtype))
         geometry = self.pipeline.geometry
         check_room(config.exploring, config.rollout, config.data.blocks, geometry)
         config.energy.step_weights(geometry.sigmas)  # refused here where they do not fit its steps

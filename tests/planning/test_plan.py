@@ -349,7 +349,7 @@ def test_savings_are_those_of_the_changed_recipe(folder):
     assert "--objective.kl-beta 0.0 --objective.no-kl-watch" in saved
 
     def flops(config):
-        counted = amounts(config, sizes.geometry, 1, found.field)
+        counted = amounts(config, sizes.geometry, 1, found.full.field)
         return sum(work(config, sizes, found, counted).values())
 
     fewer = with_changes(config, {"pairs.count": 4})
@@ -429,6 +429,7 @@ def test_a_recipe_at_full_size_without_weights(capsys):
         code == 0
         and "Wan2.1-1.3B as `kvpo import --format longlive` would write it" in out
         and "It fits." in out
+        and "--score.preview taew2_1.safetensors" in out
     )
 
 
