@@ -18,6 +18,7 @@ from kvpo.common.timing import Phases
 from kvpo.config import RunConfig
 from kvpo.distributed.ranks import Ranks
 from kvpo.generators.backends import use_backend
+from kvpo.generators.compiled import compile_blocks
 from kvpo.generators.embeddings import load_with_texts
 from kvpo.generators.pipeline import Pipeline
 from kvpo.generators.preview import read_preview
@@ -87,6 +88,8 @@ class Parts:
         use_backend(self.pipeline.generator, config.attention)
         if config.gradient_checkpointing:
             self.pipeline.generator.transformer.enable_gradient_checkpointing()
+        if config.compile:
+            compile_blocks(self.pipeline.generator)
 
         self.policy = Policy(self.pipeline.generator, config.policy, config.seed, self.ranks)
         self.agreement = Agreement(config.agreement)
