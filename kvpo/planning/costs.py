@@ -48,6 +48,32 @@ WAN_1_3B = {
     "eps": 1e-6,
 }
 WAN_14B = WAN_1_3B | {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}
+WAN_5B = WAN_1_3B | {
+    "num_attention_heads": 24,
+    "in_channels": 48,
+    "out_channels": 48,
+    "ffn_dim": 14336,
+}
+"""Wan2.2-TI2V-5B."""
+VAE_2_2 = {
+    "base_dim": 160,
+    "decoder_base_dim": 256,
+    "z_dim": 48,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "is_residual": True,
+    "scale_factor_spatial": 16,
+    "latents_mean": [0.0] * 48,
+    "latents_std": [1.0] * 48,
+}
+"""VAE of Wan2.2-TI2V-5B; the latents' own mean and scale are no matter of cost."""
+BY_SIZE: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any], str]] = {
+    "1.3b": (WAN_1_3B, {}, "Wan2.1-1.3B"),
+    "14b": (WAN_14B, {}, "Wan2.1-14B"),
+    "5b": (WAN_5B, VAE_2_2, "Wan2.2-5B"),
+}
+"""Size -> transformer, VAE, name."""
 UMT5_XXL = {
     "vocab_size": 256384,
     "d_model": 4096,
@@ -93,13 +119,13 @@ def sizes_of(config: RunConfig, size: str = "") -> Sizes:
         raise FileNotFoundError(
             f"{folder} is no pipeline folder, and no format of `kvpo import` has its name; formats are {', '.join(FORMATS)}"
         )
-    wan = {"": WAN_1_3B, "1.3b": WAN_1_3B, "14b": WAN_14B}[size]
+    transformer, vae, name = BY_SIZE[size or FORMATS[folder.name].size]
     return Sizes(
-        wan,
-        {},
+        dict(transformer),
+        dict(vae),
         UMT5_XXL,
         FORMATS[folder.name].geometry,
-        f"Wan2.1-{(size or '1.3b').upper()} as `kvpo import --format {folder.name}` would write it ({folder} is not there)",
+        f"{name} as `kvpo import --format {folder.name}` would write it ({folder} is not there)",
     )
 
 
@@ -118,7 +144,7 @@ class Decoding:
     weights: int
     """Bytes."""
     field: int
-    """Latent frames before a frame that its pixels of it depend on."""
+    """Latent frames before a frame that the frame's pixels depend on."""
     prefix: Pass
     rows: Pass
     """Cost of a latent frame in `Costs.rows` rows; its bytes include the decoder's state."""

@@ -26,7 +26,6 @@ from kvpo.runs.loading import folder_of
 
 FIELDS = ("weights", "base", "head")
 """Parameters by which shipped rewards name files: a path or a hub id."""
-BASE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 
 Fault = ValueError | OSError
 
@@ -124,7 +123,7 @@ def _pipeline(folder: Path) -> None:
             raise
         raise FileNotFoundError(
             f"{folder} is no pipeline folder: it is not there; kvpo import --format {folder.name} "
-            f"FILE --base {BASE} {folder} writes it from a file of {FORMATS[folder.name].source}"
+            f"FILE --base {FORMATS[folder.name].base} {folder} writes it from a file of {FORMATS[folder.name].source}"
         ) from error
 
 

@@ -27,7 +27,7 @@ from kvpo.planning.amounts import (
     with_changes,
 )
 from kvpo.planning.cards import CARDS, sold_as
-from kvpo.planning.costs import WAN_1_3B, WAN_14B, costs, sizes_of
+from kvpo.planning.costs import WAN_1_3B, WAN_5B, WAN_14B, costs, sizes_of
 from kvpo.planning.peak import Ledger, cost, fake, flops
 from kvpo.planning.plan import (
     SWITCHES,
@@ -277,6 +277,17 @@ def test_shapes_of_14b_construct_without_memory():
     assert sum(p.numel() for p in new_transformer(WAN_14B).parameters()) == pytest.approx(
         14.3e9, rel=0.01
     )
+
+
+def test_shapes_of_5b_construct_without_memory():
+    """Wan2.2-TI2V-5B, which its own format names."""
+    assert sum(p.numel() for p in new_transformer(WAN_5B).parameters()) == pytest.approx(
+        5.0e9, rel=0.01
+    )
+    sizes = sizes_of(load_config(recipe_path("longlive_2")))
+    assert sizes.transformer == WAN_5B and sizes.vae["z_dim"] == 48
+    assert sizes.source.startswith("Wan2.2-5B as `kvpo import --format longlive-2`")
+    assert sizes_of(load_config(recipe_path("krea"))).transformer == WAN_14B
 
 
 # --- What is not done ---
