@@ -213,7 +213,8 @@ def costs(config: RunConfig, sizes: Sizes) -> Costs:
     if config.policy.train == "full" and config.dtype == "float32":
         sets -= _bytes(policy.parameters)  # they are the module's own
     with fake() as ledger:
-        materialise(model), materialise(vae.requires_grad_(False))
+        materialise(model)
+        materialise(vae.requires_grad_(False))
         masters = [master_of(p) for p in model.parameters() if p.requires_grad]  # noqa: F841, they collect the gradients
         if config.gradient_checkpointing:
             model.transformer.enable_gradient_checkpointing()
@@ -221,7 +222,7 @@ def costs(config: RunConfig, sizes: Sizes) -> Costs:
             2 * g.block + max(g.window, g.sink), g.latent_height, g.latent_width, sink=g.sink
         )
         cache.bank = Bank.empty(cache.k, g.bank_keep) if g.bank else None
-        forward = [_forward(ledger, model, cache, sizes, n) for n in (1, B, R)]
+        row, branches, replay = (_forward(ledger, model, cache, sizes, n) for n in (1, B, R))
         with cost(ledger) as gradient:
             _velocity(model, cache, sizes, R).square().mean().backward()
         with flops() as counted:  # once more: the counter keeps activations alive
@@ -242,7 +243,9 @@ def costs(config: RunConfig, sizes: Sizes) -> Costs:
             policy.num_trainable,
             sets,
             cache.nbytes // cache.capacity,
-            *forward,
+            row,
+            branches,
+            replay,
             grad,
             full,
             preview,
