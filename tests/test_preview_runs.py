@@ -94,6 +94,16 @@ def test_ranks_of_a_preview_with_the_vae_s(alignment):
     assert same.pixels == 0.0 and list(same.ranks.values()) == pytest.approx([1.0] * 4)
 
 
+def test_the_doctor_gives_a_line_for_each_reward_and_signal(capsys, folder, file, tmp_path):
+    content = settings(folder, score=CLIPS | {"preview": str(file)})
+    assert cli.main(["doctor", write_recipe(tmp_path / "r.yaml", content)]) == 0
+    said = capsys.readouterr().out
+    for signal in ("local", "global"):
+        for reward in ("Warmth", "Change"):
+            assert f"preview decoder: ranks of {reward}, {signal}, with the VAE's" in said
+    assert "all invariants hold" in said
+
+
 def test_the_benchmark_takes_the_mean_over_groups(alignment):
     module = load("preview")
     found = module.measured(alignment, 2, Progress())
