@@ -224,7 +224,20 @@ One group a card and step, the recipe `longlive`. A step is its slowest group, t
 
 TAIL = """
 What follows from it: forks differ, so groups do, and waiting for the slowest costs about a quarter of a step, more than all messages in every row; 10 Gb/s Ethernet is enough for adapters. Four groups a rank (`groups` four times the ranks)
-halve that wait on one node and take a third off it on sixteen; the price is larger steps."""
+halve that wait on one node and take a third off it on sixteen; the price is larger steps.
+
+## FSDP2 instead of own gathering: what stands against it
+
+`policy.shard` uses FSDP2 for the layout of the masters only ([kvpo/policy/sharding.py](../kvpo/policy/sharding.py)); whole weights are gathered once a step. To let FSDP2 gather them block by block, in every pass:
+
+- Ranks make unequally many passes: forks differ, stories end, groups are skipped. A pass of FSDP2 waits for the same pass of all ranks, so each rank would have to make as many dummy passes as the slowest makes real ones. Whole weights cost memory instead: 2 bytes a number in bfloat16.
+- It wants one dtype of what it trains in a block. Wan's blocks hold norms and modulation in float32 among bfloat16 maps, so full training would need two groups of parameters a block, or float32 maps.
+- Rollouts swap in other sets of weights (behaviour, reference, average, merged adapters) by giving parameters other memory. Under FSDP2 each swap would be one of shards and a new gathering.
+- Our loop calls the blocks, not the transformer's forward, where the root's hooks sit; the root would have to be `CausalWan`.
+- With it, activation checkpointing gathers every block twice in the backward pass, once to recompute.
+
+What it would bring: weights of 14B in bfloat16 are 28 GB of a card, and full training of them does not fit unsharded. For adapters it brings nothing.
+"""
 
 
 def page(result: dict) -> str:

@@ -108,6 +108,8 @@ SECTIONS = {
         "commands/align.py",
         "commands/report.py",
         "report",
+        "doctor/preview_ranks.py",
+        "generators/preview.py",
         "generators/streaming.py",
     ),
     "Machines and disks": (

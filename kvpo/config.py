@@ -86,6 +86,10 @@ class RunConfig:
     attention: Literal["sdpa", "cudnn", "efficient", "math", "flash", "flash3"] = "sdpa"
     """Kernel of the generator's attention; `sdpa`: torch's choice.
     `flash` and `flash3` need a GPU and their packages. A run's numbers differ by rounding."""
+    compile: bool = False
+    """Compile the transformer's blocks (torch.compile).
+    The first step then takes minutes longer, and so does the first call of every new shape. A run's
+    numbers differ by rounding. Not with `policy.shard`."""
     seed: int = 0
     """Names all random streams of the run: scripts, forks, plans, noise, adapter."""
     steps: int = 60
@@ -199,6 +203,10 @@ class RunConfig:
             )
         if not self.patience > 0.0:
             raise ValueError(f"patience = {self.patience} must be positive")
+        if self.compile and self.policy.shard:
+            raise ValueError(
+                "compile can not be paired with policy.shard: the two together have not been tried; set one of them"
+            )
         if self.shuffle_advantages and self.zero_advantages:
             raise ValueError(
                 "shuffle_advantages and zero_advantages are two controls, but a run can be one of them; set only one"

@@ -15,6 +15,7 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
 from kvpo.common.rng import normal, stream
 from kvpo.config import RunConfig
+from kvpo.convert.import_released import LONGLIVE_2
 from kvpo.generators.backends import use_backend
 from kvpo.generators.causal_wan import CausalWan
 from kvpo.generators.pipeline import Geometry, Pipeline
@@ -22,7 +23,7 @@ from kvpo.generators.sampler import SAMPLERS
 from kvpo.method.routing import KVRouting
 from kvpo.method.settings import RolloutConfig
 from kvpo.method.update import Updater
-from kvpo.planning.costs import UMT5_XXL, WAN_1_3B, WAN_14B, Sizes, sizes_of
+from kvpo.planning.costs import UMT5_XXL, VAE_2_2, WAN_1_3B, WAN_5B, WAN_14B, Sizes, sizes_of
 from kvpo.policy.policy import Policy
 from kvpo.policy.settings import PolicyConfig
 from kvpo.runs.loading import pipeline_folder
@@ -52,6 +53,7 @@ TINY_GEOMETRY = replace(WAN_GEOMETRY, latent_height=4, latent_width=4, text_leng
 NAMED: Mapping[str, Sizes] = {
     "tiny": Sizes(WAN_1_3B | TINY, TINY_VAE, UMT5_XXL, TINY_GEOMETRY, "tiny"),
     "wan-1.3b": Sizes(WAN_1_3B, {}, UMT5_XXL, WAN_GEOMETRY, "wan-1.3b"),
+    "wan-5b": Sizes(WAN_5B, VAE_2_2, UMT5_XXL, LONGLIVE_2, "wan-5b"),
     "wan-14b": Sizes(WAN_14B, {}, UMT5_XXL, WAN_GEOMETRY, "wan-14b"),
 }
 """Sizes that need no folder; `tiny` is for a CPU and for tests."""

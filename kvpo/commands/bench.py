@@ -19,7 +19,7 @@ class Bench:
     """
 
     generator: Positional[str]
-    """A size (tiny, wan-1.3b, wan-14b), or a generator for its shape: a folder, a run, mini."""
+    """A size (tiny, wan-1.3b, wan-5b, wan-14b), or a generator for its shape: a folder, a run, mini."""
     device: str = "auto"
     """`cpu`, `cuda`, or `auto`: a GPU if there is one."""
     dtype: Literal["", "float32", "bfloat16"] = ""

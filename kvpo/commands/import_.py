@@ -35,14 +35,16 @@ class Import:
         "longlive",
         "memflow",
         "kvpo",
+        "krea",
+        "longlive-2",
     ]
     """Family of the checkpoint.
     It decides how the generator streams, and which of the weights in the file are taken.
     causal-forcing is its chunk-wise model, unless the file's name says framewise, 2step or 1step.
     kvpo: the paper's own on LongLive; its MemFlow ones are memflow. What is assumed is printed."""
     base: str
-    """Wan2.1 itself, for text encoder, VAE and sizes.
-    A folder in diffusers or original layout, or a hub id."""
+    """Wan2.1 itself, for text encoder, VAE and sizes; for longlive-2 Wan2.2-TI2V-5B.
+    A folder in diffusers or original layout (of Wan2.2 in diffusers layout), or a hub id."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of the transformer's large matrices in the folder."""
     which: Annotated[str, tyro.conf.arg(aliases=["--weights"])] = ""
@@ -65,9 +67,9 @@ class Import:
     window: int | None = None
     """Latent frames a block reads in all; default: the format's."""
     latent_height: int | None = None
-    """Default 60: 480 pixels."""
+    """Default: the format's, 60 (480 pixels) for Wan2.1."""
     latent_width: int | None = None
-    """Default 104: 832 pixels."""
+    """Default: the format's, 104 (832 pixels) for Wan2.1."""
 
     def __call__(self) -> None:
         if len(self.paths) < 2:

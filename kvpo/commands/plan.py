@@ -51,8 +51,9 @@ class Plan:
     """GB of one card, as sold; 0 = the card's."""
     price: float = 0.0
     """Euros an hour of one card; 0 = no price is said."""
-    size: Literal["", "1.3b", "14b"] = ""
-    """Plan as if the generator had this size; default: that of the recipe's pipeline folder."""
+    size: Literal["", "1.3b", "5b", "14b"] = ""
+    """Plan as if the generator had this size; default: that of the recipe's pipeline folder.
+    5b is Wan2.2's, with its VAE."""
     out: Path | None = None
     """File to write everything to as JSON; default: none."""
 

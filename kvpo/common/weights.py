@@ -68,8 +68,8 @@ def account(
 ) -> None:
     """Check that exactly the ``wanted`` tensors were found.
 
-    Raises ValueError with the ``way_out`` that lists every tensor missing from ``found``, more than asked for, or of
-    another shape.
+    Raises ValueError with the ``way_out`` that lists every tensor missing from ``found``, more than
+    asked for, or of another shape.
     """
     faults = {
         "missing": sorted(wanted.keys() - found.keys()),

@@ -46,6 +46,14 @@ class Format:
 
     It holds where only its family's name was given: framewise/causal_forcing.pt.
     """
+    size: str = "1.3b"
+    """Size of the base, as `kvpo plan --size` names it."""
+    base: str = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+    """Hub id of the base that it was trained from."""
+    scale: int = 8
+    """Rows and columns of pixels that the base's VAE makes of a latent."""
+    otherwise: str = ""
+    """Difference of its own inference from what is done here; "" = none that is known."""
 
 
 WAN = Geometry(
@@ -63,6 +71,10 @@ The models of fewer steps denoise a video's first block in four all the same.
 """
 MEMFLOW = replace(LONGLIVE, bank=3, bank_every=3)
 """Sparse memory activation (`bank_keep` in streaming.json) is off in its released configuration."""
+LONGLIVE_2 = Geometry(
+    block=8, sink=8, window=32, latent_height=44, latent_width=80, fps=24, text_length=512
+)
+"""Geometry of 704 x 1280 pixels on Wan2.2-TI2V-5B, whose VAE makes 16 x 16 of a latent."""
 UNKNOWN = "not known here; see the source"
 CAUSAL_FORCING = "https://huggingface.co/zhuhz22/Causal-Forcing"
 EMA = ("generator_ema", "generator", "model")
@@ -106,6 +118,25 @@ FORMATS: Mapping[str, Format] = {
         Format("longlive", "https://github.com/NVlabs/LongLive", UNKNOWN, LONGLIVE),
         Format("memflow", "https://huggingface.co/KlingTeam/MemFlow", "Apache-2.0", MEMFLOW),
         Format("kvpo", "https://huggingface.co/Richard-ZZZZZ/KVPO", UNKNOWN, LONGLIVE),
+        Format(
+            "krea",
+            "https://huggingface.co/krea/krea-realtime-video",
+            UNKNOWN,
+            replace(WAN, window=6),
+            size="14b",
+            base="Wan-AI/Wan2.1-T2V-14B-Diffusers",
+            otherwise="before every block it encodes the 3 frames that the block reads anew, the oldest of them from pixels; here the block reads the pages of the last 3 as they were written",
+        ),
+        Format(
+            "longlive-2",
+            "https://huggingface.co/Efficient-Large-Model/LongLive-2.0-5B",
+            UNKNOWN,
+            LONGLIVE_2,
+            size="5b",
+            base="Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+            scale=16,
+            otherwise="it solves with UniPC, and at a scene cut it pins a new sink and moves positions on by 8; here noise is added anew between steps (sampler ode: Euler), and the sink is the video's first block",
+        ),
     )
 }
 
@@ -170,8 +201,9 @@ def _assumed(kind: Format, geometry: Geometry) -> str:
     said = f"block {g.block}, steps {g.steps}{first}, sink {g.sink}, window {g.window}" + (
         f", memory bank {g.bank}" if g.bank else ""
     )
-    pixels = f"{8 * g.latent_height} x {8 * g.latent_width} pixels"
-    return f"taken for {kind.name}: {said}, {pixels}; the files do not say it, --block, --steps, --first-steps, --sink and --window do"
+    pixels = f"{kind.scale * g.latent_height} x {kind.scale * g.latent_width} pixels"
+    other = f"\n{kind.name}'s own inference differs: {kind.otherwise}" if kind.otherwise else ""
+    return f"taken for {kind.name}: {said}, {pixels}; the files do not say it, --block, --steps, --first-steps, --sink and --window do{other}"
 
 
 def _weights(
@@ -292,8 +324,8 @@ def _card(kind: Format, base: str, sources: Sequence[Source], dtype: torch.dtype
 A streaming text-to-video generator in diffusers layout, written by `kvpo import --format {kind.name}` (kvpo {version("kvpo")}). Transformer in {str(dtype).removeprefix("torch.")}, except what diffusers holds in float32.
 
 Weights from {kind.source}; licence of these weights, as stated there: {kind.licence}.
-Text encoder, tokenizer and VAE from Wan2.1 (`{base}`), Apache-2.0. The stricter licence governs this folder.
-
+Text encoder, tokenizer and VAE from {"Wan2.2" if kind.size == "5b" else "Wan2.1"} (`{base}`), Apache-2.0. The stricter licence governs this folder.
+{f"{chr(10)}Its own inference differs: {kind.otherwise}.{chr(10)}" if kind.otherwise else ""}
 | file | what | sha256 |
 |---|---|---|
 {files}

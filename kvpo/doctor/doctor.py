@@ -21,6 +21,7 @@ from kvpo.common.rng import normal
 from kvpo.common.timing import Phases
 from kvpo.config import RunConfig
 from kvpo.doctor.page_gradient import LeftOut, known, left_out, on_a_tiny_generator
+from kvpo.doctor.preview_ranks import preview_agreement
 from kvpo.doctor.step_effects import step_effects
 from kvpo.generators.cache import FrameCache, gather
 from kvpo.generators.causal_wan import CausalWan
@@ -263,6 +264,8 @@ def _rows(group: _Group, rollout: Rollout, tolerance: float) -> Iterator[Finding
     yield _at_most(
         "rows decoded on from the prefix: equal latents differ by", _decoded_apart(rollout), 0.0
     )
+    if group.run.pipeline.preview is not None:
+        yield from _preview(group.run, rollout)
     yield _at_most(
         "the anchor, replayed by the weights that made it: energy",
         float(group.replay(rollout, [rollout.num_branches]).energies()),
@@ -379,6 +382,18 @@ def _decoded_apart(rollout: Rollout) -> float:
     decoder = rollout.decoder()
     rows = rollout.latents[-1:, :1].expand(len(rollout.plans), -1, -1, -1, -1)
     return _spread(torch.cat([decoder.fork(len(rows))(rows) for _ in range(2)]).float())
+
+
+def _preview(run: Parts, rollout: Rollout) -> Iterator[Finding]:
+    """Give a line a reward and signal, which is no rule: what training on the preview follows."""
+    found = preview_agreement(run, rollout)
+    for (signal, name), rank in found.ranks.items():
+        yield Finding(
+            f"preview decoder: ranks of {name}, {signal}, with the VAE's",
+            rank,
+            f"1 = the same order of {len(rollout.plans)} rows; pixels differ by {found.pixels:.2f} of 255",
+            True,
+        )
 
 
 def _energies(explorer: Explorer, replay, rollout: Rollout, tolerance: float) -> Iterator[Finding]:

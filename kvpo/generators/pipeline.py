@@ -36,7 +36,8 @@ from kvpo.generators.causal_wan import CausalWan
 from kvpo.generators.flow import warped_sigmas
 from kvpo.generators.history import Deployed, MemoryBank, SinkWindow
 from kvpo.generators.memory import Bank
-from kvpo.generators.streaming import StreamingDecoder
+from kvpo.generators.preview import Preview
+from kvpo.generators.streaming import FrameDecoder, StreamingDecoder, VaeFrames
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
@@ -206,6 +207,11 @@ class Pipeline:
 
     `kvpo.api.functions.load` sets it.
     """
+    preview: Preview | None = None
+    """Small decoder of what is scored in training; None: the VAE's.
+
+    What is shown, evaluated and exported is decoded by the VAE in any case.
+    """
 
     @classmethod
     def load(
@@ -322,7 +328,12 @@ class Pipeline:
         )
 
     def decoder(self) -> StreamingDecoder:
-        return StreamingDecoder(self.vae)
+        return StreamingDecoder(VaeFrames(self.vae))
+
+    @property
+    def scoring(self) -> FrameDecoder:
+        """The network that decodes a group before it is scored."""
+        return VaeFrames(self.vae) if self.preview is None else self.preview
 
     def save(self, folder: str | Path) -> None:
         """Write the pipeline folder; the caller makes it atomic by moving it into place."""

@@ -1,11 +1,15 @@
 """Decoding of latents to pixels while they are generated.
 
-The causal VAE's decoder keeps its state outside the module.
+A decoder keeps its state outside its module, so that branches can go on from one state:
+
+    VaeFrames                           the generator's own causal VAE: what is shown and evaluated
+    kvpo.generators.preview.Preview     a small network in its place, for the rewards of training
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -57,6 +61,72 @@ def _in_time(vae: AutoencoderKLWan) -> Iterator[WanCausalConv3d | WanResample]:
     yield decoder.conv_out
 
 
+class FrameDecoder(Protocol):
+    """A network that decodes one latent frame after another."""
+
+    title: str
+    """Noun for errors, such as `VAE`."""
+    least_rows: int
+    """Rows that a CPU decodes in the time of one."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def field(self) -> int:
+        """Latent frames before a frame that its pixels depend on."""
+        ...
+
+    def blank(self) -> list:
+        """State before a video's first frame; an entry is a tensor [B, ...], or none yet."""
+        ...
+
+    def prepared(self, latents_BNCHW: torch.Tensor) -> torch.Tensor:
+        """Model latents -> what `frame` takes of them, [B, C, N, h, w] in the network's dtype."""
+        ...
+
+    def frame(self, z_BCNHW: torch.Tensor, state: list, first: bool) -> torch.Tensor:
+        """Pixels of one latent frame (N = 1), [B, 3, T, H, W] in [-1, 1] or a little beyond.
+
+        Entries of ``state`` are replaced and never written into. ``first``: it begins a video; T is
+        1 then, else 4 (in Wan's VAE).
+        """
+        ...
+
+
+class VaeFrames:
+    """The generator's own decoder."""
+
+    title = "VAE"
+    # For a single float32 row torch leaves oneDNN for a convolution that takes twice the time of
+    # two rows here.
+    least_rows = 2
+
+    def __init__(self, vae: AutoencoderKLWan):
+        self.vae = vae
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.vae.dtype
+
+    @property
+    def field(self) -> int:
+        return receptive_field(self.vae)
+
+    def blank(self) -> list:
+        return [None] * self.vae._cached_conv_counts["decoder"]
+
+    def prepared(self, latents_BNCHW: torch.Tensor) -> torch.Tensor:
+        mean, scale = latent_scale(self.vae, latents_BNCHW)
+        z = (latents_BNCHW * scale + mean).transpose(1, 2).to(self.vae.dtype)
+        return self.vae.post_quant_conv(z)
+
+    def frame(self, z_BCNHW: torch.Tensor, state: list, first: bool) -> torch.Tensor:
+        decoded = self.vae.decoder(z_BCNHW, feat_cache=state, feat_idx=[0], first_chunk=first)
+        patch = self.vae.config.patch_size
+        return decoded if patch is None else unpatchify(decoded, patch)
+
+
 class StreamingDecoder:
     """Decoder of a stream of latent frames.
 
@@ -66,13 +136,13 @@ class StreamingDecoder:
     decoded as that, not as if its first latent started a video.
     """
 
-    def __init__(self, vae: AutoencoderKLWan, skipped: Sequence[int] = ()):
+    def __init__(self, network: FrameDecoder, skipped: Sequence[int] = ()):
         """``skipped``: latent frames of each stream before the first that is decoded.
 
         None: they begin with their video. Errors name frames of the video.
         """
-        self.vae, self.skipped = vae, tuple(skipped)
-        self._cache: list = [None] * vae._cached_conv_counts["decoder"]
+        self.network, self.skipped = network, tuple(skipped)
+        self._cache = network.blank()
         self._frames = 0
         """Latent frames decoded so far."""
 
@@ -81,16 +151,16 @@ class StreamingDecoder:
 
         This one stays as it is.
         """
-        other = StreamingDecoder(self.vae, self.skipped * (rows if len(self.skipped) == 1 else 1))
-        # The convolutions replace their entries and never write into them, so sharing the memory is
-        # safe.
+        skipped = self.skipped * (rows if len(self.skipped) == 1 else 1)
+        other = StreamingDecoder(self.network, skipped)
+        # A network replaces its entries and never writes into them, so sharing the memory is safe.
         other._cache = self._each(lambda x: x.expand(rows, *x.shape[1:]))
         other._frames = self._frames
         return other
 
     def part(self, first: int, count: int) -> StreamingDecoder:
         """``count`` of the streams, which go on by themselves."""
-        other = StreamingDecoder(self.vae, self.skipped[first : first + count])
+        other = StreamingDecoder(self.network, self.skipped[first : first + count])
         other._cache, other._frames = self._each(lambda x: x[first : first + count]), self._frames
         return other
 
@@ -109,34 +179,24 @@ class StreamingDecoder:
                 "latents",
                 "the generator has made them: look at its weights, or lower the learning rate they were trained at",
             )
-        mean, scale = latent_scale(self.vae, latents_BNCHW)
-        if alone := len(latents_BNCHW) == 1 and latents_BNCHW.device.type == "cpu":
-            # For a single float32 row torch leaves oneDNN for a convolution that takes twice the
-            # time of two rows here.
-            latents_BNCHW = latents_BNCHW.expand(2, -1, -1, -1, -1)
-            self._cache = self._each(lambda x: x.expand(2, *x.shape[1:]))
-        z = self.vae.post_quant_conv(
-            (latents_BNCHW * scale + mean).transpose(1, 2).to(self.vae.dtype)
-        )
-        frames = []
+        rows, least = len(latents_BNCHW), self.network.least_rows
+        if padded := rows < least and latents_BNCHW.device.type == "cpu":
+            latents_BNCHW = latents_BNCHW.expand(least, -1, -1, -1, -1)
+            self._cache = self._each(lambda x: x.expand(least, *x.shape[1:]))
+        z, frames = self.network.prepared(latents_BNCHW), []
         for i in range(z.shape[2]):
-            decoded = self.vae.decoder(
-                z[:, :, i : i + 1],
-                feat_cache=self._cache,
-                feat_idx=[0],
-                first_chunk=not self._frames,
-            )
+            decoded = self.network.frame(z[:, :, i : i + 1], self._cache, not self._frames)
             if not is_finite(decoded):
                 self._name_fault(
                     decoded[None],
                     "pixels",
-                    f"the VAE in {str(self.vae.dtype).removeprefix('torch.')} has made them of finite latents: decode in float32, or look at its weights",
+                    f"the {self.network.title} in {str(self.network.dtype).removeprefix('torch.')} has made them of finite latents: decode in float32, or look at its weights",
                 )
-            frames.append(self._pixels(decoded))
+            frames.append(_pixels(decoded))
             self._frames += 1
         pixels = torch.cat(frames, dim=1)
-        if alone:
-            pixels, self._cache = pixels[:1], self._each(lambda x: x[:1])
+        if padded:
+            pixels, self._cache = pixels[:rows], self._each(lambda x: x[:rows])
         return pixels
 
     def _name_fault(self, frames: Iterable[torch.Tensor], what: str, way_out: str) -> None:
@@ -153,18 +213,17 @@ class StreamingDecoder:
                 )
                 raise FloatingPointError(f"the {what} of {where} are NaN or infinite; {way_out}")
 
-    def _pixels(self, decoded: torch.Tensor) -> torch.Tensor:
-        """Pixels uint8 [B, T, 3, H, W], a quarter of the decoder's float32.
-
-        They are made frame by frame: a long video in float would not fit.
-        """
-        if (patch := self.vae.config.patch_size) is not None:
-            decoded = unpatchify(decoded, patch)
-        return ((decoded.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).transpose(1, 2)
-
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> list:
         """Map every tensor of the state with ``change``.
 
         An entry of a convolution that has met nothing yet is no tensor, and stays.
         """
         return [change(x) if isinstance(x, torch.Tensor) else x for x in self._cache]
+
+
+def _pixels(decoded: torch.Tensor) -> torch.Tensor:
+    """Pixels uint8 [B, T, 3, H, W] of a network's [B, 3, T, H, W], a quarter of float32's bytes.
+
+    They are made frame by frame: a long video in float would not fit.
+    """
+    return ((decoded.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).transpose(1, 2)

@@ -33,7 +33,7 @@ from kvpo.generators.sampler import (
     StackedNoise,
     Stream,
 )
-from kvpo.generators.streaming import StreamingDecoder, receptive_field
+from kvpo.generators.streaming import StreamingDecoder
 from kvpo.method.explorers import Explorer, forks_of, mix_noise
 from kvpo.method.objectives.interface import EVERYTHING, Record
 from kvpo.method.settings import RolloutConfig
@@ -208,10 +208,11 @@ class PrefixDecoders:
         return self._ready.pop(row, None) or self._decoded([row], lead)[row]
 
     def _decoded(self, rows: Sequence[int], lead: int | None) -> dict[int, StreamingDecoder]:
-        lead = receptive_field(self.pipeline.vae) if lead is None else lead
+        network = self.pipeline.scoring
+        lead = network.field if lead is None else lead
         ends = [self.prefixes[row][-lead:] for row in rows]
         skipped = [len(self.prefixes[row]) - len(end) for row, end in zip(rows, ends)]
-        decoder, done, ready = StreamingDecoder(self.pipeline.vae, skipped), 0, {}
+        decoder, done, ready = StreamingDecoder(network, skipped), 0, {}
         for n in range(len(rows), 0, -1):
             length = len(ends[n - 1])
             if length > done:

@@ -74,8 +74,13 @@ class ScoreConfig:
     """Most rows that are decoded side by side, 0 = all: lower it where memory is short."""
     lead: int | None = None
     """Latent frames before the fork that are decoded, so that the decoder knows what came before.
-    None: its receptive field (38 for Wan's VAE, 28 for the miniature's), the same pixels as from
-    frame 0 on. Fewer are cheaper, and pixels differ the more the fewer they are."""
+    None: its receptive field (38 for Wan's VAE, 28 for the miniature's, 8 for a preview decoder), the
+    same pixels as from frame 0 on. Fewer are cheaper, and pixels differ the more the fewer they are."""
+    preview: str = ""
+    """File of a small decoder (TAEHV's layout, such as taew2_1.safetensors) for training's rewards.
+    Empty: the VAE decodes them. Evaluations, `kvpo generate` and `kvpo explore` take the VAE in any
+    case; the pictures of a run's groups are those that its rewards saw. `kvpo doctor` says how far
+    the rewards rank a group's branches alike."""
 
     def __post_init__(self):
         if self.lead is not None and self.lead < 1:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ from kvpo.convert.wan_base import arguments
 from kvpo.generators.causal_wan import CausalWan
 from kvpo.generators.memory import Bank
 from kvpo.generators.pipeline import Geometry
-from kvpo.generators.streaming import StreamingDecoder, receptive_field
+from kvpo.generators.preview import RELEASED, Layout, Preview, layout_of
+from kvpo.generators.streaming import FrameDecoder, StreamingDecoder, VaeFrames
 from kvpo.planning.amounts import decoded_together, replay_rows, side_by_side
 from kvpo.planning.peak import Ledger, cost, fake, flops
 from kvpo.policy.adapters import Adapters
@@ -46,6 +48,32 @@ WAN_1_3B = {
     "eps": 1e-6,
 }
 WAN_14B = WAN_1_3B | {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}
+WAN_5B = WAN_1_3B | {
+    "num_attention_heads": 24,
+    "in_channels": 48,
+    "out_channels": 48,
+    "ffn_dim": 14336,
+}
+"""Wan2.2-TI2V-5B."""
+VAE_2_2 = {
+    "base_dim": 160,
+    "decoder_base_dim": 256,
+    "z_dim": 48,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "is_residual": True,
+    "scale_factor_spatial": 16,
+    "latents_mean": [0.0] * 48,
+    "latents_std": [1.0] * 48,
+}
+"""VAE of Wan2.2-TI2V-5B; the latents' own mean and scale are no matter of cost."""
+BY_SIZE: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any], str]] = {
+    "1.3b": (WAN_1_3B, {}, "Wan2.1-1.3B"),
+    "14b": (WAN_14B, {}, "Wan2.1-14B"),
+    "5b": (WAN_5B, VAE_2_2, "Wan2.2-5B"),
+}
+"""Size -> transformer, VAE, name."""
 UMT5_XXL = {
     "vocab_size": 256384,
     "d_model": 4096,
@@ -91,13 +119,13 @@ def sizes_of(config: RunConfig, size: str = "") -> Sizes:
         raise FileNotFoundError(
             f"{folder} is no pipeline folder, and no format of `kvpo import` has its name; formats are {', '.join(FORMATS)}"
         )
-    wan = {"": WAN_1_3B, "1.3b": WAN_1_3B, "14b": WAN_14B}[size]
+    transformer, vae, name = BY_SIZE[size or FORMATS[folder.name].size]
     return Sizes(
-        wan,
-        {},
+        dict(transformer),
+        dict(vae),
         UMT5_XXL,
         FORMATS[folder.name].geometry,
-        f"Wan2.1-{(size or '1.3b').upper()} as `kvpo import --format {folder.name}` would write it ({folder} is not there)",
+        f"{name} as `kvpo import --format {folder.name}` would write it ({folder} is not there)",
     )
 
 
@@ -107,6 +135,19 @@ class Pass:
 
     bytes: int
     flops: int
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Cost of a decoder; of its work by latent frame."""
+
+    weights: int
+    """Bytes."""
+    field: int
+    """Latent frames before a frame that the frame's pixels depend on."""
+    prefix: Pass
+    rows: Pass
+    """Cost of a latent frame in `Costs.rows` rows; its bytes include the decoder's state."""
 
 
 @dataclass(frozen=True)
@@ -127,17 +168,20 @@ class Costs:
     replay: Pass
     gradient: Pass
     """Cost of a pass with gradient, without the gradients themselves."""
-    decode_prefix: Pass
-    decode_rows: Pass
-    """Cost of decoding per latent frame; its bytes include the decoder's state."""
+    full: Decoding
+    """The VAE's decoder; its weights are ``vae``, the encoder's with them."""
+    preview: Decoding | None
+    """The recipe's preview decoder, or the released one that it could have; None: there is none."""
     rows: Mapping[str, int]
     """Part -> rows it was run with."""
-    field: int
-    """Latent frames before a frame that the decoder's pixels of it depend on."""
     bare: float = 1.0
     """Operations of a pass without the adapter, of those with it."""
     maps: int = 0
     """Bytes of the maps that have an adapter."""
+
+    def decoding(self, config: RunConfig) -> Decoding:
+        """Cost of the decoder that a group is scored with."""
+        return self.preview if config.score.preview and self.preview else self.full
 
     def with_trainable(self, share: float) -> Costs:
         """Costs if ``share`` times as many numbers were trained."""
@@ -157,6 +201,8 @@ def costs(config: RunConfig, sizes: Sizes) -> Costs:
             (lambda: UMT5EncoderModel(UMT5Config(**sizes.text)), dtype),
         )
     )
+    layout = _preview_layout(config, sizes)
+    small = None if layout is None else on_meta(lambda: Preview(layout), vae_dtype)
     weights = _bytes(model.parameters())
     policy = on_meta(lambda: Policy(model, config.policy, config.seed), dtype)
     sets = (
@@ -183,7 +229,11 @@ def costs(config: RunConfig, sizes: Sizes) -> Costs:
             _velocity(model, cache, sizes, R).square().mean().backward()
         grad = Pass(max(0, gradient.bytes - 4 * policy.num_trainable), counted.get_total_flops())
         decoded = decoded_together(config)
-        alone, together = (decoding_of(ledger, vae, sizes, n) for n in (1, decoded))
+        full = _decoding(ledger, VaeFrames(vae), vae, sizes, decoded)
+        preview = None
+        if small is not None:
+            materialise(small.requires_grad_(False))
+            preview = _decoding(ledger, small, small, sizes, decoded)
         bare, maps = _without_adapter(policy, lambda: _forward(ledger, model, cache, sizes, 1))
         rows = {"branches": B, "replay": R, "gradient": R, "decode_rows": decoded}
         return Costs(
@@ -197,13 +247,34 @@ def costs(config: RunConfig, sizes: Sizes) -> Costs:
             branches,
             replay,
             grad,
-            alone,
-            together,
+            full,
+            preview,
             rows,
-            receptive_field(vae),
             bare,
             maps,
         )
+
+
+def _preview_layout(config: RunConfig, sizes: Sizes) -> Layout | None:
+    """Layout of the recipe's preview decoder where its file is there.
+
+    Else that of the released file for the generator's latents; None where there is none.
+    """
+    path = Path(config.score.preview)
+    if config.score.preview and path.is_file():
+        layout = layout_of(path)
+        layout.check(sizes.vae, str(path))
+        return layout
+    latents = sizes.vae.get("z_dim", 16)
+    wan = sizes.vae.get("base_dim", 96) >= 96  # the width of Wan's own VAEs
+    return Layout(latents, 2 if latents == 48 else 1) if wan and latents in RELEASED else None
+
+
+def _decoding(
+    ledger: Ledger, network: FrameDecoder, module: torch.nn.Module, sizes: Sizes, rows: int
+) -> Decoding:
+    prefix, many = (decoding_of(ledger, network, sizes, n) for n in (1, rows))
+    return Decoding(_bytes(module.parameters()), network.field, prefix, many)
 
 
 def _without_adapter(policy: Policy, forward: Callable[[], Pass]) -> tuple[float, int]:
@@ -276,14 +347,15 @@ def _forward(ledger: Ledger, model: CausalWan, cache, sizes: Sizes, rows: int) -
 
 
 @torch.no_grad()
-def decoding_of(ledger: Ledger, vae: AutoencoderKLWan, sizes: Sizes, rows: int) -> Pass:
+def decoding_of(ledger: Ledger, network: FrameDecoder, sizes: Sizes, rows: int) -> Pass:
     """Cost of decoding a latent frame in the middle of a video.
 
-    The bytes are the state's and the activations'. A row alone counts as half of two: on a CPU it
-    is decoded as two.
+    The bytes are the state's and the activations'. A row alone counts as half of two: on a CPU the
+    VAE decodes it as two.
     """
-    g, decoder, many = sizes.geometry, StreamingDecoder(vae), max(rows, 2)
-    latents = torch.zeros(many, 1, vae.config.z_dim, g.latent_height, g.latent_width)
+    g, decoder, many = sizes.geometry, StreamingDecoder(network), max(rows, 2)
+    channels = sizes.vae.get("z_dim", 16)
+    latents = torch.zeros(many, 1, channels, g.latent_height, g.latent_width)
     with cost(ledger) as found:
         for _ in range(2):
             decoder(latents)
@@ -297,4 +369,4 @@ def fake_decoding(sizes: Sizes, dtype: torch.dtype, rows: int) -> Pass:
     vae = on_meta(lambda: AutoencoderKLWan(**sizes.vae), dtype)
     with fake() as ledger:
         materialise(vae.requires_grad_(False))
-        return decoding_of(ledger, vae, sizes, rows)
+        return decoding_of(ledger, VaeFrames(vae), sizes, rows)

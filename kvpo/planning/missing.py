@@ -18,6 +18,7 @@ from kvpo.common.trackers import check_installed
 from kvpo.config import RunConfig
 from kvpo.convert.import_released import FORMATS
 from kvpo.generators.pipeline import check_folder
+from kvpo.generators.preview import check_there
 from kvpo.rewards.isolated.environments import python_of
 from kvpo.rewards.measured import require
 from kvpo.rewards.pretrained.released import HUB_ID, find
@@ -27,7 +28,6 @@ from kvpo.runs.loading import folder_of
 
 FIELDS = ("weights", "base", "head")
 """Parameters by which shipped rewards name files: a path or a hub id."""
-BASE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 
 Fault = ValueError | OSError
 
@@ -60,6 +60,8 @@ def missing(config: RunConfig, download: bool = True) -> list[Fault]:
     evaluated = config.evaluate.prompts or config.data.prompts
     checks += [lambda: _prompts(evaluated, lambda: evaluation_scripts(config))]
     checks += [lambda: _clips(config.calibration_clips)]
+    if config.score.preview:
+        checks += [lambda: check_there(Path(config.score.preview))]
     found: dict[str, Fault] = {}
     for check in checks:
         try:
@@ -121,7 +123,7 @@ def _pipeline(folder: Path) -> None:
             raise
         raise FileNotFoundError(
             f"{folder} is no pipeline folder: it is not there; kvpo import --format {folder.name} "
-            f"FILE --base {BASE} {folder} writes it from a file of {FORMATS[folder.name].source}"
+            f"FILE --base {FORMATS[folder.name].base} {folder} writes it from a file of {FORMATS[folder.name].source}"
         ) from error
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from kvpo.common.wording import count_of, in_time
 from kvpo.config import RunConfig
 from kvpo.distributed.ranks import Ranks
+from kvpo.generators.preview import RELEASED
 from kvpo.planning.amounts import (
     Amounts,
     amounts,
@@ -64,7 +65,7 @@ def planned(
     sizes = sizes_of(config, size)
     world = nodes * gpus
     found = costs(config, sizes)
-    counted = amounts(config, sizes.geometry, world, found.field)
+    counted = amounts(config, sizes.geometry, world, found.decoding(config).field)
     saved = savings(config, sizes, found, world)
     memory = stages(config, sizes, found, world)
     lines = [
@@ -105,6 +106,7 @@ def stages(config: RunConfig, sizes: Sizes, c: Costs, world: int = 1) -> dict[st
     stay, come = reward_memory(config)
     always = (
         {"generator": c.weights, "VAE": c.vae}
+        | ({"preview decoder": c.preview.weights} if config.score.preview and c.preview else {})
         | _kept(config, c, world)
         | ({"rewards": stay} if stay else {})
         | ({"merged weights": c.maps} if config.policy.merge_rollouts else {})
@@ -146,7 +148,7 @@ def stages(config: RunConfig, sizes: Sizes, c: Costs, world: int = 1) -> dict[st
         | swapped,
         "decoding": always
         | stored
-        | {"decoder at work": _scaled(c.decode_rows.bytes, decoders, c, "decode_rows")},
+        | {"decoder at work": _scaled(c.decoding(config).rows.bytes, decoders, c, "decode_rows")},
         "scoring": always | stored | ({"reward at work": come} if come else {}),
         "replay": always
         | stored
@@ -346,12 +348,12 @@ def work(config: RunConfig, sizes: Sizes, c: Costs, n: Amounts) -> dict[str, flo
     left_out = config.objective.asks_reference * (1.0 - c.bare) * again
     unscored = replays_beside(n, updates) - left_out
     rolling = c.bare if config.policy.merge_rollouts else 1.0
-    branches = c.branches.flops / c.rows["branches"]
+    branches, decoding = c.branches.flops / c.rows["branches"], c.decoding(config)
     return {
         "prefix": rolling * (S + 1) * n.prefix_blocks * c.prefix.flops,
         "branches and anchor": rolling * n.branch_rows * (S + 1) * branches,
-        "decoding": n.decoded_prefix * c.decode_prefix.flops
-        + n.decoded_rows * c.decode_rows.flops / c.rows["decode_rows"],
+        "decoding": n.decoded_prefix * decoding.prefix.flops
+        + n.decoded_rows * decoding.rows.flops / c.rows["decode_rows"],
         "replays without gradient": unscored * (contexts + velocities) * row,
         "replay with gradient": updates * (contexts * row + velocities * grad),
     }
@@ -382,13 +384,16 @@ def savings(config: RunConfig, sizes: Sizes, c: Costs, world: int = 1) -> dict[s
     """
     g = sizes.geometry
     pairs, whole = replayed_pairs(config, g)
-    halves = [{"pairs.count": n} for n in (whole // 2, whole // 4) if 0 < n < pairs]
+    more = [{"pairs.count": n} for n in (whole // 2, whole // 4) if 0 < n < pairs]
+    if c.preview and not config.score.preview:
+        more += [{"score.preview": RELEASED.get(sizes.vae.get("z_dim", 16), "")}]
 
     def flops(changed: RunConfig) -> float:
-        return sum(work(changed, sizes, c, amounts(changed, g, world, c.field)).values())
+        counted = amounts(changed, g, world, c.decoding(changed).field)
+        return sum(work(changed, sizes, c, counted).values())
 
     now, found = flops(config), {}
-    for switch in (*SWITCHES, *halves):
+    for switch in (*SWITCHES, *more):
         try:
             saved = 1.0 - flops(with_changes(config, switch)) / now
         except ValueError:  # an illegal pair of settings

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 
@@ -17,8 +18,10 @@ from kvpo.common.timing import Phases
 from kvpo.config import RunConfig
 from kvpo.distributed.ranks import Ranks
 from kvpo.generators.backends import use_backend
+from kvpo.generators.compiled import compile_blocks
 from kvpo.generators.embeddings import load_with_texts
 from kvpo.generators.pipeline import Pipeline, pixel_span
+from kvpo.generators.preview import read_preview
 from kvpo.generators.readable import check_prompts
 from kvpo.generators.sampler import SAMPLERS
 from kvpo.method.agreement import Agreement
@@ -64,6 +67,9 @@ class Parts:
 
         # What a user may have got wrong is read before the generator is loaded, and nothing is
         # left to show itself after the training.
+        preview = None
+        if config.score.preview:
+            preview = read_preview(Path(config.score.preview), folder_of(config.pipeline))
         with progress.timed("loading the rewards"):
             self.judges, self.advantages = judges(config, self.device)
         self.rewards = trained(self.judges)
@@ -74,6 +80,8 @@ class Parts:
 
         with progress.timed("loading the generator"):
             self.pipeline = self._load_pipeline()
+        if preview is not None:
+            self.pipeline.preview = preview.to(self.device, getattr(torch, config.vae_dtype))
         geometry = self.pipeline.geometry
         check_room(config.exploring, config.rollout, config.data.blocks, geometry)
         for script in self._written_scripts():
@@ -84,6 +92,8 @@ class Parts:
         use_backend(self.pipeline.generator, config.attention)
         if config.gradient_checkpointing:
             self.pipeline.generator.transformer.enable_gradient_checkpointing()
+        if config.compile:
+            compile_blocks(self.pipeline.generator)
 
         self.policy = Policy(self.pipeline.generator, config.policy, config.seed, self.ranks)
         self.agreement = Agreement(config.agreement)

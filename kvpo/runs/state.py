@@ -309,7 +309,7 @@ class RunState:
         """Everything that a checkpoint belongs to; all ranks enter.
 
         The settings, the world its scripts come from, the weights it started from (an adapter's
-        own say nothing of the backbone below it), and the decoder that makes pixels of latents.
+        own say nothing of the backbone below it), and the decoders that make pixels of latents.
         """
         prompts = (
             {"prompts": _digest_of_text(repr(self.source.scripts))}
@@ -322,6 +322,9 @@ class RunState:
             "start_weights": _digest(chain(trained, frozen)),
             "decoder": _digest(p.detach() for p in self.pipeline.vae.parameters()),
         }
+        if self.pipeline.preview is not None:
+            parameters = self.pipeline.preview.parameters()
+            weights["preview"] = _digest(p.detach() for p in parameters)
         return (
             to_dict(self.config)
             | prompts

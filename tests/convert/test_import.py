@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import golden
@@ -12,7 +13,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from released import SIZES, new_wan, original_folder, released_lora, released_state
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_golden_generator import ATOL
 from tiny import draw, embed, new_stream, save_pipeline, story
 from transformers import AutoTokenizer
@@ -23,6 +24,7 @@ from kvpo.convert.lora import adapter_of, merge
 from kvpo.convert.wan_base import open_base
 from kvpo.generators.causal_wan import CausalWan
 from kvpo.generators.pipeline import Geometry, Pipeline
+from kvpo.planning.costs import VAE_2_2
 
 SMALL = ("--latent-height", "4", "--latent-width", "4")
 
@@ -165,6 +167,52 @@ def test_an_imported_pipeline_streams_and_is_stock(capsys, tmp_path, original):
         isinstance(stock.transformer, WanTransformer3DModel) and stock.scheduler.config.shift == 5.0
     )
     assert len(embed(pipeline, story(4))) == 1
+
+
+def test_krea_s_file_is_flat(capsys, tmp_path, original):
+    """One safetensors file of original names under `model.`, and a window of 3 frames and a block;
+    the sizes, 14B at full size, are the base's."""
+    file = tmp_path / "krea-realtime-video-14b.safetensors"
+    save_file({n: t.clone() for n, t in released_state(new_wan(0)).items()}, file)
+    argv = (file, tmp_path / "out", "--format", "krea", "--base", original[0], *SMALL)
+    assert run(capsys, *argv, "--dtype", "float32") == (0, "")
+    pipeline = Pipeline.load(tmp_path / "out")
+    assert pipeline.geometry == Geometry(3, 0, 6, 4, 4, 16, 512)
+    torch.testing.assert_close(
+        velocity(pipeline.generator.transformer), velocity(new_wan(0)), rtol=0, atol=0
+    )
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Its own inference differs: before every block it encodes" in card and "Wan2.1" in card
+
+
+@pytest.fixture(scope="module")
+def base_2_2(tmp_path_factory, diffusers_base):
+    """Wan2.2-TI2V-5B's kind: 48 latent channels, and a VAE that makes 16 x 16 pixels of one."""
+    target = tmp_path_factory.mktemp("wan2.2") / "Wan2.2-TI2V-5B-Diffusers"
+    shutil.copytree(diffusers_base, target)
+    small = VAE_2_2 | {"base_dim": 4, "decoder_base_dim": 4, "num_res_blocks": 1}
+    for part in ("vae", "transformer"):
+        shutil.rmtree(target / part)
+    AutoencoderKLWan(**small).save_pretrained(target / "vae")
+    new_wan(7, channels=48).save_pretrained(target / "transformer")
+    return target
+
+
+def test_longlive_2_streams_on_wan_2_2(capsys, tmp_path, base_2_2, original):
+    """Blocks of 8 latent frames; 16 pixels a latent. On another base the file is refused."""
+    file = tmp_path / "model_bf16.pt"
+    torch.save({"generator": released_state(new_wan(0, channels=48), torch.bfloat16)}, file)
+    argv = (file, tmp_path / "out", "--format", "longlive-2", *SMALL)
+    code, err = run(capsys, *argv, "--base", original[0])
+    assert code == 1 and "does not fit the transformer of the base" in err
+    assert run(capsys, *argv, "--base", base_2_2) == (0, "")
+    pipeline = Pipeline.load(tmp_path / "out")
+    assert pipeline.geometry == Geometry(8, 8, 32, 4, 4, 24, 512)
+    stream = new_stream(pipeline, story(2))
+    pixels = pipeline.decoder()(torch.cat([stream.advance(), stream.advance()], dim=1))
+    assert pixels.shape == (1, 61, 3, 64, 64)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "VAE from Wan2.2" in card and "Its own inference differs: it solves with UniPC" in card
 
 
 def test_half_precision_keeps_what_diffusers_keeps(capsys, tmp_path, original):

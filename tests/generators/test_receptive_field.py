@@ -8,7 +8,7 @@ from diffusers import AutoencoderKLWan
 from tiny import draw, new_pipeline, new_rollout, story
 
 from kvpo.common.rng import stream
-from kvpo.generators.streaming import StreamingDecoder, receptive_field
+from kvpo.generators.streaming import receptive_field
 from kvpo.method.rollout import PrefixDecoders
 from kvpo.method.score import decode
 from kvpo.method.settings import ScoreConfig
@@ -79,7 +79,7 @@ def test_prefixes_are_decoded_from_the_receptive_field_on():
     after = draw(1, 2, 4, 4, 4, seed=9)
     for row, prefix in enumerate(prefixes):
         decoder = PrefixDecoders(pipeline, prefixes).take(row)
-        whole = StreamingDecoder(pipeline.vae)(torch.cat([prefix[None], after], dim=1))[:, -8:]
+        whole = pipeline.decoder()(torch.cat([prefix[None], after], dim=1))[:, -8:]
         assert decoder._frames == min(len(prefix), field)
         assert (decoder(after).int() - whole.int()).abs().max() <= 1
         short = PrefixDecoders(pipeline, prefixes).take(row, 2)

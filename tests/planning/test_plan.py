@@ -28,7 +28,7 @@ from kvpo.planning.amounts import (
     with_changes,
 )
 from kvpo.planning.cards import CARDS, sold_as
-from kvpo.planning.costs import WAN_1_3B, WAN_14B, costs, sizes_of
+from kvpo.planning.costs import WAN_1_3B, WAN_5B, WAN_14B, costs, sizes_of
 from kvpo.planning.peak import Ledger, cost, fake, flops
 from kvpo.planning.plan import (
     SWITCHES,
@@ -362,6 +362,17 @@ def test_shapes_of_14b_construct_without_memory():
     )
 
 
+def test_shapes_of_5b_construct_without_memory():
+    """Wan2.2-TI2V-5B, which its own format names."""
+    assert sum(p.numel() for p in new_transformer(WAN_5B).parameters()) == pytest.approx(
+        5.0e9, rel=0.01
+    )
+    sizes = sizes_of(load_config(recipe_path("longlive_2")))
+    assert sizes.transformer == WAN_5B and sizes.vae["z_dim"] == 48
+    assert sizes.source.startswith("Wan2.2-5B as `kvpo import --format longlive-2`")
+    assert sizes_of(load_config(recipe_path("krea"))).transformer == WAN_14B
+
+
 # --- What is not done ---
 
 
@@ -432,7 +443,7 @@ def test_savings_are_those_of_the_changed_recipe(folder):
     assert "--objective.kl-beta 0.0 --objective.no-kl-watch" in saved
 
     def flops(config):
-        counted = amounts(config, sizes.geometry, 1, found.field)
+        counted = amounts(config, sizes.geometry, 1, found.full.field)
         return sum(work(config, sizes, found, counted).values())
 
     fewer = with_changes(config, {"pairs.count": 4})
@@ -512,6 +523,7 @@ def test_a_recipe_at_full_size_without_weights(capsys):
         code == 0
         and "Wan2.1-1.3B as `kvpo import --format longlive` would write it" in out
         and "It fits." in out
+        and "--score.preview taew2_1.safetensors" in out
     )
 
 
