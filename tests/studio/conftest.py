@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from browsing import opened_page
 from starlette.testclient import TestClient
 from tabs import HOST, TOKEN
 
@@ -25,3 +26,9 @@ def studio(pipeline, tmp_path) -> Iterator[Studio]:
 def client(studio) -> Iterator[TestClient]:
     with TestClient(new_app(studio, TOKEN), base_url=f"http://{HOST}") as client:
         yield client
+
+
+@pytest.fixture
+def page() -> Iterator:
+    with opened_page() as found:
+        yield found
