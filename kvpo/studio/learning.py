@@ -170,7 +170,9 @@ class Learning:
         """State of a piece of work: working, done, stopped (it can go on) or failed."""
         if self.children.is_alive(child):
             return "working"
-        if self._result(child).is_file():
+        # a report of a run that was stopped may have been written by hand
+        ended_early = self.children.last_line(child.kind).startswith("stopped by")
+        if self._result(child).is_file() and not ended_early:
             return "done"
         if child.kind == "align":
             begun = bool(checkpoints(self._run(child.name) / "checkpoints"))

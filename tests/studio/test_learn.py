@@ -150,6 +150,8 @@ def test_a_run_is_followed_stopped_found_again_and_gone_on_with(client, panes, t
     own.wait(60)
     found = other.state()
     assert found["align"]["state"] == "stopped" and "saved" in found["align"]["said"]
+    (other.runs.folder / found["align"]["name"] / "report.html").write_text("by kvpo report")
+    assert other.state()["align"]["state"] == "stopped"
     assert ask(client, "resume").status_code == 200
     done = until(client, "align", "done")
     assert done["run"]["report"] and done["align"]["name"] == begun["align"]["name"]

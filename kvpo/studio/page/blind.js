@@ -56,9 +56,9 @@ export class Blind {
   result(found) {
     this.ids["blind-result"].hidden = found === null;
     if (found === null) return;
-    const [low, high] = found.interval.map((share) => `${Math.round(share * 100)} %`);
-    const verdict = found.interval[0] > 0.5 ? "You prefer the trained weights." : found.interval[1] < 0.5 ? "You prefer the start." : "Neither is clearly better: the interval holds 50 %.";
-    const text = `The trained weights won ${found.trained} of ${found.answers} pairs, the start ${found.start}, ${found.same} were the same: win rate ${Math.round(found.win_rate * 100)} %, 95 % interval ${low} to ${high}. ${verdict}`;
+    const [low, high] = found.interval.map((share) => `${Math.round(share * 100)}\u00a0%`);
+    const verdict = found.interval[0] > 0.5 ? "You prefer the trained weights." : found.interval[1] < 0.5 ? "You prefer the start." : "Neither is clearly better: the interval holds 50\u00a0%.";
+    const text = `The trained weights won ${found.trained} of ${found.answers} pairs, the start ${found.start}, ${found.same} were the same: win rate ${Math.round(found.win_rate * 100)}\u00a0%, 95\u00a0% interval ${low} to ${high}. ${verdict}`;
     if (this.ids["blind-result"].textContent !== text) this.ids["blind-result"].textContent = text;
   }
 }

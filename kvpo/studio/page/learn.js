@@ -6,13 +6,13 @@ import { ask, Pane, tell } from "./panes.js";
 import { charts, reportLink } from "./runs.js";
 
 const IDS = ["learn-answers", "fit-go", "fit-stop", "fit-said", "taste", "taste-facts", "taste-bins", "taste-raters", "align-go", "align-stop", "align-resume",
-  "align-said", "align-bar", "align-report", "align-charts", "compare-go", "compare-stop", "compare-said", "learn-recipe"];
+  "align-said", "align-step", "align-bar", "align-report", "align-charts", "compare-go", "compare-stop", "compare-said", "learn-recipe"];
 const SAID = {
   fit: { working: "Fitting: clips are measured, then the model is judged on stories it has not seen …", stopped: "Stopped.", failed: "No preference: ", done: "", none: "" },
-  align: { working: "Training", stopped: "Stopped; what was trained is saved.", failed: "The training ended: ", done: "Trained.", none: "" },
+  align: { working: "Training …", stopped: "Stopped; what was trained is saved.", failed: "The training ended: ", done: "Trained.", none: "" },
   compare: { working: "The videos are being made …", stopped: "Stopped; the videos that are there stay.", failed: "No comparison: ", done: "", none: "" },
 };
-const percent = (share) => `${Math.round(share * 100)} %`;
+const percent = (share) => `${Math.round(share * 100)}\u00a0%`;
 
 export class Learn extends Pane {
   constructor() {
@@ -98,8 +98,7 @@ export class Learn extends Pane {
     if (run === null) return;
     const { step, steps } = run;
     Object.assign(this.ids["align-bar"], { max: steps || 1, value: step });
-    const text = `step ${step} of ${steps ?? "?"}`;
-    this.say("align-said", align.state === "failed" ? SAID.align.failed + align.said : `${SAID.align[align.state]} ${align.state === "working" ? text : `(${text})`}`.trim());
+    this.say("align-step", align.state === "none" ? "" : `Step ${step} of ${steps ?? "?"}`);   // no status: it would be read out at every look
     this.once("run", { ...run, seconds_ago: 0 }, () => {
       this.ids["align-charts"].replaceChildren(charts(run));
       this.ids["align-report"].replaceChildren(...(run.report ? [reportLink(run.name)] : []));
