@@ -12,6 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from httpx import Response
+from starlette.testclient import TestClient
+from tabs import OURS, TOKEN
 
 from kvpo.common.video import write_mp4
 from kvpo.preference.bradley_terry import Scale
@@ -129,3 +132,15 @@ def wait_for(true: Callable[[], Any], seconds: float = 60.0) -> Any:
         assert time.monotonic() < ends, "it took too long"
         time.sleep(0.05)
     return found
+
+
+def ask(client: TestClient, do: str, **what: Any) -> Response:
+    """Ask for work as the page does."""
+    return client.post(f"/{TOKEN}/learn/{do}", json=what, headers=OURS)
+
+
+def finish(learning: Learning) -> None:
+    """End what still runs, and wait for it."""
+    for process in learning.children._started.values():
+        process.kill()
+        process.wait()

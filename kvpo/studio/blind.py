@@ -74,12 +74,16 @@ class Blind:
             raise ValueError(f"{side[:20]!r} is no side; ask for left or right")
         pair, turned = self.shown(place)
         there = SIDES[SIDES.index(side) ^ turned]
-        return no_link(self.folder / "page" / f"{pair:03d}-{there}.mp4")
+        return no_link(no_link(self.folder / "page") / f"{pair:03d}-{there}.mp4")
 
     # --- Answers ---
 
     def answers(self) -> list[dict[str, Any]]:
-        return self._read("answers.json", {"answers": []})["answers"]
+        """Answers so far.  ValueError where the file holds something else."""
+        given = self._read("answers.json", {"answers": []})["answers"]
+        if not all(map(_is_answer, given)):
+            raise ValueError(f"answers.json of {self.folder.name} holds no answers; compare again")
+        return given
 
     def answer(self, place: int, answer: str, rater: str) -> None:
         """Record which side is better, ``left``, ``right`` or ``same``.
@@ -93,7 +97,7 @@ class Blind:
             raise ValueError(f"pair {place + 1} is not the next one; reload the page")
         if answer not in ANSWERS:
             raise ValueError(f"{str(answer)[:20]!r} is no answer; give one of {', '.join(ANSWERS)}")
-        asked = [given[0]["rater"]] if given else about["raters"]
+        asked = [given[0]["rater"]] if given else [str(name) for name in about["raters"]]
         if asked and rater not in asked:
             raise ValueError(
                 f"this comparison is for {', '.join(asked)}, whose choices were learnt, and not for {rater!r}; correct the label under “You choose as”"
@@ -145,6 +149,13 @@ class Blind:
         raise ValueError(f"{path.name} of {self.folder.name} can not be read; compare again")
 
 
+def _is_answer(value: object) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("rater"), str):
+        return False
+    better = value.get("better")
+    return isinstance(better, str) and better in WON
+
+
 def result(given: Sequence[Mapping[str, Any]], whole: bool) -> dict[str, Any] | None:
     """Win rate of the trained weights, ties half, with Wilson's 95 % interval; None before the end."""
     if not whole or not given:
@@ -161,4 +172,4 @@ def result(given: Sequence[Mapping[str, Any]], whole: bool) -> dict[str, Any] | 
 
 def comparison(folder: Path, name: str) -> Blind:
     """A comparison of a studio's folder by its name.  ValueError for a name that leads elsewhere."""
-    return Blind(folder / "blind" / check_name(name))
+    return Blind(no_link(folder / "blind") / check_name(name))

@@ -108,7 +108,8 @@ class Children:
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
             return None
         whole = child.kind == kind and type(child.pid) is int and isinstance(child.about, dict)
-        return child if whole and child.pid > 1 else None
+        named = bool(child.argv) and all(isinstance(part, str) for part in child.argv)
+        return child if whole and named and 1 < child.pid < 2**31 else None
 
     def running(self) -> Child | None:
         """The process that is at work now, of whichever kind."""

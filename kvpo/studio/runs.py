@@ -29,7 +29,7 @@ MOST_RUNS = 200
 MOST_POINTS = 400
 """Points of a line; of a longer run every second, third, ... is shown, and the last one."""
 LONGEST_LINE = 2**20
-"""Bytes of a record; a file with a longer line is no run's log."""
+"""Bytes of a record, and of the settings; what is longer was not written by a run."""
 CHARTS: Mapping[str, str] = {
     "Reward of the explored window": "reward/local/{component}/mean",
     "Evaluation, difference from the start": "eval/ema/{component}/diff",
@@ -151,15 +151,16 @@ class Runs:
         """How far a run is, what it is, and how long ago it wrote."""
         path = self.path(name)
         config, records = self._config(path), self.records(name)
-        objective = config.get("objective") or {}
+        objective, rewards = config.get("objective"), config.get("rewards")
+        kind = objective.get("kind", "tve_ppo") if isinstance(objective, dict) else "tve_ppo"
         return {
             "name": name,
             "step": max((int(record["step"]) + 1 for record in records), default=0),
             "steps": config.get("steps") if type(config.get("steps")) is int else None,
-            "method": f"{objective.get('kind', 'tve_ppo')} by {config.get('explorer', 'kv_routing')}",
+            "method": f"{kind} by {config.get('explorer', 'kv_routing')}"[:60],
             "rewards": [
                 str(entry.get("name", "")).rpartition("/")[2][:60]
-                for entry in config.get("rewards") or ()
+                for entry in (rewards if isinstance(rewards, list) else ())
                 if isinstance(entry, dict) and entry.get("role", "train") == "train"
             ],
             "seconds_ago": max(0, round(time.time() - _written(path))),
@@ -190,7 +191,7 @@ class Runs:
     def _config(self, path: Path) -> Mapping[str, Any]:
         """Settings of a run; none where they can not be read."""
         file = path / "config.resolved.yaml"
-        if file.is_symlink() or not file.is_file():
+        if file.is_symlink() or not file.is_file() or file.stat().st_size > LONGEST_LINE:
             return {}
         at = file.stat().st_mtime
         if self._configs.get(path, (None,))[0] != at:

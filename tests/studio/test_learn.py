@@ -3,48 +3,26 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 
 import pytest
-from learners import NUMBERS, new_panes, wait_for, write_template
+from learners import NUMBERS, ask, finish, new_panes, wait_for, write_template
 from starlette.testclient import TestClient
-from tabs import HOST, OURS, TOKEN
+from tabs import HOST, TOKEN
 
 from kvpo.commands.main import _parse
 from kvpo.config import load_config
 from kvpo.evaluation.ab_answers import wilson
 from kvpo.studio.aligning import align_to, studio_recipe, write_recipe
-from kvpo.studio.children import Children, command_of
 from kvpo.studio.learning import Learning, fresh_seed
 from kvpo.studio.library import append_line
-from kvpo.studio.panes import LARGEST_BODY
 from kvpo.studio.programs import PAIRS, Programs
 from kvpo.studio.server import new_app
 
 
 @pytest.fixture
-def panes(tmp_path):
-    found = new_panes(tmp_path)
-    yield found
-    finish(found.learning)
-
-
-@pytest.fixture
-def client(panes):
-    with TestClient(new_app(None, TOKEN, panes=panes), base_url=f"http://{HOST}") as client:
-        yield client
-
-
-def finish(learning: Learning) -> None:
-    """End what still runs, and wait for it."""
-    for process in learning.children._started.values():
-        process.kill()
-        process.wait()
-
-
-def ask(client, do: str, **what):
-    return client.post(f"/{TOKEN}/learn/{do}", json=what, headers=OURS)
+def client(pane_client):
+    return pane_client
 
 
 def state(client) -> dict:
@@ -157,42 +135,6 @@ def test_a_run_is_followed_stopped_found_again_and_gone_on_with(client, panes, t
     assert done["run"]["report"] and done["align"]["name"] == begun["align"]["name"]
 
 
-def test_a_process_is_known_by_its_command_line(tmp_path):
-    """A record of a folder from elsewhere, or an old one, names a number that is another's now."""
-    children = Children(tmp_path)
-    with subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE) as other:
-        assert command_of(other.pid) == f"{sys.executable} -S -c input()"
-        record = {"kind": "align", "name": "a", "pid": other.pid, "argv": ["kvpo"], "begun": ""}
-        children.folder.mkdir(parents=True)
-        (children.folder / "align.json").write_text(json.dumps(record))
-        assert children.latest("align") is not None and children.running() is None
-        with pytest.raises(ValueError, match="ended already"):
-            children.stop("align")
-        assert other.poll() is None
-        other.communicate(b"\n")
-    assert command_of(other.pid) == ""
-    for broken in ("[" * 9000, "[]", "{}", json.dumps(record | {"name": "../x"})):
-        (children.folder / "align.json").write_text(broken)
-        assert children.latest("align") is None
-
-
-def test_what_can_not_be_recorded_is_not_left_running(tmp_path, monkeypatch):
-    """A process whose record did not fit on the disk would be known to nobody."""
-
-    def full(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("kvpo.studio.children.write_atomic", full)
-    children, started = Children(tmp_path), []
-    popen = subprocess.Popen
-    monkeypatch.setattr(
-        subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1]
-    )
-    with pytest.raises(OSError, match="nothing was started"):
-        children.start("fit", "a", [sys.executable, "-S", "-c", "import time; time.sleep(99)"])
-    assert started[0].returncode == -9 and children.running() is None
-
-
 # --- Before and after ---
 
 
@@ -241,85 +183,3 @@ def test_a_blind_comparison_has_its_win_rate(client, panes, compared):
     assert [given["rater"] for given in kept["answers"]] == ["Ada"] * 4
     again = ask(client, "answer", name=name, place=3, answer="left", rater="Ada")
     assert again.status_code == 400 and "not the next one" in again.text
-
-
-@pytest.mark.parametrize(
-    ("what", "said"),
-    [
-        ({"place": 1}, "not the next one"),
-        ({"place": True}, "no pair"),
-        ({"place": 4}, "no pair"),
-        ({"place": "0"}, "no pair"),
-        ({"answer": "trained"}, "no answer"),
-        ({"rater": 3}, "is text"),
-        ({"name": "../../x"}, "no name"),
-        ({"name": "other"}, "no comparison"),
-        ({"more": 1}, "more"),
-    ],
-)
-def test_strange_answers(client, panes, tmp_path, what, said):
-    blind = panes.learning.folder / "blind"
-    blind.mkdir(parents=True)
-    (tmp_path / "template" / "blind").rename(blind / "b")
-    answer = {"name": "b", "place": 0, "answer": "left", "rater": "Ada"} | what
-    found = ask(client, "answer", **answer)
-    assert found.status_code == 400 and said in found.json()["message"]
-    assert not (blind / "b" / "answers.json").exists()
-
-
-# --- Who may ask ---
-
-
-@pytest.mark.parametrize(
-    "headers", [{"origin": "http://evil.example"}, {"origin": "null"}, {"origin": None}]
-)
-def test_work_is_begun_by_the_page_alone(client, panes, headers):
-    """A form of another page may post here without reading the answer; its origin tells it apart."""
-    sent = {name: value for name, value in (OURS | headers).items() if value}
-    assert client.post(f"/{TOKEN}/learn/fit", headers=sent).status_code == 403
-    assert client.post("/wrong/learn/fit", headers=OURS).status_code == 403
-    assert panes.learning.children.latest("fit") is None
-
-
-@pytest.mark.parametrize(
-    ("do", "content", "status", "said"),
-    [
-        ("fit", b"[1]", 400, "an object"),
-        ("fit", b"no JSON", 400, "not JSON"),
-        ("fit", b"[" * LARGEST_BODY, 400, "not JSON"),
-        ("fit", b" " * (LARGEST_BODY + 1), 400, "more than"),
-        ("fit", b'{"folder": "/"}', 400, "folder"),
-        ("stop", b'{"kind": "server"}', 400, "no work"),
-        ("stop", b'{"kind": ["fit"]}', 400, "no work"),
-        ("stop", b'{"kind": "fit"}', 400, "ended already"),
-        ("resume", b"", 400, "no run was stopped"),
-        ("compare", b"", 400, "no run with"),
-        ("state", b"", 404, "does not know"),
-        ("__init__", b"", 404, "does not know"),
-    ],
-)
-def test_strange_requests(client, do, content, status, said):
-    answer = client.post(f"/{TOKEN}/learn/{do}", content=content, headers=OURS)
-    assert answer.status_code == status and said in answer.json()["message"]
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        "blind/..%2f..%2fx/0/left.mp4",
-        "blind/../0/left.mp4",
-        "blind/b/0/..%2fkey.mp4",
-        "blind/b/9/left.mp4",
-        "blind/b/-1/left.mp4",
-        "blind/b/0/middle.mp4",
-        "blind/none/0/left.mp4",
-    ],
-)
-def test_videos_of_a_comparison_do_not_lead_out_of_it(client, panes, tmp_path, path):
-    folder = panes.learning.folder / "blind"
-    folder.mkdir(parents=True)
-    (tmp_path / "template" / "blind").rename(folder / "b")
-    assert client.get(f"/{TOKEN}/blind/b/0/left.mp4").status_code == 200
-    assert client.get(f"/{TOKEN}/{path}").status_code in (403, 404)
-    (folder / "link").symlink_to(folder / "b")
-    assert client.get(f"/{TOKEN}/blind/link/0/left.mp4").status_code == 404

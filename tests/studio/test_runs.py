@@ -8,14 +8,11 @@ import json
 import re
 
 import pytest
-from learners import new_panes
-from starlette.testclient import TestClient
-from tabs import HOST, TOKEN
+from tabs import TOKEN
 
 from kvpo.pages.render import render
 from kvpo.studio.panes import report_policy
 from kvpo.studio.runs import MOST_POINTS, Runs, check_run_name, thinned
-from kvpo.studio.server import new_app
 
 
 def line(step: int, **metrics) -> str:
@@ -23,10 +20,8 @@ def line(step: int, **metrics) -> str:
 
 
 @pytest.fixture
-def client(tmp_path):
-    panes = new_panes(tmp_path)
-    with TestClient(new_app(None, TOKEN, panes=panes), base_url=f"http://{HOST}") as client:
-        yield client
+def client(pane_client):
+    return pane_client
 
 
 @pytest.fixture
@@ -72,8 +67,15 @@ def test_lines_that_are_no_records_are_passed_over(tmp_path, run):
         "no JSON\n[1]\n{}\n" + '{"step": "NaN"}\n' + "[" * 9000 + "\n" + line(3, **{"loss/kl": 1})
     )
     assert Runs(tmp_path / "runs").records(run.name) == [{"step": 3, "loss/kl": 1.0}]
-    (run / "config.resolved.yaml").write_text("[:")
-    assert Runs(tmp_path / "runs").facts(run.name)["steps"] is None
+    for strange in (
+        "[:",
+        "steps: many\nobjective: x\nrewards: 3",
+        "rewards: [3, {name: [1]}]",
+        "7",
+    ):
+        (run / "config.resolved.yaml").write_text(strange)
+        facts = Runs(tmp_path / "runs").facts(run.name)
+        assert (facts["steps"], facts["method"]) == (None, "tve_ppo by kv_routing")
 
 
 def test_a_long_run_is_thinned_and_keeps_its_last_point():
