@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from httpx import Response
 from starlette.testclient import TestClient
 from tabs import OURS, TOKEN
 
@@ -134,7 +133,7 @@ def wait_for(true: Callable[[], Any], seconds: float = 60.0) -> Any:
     return found
 
 
-def ask(client: TestClient, do: str, **what: Any) -> Response:
+def ask(client: TestClient, do: str, **what: Any) -> Any:
     """Ask for work as the page does."""
     return client.post(f"/{TOKEN}/learn/{do}", json=what, headers=OURS)
 
