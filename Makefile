@@ -30,10 +30,10 @@ $(INSTALLED): requirements.lock pyproject.toml Makefile
 align: $(INSTALLED)
 	@set -e; out=runs/align; n=1; \
 	while [ -e "$$out" ]; do \
-	  [ -e "$$out/report.html" ] || echo "$$out is unfinished; to go on with it: $(VENV)/bin/kvpo align mini --out $$out --resume"; \
+	  [ -e "$$out/report.html" ] || echo "$$out is unfinished; to go on with it: $(VENV)/bin/kvpo align mini --processes 2 --out $$out --resume"; \
 	  n=$$((n + 1)); out=runs/align-$$n; \
 	done; \
-	$(VENV)/bin/kvpo align mini --out "$$out"
+	$(VENV)/bin/kvpo align mini --processes 2 --out "$$out"
 
 check: $(INSTALLED)
 	$(VENV)/bin/python -m ruff check .

@@ -25,6 +25,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,6 +41,7 @@ from kvpo.evaluation.evaluate import Scored, kinds_of, values_of
 from kvpo.evaluation.intervals import RESAMPLES, TOTAL, bootstrap_interval
 from kvpo.rewards.scorer import load_rewards
 from kvpo.runs.build import evaluation_scripts
+from kvpo.types import Script
 
 ARMS = {
     "real": [],
@@ -72,7 +74,9 @@ def train(recipe: str, arm: str, seed: int, out: Path) -> None:
     subprocess.run(command, check=True)
 
 
-def values(spec: str, config: RunConfig, path: Path, progress: Progress) -> dict[str, torch.Tensor]:
+def values(
+    spec: str, config: RunConfig, scripts: Sequence[Script], path: Path, progress: Progress
+) -> dict[str, torch.Tensor]:
     """Per-script values of every component, float64, kept in ``path``.
 
     The mean of the trained ones comes first.
@@ -80,7 +84,7 @@ def values(spec: str, config: RunConfig, path: Path, progress: Progress) -> dict
     if not path.exists():
         device = torch.device("cpu")
         rewards = load_rewards(config.rewards, device)
-        scored, _ = measured(spec, config, evaluation_scripts(config), rewards, device, progress)
+        scored, _ = measured(spec, config, scripts, rewards, device, progress)
         trained = [
             k for k, kind in enumerate(kinds_of(rewards, config.evaluate.seeds)) if kind == "train"
         ]
@@ -161,20 +165,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/claims"))
     args = parser.parse_args()
     recipe, progress = load_config(recipe_path(args.recipe)), Progress()
-    config = replace(
-        recipe,
-        evaluate=replace(
-            recipe.evaluate, scripts=args.scripts, seed=args.evaluation_seed, videos=0
-        ),
-    )
+    evaluate = replace(recipe.evaluate, scripts=args.scripts, seed=args.evaluation_seed, videos=0)
+    # What rewards see while training may be rounded; what is claimed is measured without.
+    config = replace(recipe, evaluate=evaluate, vae_dtype="float32")
+    scripts = evaluation_scripts(config)
     kept = args.out / f"values-{args.evaluation_seed}-{args.scripts}"
-    start = values(config.pipeline, config, kept / "start.json", progress)
+    start = values(config.pipeline, config, scripts, kept / "start.json", progress)
     runs: dict[str, dict[int, dict[str, torch.Tensor]]] = {arm: {} for arm in args.arms}
     for seed in args.seeds:  # seed by seed, so that what there is can be compared at any time
         for arm in args.arms:
             out = args.out / f"{arm}-{seed}"
             train(args.recipe, arm, seed, out)
-            runs[arm][seed] = values(f"{out}:ema", config, kept / f"{arm}-{seed}.json", progress)
+            path = kept / f"{arm}-{seed}.json"
+            runs[arm][seed] = values(f"{out}:ema", config, scripts, path, progress)
             said = f"{args.scripts} scripts of evaluation seed {args.evaluation_seed}, EMA weights\n{tables(start, {a: r for a, r in runs.items() if r})}\n"
             write_atomic(args.out / "claims.md", said)
     write_atomic(

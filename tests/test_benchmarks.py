@@ -20,9 +20,11 @@ from kvpo.common.progress import Progress
 from kvpo.config import from_dict, load_config, recipe_path
 from kvpo.method.explorers import StartNoise
 from kvpo.method.routing import KVRouting
+from kvpo.mini.pretraining.networks import TEXT_LEN
 from kvpo.mini.pretraining.pretrain import GEOMETRY
 from kvpo.mini.rewards.attributes import load_network
 from kvpo.mini.source import StorySource
+from kvpo.mini.stories import vocabulary, words
 from kvpo.rewards.registry import RewardEntry
 from kvpo.train import Alignment
 from kvpo.types import Script
@@ -250,3 +252,15 @@ def test_the_options_of_the_methods_are_settings():
             place[key] = value
         config = from_dict(content)
         assert config.objective.kind == setting.objective and config.optimizer.lr == setting.rate
+
+
+def test_other_words_say_the_same_in_words_that_are_known(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    transfer, known = load("transfer"), set(vocabulary())
+    source = StorySource(3, "transfer", segments=3, memory=0.2)
+    stories = [source.script(0, i) for i in range(200)]
+    for script in stories:
+        other = transfer.in_other_words(script)  # refuses what says something else
+        assert not set(other.texts) & set(script.texts)
+        assert all(set(words(text)) <= known for text in other.texts)
+        assert max(len(words(text)) for text in other.texts) < TEXT_LEN

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from kvpo.common.environment import pick_device
 from kvpo.common.files import try_folder
 from kvpo.common.progress import Progress
 from kvpo.common.wording import count_of
+from kvpo.distributed.local_processes import INSIDE, check_count, start_processes
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,9 @@ class Align:
     """Folder of the run; it must not hold another one."""
     resume: bool = False
     """Go on with the run in --out from its newest checkpoint."""
+    processes: int = 1
+    """Processes that share the groups of every step, as torchrun --nproc-per-node would start them.
+    One for every card; on a CPU one for every core or two, each with its share of the threads."""
     override: bool = False
     """Take settings that differ from the run's; with --resume only.
     They are patience, branch_parallel, policy.shard, and those of what is shown, evaluated and
@@ -38,6 +44,9 @@ class Align:
             raise ValueError(
                 "--override lets a resumed run take other settings, and without --resume a new run begins; give both, or leave it out"
             )
+        check_count(self.processes)
+        if self.processes > 1 and INSIDE not in os.environ:
+            raise SystemExit(start_processes(self.processes, sys.argv[1:]))
         from kvpo.distributed.ranks import leave
         from kvpo.distributed.signals import Stopped, ending_at_once
         from kvpo.planning.missing import refuse_missing

@@ -31,6 +31,10 @@ class RolloutConfig:
     """Groups that fork one story, each at another block: early, middle, late.
     Their common prefix is generated once; ``groups`` is a multiple. Each costs a cache of its own.
     Groups of one story share its noise, so a step has fewer stories that speak independently."""
+    alike_forks: bool = False
+    """All stories of a step fork at the same blocks.
+    An early fork costs several times a late one, because everything behind it is generated for
+    every branch; where each story draws its own, processes wait for the one whose fork is early."""
     together: int = 0
     """Most branches, the anchor included, that are generated or replayed side by side; 0 = all.
     Each holds a past of its own in the cache: lower it where memory is short."""

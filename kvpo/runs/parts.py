@@ -158,17 +158,21 @@ class Parts:
                 config.seed,
                 names,
                 held,
-                [self._fork(s, i, name) for s, i, name in zip(scripts, groups, stories)],
+                [self._fork(s, step, i) for s, i in zip(scripts, groups)],
                 stories,
             )
 
-    def _fork(self, script: Script, group: int, story: Name) -> int | None:
-        """The group's fork block where several groups fork one story; None = drawn by itself."""
-        if (count := self.config.rollout.forks) == 1:
+    def _fork(self, script: Script, step: int, group: int) -> int | None:
+        """The group's fork block where groups have their forks in common; None = its own draw."""
+        config, of_script = self.config, group % self.config.stories
+        if config.rollout.forks == 1 and not config.rollout.alike_forks:
             return None
-        eligible = self.config.exploring.eligible_forks(script.blocks, self.pipeline.geometry)
-        forks = spread_forks(eligible, count, stream(self.config.seed, *story, "forks"))
-        return forks[group // self.config.stories]
+        drawn_for: Name = ("train", step)
+        if not config.rollout.alike_forks:
+            drawn_for = (*drawn_for, of_script)
+        eligible = config.exploring.eligible_forks(script.blocks, self.pipeline.geometry)
+        generator = stream(config.seed, *drawn_for, "forks")
+        return spread_forks(eligible, config.rollout.forks, generator)[group // config.stories]
 
     def explore(
         self,

@@ -106,6 +106,22 @@ def test_a_step_with_several_forks_of_a_story(folder, tmp_path):
     assert calls[2] < calls[1]
 
 
+@pytest.mark.parametrize("forks", [1, 2])
+def test_stories_of_a_step_fork_at_the_same_blocks(folder, tmp_path, forks):
+    """Two processes with a group each waited for the one that forked early, a sixth of the time."""
+    rollout = {"branches": 3, "cache_frames": 12, "forks": forks, "alike_forks": True}
+    data = {"blocks": 9, "segments": 1, "memory": 0.0}
+    config = from_dict(settings(folder, groups=2 * forks, rollout=rollout, data=data))
+    run, seen = Alignment(config, tmp_path, Progress()), []
+    for step in range(4):
+        begun = run.starts(step, list(range(2 * forks)))
+        at = [start.window.fork for start in begun]
+        assert at[0::2] == at[1::2] and len(set(at)) == forks
+        assert begun[0].script != begun[1].script
+        seen.append(tuple(at))
+    assert len(set(seen)) > 1
+
+
 def test_bad_settings_are_refused(folder):
     with pytest.raises(ValueError, match="groups = 3 is no multiple of rollout.forks = 2"):
         from_dict(settings(folder, groups=3, rollout={"branches": 3, "forks": 2}))
