@@ -60,9 +60,7 @@ class Blind:
         """
         pairs = self.pairs()
         if type(place) is not int or place not in range(len(pairs)):
-            raise ValueError(
-                f"there is no pair {place!r}; the comparison has pairs 0 to {len(pairs) - 1}"
-            )
+            raise ValueError(f"there is no pair {place!r}; choose one of 0 to {len(pairs) - 1}")
         draws = stream(int(pairs[0].get("seed", 0)), "studio", "blind")
         order = torch.randperm(len(pairs), generator=draws)
         turned = torch.randint(2, (len(pairs),), generator=draws)

@@ -130,7 +130,9 @@ class Children:
         """Ask a process to end as ctrl-C does; a run saves first.  ValueError where none is at work."""
         child = self.latest(kind)
         if child is None or not self.is_alive(child):
-            raise ValueError(f"nothing of the kind {kind} is at work; it has ended already")
+            raise ValueError(
+                f"nothing of the kind {kind} is at work, it has ended already; reload the page"
+            )
         with contextlib.suppress(ProcessLookupError):
             os.kill(child.pid, signal.SIGTERM)
 

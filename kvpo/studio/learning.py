@@ -1,4 +1,4 @@
-"""From a folder's choices to a generator aligned to them: fit, align, compare, and how far each is.
+"""The way from a folder's choices to a generator aligned to them: fit, align, compare.
 
 tastes/NAME/       preferences that were fitted
 recipes/NAME.yaml  the settings of each run
@@ -31,7 +31,7 @@ from kvpo.studio.runs import Runs, is_run_folder
 
 
 class Learning:
-    """What one studio's folder has learnt, and the requests to learn more."""
+    """The preferences, runs and comparisons of a studio's folder, and the requests for more."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Learning:
     def align(self) -> None:
         """Begin a run that trains on the newest preference.  ValueError where there is none."""
         if (taste := self.taste()) is None:
-            raise ValueError("no preference has been fitted yet; fit one to your choices first")
+            raise ValueError("no preference has been fitted yet; press “Fit a preference” first")
         config = studio_recipe(self.recipe, self.generator)
         config = align_to(config, self.folder / "tastes" / taste["name"])
         name = new_name("aligned")
@@ -76,14 +76,16 @@ class Learning:
     def stop(self, kind: str) -> None:
         """Ask the work of a kind to end; a run saves what it has done first."""
         if kind not in KINDS:
-            raise ValueError(f"{str(kind)[:20]!r} is no work; stop one of {', '.join(KINDS)}")
+            raise ValueError(f"{str(kind)[:20]!r} is no work; name one of {', '.join(KINDS)}")
         self.children.stop(kind)
 
     def compare(self) -> None:
         """Make the videos of a blind comparison of the latest run; one that was stopped goes on."""
         child = self.children.latest("align")
         if child is None or self._state(child) not in ("done", "stopped"):
-            raise ValueError("there is no run with trained weights yet; align first, or let it end")
+            raise ValueError(
+                "there is no run with trained weights yet; let the alignment end, or begin one"
+            )
         latest = self.children.latest("compare")
         again = latest is not None and latest.about.get("run") == child.name
         if again and self._state(latest) == "stopped":
@@ -150,7 +152,7 @@ class Learning:
         return self.blind(compared.name).state()
 
     def _answers(self) -> dict[str, Any]:
-        """How many answers there are, in how many stories, by whom."""
+        """Count the answers, their stories, and those of each rater."""
         lines, _ = read_preferences(self.folder)
         told = [line for line in lines if isinstance(line, dict)]
         raters = Counter(str(line.get("rater") or UNNAMED)[:64] for line in told)

@@ -58,7 +58,7 @@ class Followed:
     offset: int = 0
     identity: tuple[int, int] = (0, 0)
     records: list[dict[str, float]] = field(default_factory=list)
-    """Of each line the metrics that are shown, and its step."""
+    """The metrics that are shown of each line, and its step."""
 
     def look(self) -> list[dict[str, float]]:
         """Read what was written since; all over again where a resumed run has cut its log."""
@@ -123,7 +123,9 @@ class Runs:
         """File of a run's report.  ValueError where it has none yet."""
         path = no_link(self.path(name) / "report.html")
         if not path.is_file():
-            raise ValueError(f"{name} has no report yet; it is written at the end of the training")
+            raise ValueError(
+                f"{name} has no report yet: it is written at the end; let the run end, or write it by `kvpo report`"
+            )
         return path
 
     def names(self) -> list[str]:
@@ -148,7 +150,7 @@ class Runs:
         return found
 
     def facts(self, name: str) -> dict[str, Any]:
-        """How far a run is, what it is, and how long ago it wrote."""
+        """Describe how far a run is, what it is, and how long ago it wrote."""
         path = self.path(name)
         config, records = self._config(path), self.records(name)
         objective, rewards = config.get("objective"), config.get("rewards")

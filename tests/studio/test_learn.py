@@ -100,7 +100,7 @@ def test_a_refusal_is_told_as_it_is(tmp_path):
         ask(client, "fit")
         found = until(client, "fit", "failed")
         assert found["fit"]["said"] == "3 answers are too few; give more"
-        assert "fit one" in ask(client, "align").json()["message"]
+        assert "Fit a preference" in ask(client, "align").json()["message"]
     finish(panes.learning)
 
 
