@@ -1,8 +1,7 @@
 # Two cores, Python 3.11 or later, git: nothing else is needed.
 #
 #   make align       align the miniature, in runs/align (or the next free folder); ends with the path of report.html
-#   make check       lint, in seconds
-#   make types       what the type checker says; it still finds faults in generators/, method/ and their users, so nothing depends on it
+#   make check       lint and types, in seconds
 #   make test        the CPU suite
 #   make test-slow   the CPU suite with the tests that take minutes
 #   make docs        the documentation site, in build/site; a warning is an error
@@ -15,7 +14,7 @@ INSTALLED := $(VENV)/.installed
 # Not in the lock, because which build of it is right depends on the machine.
 TORCH := torch==2.13.0
 
-.PHONY: align check types test test-slow docs lock clean
+.PHONY: align check test test-slow docs lock clean
 
 $(INSTALLED): requirements.lock pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is too old: Python 3.11 or later is needed; name one by make PYTHON=..." >&2; exit 1; }
@@ -37,8 +36,6 @@ align: $(INSTALLED)
 
 check: $(INSTALLED)
 	$(VENV)/bin/python -m ruff check .
-
-types: $(INSTALLED)
 	$(VENV)/bin/python -m mypy
 
 test: $(INSTALLED)

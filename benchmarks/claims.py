@@ -104,10 +104,8 @@ def over_seeds(diff_SN: torch.Tensor, name: str) -> tuple[float, float, float]:
     """
     S, N = diff_SN.shape
     g = stream(0, "claims", name)
-    seeds, scripts = (
-        torch.randint(S, (RESAMPLES, S), generator=g),
-        torch.randint(N, (RESAMPLES, N), generator=g),
-    )
+    seeds = torch.randint(S, (RESAMPLES, S), generator=g)
+    scripts = torch.randint(N, (RESAMPLES, N), generator=g)
     means = torch.stack([diff_SN[s][:, n].mean() for s, n in zip(seeds, scripts)])
     low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
     return float(diff_SN.mean()), low, high

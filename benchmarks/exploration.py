@@ -125,11 +125,9 @@ def main() -> None:
     ]
     with progress.bar("explore", len(cases) * args.groups) as bar, torch.no_grad():
         for kind, where, name in cases:
-            source, explorer, rows = (
-                StorySource(config.evaluate.seed, "explore", config.data.blocks, KINDS[kind]),
-                EXPLORERS[name],
-                [],
-            )
+            source = StorySource(config.evaluate.seed, "explore", config.data.blocks, KINDS[kind])
+            explorer = EXPLORERS[name]
+            rows = []
             for i in range(args.groups):
                 story = source.story(0, i)
                 fork = FORKS[where](story.script, eligible)

@@ -19,7 +19,7 @@ from kvpo.common.extras import require_extra
 from kvpo.common.metrics import MetricLog, NoLog, console_line
 from kvpo.common.progress import Bar, Progress
 from kvpo.common.rng import stream
-from kvpo.common.trackers import Trackers
+from kvpo.common.trackers import Trackers, check_installed
 from kvpo.common.wording import count_of
 from kvpo.config import RunConfig, to_dict
 from kvpo.distributed.branches import all_rewards, all_rows
@@ -48,6 +48,10 @@ class Alignment(Parts):
     """A run: its parts, its folder, and the loop over them."""
 
     def __init__(self, config: RunConfig, out: Path, progress: Progress):
+        """Load everything, as `Parts`; ValueError where a package is missing comes first."""
+        require_extra("a run's report", "report", ("matplotlib",))
+        for tracker in config.trackers:
+            check_installed(tracker)
         super().__init__(config, progress)
         self.out = out
         self.silent = 0
@@ -83,7 +87,7 @@ class Alignment(Parts):
         """
         with self.state:
             begun = self.state.begin(resume, override)
-            log = NoLog()
+            log: MetricLog | NoLog = NoLog()
             if self.ranks.first:
                 log = self._log(begun - 1 if resume else None)
             bar = self.progress.bar("align", self.config.steps, begun)
@@ -125,8 +129,7 @@ class Alignment(Parts):
         log.write(self.done - 1, metrics, shown_videos(self.out, "samples", self.done))
 
     def _log(self, resume_after: int | None) -> MetricLog:
-        """Open the run's log, and its trackers; ValueError where a package of theirs is missing."""
-        require_extra("a run's report", "report", ("matplotlib",))
+        """Open the run's log, and its trackers."""
         settings = to_dict(self.config)
         trackers = Trackers(self.config.trackers, self.out, settings, resume_after)
         return MetricLog(self.out, resume_after, trackers)
@@ -343,12 +346,13 @@ class Alignment(Parts):
         return advantage
 
     def _replay(self, step: int, group: Kept) -> Replay:
-        config = self.config
-        weights = config.energy.step_weights(self.pipeline.geometry.sigmas)
-        factors = config.pairs.factors(
-            weights.repeat(group.rollout.window.blocks, 1),
-            stream(config.seed, "train", step, group.index, "pairs"),
-        )
+        config, factors = self.config, None
+        if config.pairs.count:
+            weights = config.energy.step_weights(self.pipeline.geometry.sigmas)
+            factors = config.pairs.factors(
+                weights.repeat(group.rollout.window.blocks, 1),
+                stream(config.seed, "train", step, group.index, "pairs"),
+            )
         members = range(group.rollout.num_branches + (config.advantages.anchor and self.row.last))
         return Replay(
             self.pipeline,

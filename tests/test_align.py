@@ -390,10 +390,8 @@ def test_ctrl_c_and_pre_emption(straight, tmp_path, monkeypatch, capsys, number)
     """In the middle of a step: the step is given up, those before it are saved although no
     checkpoint was due, the exit code is 0; resuming is the uninterrupted run."""
     out, recipe, _ = straight
-    explore, handlers = (
-        Alignment.explore,
-        [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)],
-    )
+    explore = Alignment.explore
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
 
     def interrupted(self, *args, **options):
         if self.done == 2:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -11,8 +12,10 @@ import pytest
 from test_align import settings, write_recipe
 from tiny import BLUE, RED, Warmth
 
+import kvpo
 from kvpo.commands import main as cli
 from kvpo.commands.vbench import Vbench
+from kvpo.config import from_dict
 from kvpo.rewards.base import RewardSpec
 from kvpo.rewards.registry import RewardEntry
 from kvpo.rewards.scorer import make_scorers
@@ -24,6 +27,28 @@ class Spaced(Warmth):
 
     def __init__(self):
         self.spec = RewardSpec("how warm/it is", "toy", needs_prompt=False)
+
+
+@pytest.mark.parametrize(
+    "package, message",
+    [
+        ("matplotlib", r"a run's report needs matplotlib: pip install 'kvpo\[report\]'"),
+        ("wandb", "trackers: wandb is not installed; pip install wandb"),
+    ],
+)
+def test_a_run_s_packages_are_looked_for_first(
+    folder, tmp_path, monkeypatch, unloaded, package, message
+):
+    """Without matplotlib, or a tracker's package, `kvpo.align` refused a run only after rewards
+    and generator had been loaded."""
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *more: None if name == package else found(name, *more),
+    )
+    with pytest.raises(ValueError, match=message):
+        kvpo.align(from_dict(settings(folder, trackers=["wandb"])), out=tmp_path / "run")
 
 
 @pytest.fixture
@@ -39,7 +64,7 @@ def unloaded(monkeypatch):
         "evaluation.ab_pairs",
         "evaluation.vbench",
         "generators.generate",
-        "train",
+        "runs.parts",
     ):
         for name in ("load_generator", "load_pipeline", "load_with_texts"):
             monkeypatch.setattr(f"kvpo.{module}.{name}", load, raising=False)

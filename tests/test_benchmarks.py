@@ -99,11 +99,9 @@ def test_start_noise_and_routing_are_measured_on_one_group(folder):
         rollout=replace(config.rollout, branches=3),
         rewards=(RewardEntry("tiny:Warmth"), RewardEntry("tiny:Change")),
     )
-    run, story, anchors = (
-        Alignment(config, Path("."), Progress()),
-        StorySource(0, "explore", 10).story(0, 0),
-        [],
-    )
+    run = Alignment(config, Path("."), Progress())
+    story = StorySource(0, "explore", 10).story(0, 0)
+    anchors = []
     for explorer in (KVRouting(window_blocks=1), StartNoise(mix=1.0, window_blocks=1)):
         found = exploration.measure(run, load_network(), explorer, story, ("explore", 0), 6)
         assert (

@@ -189,10 +189,8 @@ def test_an_unknown_recipe_lists_the_shipped_ones():
 
 
 def test_differences_by_hand():
-    old, new = (
-        {"a": 1, "b": {"c": 2, "d": [1, 2]}, "e": 3},
-        {"a": 1, "b": {"c": 5, "d": [1, 2]}, "f": 4},
-    )
+    old = {"a": 1, "b": {"c": 2, "d": [1, 2]}, "e": 3}
+    new = {"a": 1, "b": {"c": 5, "d": [1, 2]}, "f": 4}
     assert differences(old, new) == ["b.c: 2 -> 5", "e: 3 -> None", "f: None -> 4"]
     assert differences(old, old) == []
 

@@ -25,6 +25,7 @@ from test_align import equal, final, records, settings, write_recipe
 from test_distributed import children, launch
 from test_docs import blocks
 
+from kvpo.common.metrics import PHASES
 from kvpo.distributed.rendezvous import open_store
 from kvpo.policy.checkpoint import checkpoints
 
@@ -48,22 +49,6 @@ class SlowDisk:
 
         kvpo.policy.checkpoint.save_file = slowly
         return Warmth()
-
-
-PHASES = (
-    "total",
-    "prefix",
-    "branches",
-    "decode",
-    "reward",
-    "replay_old",
-    "replay_grad",
-    "hold",
-    "optimizer",
-    "checkpoint",
-    "evaluate",
-    "sentinels",
-)
 
 
 class DiesInEveryPhase:

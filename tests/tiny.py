@@ -115,11 +115,9 @@ def new_text_encoder(seed: int = 2) -> UMT5EncoderModel:
 
 
 def new_pipeline(geometry: Geometry = GEOMETRY, seed: int = 0) -> Pipeline:
-    transformer, vae, text_encoder = (
-        new_transformer(seed),
-        new_vae(seed + 1),
-        new_text_encoder(seed + 2),
-    )
+    transformer = new_transformer(seed)
+    vae = new_vae(seed + 1)
+    text_encoder = new_text_encoder(seed + 2)
     stock = WanPipeline(
         new_tokenizer(),
         text_encoder,

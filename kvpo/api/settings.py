@@ -50,7 +50,11 @@ def _leaves(
             yield from _leaves(inner, value, path)
         elif path == ("objective",) and isinstance(value, Mapping):
             yield from (((*path, str(name)), one) for name, one in value.items())
-        elif path == ("objective",) and dataclasses.is_dataclass(value):
+        elif (
+            path == ("objective",)
+            and dataclasses.is_dataclass(value)
+            and not isinstance(value, type)
+        ):
             yield from (((*path, name), one) for name, one in dataclasses.asdict(value).items())
         else:
             yield path, str(value) if isinstance(value, Path) else value

@@ -95,12 +95,21 @@ def evaluate_command(args: Evaluate) -> None:
         strict=True,
     )
     if args.against:
-        rows = compare(*scored, kinds)
+        a, b = scored
+        rows = compare(a, b, kinds)
         progress.say(table(rows, "A", "B"))
         progress.say(f"A = {labels[0]}, B = {labels[1]}, {_measured_on(args, len(scripts))}")
         progress.say(enough_scripts(rows))
         write_comparison(
-            out, rows, *labels, scripts, config.evaluate, command(), unseen(config), scored
+            out,
+            rows,
+            labels[0],
+            labels[1],
+            scripts,
+            config.evaluate,
+            command(),
+            unseen(config),
+            (a, b),
         )
     else:
         rows = means(scored[0], kinds)

@@ -95,7 +95,7 @@ def _ids(folder: Path, names: Sequence[Name]) -> dict[str, str]:
     """Id of the run in each tracker: that of before, or a new one, which is then kept."""
     path = folder / IDS
     there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    found = {name: there.get(name) or uuid.uuid4().hex[:8] for name in names}
+    found: dict[str, str] = {name: there.get(name) or uuid.uuid4().hex[:8] for name in names}
     if set(found) - set(there):
         write_atomic(path, json.dumps(there | found, indent=1) + "\n")
     return found
@@ -109,7 +109,7 @@ def _opened(name: Name, folder: Path, id: str, resume_after: int | None) -> Any:
     # only the first rank of a run makes a tracker at all.
     tracking.logger = logging.getLogger("accelerate.tracking")
     title = folder.resolve().name
-    kind, run, given = {
+    kinds: dict[Name, tuple[type, str, dict[str, Any]]] = {
         "tensorboard": (
             tracking.TensorBoardTracker,
             "tensorboard",
@@ -128,7 +128,8 @@ def _opened(name: Name, folder: Path, id: str, resume_after: int | None) -> Any:
             PROJECT,
             {"name": f"{title}-{id}", "resume": "allow"},
         ),
-    }[name]
+    }
+    kind, run, given = kinds[name]
     tracker = type(kind.__name__, (kind,), {"main_process_only": False})(run, **given)
     try:
         tracker.start()

@@ -60,11 +60,15 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def account(
-    found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Size], source: str, target: str
+    found: Mapping[str, torch.Tensor],
+    wanted: Mapping[str, torch.Size],
+    source: str,
+    target: str,
+    way_out: str = "give the checkpoint and the base folder of one model",
 ) -> None:
     """Check that exactly the ``wanted`` tensors were found.
 
-    Raises ValueError that lists every tensor missing from ``found``, more than asked for, or of
+    Raises ValueError with the ``way_out`` that lists every tensor missing from ``found``, more than asked for, or of
     another shape.
     """
     faults = {
@@ -82,9 +86,7 @@ def account(
             for what, names in faults.items()
             if names
         )
-        raise ValueError(
-            f"{source} does not fit {target}: {listed}; give the checkpoint and the base folder of one model"
-        )
+        raise ValueError(f"{source} does not fit {target}: {listed}; {way_out}")
 
 
 def identity(name: str, files: Sequence[Path]) -> str:

@@ -193,10 +193,8 @@ def _weights(
         raise ValueError(
             f"{len(generators)} of the {len(contents)} files hold a generator ({names}); give exactly one, and any number of LoRA files"
         )
-    (files, content), wanted = (
-        generators[0],
-        {n: t.shape for n, t in new_transformer(config).state_dict().items()},
-    )
+    files, content = generators[0]
+    wanted = {n: t.shape for n, t in new_transformer(config).state_dict().items()}
     path = files.path
     state, key = generator_state(content, path, (which,) if which else (*kind.prefer, *OF_TRAINERS))
     if which and not key:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
@@ -53,9 +54,16 @@ class _Empty:
 
     explorer: Explorer
 
+    deterministic_replay: ClassVar[bool] = True
+    own_renoise: ClassVar[bool] = False
+
     @property
     def window_blocks(self) -> int:
         return self.explorer.window_blocks
+
+    @property
+    def nearest(self) -> int:
+        return self.explorer.nearest
 
     def eligible_forks(self, blocks, geometry):
         return self.explorer.eligible_forks(blocks, geometry)
@@ -85,23 +93,23 @@ class _AllFrames(WanAttnProcessor):
         return super().__call__(attn, hidden, encoder, mask, rotary)
 
 
-class _Watched:
+class _Watched(CausalWan):
     """A generator that looks at what a denoise pass is about to read of the prefix.
 
     It does so for every row, before it runs.
     """
 
     def __init__(self, model: CausalWan, prefix: FrameCache):
-        self.model = model
+        # Not CausalWan's own, which would give the transformer new attention processors.
+        torch.nn.Module.__init__(self)
+        self.transformer = model.transformer
+        self.calls = 0
         self.prefix = prefix
         self.left = _prints(prefix)
         self.reads = 0
         self.wrong = 0
 
-    def __getattr__(self, name: str):
-        return getattr(self.model, name)
-
-    def velocity(self, x, sigma, text, frames, cache, past):
+    def velocity(self, x, sigma, text, frames, cache=None, past=(), rows=None):
         lists, found = past if isinstance(past, list) else [past] * len(x), cache.find(past, len(x))
 
         # Pages that rows encoded anew at a prompt switch are their own, and so is a bank that they
@@ -128,7 +136,7 @@ class _Watched:
                 [_print(kv[row, i]) for kv in read] != self.left[f, layer] for row, i, f in pages
             )
             self.reads += len(pages)
-        return self.model.velocity(x, sigma, text, frames, cache, past)
+        return super().velocity(x, sigma, text, frames, cache, past, rows)
 
     def finding(self) -> Finding:
         wrong = self.wrong + sum(
@@ -173,73 +181,92 @@ def findings(config: RunConfig) -> Iterator[Finding]:
     yield _at_most(
         "a block read through the cache == one uncached forward", _against_stock(run, rolled), close
     )
-    script, name = run.source.script(0, 0), ("doctor",)
-    embeddings = run.embed(script)
-    with run.policy.using(run.policy.behaviour):
-        (start,) = starts(
-            run.pipeline,
-            run.sampler,
-            config.exploring,
-            config.rollout,
-            [script],
-            embeddings,
-            config.seed,
-            [name],
-            [lambda fork: ()],
-        )
-    watched = _Watched(run.pipeline.generator, start.past.cache)
+    group = _Group(run)
+    yield _at_most(
+        "empty plans: every row is the anchor, bit for bit",
+        _spread(group.roll(_Empty(config.exploring)).latents),
+        0.0,
+    )
+    rollout = group.roll(config.exploring)
+    yield from _rows(group, rollout, tolerance)
+    yield from _energies(config.exploring, group.replay, rollout, tolerance)
+    yield from _gradients(run, group.replay, rollout)
+    if isinstance(config.exploring, KVRouting):
+        yield from _steps(run, group.start, rollout, group.embeddings)
+        yield from _pages(run, rollout, group.embeddings)
+    yield _resumed(run, group.replay, rollout)
 
-    def roll(explorer: Explorer) -> Rollout:
+
+class _Group:
+    """One group of the recipe: a past that it is rolled out from again and again."""
+
+    def __init__(self, run: Parts):
+        self.run = run
+        self.name = ("doctor",)
+        config, script = run.config, run.source.script(0, 0)
+        self.embeddings = run.embed(script)
+        with run.policy.using(run.policy.behaviour):
+            (self.start,) = starts(
+                run.pipeline,
+                run.sampler,
+                config.exploring,
+                config.rollout,
+                [script],
+                self.embeddings,
+                config.seed,
+                [self.name],
+                [lambda fork: ()],
+            )
+        self.watched = _Watched(run.pipeline.generator, self.start.past.cache)
+
+    def roll(self, explorer: Explorer) -> Rollout:
+        """The group by an explorer, its passes watched."""
+        run, config = self.run, self.run.config
         with run.policy.using(run.policy.behaviour):
             return go_on(
-                replace(run.pipeline, generator=watched),
+                replace(run.pipeline, generator=self.watched),
                 explorer,
                 config.rollout,
-                start,
+                self.start,
                 config.seed,
-                name,
+                self.name,
                 Phases(),
             )
 
-    def replay(rollout: Rollout, rows=None, size: int = 0, context: str = config.context) -> Replay:
+    def replay(self, rollout: Rollout, rows: Sequence[int] | None = None, size: int = 0) -> Replay:
+        """The group's replay; ``size``: most velocities in a pass, 0 = all."""
+        config = self.run.config
         return Replay(
-            run.pipeline,
+            self.run.pipeline,
             rollout,
-            embeddings,
-            CONTEXTS[context],
+            self.embeddings,
+            CONTEXTS[config.context],
             config.energy,
             rows,
             size,
             config.rollout.together,
         )
 
-    yield _at_most(
-        "empty plans: every row is the anchor, bit for bit",
-        _spread(roll(_Empty(config.exploring)).latents),
-        0.0,
-    )
-    rollout = roll(config.exploring)
+
+def _rows(group: _Group, rollout: Rollout, tolerance: float) -> Iterator[Finding]:
+    """Check what the rows of a group have in common: start noise, prefix, decoder, policy."""
     routed = any(plan.frames for plan in rollout.plans)
+    inputs = rollout.trajectory.inputs
+    assert inputs is not None, "all of the window was recorded"
     yield _at_most(
         "branches start from the same noise: first inputs differ by",
-        _spread(rollout.trajectory.inputs[:, 0, 0]) if routed else 0.0,
+        _spread(inputs[:, 0, 0]) if routed else 0.0,
         0.0,
     )
-    yield watched.finding()
+    yield group.watched.finding()
     yield _at_most(
         "rows decoded on from the prefix: equal latents differ by", _decoded_apart(rollout), 0.0
     )
     yield _at_most(
         "the anchor, replayed by the weights that made it: energy",
-        float(replay(rollout, [rollout.num_branches]).energies()),
+        float(group.replay(rollout, [rollout.num_branches]).energies()),
         tolerance,
     )
-    yield from _energies(config.exploring, replay, rollout, tolerance)
-    yield from _gradients(run, replay, rollout)
-    if isinstance(config.exploring, KVRouting):
-        yield from _steps(run, start, rollout, embeddings)
-        yield from _pages(run, rollout, embeddings)
-    yield _resumed(run, replay, rollout)
 
 
 @torch.no_grad()
@@ -260,7 +287,7 @@ def _against_stock(run: Parts, blocks: int) -> float:
     cache = run.pipeline.new_cache(N if g.window < 0 else g.window)
     # which prototypes a head would choose hangs on its queries, and no mask says that: here it
     # reads them all
-    if g.bank:
+    if cache.bank is not None:
         cache.bank = replace(cache.bank, keep=0)
     stream = Stream(
         model,
@@ -280,14 +307,20 @@ def _against_stock(run: Parts, blocks: int) -> float:
         past = g.history.past(frames[0], F)
         for layer, counts_NN in enumerate(counts_LNN):
             for f in (*past, *frames):
-                counts_NN[
-                    frames, f if f >= 0 else int(stream.cache.bank.frames[layer, 0, -1 - f])
-                ] += 1
+                counts_NN[frames, _frame_of(f, layer, stream.cache)] += 1
         if block < blocks:
             model.commit(x[:, frames], text, frames, stream.cache, past)
             stream.blocks.append(x[:, frames])
     v = model.velocity(x[:, frames], 0.5, text, frames, stream.cache, past)
     return _relative(v, _stock(model, x, [0.0] * (N - F) + [500.0] * F, text, counts_LNN)[:, -F:])
+
+
+def _frame_of(f: int, layer: int, cache: FrameCache) -> int:
+    """The frame of a page: of a slot of the memory bank, the one that the layer keeps in it."""
+    if f >= 0:
+        return f
+    assert cache.bank is not None, "only a bank has slots"
+    return int(cache.bank.frames[layer, 0, -1 - f])
 
 
 def _stock(
@@ -341,6 +374,7 @@ def _decoded_apart(rollout: Rollout) -> float:
 
     Every row starts from the same state, and decoding leaves that state as it was.
     """
+    assert rollout.decoder is not None, "a group that went on from its past has one"
     decoder = rollout.decoder()
     rows = rollout.latents[-1:, :1].expand(len(rollout.plans), -1, -1, -1, -1)
     return _spread(torch.cat([decoder.fork(len(rows))(rows) for _ in range(2)]).float())
@@ -370,8 +404,9 @@ def _gradients(run: Parts, replay, rollout: Rollout) -> Iterator[Finding]:
     advantage = _made_up_advantage(run, rollout)
     update = run.updater.accumulate(replay(rollout), advantage, Phases())
     together = _take_gradients(run)
-    ratios = [update.metrics.get(f"loss/ratio_{end}") for end in ("min", "max")]
-    if None not in ratios:  # regressions have none
+    ends = ("loss/ratio_min", "loss/ratio_max")
+    ratios = [update.metrics[end] for end in ends if end in update.metrics]
+    if ratios:  # regressions have none
         worst = max(abs(ratio - 1.0) for ratio in ratios)
         yield _at_most("ratio before the first update: distance from 1", worst, 0.0)
     dead = [name for name, g in zip(run.policy.names, together) if not g.any()]

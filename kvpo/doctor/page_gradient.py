@@ -190,6 +190,7 @@ def on_a_tiny_generator(config: RunConfig, pipeline: Pipeline) -> LeftOut:
         )
         # noise, and so all latents of the rollout, are float32: a pass gives what it is given
         t = rollout.trajectory
+        assert t.inputs is not None and t.velocities is not None, "all of it was recorded"
         rollout = replace(
             rollout,
             trajectory=Trajectory(t.inputs.double(), t.velocities.double(), t.clean.double()),

@@ -92,7 +92,12 @@ def window_latents(
     g, window, rows = pipeline.geometry, start.window, (*plans, BranchPlan())
     noise = PlannedNoise(start.noise, rows, window)
     stream = branch_out(pipeline, start.past, rows, noise, window)
+    assert stream.sampler is not None, "what goes on from a past has its sampler"
     by_plan = Routed(g.history, rows, window, g.block)
+
+    def of_all_rows(noise: torch.Tensor) -> torch.Tensor:
+        return noise.to(pipeline.device).expand(len(rows), *noise.shape[-4:])
+
     for block in range(window.fork, window.stop):
         stream.switch()
         frames, text = list(range(block * g.block, (block + 1) * g.block)), stream.text(block)
@@ -108,16 +113,12 @@ def window_latents(
                 past[g.sigmas.index(sigma) in routed],  # noqa: B023, called at once
             )
 
-        begin, again = (
-            (lambda x: x.to(pipeline.device).expand(len(rows), *x.shape[-4:])),
-            lambda i: noise.renoise(block, i),  # noqa: B023, called at once
-        )
         x0 = denoise_block(
             velocity,
             stream.sampler,
             g.sigmas,
-            begin(noise.start(block)),
-            lambda i: begin(again(i)),  # noqa: B023, called at once
+            of_all_rows(noise.start(block)),
+            lambda i: of_all_rows(noise.renoise(block, i)),  # noqa: B023, called at once
         )
         pipeline.generator.commit(x0, text, frames, stream.cache, past[clean])
         stream.blocks.append(x0)

@@ -154,7 +154,7 @@ def judge(question: str, key: Mapping, given: Mapping[str, Sequence[Mapping]]) -
     }
 
 
-def wilson(share: float, trials: int) -> tuple[float, float]:
+def wilson(share: float, trials: float) -> tuple[float, float]:
     """Wilson's 95 % interval of a share of ``trials``; also at 0 and 1 it has a width.
 
     Wilson, Probable inference, the law of succession, and statistical inference, JASA 1927.

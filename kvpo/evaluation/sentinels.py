@@ -71,7 +71,7 @@ class Look:
 
 @dataclass(frozen=True)
 class Verdict:
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     stops: tuple[str, ...] = ()
 

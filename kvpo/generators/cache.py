@@ -18,6 +18,12 @@ from kvpo.generators.memory import Bank
 Frames = Sequence[int]
 
 
+def frame_lists(frames: Frames | Sequence[Frames]) -> list[Frames]:
+    """Lists of frames, where one list may stand for all rows: that one, or one per row."""
+    lists = [row for row in frames if not isinstance(row, int)]
+    return lists or [[frame for frame in frames if isinstance(frame, int)]]
+
+
 @dataclass(frozen=True)
 class Source:
     """Location of some of the requested pages.
@@ -193,7 +199,7 @@ class FrameCache:
         the cache row of every query row; default: one to one, and a cache of one row serves all.
         Raises a KeyError that names the frames that are not resident.
         """
-        lists = frames if frames and not isinstance(frames[0], int) else [frames]
+        lists = frame_lists(frames)
         if len({len(row) for row in lists}) > 1:
             raise ValueError(
                 f"rows of one pass must read equally many frames, not {[len(row) for row in lists]}"
@@ -209,7 +215,7 @@ class FrameCache:
         if len(lists) == 1 and (
             rows is not None or self.rows > 1 or self.parent is not None or self.bank is not None
         ):
-            lists = list(lists) * batch  # else one lookup serves all rows
+            lists = lists * batch  # else one lookup serves all rows
         rows = range(len(lists)) if rows is None else rows
         found: dict[FrameCache | Bank, list[tuple[int, int, int, int]]] = {}
         for query, (row, wanted) in enumerate(zip(rows, lists)):
@@ -236,7 +242,7 @@ class FrameCache:
                     f"the memory bank holds {0 if self.bank is None else len(self.bank.slots)} frames, slot {-1 - frame} was asked for"
                 )
             return self.bank
-        cache = self
+        cache: FrameCache | None = self
         while cache is not None:
             if frame in cache.slots:
                 return cache

@@ -14,7 +14,7 @@ from diffusers import WanTransformer3DModel
 from torch import nn
 
 from kvpo.generators.attention import FoldedCrossAttention, LayerView, PagedSelfAttention
-from kvpo.generators.cache import FrameCache, Frames
+from kvpo.generators.cache import FrameCache, Frames, frame_lists
 from kvpo.generators.flow import TIME_SCALE
 from kvpo.generators.rope import check_positions, frame_angles
 
@@ -85,7 +85,7 @@ class CausalWan(nn.Module):
         prompt stand together.
         """
         sigma_BF = self._per_frame(sigma, latents_BFCHW)
-        lists = frames if not isinstance(frames[0], int) else [frames]
+        lists = frame_lists(frames)
         return self._forward(
             latents_BFCHW, TIME_SCALE * sigma_BF, text_PLD, lists, cache, past, rows, None, None
         )
@@ -158,7 +158,7 @@ class CausalWan(nn.Module):
             grid,
         )
         found = cache.find(past, batch, rows) if cache is not None and len(past) else []
-        num_past = 0 if not found else len(past if isinstance(past[0], int) else past[0])
+        num_past = len(frame_lists(past)[0]) if found else 0
         activated = _activated(past, cache) if found else None
         tokens = (own or latents.shape[1]) * grid[0] * grid[1]
         for i in range(self.transformer.config.num_layers):
@@ -212,9 +212,9 @@ def _activated(past: Frames | Sequence[Frames], cache: FrameCache) -> tuple[int,
     """
     if cache.bank is None or not cache.bank.keep:
         return None
-    lists = [past] if isinstance(past[0], int) else past
     counts = {
-        len(list(itertools.takewhile(lambda frame: frame < cache.sink, row))) for row in lists
+        len(list(itertools.takewhile(lambda frame: frame < cache.sink, row)))
+        for row in frame_lists(past)
     }
     if len(counts) > 1:
         raise ValueError(

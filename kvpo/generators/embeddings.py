@@ -85,8 +85,9 @@ def load_with_texts(
     that would be cut. ``progress`` is told how many are done, ``warn`` why nothing is kept where it
     can not be.
     """
-    name, cache = f"{_digest(Path(folder), texts, dtype)}.safetensors", text_cache(warn)
-    stored = _read(cache / name) if cache else None
+    cache = text_cache(warn)
+    path = cache and cache / f"{_digest(Path(folder), texts, dtype)}.safetensors"
+    stored = _read(path) if path else None
     keep = stored is None and can_keep(cache, warn)
     pipeline = Pipeline.load(folder, device, dtype, vae_dtype, text_encoder=stored is None)
     if stored is None:
@@ -94,8 +95,8 @@ def load_with_texts(
             pipeline.encode_text([text])
             progress(i + 1)
         stored = {str(i): pipeline.known[text].contiguous() for i, text in enumerate(texts)}
-        if keep:
-            _keep(cache / name, save(stored), warn)
+        if path and keep:
+            _keep(path, save(stored), warn)
         pipeline.forget_text_encoder()
     pipeline.known = {text: stored[str(i)] for i, text in enumerate(texts)}
     return pipeline

@@ -27,6 +27,10 @@ class History(Protocol):
 class Deployed(History, Protocol):
     """A history that a generator was trained for."""
 
+    def past(self, start: int, count: int) -> tuple[int, ...]:
+        """Past frames as `History.past`, one list for all rows."""
+        ...
+
     def kept(self, start: int) -> tuple[int, ...]:
         """Frames that every block from ``start`` on reads before all else: sink and bank slots.
 

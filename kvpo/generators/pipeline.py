@@ -439,7 +439,8 @@ def _not_json(folder: Path) -> str:
 
 def pixel_span(blocks: tuple[int, int], geometry: Geometry) -> tuple[int, int]:
     """Pixel frames [first, stop) of blocks [first, stop)."""
-    return tuple(geometry.pixel_frames(b * geometry.block) for b in blocks)
+    first, stop = (geometry.pixel_frames(b * geometry.block) for b in blocks)
+    return first, stop
 
 
 def block_at(second: float, geometry: Geometry, up: bool = False) -> int:

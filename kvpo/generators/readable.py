@@ -66,7 +66,8 @@ def words_of(tokenizer, text: str) -> tuple[list[str], list[str]]:
     if unknown_id is None or not tokenizer.is_fast:
         return [text], []
     encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
-    known, unknown = [], []
+    known: list[str] = []
+    unknown: list[str] = []
     for token, (first, stop) in zip(encoded.input_ids, encoded.offset_mapping):
         word = text[first:stop].strip()
         if any(letter.isalnum() for letter in word):

@@ -141,16 +141,17 @@ class Stream:
         self,
         model: CausalWan,
         geometry: Geometry,
-        sampler: Sampler,
+        sampler: Sampler | None,
         scripts: Sequence[Script],
         embeddings: Mapping[str, torch.Tensor],
-        noise: Noise,
+        noise: Noise | None,
         cache: FrameCache,
         past: Sequence[torch.Tensor] = (),
     ):
         """Begin a stream after the clean blocks ``past`` [B or 1, F, C, H, W].
 
         ``scripts``: one for all rows, or one per row. ``embeddings``: prompt -> [L, D].
+        ``sampler`` and ``noise``: None where clean blocks are only committed, as in a replay.
         """
         self.model = model
         self.geometry = geometry
@@ -169,6 +170,7 @@ class Stream:
 
         It goes on in this one's memory: these rows must not go on here.
         """
+        assert isinstance(self.noise, StackedNoise), "a batch of videos has a noise each"
         blocks = [b[first : first + count] for b in self.blocks]
         part = Stream(
             self.model,
@@ -209,6 +211,8 @@ class Stream:
 
         ``history``: default the deployed window.
         """
+        noise = self.noise
+        assert self.sampler is not None and noise is not None, "a stream that generates has both"
         self.switch()
         block, F = len(self.blocks), self.geometry.block
         frames = list(range(block * F, (block + 1) * F))
@@ -221,8 +225,8 @@ class Stream:
             velocity,
             self.sampler,
             self.geometry.sigmas_of(block),
-            self._rows(self.noise.start(block)),
-            lambda i: self._rows(self.noise.renoise(block, i)),
+            self._rows(noise.start(block)),
+            lambda i: self._rows(noise.renoise(block, i)),
             observe,
         )
         self.model.commit(x0, text, frames, self.cache, past)
@@ -256,12 +260,12 @@ class Stream:
 
     def _remember(self, block: int) -> None:
         """Record the history's frame in the memory bank, under the prompt of the next block."""
-        history = self.geometry.history
-        if (recorded := history.recorded(block)) is not None:
+        if (recorded := self.geometry.history.recorded(block)) is not None:
+            assert self.cache.bank is not None, "a history that records has a cache with a bank"
             frame, number = recorded
             keys = self.model.mean_text_keys(self.text(block))
             self.cache.bank = self.cache.bank.recorded(
-                frame, lambda layer: self.cache.page(frame, layer), keys, number, history.size
+                frame, lambda layer: self.cache.page(frame, layer), keys, number, self.geometry.bank
             )
 
     def _reencode(self, block: int, rows: Sequence[int] | None) -> None:

@@ -66,7 +66,7 @@ class Advantage:
     """bool_M: members that have rewards."""
     safe: bool
     """Some branch beats the anchor in the fused advantage."""
-    metrics: Mapping[str, float]
+    metrics: dict[str, float]
 
 
 @dataclass(frozen=True)

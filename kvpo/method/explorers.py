@@ -26,12 +26,20 @@ if TYPE_CHECKING:
 class Geometry(Protocol):
     """The part of a generator's geometry that planning needs; all numbers are frames."""
 
-    block: int
-    """Latent frames generated together."""
-    sink: int
-    """Oldest frames, always read."""
-    window: int
-    """Frames a block reads in all: sink, rolling past and the block itself."""
+    @property
+    def block(self) -> int:
+        """Latent frames generated together."""
+        ...
+
+    @property
+    def sink(self) -> int:
+        """Oldest frames, always read."""
+        ...
+
+    @property
+    def window(self) -> int:
+        """Frames a block reads in all: sink, rolling past and the block itself."""
+        ...
 
     @property
     def sigmas(self) -> Sequence[float]:
@@ -42,10 +50,6 @@ class Geometry(Protocol):
 class Explorer(Protocol):
     """Interface of a source of branch diversity."""
 
-    window_blocks: int
-    """P, blocks explored after the fork."""
-    nearest: int
-    """Latest past frames that every branch reads as they are; 0 = none is set apart."""
     deterministic_replay: ClassVar[bool]
     """True: the unperturbed policy, given the branch's own inputs, produces that very branch.
 
@@ -57,6 +61,16 @@ class Explorer(Protocol):
 
     Its likelihood under the sampler then says something of that branch alone.
     """
+
+    @property
+    def window_blocks(self) -> int:
+        """P, blocks explored after the fork."""
+        ...
+
+    @property
+    def nearest(self) -> int:
+        """Latest past frames that every branch reads as they are; 0 = none is set apart."""
+        ...
 
     def eligible_forks(self, blocks: int, geometry: Geometry) -> list[int]:
         """Blocks of a video of ``blocks`` blocks at which a window may start.

@@ -36,7 +36,7 @@ class Kept:
     """uint8 [B, T, 3, H, W] from the fork on, where they are to be shown."""
     variances: torch.Tensor | None
     """var_2K of its rewards; None unless a step's std is asked for and the group is measurable."""
-    metrics: Mapping[str, float]
+    metrics: dict[str, float]
 
     def slim(self) -> Kept:
         """Copy without what no replay reads: the decoder's state and the decoded latents."""

@@ -36,7 +36,7 @@ class Loss:
     value: float
     cotangent: torch.Tensor
     """dL / dlogit_G float64, detached, the group's weight included."""
-    metrics: Mapping[str, float]
+    metrics: dict[str, float]
 
 
 @dataclass(frozen=True)

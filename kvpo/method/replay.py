@@ -82,6 +82,23 @@ class Row:
     step: int
 
 
+@dataclass(frozen=True)
+class Members:
+    """Rows of a rollout that are replayed, and how many of them at a time."""
+
+    pipeline: Pipeline
+    rollout: Rollout
+    embeddings: Mapping[str, torch.Tensor]
+    """Prompt -> [L, D]."""
+    context: Context
+    rows: Sequence[int]
+    """Rollout rows."""
+    rows_per_pass: int = 0
+    """Most velocities in a pass, 0 = all."""
+    together: int = 0
+    """Most rows that have their past in memory at a time, 0 = all."""
+
+
 class WindowReplay:
     """Inputs of a rollout's window, to pass once more under the weights in the module.
 
@@ -91,35 +108,27 @@ class WindowReplay:
 
     def __init__(
         self,
-        pipeline: Pipeline,
-        rollout: Rollout,
-        embeddings: Mapping[str, torch.Tensor],
-        context: Context,
+        members: Members,
         inputs: torch.Tensor,
         sigmas: Sequence[float],
         wanted_PS: torch.Tensor,
-        rows: Sequence[int] | None = None,
-        rows_per_pass: int = 0,
-        together: int = 0,
     ):
         """Plan the passes of a replay.
 
         ``inputs``: z_BPSFCHW of all rollout rows, and ``sigmas`` their S noise levels.
-        ``wanted_PS``: the (block, step) pairs that are replayed, bool. ``rows``: rollout rows to
-        replay (default: the G branches). ``rows_per_pass``: most velocities in a pass, 0 = all.
-        ``together``: most rows that have their past in memory at a time, 0 = all.
+        ``wanted_PS``: the (block, step) pairs that are replayed, bool.
         """
-        self.pipeline, self.rollout, self.embeddings = pipeline, rollout, embeddings
-        self.context, self.inputs, self.sigmas = context, inputs, sigmas
-        self.wanted_PS = wanted_PS
-        self.rows = list(range(rollout.num_branches) if rows is None else rows)
-        self.rows_per_pass = rows_per_pass
-        self.together = together
+        self.members = members
+        self.pipeline = members.pipeline
+        self.rollout = members.rollout
+        self.embeddings = members.embeddings
+        self.inputs, self.sigmas, self.wanted_PS = inputs, sigmas, wanted_PS
+        self.rows = list(members.rows)
         self.last = int(wanted_PS.any(dim=1).nonzero().max())
         """Last block that is replayed, counted from the fork: none behind it is anyone's past."""
         start = inputs[self.rows, 0, 0]
         self.shared_start = bool((start == start[:1]).all())
-        size = together or len(self.rows)
+        size = members.together or len(self.rows)
         self.chunks = [
             range(first, min(first + size, len(self.rows)))
             for first in range(0, len(self.rows), size)
@@ -194,7 +203,9 @@ class WindowReplay:
             v = self._velocity(stream.cache, rows, chunk)
             return denoised(self.stored(self.inputs, rows), v, self.sigmas[-1])
 
-        clean = self.context.clean(self.rollout, position, [self.rows[g] for g in chunk], last_step)
+        clean = self.members.context.clean(
+            self.rollout, position, [self.rows[g] for g in chunk], last_step
+        )
         self.pipeline.generator.commit(
             clean, text, self._frames(position), stream.cache, self._past(position)
         )
@@ -224,7 +235,7 @@ class WindowReplay:
             alike.setdefault(len(self._past(p)), []).extend(
                 Row(g, p, s) for s in steps for g in chunk
             )
-        size = self.rows_per_pass or max(1, *map(len, alike.values()))
+        size = self.members.rows_per_pass or max(1, *map(len, alike.values()))
         return [rows[i : i + size] for rows in alike.values() for i in range(0, len(rows), size)]
 
     def _frames(self, position: int) -> list[int]:
@@ -292,7 +303,7 @@ class Replay(WindowReplay):
         seed: int = 0,
         stream_name: tuple[int | str, ...] = ("replay",),
     ):
-        """Plan the passes; arguments as in `WindowReplay`.
+        """Plan the passes; arguments as in `Members`, ``rows``: default the G branches.
 
         ``factors_PS``: what the energy of every (block, step) pair is multiplied by (default: 1);
         a pair of factor 0 is not replayed. ``seed`` and ``stream_name``: of the random streams of
@@ -307,18 +318,10 @@ class Replay(WindowReplay):
         if inputs is None:  # an objective that replays its own inputs: only `at` is of use
             clean = rollout.trajectory.clean
             inputs = clean[:, :, None].expand(-1, -1, len(sigmas), *clean.shape[2:])
-        super().__init__(
-            pipeline,
-            rollout,
-            embeddings,
-            context,
-            inputs,
-            sigmas,
-            self.weights_PS > 0.0,  # a pair of weight 0 is worth no pass
-            rows,
-            rows_per_pass,
-            together,
-        )
+        rows = range(rollout.num_branches) if rows is None else rows
+        members = Members(pipeline, rollout, embeddings, context, rows, rows_per_pass, together)
+        # a pair of weight 0 is worth no pass
+        super().__init__(members, inputs, sigmas, self.weights_PS > 0.0)
 
     @torch.no_grad()
     def energies(self) -> torch.Tensor:
@@ -351,18 +354,8 @@ class Replay(WindowReplay):
         """
         wanted_PS = torch.zeros(self.rollout.window.blocks, len(sigmas), dtype=torch.bool)
         wanted_PS[:, list(range(len(sigmas)) if steps is None else steps)] = True
-        return WindowReplay(
-            self.pipeline,
-            self.rollout,
-            self.embeddings,
-            self.context,
-            inputs,
-            sigmas,
-            wanted_PS,
-            self.rows if rows is None else rows,
-            self.rows_per_pass,
-            self.together,
-        )
+        members = self.members if rows is None else replace(self.members, rows=rows)
+        return WindowReplay(members, inputs, sigmas, wanted_PS)
 
     def draw(self, shape: Sequence[int], *name: int | str) -> torch.Tensor:
         """Standard normal noise of the group's stream ``name``, float32 on the generator's device.

@@ -151,15 +151,20 @@ def generate_prefixes(
             batch = batch.part(0, n)
         if n:
             batch.advance(
-                observe=lambda i, x, v: [
-                    kept[row][block].append(x[row])  # noqa: B023, called at once
-                    for row in range(n)  # noqa: B023, called at once
-                    if block in kept[row]  # noqa: B023, called at once
-                ]
+                observe=lambda i, x, v: _keep_inputs(kept[:n], block, x)  # noqa: B023, called at once
             )
     return pasts, [
         {block: torch.stack(inputs) for block, inputs in blocks.items()} for blocks in kept
     ]
+
+
+def _keep_inputs(
+    kept: Sequence[dict[int, list[torch.Tensor]]], block: int, x_BFCHW: torch.Tensor
+) -> None:
+    """Keep a step's network inputs in those rows that hold the block."""
+    for inputs, x in zip(kept, x_BFCHW):
+        if block in inputs:
+            inputs[block].append(x)
 
 
 def latents(past: Stream) -> torch.Tensor:
@@ -360,19 +365,25 @@ def go_on(
             )
             for i in range(0, len(plans), size)
         ]
-    inputs, velocities, after = (None if x[0] is None else torch.cat(x) for x in zip(*parts))
+    inputs, velocities, latents_of_parts = zip(*parts)
+    after = torch.cat(latents_of_parts)
     clean = after[:, : window.blocks * geometry.block].unflatten(1, (window.blocks, geometry.block))
     return Rollout(
         script,
         window,
         plans,
-        Trajectory(inputs, velocities, clean),
+        Trajectory(_joined(inputs), _joined(velocities), clean),
         latents(prefix),
         after,
         prefix.cache,
         start.held,
         start.decoder,
     )
+
+
+def _joined(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """Join the records of a group's parts; None where nothing was asked for."""
+    return None if parts[0] is None else torch.cat(parts)
 
 
 def _branches(

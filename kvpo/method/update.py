@@ -6,7 +6,7 @@ held still (method.md section 5), which at P = 1 is all of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -243,7 +243,7 @@ def _fault(parameter: torch.nn.Parameter) -> torch.Tensor:
     )
 
 
-def group_means(groups: list[Mapping[str, float]]) -> dict[str, float]:
+def group_means(groups: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Mean over a step's groups of every metric, over the groups that have it."""
     names = {name for metrics in groups for name in metrics}
     return {

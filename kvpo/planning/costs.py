@@ -167,7 +167,8 @@ def costs(config: RunConfig, sizes: Sizes) -> Costs:
     if config.policy.train == "full" and config.dtype == "float32":
         sets -= _bytes(policy.parameters)  # they are the module's own
     with fake() as ledger:
-        materialise(model), materialise(vae.requires_grad_(False))
+        materialise(model)
+        materialise(vae.requires_grad_(False))
         masters = [master_of(p) for p in model.parameters() if p.requires_grad]  # noqa: F841, they collect the gradients
         if config.gradient_checkpointing:
             model.transformer.enable_gradient_checkpointing()
@@ -175,14 +176,14 @@ def costs(config: RunConfig, sizes: Sizes) -> Costs:
             2 * g.block + max(g.window, g.sink), g.latent_height, g.latent_width, sink=g.sink
         )
         cache.bank = Bank.empty(cache.k, g.bank_keep) if g.bank else None
-        forward = [_forward(ledger, model, cache, sizes, n) for n in (1, B, R)]
+        row, branches, replay = (_forward(ledger, model, cache, sizes, n) for n in (1, B, R))
         with cost(ledger) as gradient:
             _velocity(model, cache, sizes, R).square().mean().backward()
         with flops() as counted:  # once more: the counter keeps activations alive
             _velocity(model, cache, sizes, R).square().mean().backward()
         grad = Pass(max(0, gradient.bytes - 4 * policy.num_trainable), counted.get_total_flops())
         decoded = decoded_together(config)
-        decoding = [decoding_of(ledger, vae, sizes, n) for n in (1, decoded)]
+        alone, together = (decoding_of(ledger, vae, sizes, n) for n in (1, decoded))
         bare, maps = _without_adapter(policy, lambda: _forward(ledger, model, cache, sizes, 1))
         rows = {"branches": B, "replay": R, "gradient": R, "decode_rows": decoded}
         return Costs(
@@ -192,9 +193,12 @@ def costs(config: RunConfig, sizes: Sizes) -> Costs:
             policy.num_trainable,
             sets,
             cache.nbytes // cache.capacity,
-            *forward,
+            row,
+            branches,
+            replay,
             grad,
-            *decoding,
+            alone,
+            together,
             rows,
             receptive_field(vae),
             bare,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from kvpo.common.files import first_line, in_words
@@ -50,9 +51,7 @@ def missing(config: RunConfig, download: bool = True) -> list[Fault]:
     ``download``: weights on the hub count as there if it can be reached, because loading them
     fetches them.
     """
-    checks: list[Callable[[], object]] = [
-        lambda name=name: check_installed(name) for name in config.trackers
-    ]
+    checks: list[Callable[[], object]] = [partial(check_installed, t) for t in config.trackers]
     for entry in config.rewards:
         checks += _of_reward(entry, download)
     checks += [lambda: _pipeline(folder_of(config.pipeline))]
@@ -82,7 +81,7 @@ def _of_reward(entry: RewardEntry, download: bool) -> Iterator[Callable[[], obje
     yield lambda: require(reward.spec)
     for name in (getattr(reward, field, "") for field in FIELDS):
         if isinstance(name, str) and name:
-            yield lambda name=name: _weights(reward.spec.name, name, download)
+            yield partial(_weights, reward.spec.name, name, download)
 
 
 def _weights(reward: str, name: str, download: bool) -> None:

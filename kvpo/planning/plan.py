@@ -242,7 +242,7 @@ def fitted(
             stage: sum(parts.values())
             for stage, parts in stages(now, sizes, _with_rank(c, config, now), world).items()
         }
-        stage = max(memory, key=memory.get)
+        stage = max(memory, key=memory.__getitem__)
         options = [] if memory[stage] <= room * GIB else list(changes(now, sizes, stage))
         if not options:
             return made, memory[stage] / GIB

@@ -48,11 +48,9 @@ class Policy:
         )
         self.parameters = self.layout.masters
         """float32: at lr 1e-5 a bf16 weight can not move."""
-        self.reference, self.behaviour, self.average = (
-            self.snapshot(),
-            self.snapshot(),
-            self.snapshot(),
-        )
+        self.reference = self.snapshot()
+        self.behaviour = self.snapshot()
+        self.average = self.snapshot()
         self._at_hand: dict[int, Sequence[torch.Tensor]] = {}
         self._exact: Entering = Swapped(self.layout.computing)
         self._rolling: Entering = self._exact

@@ -41,7 +41,8 @@ def clustered_interval(right_A: np.ndarray, story_A: np.ndarray) -> tuple[float,
     The number of trials is divided by the design effect, at least 1: the variance of the mean by
     stories over that of independent answers (Rao and Scott, Biometrics 1992).
     """
-    n, share = len(right_A), float(right_A.mean())
+    n: float = len(right_A)
+    share = float(right_A.mean())
     stories = np.unique(story_A)
     residual = np.array([(right_A[story_A == s] - share).sum() for s in stories])
     plain = share * (1 - share) / n
@@ -60,9 +61,16 @@ def reliability(problem: Problem, margin: np.ndarray) -> list[dict[str, Any]]:
     rows = []
     for number, (low, high) in enumerate(itertools.pairwise(EDGES)):
         here = part == number
-        row = {"from": low, "to": high, "comparisons": int(here.sum())}
-        means = (float(sure[here].mean()), float(right[here].mean())) if here.any() else (None,) * 2
-        rows.append(row | dict(zip(("sure", "right"), means)))
+        some = bool(here.any())
+        rows.append(
+            {
+                "from": low,
+                "to": high,
+                "comparisons": int(here.sum()),
+                "sure": float(sure[here].mean()) if some else None,
+                "right": float(right[here].mean()) if some else None,
+            }
+        )
     return rows
 
 

@@ -133,7 +133,7 @@ def folds(stories: np.ndarray, count: int, seed: int, *name: int | str) -> np.nd
     """Part of each comparison, [N]; stories are dealt out evenly, in a random order."""
     unique = np.unique(stories)
     order = torch.randperm(len(unique), generator=stream(seed, "preference", *name)).numpy()
-    part = np.empty(len(unique), dtype=int)
+    part: np.ndarray = np.empty(len(unique), dtype=int)
     part[order] = np.arange(len(unique)) % min(count, len(unique))
     return part[np.searchsorted(unique, stories)]
 

@@ -257,7 +257,7 @@ def _charts(runs: Sequence[Compared]) -> str:
     for number, run in enumerate(runs):
         known = [g for g in run.gains if TOTAL in g.rows]
         gains = [0.0, *(g.rows[TOTAL].diff for g in known)]
-        steps = [0, *(g.step for g in known)]
+        steps = [0.0, *(float(g.step) for g in known)]
         by_update.append(Line(run.name, (steps, gains), *distinct(number)))
         if all(g.step in run.clock for g in known):
             minutes = [0.0, *(run.clock[g.step] / 60.0 for g in known)]

@@ -179,6 +179,7 @@ class RunState:
             if self.ranks.first:
                 newest = newest_whole(found, self.progress.say)
         newest = self.ranks.gather(newest)[0]
+        assert newest is not None, "newest_whole raises where there is none"
         state = read_state(newest)
         self._changed(state["config"], self._identity)
         if state["step"] > self.config.steps:
@@ -205,8 +206,8 @@ class RunState:
         """
         path = self.out / "environment.json"
         begun = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        stored = [facts.get("prompt_files") for facts in (begun, *begun.get("resumed", []))]
-        stored = next((files for files in reversed(stored) if files), None)
+        written = [facts.get("prompt_files") for facts in (begun, *begun.get("resumed", []))]
+        stored = next((files for files in reversed(written) if files), None)
         return (
             tuple(
                 name

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kvpo.common.rng import stream
+from kvpo.generators.cache import frame_lists
 from kvpo.generators.history import Routed
 from kvpo.generators.sampler import StackedNoise
 from kvpo.method.rollout import PlannedNoise, branch_out
@@ -27,7 +28,7 @@ class Group:
         explorer, pipeline = fork.explorer(), live.pipeline
         self.fork, self.live = fork, live
         self.window = Window(fork.block, explorer.window_blocks)
-        prefix = live.state.copied()
+        prefix = live.here.copied()
         # Later prompts of the story that is left do not hold here: a replay would not know them.
         held = {b: t for b, t in live.tree.prompts(live.tree.at).items() if b <= fork.block}
         prefix.stream.scripts = [Script("story", tuple(held.values()), tuple(held), live.blocks)]
@@ -54,7 +55,8 @@ class Group:
         found = []
         for block in range(self.window.fork, self.window.stop):
             past = self.history.past(block * g.block, g.block)
-            rows = past if past and not isinstance(past[0], int) else [past] * len(self.plans)
+            lists = frame_lists(past)
+            rows = lists if len(lists) > 1 else lists * len(self.plans)
             found.append([[frame for frame in row if frame >= 0] for row in rows])
         return [list(row) for row in zip(*found)]
 

@@ -46,6 +46,12 @@ class Live:
         self.block = 0
         """Number of the next block."""
 
+    @property
+    def here(self) -> State:
+        """State before the next block."""
+        assert self.state is not None, "one that was lost to an error is made again first"
+        return self.state
+
     # --- Prompts ---
 
     def say(self, text: str) -> None:
@@ -89,7 +95,7 @@ class Live:
         self._check_end()
         if self.state is None:  # lost to an error
             self.return_to(self.tree.at, self.block)
-        state, started = self.state, time.perf_counter()
+        state, started = self.here, time.perf_counter()
         self.state = None
         self.kept.keep(self.tree.at, state)
         pixels = state.decoder(state.stream.advance()).cpu()
@@ -155,20 +161,21 @@ class Live:
         """Make a node's blocks up to ``end``, from its parent's state or from within it."""
         node = self.tree.nodes[number]
         entered, self.tree.at = self.tree.at == number, number
-        self._tell(self.state.stream)
+        self._tell(self.here.stream)
         if node.fork is not None and not (entered and self.block >= node.fork.stop):
             if end < node.fork.stop:
                 raise ValueError(_inside(node.fork))
-            yield from self._rolled(number, node)
+            yield from self._rolled(node, node.fork)
         while self.block < end:
             yield self.advance()
 
-    def _rolled(self, number: int, node: Node) -> Generator[Made]:
+    def _rolled(self, node: Node, fork: Fork) -> Generator[Made]:
         """Make a node's fork once more, and go on from the row that was chosen.
 
         Whoever stops on the way stands in the parent, before the fork.
         """
-        group, whole = Group(self, node.fork), False
+        assert node.parent is not None, "a fork leaves another node"
+        group, whole = Group(self, fork), False
         try:
             while not group.complete:
                 yield self._of_group(group.advance(), node.chosen)
@@ -176,9 +183,9 @@ class Live:
         finally:
             if not whole:
                 self.tree.at = node.parent
-                self._tell(self.state.stream)
+                self._tell(self.here.stream)
         self.state = group.chosen(node.chosen, self._script())
-        self.block = node.fork.stop
+        self.block = fork.stop
 
     def _of_group(self, made: Made, row: int) -> Made:
         return self._made(
@@ -229,7 +236,7 @@ class Live:
             raise ValueError(f"the story stands at block {self.block}; go to {fork.block} first")
         if self.state is None:
             self.return_to(self.tree.at, self.block)
-        self.kept.keep(self.tree.at, self.state)
+        self.kept.keep(self.tree.at, self.here)
         self.group = Group(self, fork)
         return self.group
 

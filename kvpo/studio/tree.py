@@ -167,12 +167,15 @@ class Tree:
         root = number == 0
         if type(node.first) is not int or (node.parent is None) != root:
             raise NoTree(f"node {number} must leave another one at a block")
-        if not root and (type(node.parent) is not int or not 0 <= node.parent < number):
-            raise NoTree(f"node {number} has no parent before it")
-        least = 0 if root else self.nodes[node.parent].first
+        parent = None
+        if node.parent is not None:
+            if type(node.parent) is not int or not 0 <= node.parent < number:
+                raise NoTree(f"node {number} has no parent before it")
+            parent = self.nodes[node.parent]
+        least = 0 if parent is None else parent.first
         if node.first < least or (root and (node.first or 0 not in node.prompts)):
             raise NoTree(f"node {number} begins before its parent, or without a prompt")
-        if not root and node.first > self.nodes[node.parent].stop:
+        if parent is not None and node.first > parent.stop:
             raise NoTree(f"node {number} begins behind its parent's end")
         if any(type(block) is not int or block < node.first for block in node.prompts):
             raise NoTree(f"node {number} has a prompt before its first block")

@@ -499,7 +499,9 @@ def test_doctor_says_what_fails(capsys, tmp_path, folder, monkeypatch):
 
     energies = Replay.energies
     monkeypatch.setattr(
-        Replay, "energies", lambda self: energies(self) + 1e-3 * (self.rows_per_pass == 1) + 1e-6
+        Replay,
+        "energies",
+        lambda self: energies(self) + 1e-3 * (self.members.rows_per_pass == 1) + 1e-6,
     )
     recipe = write_recipe(tmp_path / "d.yaml", settings(folder))
     code, out, err = run(capsys, "doctor", recipe)

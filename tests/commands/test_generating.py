@@ -276,10 +276,8 @@ def test_a_video_carries_what_made_it(capsys, folder, tmp_path):
         )[0]
         == 0
     )
-    about, beside = (
-        read_about(tmp_path / "v" / "000.mp4"),
-        json.loads((tmp_path / "v" / "000.json").read_text()),
-    )
+    about = read_about(tmp_path / "v" / "000.mp4")
+    beside = json.loads((tmp_path / "v" / "000.json").read_text())
     assert about == {"enlarged": about["enlarged"]} | beside
     assert (
         beside["prompts"],

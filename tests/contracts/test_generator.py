@@ -358,11 +358,9 @@ def test_a_batch_is_its_rows_one_by_one(model):
     """Other frames, histories, noise levels, cache rows and prompts in every row of one pass."""
     cache, _ = filled(model, 4, rows=3, prompt=text(3))
     x, prompts = latents(4, F, seed=2), text(4, seed=9)
-    frames, past, rows = (
-        [[8, 9], [6, 7], [8, 9], [4, 5]],
-        [(0, 5, 7), (0, 4, 5), (0, 1, 2), (0, 2, 3)],
-        [2, 0, 0, 1],
-    )
+    frames = [[8, 9], [6, 7], [8, 9], [4, 5]]
+    past = [(0, 5, 7), (0, 4, 5), (0, 1, 2), (0, 2, 3)]
+    rows = [2, 0, 0, 1]
     sigma = torch.tensor([1.0, 0.9375, 0.625, 0.2])
     together = model.velocity(x, sigma, prompts, frames, cache, past, rows)
     for i in range(4):
@@ -408,10 +406,8 @@ def test_a_switch_in_some_rows_is_each_row_alone(pipeline, window):
 
 
 def test_a_switch_changes_what_follows(pipeline):
-    plain, switched = (
-        new_stream(pipeline, story(5, id="s")),
-        new_stream(pipeline, story(5, 4, id="s")),
-    )
+    plain = new_stream(pipeline, story(5, id="s"))
+    switched = new_stream(pipeline, story(5, 4, id="s"))
     a, b = (torch.cat([s.advance() for _ in range(5)], dim=1) for s in (plain, switched))
     assert torch.equal(a[:, :8], b[:, :8]) and (a[:, 8:] - b[:, 8:]).abs().max() > 1e-2
 

@@ -142,11 +142,9 @@ def flat(
 @torch.no_grad()
 def test_cached_is_uncached(generator, history):
     pipeline = with_geometry(generator, **HISTORIES[history])
-    g, L, F = (
-        pipeline.geometry,
-        pipeline.generator.transformer.config.num_layers,
-        pipeline.geometry.block,
-    )
+    g = pipeline.geometry
+    L = pipeline.generator.transformer.config.num_layers
+    F = pipeline.geometry.block
     stream = new_stream(pipeline, story(BLOCKS))
     reads: list[list[list[int]]] = [[] for _ in range(L)]
 

@@ -103,10 +103,8 @@ def test_no_generator(tmp_path):
 
 
 def test_every_fault_is_listed():
-    found, wanted = (
-        {"a": torch.zeros(2), "b": torch.zeros(2), "x": torch.zeros(1)},
-        {"a": torch.Size([2]), "b": torch.Size([3]), "c": torch.Size([1])},
-    )
+    found = {"a": torch.zeros(2), "b": torch.zeros(2), "x": torch.zeros(1)}
+    wanted = {"a": torch.Size([2]), "b": torch.Size([3]), "c": torch.Size([1])}
     with pytest.raises(
         ValueError,
         match=r"f.pt does not fit the base: 1 missing: c; 1 surplus: x; 1 misshapen: b \[2\] for \[3\]",

@@ -99,10 +99,8 @@ def load_original_merged(folder: Path, base: Path):
 def load_comfyui_lora(folder: Path, base: Path):
     """As ComfyUI patches a model: every weight of `diffusion_model` by alpha / rank times up
     times down, each key used up."""
-    transformer, patches = (
-        WanTransformer3DModel.from_pretrained(base / "transformer"),
-        load_file(folder / "lora.safetensors"),
-    )
+    transformer = WanTransformer3DModel.from_pretrained(base / "transformer")
+    patches = load_file(folder / "lora.safetensors")
     weights = {
         f"diffusion_model.{n}": t
         for n, t in diffusers_to_original(transformer.state_dict()).items()
@@ -123,10 +121,8 @@ def load_comfyui_lora(folder: Path, base: Path):
 
 
 def load_comfyui_merged(folder: Path, base: Path):
-    transformer, state = (
-        WanTransformer3DModel.from_pretrained(base / "transformer"),
-        load_file(folder / "model.safetensors"),
-    )
+    transformer = WanTransformer3DModel.from_pretrained(base / "transformer")
+    state = load_file(folder / "model.safetensors")
     assert (
         all(name.startswith("model.diffusion_model.") for name in state)
         and "model.diffusion_model.blocks.0.self_attn.q.weight" in state

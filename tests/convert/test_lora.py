@@ -287,10 +287,8 @@ def renamed(path: Path, change: Callable[[str], str]) -> Path:
     ],
 )
 def test_wrappers_and_adapter_names_are_taken_off(tmp_path, base, change):
-    path, plain = (
-        renamed(tmp_path / "lora.safetensors", change),
-        diffusers_form(tmp_path / "plain.safetensors"),
-    )
+    path = renamed(tmp_path / "lora.safetensors", change)
+    plain = diffusers_form(tmp_path / "plain.safetensors")
     same(by_us(path, base), by_diffusers(plain), base)
 
 

@@ -212,11 +212,9 @@ def test_a_lora_s_folder_beside_a_generator(capsys, base, tmp_path):
         tmp_path / "adapter",
         format="longlive",
     )
-    before, lora, name = (
-        new_wan(0).state_dict(),
-        released_lora(new_wan()),
-        "base_model.model.blocks.1.self_attn.o",
-    )
+    before = new_wan(0).state_dict()
+    lora = released_lora(new_wan())
+    name = "base_model.model.blocks.1.self_attn.o"
     expected = (
         before["blocks.1.attn1.to_out.0.weight"]
         + 0.5 * lora[f"{name}.lora_B.weight"] @ lora[f"{name}.lora_A.weight"]
@@ -508,10 +506,8 @@ def test_the_first_block_has_steps_of_its_own(tmp_path):
     assert geometry.sigmas == geometry.sigmas_of(1) == (1.0, 5 / 6) and geometry.sigmas_of(
         0
     ) == pytest.approx((1.0, 0.9375, 0.833333, 0.625), abs=1e-6)
-    stream, seen = (
-        new_stream(with_geometry(new_pipeline(), block=1, steps=2, first_steps=4), story(3)),
-        [],
-    )
+    stream = new_stream(with_geometry(new_pipeline(), block=1, steps=2, first_steps=4), story(3))
+    seen = []
     for block in range(3):
         stream.advance(observe=lambda i, x, v: seen.append((block, i)))  # noqa: B023, called at once
     assert [sum(b == block for b, _ in seen) for block in range(3)] == [4, 2, 2]

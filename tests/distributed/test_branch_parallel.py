@@ -40,10 +40,8 @@ TOGETHER = {
     "rollout": {"branches": 3, "cache_frames": 12},
     "score": {"clip_frames": 8, "min_frames": 4},
 }
-LORA, FULL = (
-    {"policy": {"train": "lora", "rank": 2, "sync_interval": 2}},
-    {"policy": {"train": "full", "sync_interval": 2}},
-)
+LORA = {"policy": {"train": "lora", "rank": 2, "sync_interval": 2}}
+FULL = {"policy": {"train": "full", "sync_interval": 2}}
 SHARDED = {"policy": {"train": "full", "sync_interval": 2, "shard": True}}
 """Over all ranks, those of a row included."""
 HELD = {

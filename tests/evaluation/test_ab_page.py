@@ -159,18 +159,16 @@ RED_OF_A, BLUE_OF_B = (230, 20, 20), (20, 20, 230)
 @pytest.fixture
 def study(tmp_path):
     """Three scripts; A's videos are red, B's blue."""
-    pairs, folder = (
-        draw_pairs(
-            [
-                story(id="one"),
-                story(6, 3, id="two"),
-                story(texts=("</script><b>bold & sly</b>",), id="three"),
-            ],
-            [0],
-            5,
-        ),
-        tmp_path / "study",
+    pairs = draw_pairs(
+        [
+            story(id="one"),
+            story(6, 3, id="two"),
+            story(texts=("</script><b>bold & sly</b>",), id="three"),
+        ],
+        [0],
+        5,
     )
+    folder = tmp_path / "study"
     for number, pair in enumerate(pairs):
         for name, colour in (("a", RED_OF_A), ("b", BLUE_OF_B)):
             write_mp4(folder / "page" / f"{number:03d}-{pair.side(name)}.mp4", clip(colour))

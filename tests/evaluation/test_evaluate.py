@@ -203,10 +203,8 @@ def test_the_record_has_the_numbers_of_every_script(tmp_path):
 
 
 def test_an_interval_is_reproducible_and_each_component_has_its_own_stream():
-    a, b = (
-        scored(VQ=[0.9, 0.8, 0.1], TA=[0.9, 0.8, 0.1]),
-        scored(VQ=[0.5, 0.6, 0.3], TA=[0.5, 0.6, 0.3]),
-    )
+    a = scored(VQ=[0.9, 0.8, 0.1], TA=[0.9, 0.8, 0.1])
+    b = scored(VQ=[0.5, 0.6, 0.3], TA=[0.5, 0.6, 0.3])
     assert compare(a, b, ["train", "train"]) == compare(a, b, ["train", "train"])
 
 

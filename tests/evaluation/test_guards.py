@@ -301,10 +301,8 @@ def test_the_best_held_out_checkpoint_stays_and_has_a_name(folder, tmp_path, mon
 def test_sentinels_in_a_run(folder, tmp_path, capsys, monkeypatch):
     """Looked at every second step, against the start weights; a limit that is reached ends the
     run after its evaluation."""
-    out, sentinels = (
-        tmp_path / "run",
-        {"every": 2, "scripts": 2, "seeds": 2, "stop": 0.0, "kl_stop": 0.0},
-    )
+    out = tmp_path / "run"
+    sentinels = {"every": 2, "scripts": 2, "seeds": 2, "stop": 0.0, "kl_stop": 0.0}
     assert run(folder, out, tmp_path, sentinels=sentinels) == 0
     looks = [r for r in read_metrics(out / "metrics.jsonl") if "sentinel/saturation/moved" in r]
     assert (

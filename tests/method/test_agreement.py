@@ -36,10 +36,8 @@ def unit(x: torch.Tensor) -> torch.Tensor:
 def groups(N: int, rho: float, seed: int, D: int = 3000) -> torch.Tensor:
     """N gradients of length 1: a common direction, and noise of their own; two of them have the
     cosine ``rho`` on average."""
-    common, noise = (
-        unit(normal((D,), seed, "common").double()),
-        unit(normal((N, D), seed, "noise").double()),
-    )
+    common = unit(normal((D,), seed, "common").double())
+    noise = unit(normal((N, D), seed, "noise").double())
     return unit(math.sqrt(rho) * common + math.sqrt(1.0 - rho) * noise)
 
 
@@ -55,10 +53,8 @@ def test_inner_products_are_kept_on_average():
     def flat(x):
         return torch.cat([t.flatten() for t in x]).double()
 
-    true, found = (
-        float(flat(a) @ flat(b)),
-        torch.tensor([float(Sketch(2, s)(a) @ Sketch(2, s)(b)) for s in range(200)]),
-    )
+    true = float(flat(a) @ flat(b))
+    found = torch.tensor([float(Sketch(2, s)(a) @ Sketch(2, s)(b)) for s in range(200)])
     spread = math.sqrt((float(flat(a).square().sum() * flat(b).square().sum()) + true**2) / SIZE)
     assert abs(float(found.mean()) - true) < 4 * spread / math.sqrt(200)
     assert 0.8 * spread < float(found.std()) < 1.2 * spread

@@ -21,10 +21,8 @@ from kvpo.method.update import OptimizerConfig
 from kvpo.rewards.base import RewardOutput
 from kvpo.train import Alignment
 
-WIDE, NARROW = (
-    table([[3.0, 1.0, 2.0]], [[6.0, 2.0, 4.0]]),
-    table([[2.2, 1.8, 2.0]], [[4.0, 4.0, 4.0]]),
-)
+WIDE = table([[3.0, 1.0, 2.0]], [[6.0, 2.0, 4.0]])
+NARROW = table([[2.2, 1.8, 2.0]], [[4.0, 4.0, 4.0]])
 """Spreads 1 and 0.2 locally, 2 and 0 globally."""
 
 

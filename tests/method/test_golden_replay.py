@@ -6,6 +6,7 @@ temperature; only the first steps of a block carry gradient; text keys and value
 policy's, so adapters on them have no effect.
 """
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -40,10 +41,8 @@ class LookedUpEnergy(DenoisedEnergy):
     looked_up: tuple = ()
 
     def step_weights(self, sigmas):
-        true, near = (
-            torch.tensor(sigmas, dtype=torch.float64),
-            torch.tensor(self.looked_up, dtype=torch.float64),
-        )
+        true = torch.tensor(sigmas, dtype=torch.float64)
+        near = torch.tensor(self.looked_up, dtype=torch.float64)
         return true.square() / (2.0 * near.clamp_min(self.floor).square())
 
 
@@ -126,7 +125,7 @@ def test_golden_replay_scores_of_theta():
 def test_golden_replay_in_small_passes_is_the_same():
     config, tensors = golden_replay()
     replay = replay_of(config, tensors, "theta", config["sigma_floor"], theta(config))
-    replay.rows_per_pass = 5
+    replay.members = replace(replay.members, rows_per_pass=5)
     replay.plan = [replay._parts(positions, replay.chunks[0]) for positions in replay._runs()]
     torch.testing.assert_close(scores(replay), tensors["scores_theta"].double(), atol=1e-4, rtol=0)
 

@@ -101,12 +101,10 @@ def test_branches_may_be_replayed_one_at_a_time():
     what lets replay free memory."""
     G = 5
     weights = torch.nn.Parameter(normal((3,), 0, "w").double())
-    inputs, old, A, ref = (
-        normal((G, 3), 0, "x").double(),
-        draw("old", G=G),
-        draw("A", G=G),
-        draw("ref", G=G),
-    )
+    inputs = normal((G, 3), 0, "x").double()
+    old = draw("old", G=G)
+    A = draw("A", G=G)
+    ref = draw("ref", G=G)
 
     def logit(g):
         return torch.sin(inputs[g] @ weights)

@@ -243,11 +243,9 @@ def test_log_probabilities_by_hand():
     sigma, after = run.pipeline.geometry.sigmas[1:3]
     for row, log_p in zip(rows, kernel.log_p(rows, kernel.recorded(rows))):
         if row.step == 1:
-            x, u, result = (
-                t.inputs[row.branch, 0, 1],
-                t.velocities[row.branch, 0, 1],
-                t.inputs[row.branch, 0, 2],
-            )
+            x = t.inputs[row.branch, 0, 1]
+            u = t.velocities[row.branch, 0, 1]
+            result = t.inputs[row.branch, 0, 2]
             eps = (result - (1 - after) * (x - sigma * u)) / after
             assert 0.5 < eps.std() < 1.5
             assert float(log_p) == pytest.approx(-float(eps.square().mean()) / 2, rel=1e-6)

@@ -44,10 +44,8 @@ def test_the_kernel_is_the_samplers_own():
     """KL of two Gaussians of one spread: squared distance of their means over twice the
     variance; the means are the sampler's, without its noise."""
     z, u, v = (normal((3, 2, 4, 5), 0, name).double() for name in "zuv")
-    weights, nothing = (
-        VelocityEnergy("kernel").step_weights(SIGMAS),
-        torch.zeros(3, 2, 4, 5, dtype=torch.float64),
-    )
+    weights = VelocityEnergy("kernel").step_weights(SIGMAS)
+    nothing = torch.zeros(3, 2, 4, 5, dtype=torch.float64)
     found = []
     for sigma, after in itertools.pairwise(SIGMAS):
         apart = [add_noise(denoised(z, w, sigma), nothing, after) for w in (u, v)]
@@ -134,10 +132,8 @@ def test_the_gradient_with_weights_against_finite_differences(monkeypatch):
     rollout = replace(
         rollout, trajectory=Trajectory(t.inputs.double(), t.velocities.double(), t.clean.double())
     )
-    pull, parameters = (
-        torch.tensor([1.0, -0.5], dtype=torch.float64),
-        dict(exact.generator.transformer.named_parameters()),
-    )
+    pull = torch.tensor([1.0, -0.5], dtype=torch.float64)
+    parameters = dict(exact.generator.transformer.named_parameters())
     names = (
         "blocks.0.attn1.to_q.weight",
         "blocks.0.attn2.to_k.weight",

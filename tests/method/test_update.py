@@ -378,10 +378,8 @@ def test_a_broken_gradient_stops_naming_its_tensor(bad):
     run = Run()
     run.accumulate()
     run.updater.step()
-    before, moments = (
-        run.state(),
-        [run.updater.optimizer.state[p]["exp_avg"].clone() for p in run.policy.parameters],
-    )
+    before = run.state()
+    moments = [run.updater.optimizer.state[p]["exp_avg"].clone() for p in run.policy.parameters]
     run.accumulate()
     at = run.policy.names.index("blocks.1.ffn.net.2.weight")
     run.policy.parameters[at].grad[0, 0] = bad

@@ -42,10 +42,8 @@ def test_a_block_can_be_replayed_where_its_past_is_what_it_read(
     so, and only there."""
     pipeline = with_geometry(pipeline, window=window)
     script, g = story(8, *starts), pipeline.geometry
-    embeddings, noise = (
-        embed(pipeline, script),
-        NamedNoise(pipeline.latent_shape(g.block), 0, ("past",)),
-    )
+    embeddings = embed(pipeline, script)
+    noise = NamedNoise(pipeline.latent_shape(g.block), 0, ("past",))
     straight: list[torch.Tensor] = []
     (prefix, once), (inputs, _) = generate_prefixes(
         pipeline,

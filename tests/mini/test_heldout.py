@@ -148,10 +148,8 @@ def test_diversity_tells_meaning_from_pixels():
     assert diversity(torch.stack((same, same)), network) == pytest.approx(
         {"pixels": 0, "embedding": 0, "attributes": 0}, abs=1e-5
     )
-    shifted, other = (
-        diversity(torch.stack((same, moved)), network),
-        diversity(torch.stack((same, recoloured)), network),
-    )
+    shifted = diversity(torch.stack((same, moved)), network)
+    other = diversity(torch.stack((same, recoloured)), network)
     assert (
         shifted["pixels"] > other["pixels"]
         and shifted["attributes"] < 0.02 < 0.15 < other["attributes"]

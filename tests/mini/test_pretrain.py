@@ -107,10 +107,8 @@ def test_layout_of_an_opening_by_hand():
     seen = [(s.source, s.noisy, s.prompt, s.reads) for s in slots]
     first, second, third = frames_of(0), frames_of(1), frames_of(2)
     # blocks 1 and 2 under the new prompt; block 0 is the sink and keeps its own
-    again_1, again_2 = (
-        frames_of(3),
-        frames_of(4),
-    )
+    again_1 = frames_of(3)
+    again_2 = frames_of(4)
     assert seen[:6] == [
         (0, False, 0, ()),
         (1, False, 1, first),
@@ -480,6 +478,24 @@ def test_a_stage_trained_beside_is_finished_when_the_body_ends(tmp_path, two_thr
     assert stage.resume() and stage.step == 5
 
 
+def test_a_finished_stage_has_no_process_beside(tmp_path, two_threads, monkeypatch):
+    """A resumed pretraining started a process for a decoder that was done, and waited for it."""
+    stage = one_weight(tmp_path, 5)
+    assert not stage.finished()
+    stage.run(Progress(), until=3)
+    assert not one_weight(tmp_path, 5).finished()
+    stage.run(Progress())
+    assert one_weight(tmp_path, 5).finished()
+
+    def start(_how):
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr("kvpo.mini.pretraining.side_by_side.get_context", start)
+    with trained_beside(one_weight, (tmp_path, 5), Progress(), finished=True):
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 2
+
+
 def test_a_fault_of_the_training_beside_is_met_by_who_runs_the_stage(tmp_path, two_threads, capfd):
     with trained_beside(one_weight, (tmp_path, 5, True), Progress()):
         pass
@@ -512,10 +528,8 @@ def openings(code):
 
 def test_an_opening_lesson_asks_for_one_true_opening(openings):
     """x - sigma v of every block is one of the prompt's openings, to half precision."""
-    encoder, tokens = (
-        new_text_encoder(0),
-        {tuple(t.tolist()): i for i, t in enumerate(openings.tokens)},
-    )
+    encoder = new_text_encoder(0)
+    tokens = {tuple(t.tolist()): i for i, t in enumerate(openings.tokens)}
     lesson = opening_lesson(encoder, openings, 2, stream(0, "lesson"), "cpu")
     assert (
         len(tokens) == 6 and lesson.x.shape[:2] == (2, 72) and lesson.target.shape == lesson.x.shape

@@ -92,10 +92,8 @@ def test_a_frozen_clip_cannot_win(open_clips, weights):
     the worst true one at equal weights."""
     weights = dict(zip(EQUAL, map(float, weights)))
     for batch in open_clips:
-        good, still = (
-            combine(batch, weights)["all"],
-            combine(degrade(batch, "frozen", 0), weights)["all"],
-        )
+        good = combine(batch, weights)["all"]
+        still = combine(degrade(batch, "frozen", 0), weights)["all"]
         assert (good > still).all()
         if weights["VQ"] == weights["MQ"] == 1:
             assert good.min() > still.max()
@@ -254,10 +252,8 @@ def test_what_passes_behind_the_pillar_must_come_out():
     story has hidden it."""
     through = replace(HIDE, motion="right", speed="slowly")
     truth = play([through], [0], 96, 4.0, 30.0)
-    clip, prompt = (
-        to_uint8(render([through], truth)),
-        "a small cyan square moves slowly to the right in the night with a pillar",
-    )
+    clip = to_uint8(render([through], truth))
+    prompt = "a small cyan square moves slowly to the right in the night with a pillar"
     assert min(scores(batch_of(clip, prompt=prompt)).values()) > 0.9
     gone = torch.cat((clip[:35], clip[35:36].expand(61, -1, -1, -1)))  # frozen while hidden
     assert (

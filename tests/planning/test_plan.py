@@ -505,10 +505,8 @@ def test_a_card_s_share_of_a_group_is_planned_as_a_smaller_group(folder):
             "advantages": {"anchor": True},
         }
 
-    split, small = (
-        config_of(folder, branch_parallel=2, **rollout(5)),
-        config_of(folder, **rollout(3)),
-    )
+    split = config_of(folder, branch_parallel=2, **rollout(5))
+    small = config_of(folder, **rollout(3))
     sizes = sizes_of(split)
     found = costs(split, sizes)
     assert amounts(split, sizes.geometry) == amounts(small, sizes.geometry)

@@ -97,10 +97,8 @@ def test_the_file_for_elsewhere(tmp_path, train):
     with run.policy.using(run.policy.average), torch.no_grad():
         average = run.policy.model.velocity(x, 0.5, text, [0, 1])
     with torch.no_grad():
-        found, start = (
-            stock.velocity(x, 0.5, text, [0, 1]),
-            new_pipeline().generator.velocity(x, 0.5, text, [0, 1]),
-        )
+        found = stock.velocity(x, 0.5, text, [0, 1])
+        start = new_pipeline().generator.velocity(x, 0.5, text, [0, 1])
     assert torch.allclose(found, average, atol=1e-6) and not torch.allclose(found, start, atol=1e-5)
 
 

@@ -28,13 +28,11 @@ from kvpo.report.samples import group_record
 from kvpo.report.videos import _best
 from kvpo.types import BranchPlan, RewardTable, Script, Window
 
-STEPS, BRANCHES, SEGMENTS = (
-    40,
-    4,
-    (
-        "a small red circle moves slowly to the left over a dark night",
-        "it turns green & rises fast",
-    ),
+STEPS = 40
+BRANCHES = 4
+SEGMENTS = (
+    "a small red circle moves slowly to the left over a dark night",
+    "it turns green & rises fast",
 )
 GEOMETRY = SimpleNamespace(block=3, sink=3, window=12)
 

@@ -156,10 +156,8 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def head(tmp_path_factory):
     """A file with the names and shapes of sac+logos+ava1-l14-linearMSE.pth."""
-    widths, path = (
-        {0: (768, 1024), 2: (1024, 128), 4: (128, 64), 6: (64, 16), 7: (16, 1)},
-        tmp_path_factory.mktemp("head") / "any.pth",
-    )
+    widths = {0: (768, 1024), 2: (1024, 128), 4: (128, 64), 6: (64, 16), 7: (16, 1)}
+    path = tmp_path_factory.mktemp("head") / "any.pth"
     state = {
         f"layers.{i}.weight": normal((b, a), 0, "head", i) / a**0.5 for i, (a, b) in widths.items()
     }
@@ -238,10 +236,8 @@ def test_siglip_is_the_stock_model(folders, batch):
     ids = torch.tensor([p + [0] * (LENGTH - len(p)) for p in (red, blue, red)])
     model = SiglipModel.from_pretrained(folders["siglip"])
     with torch.inference_mode():
-        image, text = (
-            model.get_image_features(**pixels).pooler_output.view(3, 9, -1),
-            model.get_text_features(input_ids=ids).pooler_output,
-        )
+        image = model.get_image_features(**pixels).pooler_output.view(3, 9, -1)
+        text = model.get_text_features(input_ids=ids).pooler_output
         expected = torch.cosine_similarity(image, text[:, None], dim=-1)
     assert expected.std() > 0.01
     assert torch.allclose(
@@ -269,10 +265,8 @@ def test_hpsv2_is_open_clip_on_whole_frames_with_black_bars(tmp_path, batch, mon
     open_clip = pytest.importorskip(
         "open_clip", reason="HPS v2.1 needs open_clip_torch: pip install 'kvpo[hpsv2]'"
     )
-    vision, text = (
-        {"image_size": 28, "layers": 1, "width": 64, "patch_size": 14},
-        {"context_length": LENGTH, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
-    )
+    vision = {"image_size": 28, "layers": 1, "width": 64, "patch_size": 14}
+    text = {"context_length": LENGTH, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
     (tmp_path / "tiny.json").write_text(
         json.dumps({"embed_dim": 24, "vision_cfg": vision, "text_cfg": text})
     )
@@ -376,10 +370,8 @@ def test_a_batch_is_its_clips_one_by_one(folders, head, batch):
     assert len(batch) * batch.length < CHUNK < 3 * len(batch) * batch.length
     tripled = batch.rows([*range(3)] * 3)
     for reward in rewards:
-        together, alone = (
-            scores(reward, batch),
-            torch.cat([scores(reward, batch.rows([b])) for b in range(3)]),
-        )
+        together = scores(reward, batch)
+        alone = torch.cat([scores(reward, batch.rows([b])) for b in range(3)])
         assert torch.allclose(together, alone, rtol=1e-5, atol=1e-5), reward.spec.name
         assert torch.allclose(scores(reward, tripled), together.repeat(3), rtol=1e-5, atol=1e-5), (
             reward.spec.name

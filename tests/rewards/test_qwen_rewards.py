@@ -24,10 +24,8 @@ from kvpo.rewards.pretrained.hpsv3 import HPSv3
 from kvpo.rewards.pretrained.videoreward import VideoReward, grey
 
 GOLDEN = Path(__file__).parent / "golden_rewards"
-ABOUT, NUMBERS = (
-    json.loads((GOLDEN / "qwen.json").read_text()),
-    load_file(GOLDEN / "qwen.safetensors"),
-)
+ABOUT = json.loads((GOLDEN / "qwen.json").read_text())
+NUMBERS = load_file(GOLDEN / "qwen.safetensors")
 SPECIAL = [
     "<|endoftext|>",
     "<|im_start|>",
@@ -544,16 +542,16 @@ def changed(name: str, **changes) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     "state, message",
     [
-        (changed("videoreward"), "another model.*missing 5[0-9]: .* unexpected"),
-        (changed("hpsv3", rm_head__3__bias=None), "missing 1: rm_head.3.bias"),
-        (changed("hpsv3", extra__weight=torch.zeros(1)), "unexpected 1: extra.weight"),
+        (changed("videoreward"), "does not fit the reward model.*5[0-9] missing: .* surplus"),
+        (changed("hpsv3", rm_head__3__bias=None), "1 missing: rm_head.3.bias"),
+        (changed("hpsv3", extra__weight=torch.zeros(1)), "1 surplus: extra.weight"),
         (
             changed("hpsv3", model__norm__weight=torch.zeros(7)),
-            r"misshapen 1: model.language_model.norm.weight \[7\] instead of \[32\]",
+            r"1 misshapen: model.language_model.norm.weight \[7\] for \[32\]",
         ),
         (
             changed("hpsv3", model__embed_tokens__weight=torch.zeros(280, 32)),
-            r"embed_tokens.weight \[280, 32\] instead of \[264, 32\]",
+            r"embed_tokens.weight \[280, 32\] for \[264, 32\]",
         ),
     ],
 )

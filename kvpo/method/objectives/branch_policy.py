@@ -72,8 +72,8 @@ def add_policy_gradient(
         old_G = energy_G if old_G is None else old_G
         tau = learner.temperature.resolve(old_G)
         reference_G = energy_G if learner.policy.updates == 0 else reference_G
-        logits = [None if e is None else -e / tau for e in (energy_G, old_G, reference_G)]
-        loss = objective(*logits, advantage.values, share)
+        reference = None if reference_G is None else -reference_G / tau
+        loss = objective(-energy_G / tau, -old_G / tau, reference, advantage.values, share)
         # dL / dE of the members here
         cotangent_G = learner.own(-loss.cotangent / tau, advantage, len(members.rows))
         passes = (

@@ -70,13 +70,15 @@ class Distances:
     def __init__(self, replay: Replay):
         """Denoise all members; ValueError naming those whose latents are not finite."""
         trajectory, sigmas = replay.rollout.trajectory, replay.pipeline.geometry.sigmas
+        inputs, velocities = trajectory.inputs, trajectory.velocities
+        assert inputs is not None and velocities is not None, "the objective needs them"
         self.rows = replay.rows
         anchor = len(replay.rollout.plans) - 1
-        self.anchor = replay.at(trajectory.inputs, sigmas, rows=[anchor])
+        self.anchor = replay.at(inputs, sigmas, rows=[anchor])
         self.terms = replay.rollout.window.blocks * len(sigmas)
-        level = torch.tensor([float(s) for s in sigmas], device=trajectory.inputs.device)
+        level = torch.tensor([float(s) for s in sigmas], device=inputs.device)
         self.level_S = level.double().view(-1, 1, 1, 1, 1)
-        x, u = (t[self.rows].double() for t in (trajectory.inputs, trajectory.velocities))
+        x, u = (t[self.rows].double() for t in (inputs, velocities))
         self.denoised_MPSFCHW = x - self.level_S * u
         refuse_broken("denoised latents", self.denoised_MPSFCHW)
 

@@ -8,7 +8,6 @@ group's gradient. Rollout, rewards, advantages, optimizer, checkpoints and repor
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
@@ -43,7 +42,7 @@ class GroupUpdate:
 
     It is NaN too under objectives that have no policy over branches.
     """
-    metrics: Mapping[str, float]
+    metrics: dict[str, float]
     old: torch.Tensor | None = None
     """Numbers of the behaviour weights, kept for further updates on the same group.
 
@@ -61,16 +60,25 @@ class GroupUpdate:
 class Objective(Protocol):
     """One kind of update, and its settings."""
 
-    kind: str
-    """Name in a recipe."""
     needs: ClassVar[frozenset[Record]]
     """Parts of a rollout's window that it reads; nothing else is recorded."""
     uses_energy: ClassVar[bool]
     """Whether the sections of the surrogate steer it."""
-    asks_reference: bool
-    """Whether it replays every group under the start weights."""
-    watches_kl: bool
-    """Whether `loss/kl` is a KL to the start policy in nats, which the sentinels can watch."""
+
+    @property
+    def kind(self) -> str:
+        """Name in a recipe."""
+        ...
+
+    @property
+    def asks_reference(self) -> bool:
+        """Whether it replays every group under the start weights."""
+        ...
+
+    @property
+    def watches_kl(self) -> bool:
+        """Whether `loss/kl` is a KL to the start policy in nats, which the sentinels can watch."""
+        ...
 
     def refusal(self, explorer: Explorer, sampler: str) -> str:
         """Why it can not be paired with this explorer or sampler, and with which; "" if it can."""

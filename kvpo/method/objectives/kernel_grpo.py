@@ -137,6 +137,7 @@ class Kernel:
     def __init__(self, replay: Replay):
         """Find the steps; ValueError where the rollout has none."""
         trajectory, plans = replay.rollout.trajectory, replay.rollout.plans
+        assert trajectory.inputs is not None, "the objective needs them"
         self.sigmas = [float(s) for s in replay.pipeline.geometry.sigmas]
         first = plans[0].renoise_from
         if first is None:

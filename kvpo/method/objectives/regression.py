@@ -77,7 +77,9 @@ class Regression:
     ) -> GroupUpdate:
         """Add the clipped gradient of one group's loss, as `Objective.add` says."""
         check_finite(advantage)
-        refuse_broken("velocities", replay.rollout.trajectory.velocities[replay.rows])
+        velocities = replay.rollout.trajectory.velocities
+        assert velocities is not None, "the objective needs them"
+        refuse_broken("velocities", velocities[replay.rows])
         w_M = self.weights(advantage)
         mine, energy = learner.own(w_M, advantage, len(replay.rows)), []
 

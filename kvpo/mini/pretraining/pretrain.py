@@ -151,7 +151,7 @@ def pretrain(
     )
     decoder = decoder_stage(nets.vae, code, work, seed, settings, device)
     with (
-        trained_beside(lone_decoder, (work, seed, settings), progress)
+        trained_beside(lone_decoder, (work, seed, settings), progress, decoder.finished())
         if device == "cpu"
         else nullcontext()
     ):

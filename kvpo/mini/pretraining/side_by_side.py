@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from multiprocessing import get_context, parent_process
 
 import torch
@@ -20,10 +20,13 @@ from kvpo.mini.pretraining.training import Stage
 
 
 @contextmanager
-def trained_beside(build: Callable[..., Stage], args: tuple, progress: Progress) -> Iterator[None]:
+def trained_beside(
+    build: Callable[..., Stage], args: tuple, progress: Progress, finished: bool = False
+) -> Iterator[None]:
     """Run the body while another process trains the stage ``build(*args)`` on one thread.
 
-    It ends no earlier than that process.
+    It ends no earlier than that process. ``finished``: the stage is done already, so no process is
+    started; the body has no more threads for it, because on more it would round otherwise.
 
     The other process only writes the stage's state file. Whoever runs the stage afterwards finds it
     finished; or, where that process failed, goes on from its last state and meets the fault
@@ -33,16 +36,25 @@ def trained_beside(build: Callable[..., Stage], args: tuple, progress: Progress)
     if threads == 1:
         yield
         return
+    torch.set_num_threads(threads - 1)
+    try:
+        with nullcontext() if finished else _process(build, args, progress):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def _process(build: Callable[..., Stage], args: tuple, progress: Progress) -> Iterator[None]:
+    """The process, begun before the body and waited for after it."""
     process = get_context("spawn").Process(target=train, args=(build, args), daemon=True)
     process.start()
-    torch.set_num_threads(threads - 1)
     try:
         yield
         progress.phase("waits for the training beside")
         process.join()
         progress.phase("")
     finally:
-        torch.set_num_threads(threads)
         process.terminate()
         process.join()
 

@@ -90,6 +90,12 @@ class Stage:
         forget(self.log, self.step)
         return True
 
+    def finished(self) -> bool:
+        """Whether the state file is of the last step, so that nothing is left to train."""
+        if not self.path.exists():
+            return False
+        return torch.load(self.path, weights_only=True, map_location="cpu")["step"] == self.steps
+
     def save(self) -> None:
         state = {
             "modules": self.modules.state_dict(),

@@ -27,7 +27,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
-from kvpo.common.weights import identity
+from kvpo.common.weights import account, identity
 from kvpo.rewards.measured import Pretrained
 from kvpo.rewards.pretrained.released import find
 
@@ -347,23 +347,14 @@ def filled(
 
     with init_empty_weights():  # 7 billion random numbers are not worth waiting for
         network = make()
-    state, wanted = renamed(state), network.state_dict()
-    missing, unexpected = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
-    misshapen = [
-        f"{name} {list(state[name].shape)} instead of {list(w.shape)}"
-        for name, w in wanted.items()
-        if name in state and state[name].shape != w.shape
-    ]
-    wrong = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
-    if any(wrong.values()):
-        lists = "; ".join(
-            f"{what} {len(names)}: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"
-            for what, names in wrong.items()
-            if names
-        )
-        raise ValueError(
-            f"{file} is of another model or another base ({lists}); give the reward model's own file and the Qwen2-VL size it was trained on"
-        )
+    state = renamed(state)
+    account(
+        state,
+        {name: value.shape for name, value in network.state_dict().items()},
+        str(file),
+        "the reward model on this base",
+        "give the reward model's own file and the Qwen2-VL size it was trained on",
+    )
     network.load_state_dict(
         {
             name: value.to(torch.float32 if name.startswith("rm_head.") else dtype)
