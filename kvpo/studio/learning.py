@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import uuid
 from collections import Counter
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -87,9 +88,9 @@ class Learning:
                 "there is no run with trained weights yet; let the alignment end, or begin one"
             )
         latest = self.children.latest("compare")
-        again = latest is not None and latest.about.get("run") == child.name
-        if again and self._state(latest) == "stopped":
-            self.children.start("compare", latest.name, latest.argv, latest.about)
+        of_run = latest if latest and latest.about.get("run") == child.name else None
+        if of_run is not None and self._state(of_run) == "stopped":
+            self.children.start("compare", of_run.name, of_run.argv, of_run.about)
             return
         name, taste = new_name("blind"), str(child.about.get("taste", ""))
         raters = [text for text in child.about.get("raters", ()) if isinstance(text, str)]
@@ -130,7 +131,7 @@ class Learning:
             "faults": [],
         }
         facts |= {kind: self._work(kind) for kind in KINDS}
-        parts = {"answers": self._answers, "taste": self.taste}
+        parts: dict[str, Callable[[], Any]] = {"answers": self._answers, "taste": self.taste}
         parts |= {"run": self._run_facts, "blind": self._blind_facts}
         for name, part in parts.items():
             try:
@@ -142,8 +143,9 @@ class Learning:
 
     def _run_facts(self) -> dict[str, Any] | None:
         run = self.children.latest("align")
-        known = run is not None and is_run_folder(self._run(run.name))
-        return self.runs.curves(run.name) if known else None
+        if run is None or not is_run_folder(self._run(run.name)):
+            return None
+        return self.runs.curves(run.name)
 
     def _blind_facts(self) -> dict[str, Any] | None:
         run, compared = self.children.latest("align"), self.children.latest("compare")

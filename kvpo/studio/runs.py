@@ -196,7 +196,8 @@ class Runs:
         if file.is_symlink() or not file.is_file() or file.stat().st_size > LONGEST_LINE:
             return {}
         at = file.stat().st_mtime
-        if self._configs.get(path, (None,))[0] != at:
+        known = self._configs.get(path)
+        if known is None or known[0] != at:
             try:
                 self._configs[path] = (at, read_config(path)[1])
             except Missing:
