@@ -30,7 +30,10 @@ from kvpo.evaluation.intervals import TOTAL
 from kvpo.method.objectives.kinds import OBJECTIVES
 from kvpo.report.compare import read_runs, text_table, write_comparison
 
-EXPLORERS = ("kv_routing", "start_noise", "renoise")
+EXPLORERS = ("kv_routing", "start_noise", "renoise", "sde")
+"""Explorers that can have windows of one block anywhere: not `best_of` and `prompt`."""
+SAMPLERS = {"sde": "ode"}
+"""Explorer -> its sampler; the others have the recipe's. Gains are over the same sampler's start."""
 RATES = (1.0e-4, 3.0e-4, 9.0e-4)
 KNOBS: dict[str, tuple[str, tuple[float, float]]] = {
     "tve_ppo": ("kl_beta", (0.1, 1.0)),
@@ -38,6 +41,7 @@ KNOBS: dict[str, tuple[str, tuple[float, float]]] = {
     "nft": ("beta", (0.3, 1.0)),
     "rvm": ("scale", (0.1, 0.3)),
     "kernel_grpo": ("clip", (0.001, 0.01)),
+    "sde_grpo": ("clip", (0.001, 0.01)),
     "denoised_distance": ("kl_beta", (0.1, 1.0)),
 }
 """Objective -> the setting of its own that is tuned, and its two values."""
@@ -71,7 +75,7 @@ class Setting:
             "explorer": self.explorer,
             f"{self.explorer}.window_blocks": "1",
             "optimizer.lr": str(self.rate),
-        }
+        } | ({"sampler": SAMPLERS[self.explorer]} if self.explorer in SAMPLERS else {})
 
 
 @functools.cache
@@ -79,7 +83,9 @@ def legal(objective: str, explorer: str) -> str:
     """Why a pair is refused; empty for a legal one."""
     recipe = to_dict(load_config(recipe_path("mini")))
     try:
-        from_dict(recipe | {"objective": {"kind": objective}, "explorer": explorer})
+        sampler = SAMPLERS.get(explorer, recipe["sampler"])
+        pair = {"objective": {"kind": objective}, "explorer": explorer, "sampler": sampler}
+        from_dict(recipe | pair)
     except ValueError as error:
         return str(error)
     return ""

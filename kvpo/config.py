@@ -21,13 +21,16 @@ from pydantic import Field, TypeAdapter, ValidationError
 from kvpo.common.metrics import MOST_INNER
 from kvpo.evaluation.settings import EvaluateConfig, SentinelConfig
 from kvpo.method.advantages import Advantages, UnsafePolicy
+from kvpo.method.best_of import BestOf
 from kvpo.method.energies import DenoisedEnergy, Surrogate, Temperature, VelocityEnergy
 from kvpo.method.explorers import Explorer, RenoiseExplorer, StartNoise
 from kvpo.method.objectives.interface import Record
 from kvpo.method.objectives.kinds import AnyObjective, objective_kind
 from kvpo.method.objectives.tve_ppo import TvePpo
 from kvpo.method.pairs import PairSampling
+from kvpo.method.prompt_explorer import PromptExplorer
 from kvpo.method.routing import KVRouting
+from kvpo.method.sde_explorer import SdeExplorer
 from kvpo.method.settings import AgreementConfig, OptimizerConfig, RolloutConfig, ScoreConfig
 from kvpo.method.velocity_penalty import VelocityPenalty
 from kvpo.policy.settings import CheckpointConfig, PolicyConfig
@@ -53,6 +56,17 @@ class DataConfig:
     For scripts of a prompt file only."""
     memory: float = 0.0
     """Share of stories that only the past can resolve (`mini` only)."""
+    open_forks: bool = False
+    """Fork no story where its object is behind the pillar for the whole window (`mini` only).
+    Branches of such a window look alike, so the group's local rewards say nothing. Which windows
+    these are the story's truth says, before anything is generated; a story that shows its object
+    in no window is forked anywhere."""
+
+    def __post_init__(self):
+        if self.open_forks and self.prompts != "mini":
+            raise ValueError(
+                f"data.open_forks asks a story where its object is hidden, and the prompts of {self.prompts} do not say it; leave it out"
+            )
 
 
 @dataclass(frozen=True)
@@ -92,7 +106,9 @@ class RunConfig:
     sampler: Literal["renoise", "ode"] = "renoise"
     """Rule that leads from a denoise step to the next.
     `renoise`: fresh noise on the predicted clean latents; `ode`: Euler along the velocity."""
-    explorer: Literal["kv_routing", "start_noise", "renoise"] = "kv_routing"
+    explorer: Literal["kv_routing", "start_noise", "renoise", "sde", "best_of", "prompt"] = (
+        "kv_routing"
+    )
     """Source of branch diversity; the section of that name holds its settings."""
     surrogate: Literal["velocity_energy", "denoised_energy"] = "velocity_energy"
     """Energy that says how likely a branch is; the section of that name holds its settings."""
@@ -141,6 +157,9 @@ class RunConfig:
     kv_routing: KVRouting = KVRouting()
     start_noise: StartNoise = StartNoise()
     renoise: RenoiseExplorer = RenoiseExplorer()
+    sde: SdeExplorer = SdeExplorer()
+    best_of: BestOf = BestOf()
+    prompt: PromptExplorer = PromptExplorer()
     score: ScoreConfig = ScoreConfig()
     advantages: Advantages = Advantages()
     unsafe: UnsafePolicy = UnsafePolicy()
@@ -188,10 +207,19 @@ class RunConfig:
             raise ValueError(
                 "advantages.weights is set by the rewards' own weights; write them there"
             )
+        if self.data.open_forks and self.rollout.alike_forks:
+            raise ValueError(
+                "data.open_forks forks each story where it shows its object, and rollout.alike_forks all of them at one block; set only one"
+            )
         self.refuse_without_noise(self.explorer)
         if reason := self.objective.refusal(self.exploring, self.sampler):
             raise ValueError(
                 f"objective {self.objective.kind} can not be paired with explorer {self.explorer} and sampler {self.sampler}: {reason}; choose a pair of docs/methods.md"
+            )
+        drawn = self.data.segments is None and self.data.prompts == "mini"
+        if self.explorer == "prompt" and (drawn or self.data.segments == 1):
+            raise ValueError(
+                f"explorer prompt forks where a second prompt takes over, but data.segments = {self.data.segments} gives stories of one prompt too; set 2 or more"
             )
         if self.pairs.count and not self.objective.uses_energy:
             raise ValueError(
@@ -214,7 +242,13 @@ class RunConfig:
 
         Raises ValueError.
         """
-        if getattr(self, explorer).own_renoise and self.sampler != "renoise":
+        chosen = getattr(self, explorer)
+        own = "" if chosen.independent else chosen.own_noise
+        if own == "sde" and self.sampler != "ode":
+            raise ValueError(
+                f"explorer {explorer} gives noise to the steps of sampler ode, but sampler = {self.sampler} draws noise behind its steps already; use sampler ode, or explorer renoise"
+            )
+        if own == "renoise" and self.sampler != "renoise":
             raise ValueError(
                 f"explorer {explorer} draws the noise behind denoise steps, but sampler = {self.sampler} has none there and every branch would be the anchor; use sampler renoise"
             )
@@ -239,7 +273,8 @@ class RunConfig:
 
     @property
     def exploring(self) -> Explorer:
-        return getattr(self, self.explorer)
+        chosen = getattr(self, self.explorer)
+        return chosen.of(self.data.blocks) if isinstance(chosen, BestOf) else chosen
 
     @property
     def energy(self) -> Surrogate:

@@ -109,6 +109,33 @@ class BranchPlan:
     """Share of fresh start noise (only the start-noise explorer sets it)."""
     renoise_from: int | None = None
     """Denoise step from which on the noise behind a step is the branch's own; None = shared."""
+    step_noise: tuple[float, ...] = ()
+    """Standard deviation of the own noise in each step of the `ode` sampler, 0 = none.
+
+    () = the sampler's own, deterministic steps.
+    """
+    prompt_shift: float = 0.0
+    """w: the fork's prompt is read as e + w (e - the one before), as far as it holds."""
+
+    @property
+    def differ(self) -> str:
+        """Words for what sets the branch apart from the anchor."""
+        if self.prompt_shift:
+            return "how far their prompt is moved away from the one before"
+        if self.step_noise:
+            return "the noise in their denoise steps"
+        if self.noise_mix and self.renoise_from is not None:
+            return "all of their noise"
+        if self.noise_mix:
+            return "the noise they start from"
+        if self.renoise_from is not None:
+            return "the noise behind their denoise steps"
+        return "which past frames they read from there on"
+
+    def draws(self, step: int) -> bool:
+        """Whether the noise in or behind denoise step ``step`` is the branch's own."""
+        later = self.renoise_from is not None and step >= self.renoise_from
+        return later or (bool(self.step_noise) and self.step_noise[step] > 0.0)
 
 
 @dataclass(frozen=True)

@@ -241,7 +241,7 @@ def test_a_video_can_be_saved(pipeline, tmp_path):
         (RED, {"seconds": 0.0}, "0.0 s is no time of a video"),
         (RED, {"seconds": math.inf}, "inf s is no time of a video"),
         (RED, {"seconds": math.nan}, "nan s is no time of a video"),
-        (RED, {"at": [1.0]}, "1 prompts take at most 0 times"),
+        (RED, {"at": [1.0]}, "1 prompt can use 0 times"),
         ([RED, BLUE], {"seconds": 0.1}, "2 segments in a video of 1 block"),
         (RED, {"sampler": "euler"}, "sampler = 'euler' is unknown; choose one of renoise, ode"),
         (Script("a", (RED,), (0,), 2), {"seconds": 1.0}, "leave out seconds and at"),

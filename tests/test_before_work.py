@@ -196,6 +196,12 @@ def test_a_half_surrogate_of_the_command_line(capsys, folder):
         (("--prompt", RED, "--seconds", "2", "--blocks", "4"), "both say how long"),
         (("--prompt", RED, "--blocks", "0"), "at least one block"),
         (("--prompt", RED, "--lora-scale", "2"), "--lora-scale 2 scales the files of --lora"),
+        (
+            ("--prompt", RED, "--lora", "a", "--lora-scale", "nan"),
+            "--lora-scale nan is no strength",
+        ),
+        (("--prompt", RED, "--lora", "nowhere.pt"), "nowhere.pt does not exist"),
+        (("--prompt", RED, "--seconds", "1e6"), "this generator's positions end after 512"),
     ],
 )
 def test_options_that_would_be_passed_over_are_refused(
@@ -213,6 +219,56 @@ def test_a_time_that_no_story_of_a_file_uses_is_refused(capsys, folder, tmp_path
         capsys, "generate", folder, "--prompts", tmp_path / "p.txt", "--at", "0.5", "1.5"
     )
     assert code == 1 and "--at 1.5 would be passed over" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--fork", "0"), "block 0 can not be a fork"),
+        (("--fork", "99"), "block 99 can not be a fork"),
+        (("--fork", "4", "--tries", "2"), "--tries 2 looks for a fork, and --fork 4 gives one"),
+    ],
+)
+def test_a_fork_that_does_not_exist_is_refused_before_loading(
+    capsys, folder, tmp_path, unloaded, options, message
+):
+    """Rewards and generator were loaded, minutes of a real model, and then the fork was refused;
+    `--tries` beside `--fork` was passed over."""
+    recipe = write_recipe(tmp_path / "r.yaml", settings(folder))
+    code, err = run(capsys, "explore", recipe, *options, "--out", tmp_path / "v")
+    assert code == 1 and message in err and not (tmp_path / "v").exists()
+
+
+def test_the_folder_of_a_run_is_looked_at_before_loading(capsys, folder, tmp_path, unloaded):
+    """`--resume` without a run, and a second run in the folder of the first, were refused after
+    everything had been loaded."""
+    recipe = write_recipe(tmp_path / "r.yaml", settings(folder))
+    asked = ("align", recipe, "--out", tmp_path / "run")
+    assert "holds no run to resume" in run(capsys, *asked, "--resume")[1]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.resolved.yaml").write_text("steps: 1\n")
+    assert "already holds a run" in run(capsys, *asked)[1]
+
+
+def test_a_video_is_looked_for_before_its_reward_is_loaded(capsys, tmp_path, monkeypatch):
+    """20 GiB of weights were loaded for a file that was not there, and it was then called no
+    readable video, to be written again."""
+
+    def load(*_):
+        raise AssertionError("the reward was loaded before its input was looked for")
+
+    monkeypatch.setattr("kvpo.rewards.scorer.load_rewards", load)
+    missing = tmp_path / "v.mp4"
+    code, err = run(capsys, "rewards", "score", missing, "--reward", "world_vq", "--prompt", RED)
+    assert code == 1 and f"{missing} is no file; give the path of a video" in err
+    code, err = run(capsys, "rewards", "calibrate", "mini", "--clips", tmp_path)
+    assert code == 1 and "clips.csv is missing" in err
+
+
+def test_only_the_setting_that_is_wrong_is_named(capsys, tmp_path):
+    """`kvpo ab --scripts 0` answered with five settings, and the wrong one was the last."""
+    code, err = run(capsys, "ab", "mini", "mini", "--scripts", "0", "--out", tmp_path / "ab")
+    assert code == 1 and err == "kvpo ab: evaluate.scripts = 0 must be 2 or more"
 
 
 def test_equal_seeds_of_vbench_are_refused(tmp_path):

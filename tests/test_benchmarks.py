@@ -213,7 +213,7 @@ def test_the_methods_are_tuned_alike_and_what_is_finished_is_not_run_again(tmp_p
     methods = load("methods")
     pairs = methods.pairs()
     assert ("tve_ppo", "kv_routing") in pairs and ("kernel_grpo", "renoise") in pairs
-    assert ("tve_ppo", "start_noise") not in pairs and len(pairs) == 12
+    assert ("tve_ppo", "start_noise") not in pairs and len(pairs) == 16
     assert {len(list(methods.grid(*pair))) for pair in pairs} == {6}
     asked = []
 

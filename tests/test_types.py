@@ -58,3 +58,19 @@ def test_the_anchor_is_not_counted_as_a_branch():
 def test_records_are_frozen():
     with pytest.raises(AttributeError):
         STORY.id = "dog"
+
+
+def test_a_report_says_what_sets_branches_apart():
+    """Groups of `renoise` once differed, by their report, in "which past frames they read"."""
+    words = [
+        BranchPlan(**plan).differ
+        for plan in (
+            {"frames": (1, 2)},
+            {"noise_mix": 0.5},
+            {"renoise_from": 1},
+            {"noise_mix": 1.0, "renoise_from": 0},
+            {"step_noise": (0.3, 0.0)},
+            {"prompt_shift": -0.2},
+        )
+    ]
+    assert len(set(words)) == 6 and "past frames" in words[0] and "prompt" in words[-1]

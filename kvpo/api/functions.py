@@ -25,10 +25,19 @@ import torch.distributed as dist
 from kvpo.api.defaults import OUT, SCRIPTS
 from kvpo.api.records import Evaluation, Exploration, Mean, Run, Video
 from kvpo.api.settings import settle
-from kvpo.api.shared import loaded, measured, score_group, shown_explorer
+from kvpo.api.shared import (
+    check_scripts,
+    geometry_of,
+    loaded,
+    measured,
+    score_group,
+    shown_explorer,
+)
 from kvpo.common.environment import pick_device
+from kvpo.common.files import try_folder
 from kvpo.common.progress import Progress
 from kvpo.common.timing import Phases
+from kvpo.common.wording import count_of
 from kvpo.config import DataConfig, RunConfig
 from kvpo.distributed.ranks import leave
 from kvpo.distributed.signals import Stopped, in_main_thread
@@ -36,14 +45,15 @@ from kvpo.evaluation.evaluate import EvaluateConfig, compare, kinds_of, means
 from kvpo.generators.generate import streamed
 from kvpo.generators.pipeline import Geometry, Pipeline, block_at
 from kvpo.generators.sampler import SAMPLERS
-from kvpo.method.prompts import even_starts, starts_at
-from kvpo.method.rollout import roll_out
+from kvpo.method.prompts import even_starts, readable, starts_at
+from kvpo.method.rollout import check_fork, roll_out
 from kvpo.method.score import pixel_diversity
+from kvpo.planning.missing import refuse_missing
 from kvpo.report.read_run import Row, read_evaluations
 from kvpo.rewards.scorer import load_rewards
 from kvpo.runs.build import evaluation_scripts, judges, trained_families
 from kvpo.runs.loading import load_generator, precision
-from kvpo.runs.state import restarted_here
+from kvpo.runs.state import check_place, restarted_here
 from kvpo.train import Alignment
 from kvpo.types import Script
 
@@ -91,10 +101,18 @@ def align(
     0.0021
     """
     folder = Path(OUT if out is None else out)
+    if override and not resume:
+        raise ValueError(
+            "override lets a resumed run take other settings, and without resume a new run begins; give both, or leave it out"
+        )
     progress, joined = Progress(folder / "logs"), dist.is_initialized()
     try:
         with _preparing:
-            run = Alignment(settle(recipe, settings), folder, progress)
+            config = settle(recipe, settings)
+            try_folder(folder, "give another place by out, or make this one writable")
+            check_place(folder, resume)
+            refuse_missing(config)
+            run = Alignment(config, folder, progress)
         stopped = _train(run, resume, override)
     finally:
         if not joined:  # a program's own process group stays
@@ -177,36 +195,54 @@ def generate(
     chosen = RunConfig.sampler if sampler is None else sampler
     if chosen not in SAMPLERS:
         raise ValueError(f"sampler = {chosen!r} is unknown; choose one of {', '.join(SAMPLERS)}")
+    if type(seed) is not int:
+        raise ValueError(f"seed = {seed!r} must be a whole number")
+    script = _story(prompts, seconds, at, geometry_of(generator))
+    check_scripts(generator, [script], Progress().warn)
     pipeline = generator if isinstance(generator, Pipeline) else load(generator, device=device)
-    script = _story(prompts, seconds, () if at is None else tuple(at), pipeline.geometry)
     name = ("generate", script.id)
     frames = torch.cat(list(streamed(pipeline, SAMPLERS[chosen], [script], seed, [name])), dim=1)[0]
-    return Video(frames, pipeline.geometry.fps, script, seed)
+    made_by = pipeline.spec or pipeline.folder
+    return Video(frames, pipeline.geometry.fps, script, seed, made_by, chosen)
 
 
 def _story(
     prompts: str | Sequence[str] | Script,
     seconds: float | None,
-    at: tuple[float, ...],
+    at: Sequence[float] | None,
     geometry: Geometry,
 ) -> Script:
-    """The prompts as a script of the length asked for."""
+    """The prompts as a script of the length asked for; ValueError where they make none."""
     if isinstance(prompts, Script):
         if seconds is not None or at:
             raise ValueError("a Script has its length and its switches; leave out seconds and at")
+        for text in prompts.texts:
+            readable(text)
         return prompts
-    texts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
+    if not isinstance(prompts, (str, Sequence)) or isinstance(prompts, bytes):
+        raise ValueError(f"prompts = {prompts!r} must be a text, a list of texts, or a Script")
+    texts = tuple(map(readable, [prompts] if isinstance(prompts, str) else prompts))
     if not texts:
         raise ValueError("prompts are empty; give at least one prompt")
-    if len(at) >= len(texts):
-        most = len(texts) - 1
+    times = _seconds("at", () if at is None else at)
+    if len(times) >= len(texts):
         raise ValueError(
-            f"at = {at} is too long: {len(texts)} prompts take at most {most} times; drop times or add prompts"
+            f"at = {times} is too long: {count_of(len(texts), 'prompt')} can use {count_of(len(texts) - 1, 'time')}; drop times or add prompts"
         )
-    blocks = DataConfig.blocks if seconds is None else block_at(seconds, geometry, up=True)
-    switches = [block_at(second, geometry) for second in at]
+    blocks = DataConfig.blocks
+    if seconds is not None:
+        (length,) = _seconds("seconds", [seconds])
+        blocks = block_at(length, geometry, up=True)
+    switches = [block_at(second, geometry) for second in times]
     starts = starts_at(switches, len(texts)) if switches else even_starts(len(texts), blocks)
     return Script("story", texts, starts, blocks)
+
+
+def _seconds(name: str, values: Sequence[float]) -> tuple[float, ...]:
+    """Times of a video; ValueError for what is no list of numbers."""
+    if not isinstance(values, Sequence) or not all(isinstance(v, (int, float)) for v in values):
+        raise ValueError(f"{name} = {values!r} must be in seconds: numbers, several in a list")
+    return tuple(values)
 
 
 def evaluate(
@@ -245,11 +281,13 @@ def evaluate(
     changes |= {"prompts": str(prompts)} if prompts else {}
     length = {} if blocks is None else {"data.blocks": blocks}
     config, where = settle(recipe, {"evaluate": changes, **length}), pick_device(device)
-    stories = evaluation_scripts(config)
-    rewards = load_rewards(config.rewards, where)
+    stories, progress = evaluation_scripts(config), Progress()
     generators = [generator] if against is None else [generator, against]
+    for one in generators:
+        check_scripts(one, stories, progress.warn)
+    rewards = load_rewards(config.rewards, where)
     families = {f for one in generators for f in trained_families(_spec(one))}
-    kinds, progress = kinds_of(rewards, seeds, families), Progress()
+    kinds = kinds_of(rewards, seeds, families)
     asked = (config, stories, rewards, where, progress)
     facts = (len(stories), seeds, seed)
     (own, label), *others = [measured(one, *asked) for one in generators]
@@ -276,7 +314,7 @@ def explore(
     generator: str | Path | Pipeline | None = None,
     *,
     script: int | Script = 0,
-    by: Literal["recipe", "kv_routing", "start_noise", "renoise"] = "recipe",
+    by: Literal["recipe", "kv_routing", "start_noise", "renoise", "sde", "prompt"] = "recipe",
     fork: int | None = None,
     **settings: Any,
 ) -> Exploration:
@@ -299,18 +337,20 @@ def explore(
     >>> found.pixels.shape, [len(plan.frames) for plan in found.plans]
     (torch.Size([3, 24, 3, 64, 64]), [4, 4, 0])
     """
-    if by not in ("recipe", "kv_routing", "start_noise", "renoise"):
+    if by not in ("recipe", "kv_routing", "start_noise", "renoise", "sde", "prompt"):
         raise ValueError(
-            f"by = {by!r} is no explorer; use recipe, kv_routing, start_noise or renoise"
+            f"by = {by!r} is no explorer; use recipe, kv_routing, start_noise, renoise, sde or prompt"
         )
     with _preparing:
         config = settle(recipe, settings)
         device, phases = pick_device(config.device), Phases()
+        (story, name), explorer = _chosen(script, config), shown_explorer(config, by)
+        shown = config.pipeline if generator is None else generator
+        check_scripts(shown, [story], Progress().warn)
+        check_fork(explorer, story, geometry_of(shown), fork)
         trained_only = replace(config, rewards=tuple(config.rewards_of("train")))
         rewards, rule = judges(trained_only, device)
-    story, name = _chosen(script, config)
-    explorer = shown_explorer(config, by)
-    pipeline, label = loaded(config.pipeline if generator is None else generator, device, config)
+    pipeline, label = loaded(shown, device, config)
     texts = dict(zip(story.texts, pipeline.encode_text(story.texts)))
     streams = (config.seed, ("explore", name), phases, fork)
     rollout = roll_out(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from kvpo.common.provenance import about_video
 from kvpo.common.video import encode_mp4, html_video, write_mp4
 from kvpo.evaluation.evaluate import table
 from kvpo.report.read_run import Row
@@ -26,6 +27,9 @@ class Video:
     script: Script
     """Prompts of the video, and the block from which each of them holds."""
     seed: int
+    generator: str = ""
+    """Name of the generator that made it; "" where that is not known."""
+    sampler: str = ""
 
     @property
     def seconds(self) -> float:
@@ -33,9 +37,18 @@ class Video:
         return len(self.frames) / self.fps
 
     def save(self, path: str | Path) -> Path:
-        """Write it as MP4; the file is there when it is whole, or not at all."""
-        write_mp4(Path(path), self.frames, self.fps)
-        return Path(path)
+        """Write it as MP4; the file is there when it is whole, or not at all.
+
+        It says where it comes from, as those of `kvpo generate` do: prompts, seed, generator.
+        ValueError for a name of another kind of file.
+        """
+        path = Path(path)
+        if path.suffix.lower() != ".mp4" or path.is_dir():
+            raise ValueError(
+                f"{path} is no name of an MP4; give a file such as {path / 'video.mp4'}"
+            )
+        about = about_video(self.script, self.seed, self.generator, sampler=self.sampler)
+        return write_mp4(path, self.frames, self.fps, about=about)
 
     def _repr_html_(self) -> str:
         """A player that holds the video, for notebooks."""

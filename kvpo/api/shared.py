@@ -5,7 +5,7 @@ It loads, measures, and judges a group that is only looked at.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,15 @@ from kvpo.common.progress import Progress
 from kvpo.common.timing import Phases
 from kvpo.config import RunConfig
 from kvpo.evaluation.evaluate import Scored, evaluate
-from kvpo.generators.pipeline import Pipeline
+from kvpo.generators.pipeline import Geometry, Pipeline, check_folder
+from kvpo.generators.readable import check_prompts, check_prompts_of
 from kvpo.generators.sampler import SAMPLERS
 from kvpo.method.advantages import Advantage, Advantages
 from kvpo.method.explorers import Explorer
 from kvpo.method.replay import CONTEXTS, Replay
 from kvpo.method.score import score
 from kvpo.rewards.scorer import Scorer
-from kvpo.runs.loading import load_generator
+from kvpo.runs.loading import load_generator, pipeline_folder
 from kvpo.types import RewardTable, Rollout, Script
 
 
@@ -34,6 +35,26 @@ def loaded(
     if isinstance(generator, Pipeline):
         return generator, generator.spec or generator.folder
     return load_generator(str(generator), device, config.vae_dtype, config.dtype)
+
+
+def check_scripts(
+    generator: str | Path | Pipeline, scripts: Sequence[Script], warn: Callable[[str], None]
+) -> None:
+    """Check that a generator, named or loaded, can read all prompts of some scripts.
+
+    Raises ValueError with the prompt's place, as `check_prompts`, before weights are loaded.
+    """
+    if isinstance(generator, Pipeline):
+        check_prompts_of(generator, scripts, warn)
+    else:
+        check_prompts(pipeline_folder(str(generator)), scripts, warn)
+
+
+def geometry_of(generator: str | Path | Pipeline) -> Geometry:
+    """A generator's geometry, by its name without loading it."""
+    if isinstance(generator, Pipeline):
+        return generator.geometry
+    return check_folder(pipeline_folder(str(generator)))
 
 
 def measured(

@@ -50,7 +50,7 @@ class Align:
         from kvpo.distributed.ranks import leave
         from kvpo.distributed.signals import Stopped, ending_at_once
         from kvpo.planning.missing import refuse_missing
-        from kvpo.runs.state import restarted_here
+        from kvpo.runs.state import check_place, restarted_here
         from kvpo.train import Alignment
 
         progress, run = Progress(self.out / "logs"), None
@@ -58,6 +58,7 @@ class Align:
             try:
                 try_folder(self.out)
                 progress.log(self.plan())
+                check_place(self.out, self.resume)
                 refuse_missing(self.settings)
                 run = Alignment(self.settings, self.out, progress)
                 # torchrun counts on every node by itself

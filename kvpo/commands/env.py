@@ -72,7 +72,7 @@ def folders() -> dict[str, str]:
     """Folders that keep files between runs, and the variable that decides each."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    from kvpo.generators.embeddings import cache_folder
+    from kvpo.generators.cache_folder import cache_folder
 
     return {
         "prompt cache": _place(cache_folder, "KVPO_CACHE"),

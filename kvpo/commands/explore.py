@@ -37,9 +37,9 @@ class Explore:
     """Generator: pipeline folder, mini or a run; default: the recipe's pipeline."""
     script: int = 0
     """Number of the story among the recipe's evaluation scripts."""
-    by: Literal["recipe", "kv_routing", "start_noise", "renoise"] = "recipe"
+    by: Literal["recipe", "kv_routing", "start_noise", "renoise", "sde", "prompt"] = "recipe"
     """Explorer, in the window of the recipe's.
-    start_noise and renoise can be shown, but not trained by an energy."""
+    start_noise, renoise and sde can be shown, but not trained by an energy."""
     fork: int = -1
     """Fork block; -1 = the one of a few where the recipe's branches look most different.
     Only eligible blocks are tried. It is the same for every explorer."""
@@ -55,7 +55,9 @@ class Explore:
 def explore_command(args: Explore) -> None:
     """Look at one group as the options say; what may be wrong in them is found before loading."""
     from kvpo.common.extras import require_extra
+    from kvpo.generators.pipeline import check_folder
     from kvpo.generators.readable import check_prompts
+    from kvpo.method.rollout import check_fork
     from kvpo.runs.loading import pipeline_folder
 
     require_extra("a routing map", "report", ("matplotlib",))
@@ -64,7 +66,11 @@ def explore_command(args: Explore) -> None:
     script, explorer = _asked(args)
     out = unused(args.out) if args.out == Explore.out else args.out
     try_folder(out)
-    check_prompts(pipeline_folder(generator), [script], progress.warn)
+    folder = pipeline_folder(generator)
+    check_prompts(folder, [script], progress.warn)
+    asked = args.fork if args.fork >= 0 else None
+    # where none is asked for, the recipe's explorer forks, whichever is shown
+    check_fork(config.exploring if asked is None else explorer, script, check_folder(folder), asked)
     progress.log(
         f"kvpo explore {args.recipe} with {generator} on {device}: script {args.script}, {config.rollout.branches} branches, into {out}"
     )
@@ -89,6 +95,10 @@ def _asked(args: Explore) -> tuple[Script, Explorer]:
     if args.fork < -1:
         raise ValueError(f"--fork {args.fork} is no block; give its number, or -1 for a drawn one")
     _refuse_tries(args.tries)
+    if args.fork >= 0 and args.tries != Explore.tries:
+        raise ValueError(
+            f"--tries {args.tries} looks for a fork, and --fork {args.fork} gives one; leave one out"
+        )
     return scripts[args.script], shown_explorer(args.settings, args.by)
 
 
@@ -154,7 +164,9 @@ class Look:
             rollout = self.rolled(explorer, fork, lambda window: window.stop)
             return window_diversity(self.pipeline, rollout)
 
-        forks = explorer.eligible_forks(self.script.blocks, self.pipeline.geometry)
+        from kvpo.method.explorers import forks_of
+
+        forks = forks_of(explorer, self.script, self.pipeline.geometry)
         return widest_fork(forks, tries, diversity, self.progress)
 
     def show(self, rollout: Rollout, explorer: Explorer, out: Path, said: str) -> None:
@@ -210,7 +222,7 @@ def widest_fork(
 
     The few are evenly spread. A window in which the story hides its objects shows nine equal pictures, whatever the branches
     remember. Only pixels are looked at, never a reward or what the story knows; training draws its
-    forks blindly all the same.
+    forks blindly all the same, or where `data.open_forks` lets it.
     """
     _refuse_tries(tries)
     picked = [

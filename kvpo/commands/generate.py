@@ -58,6 +58,7 @@ class Generate:
     def __call__(self) -> None:
         self.check_options()
         from kvpo.convert.lora import add_lora
+        from kvpo.convert.weight_files import find_weights
         from kvpo.generators.generate import write_video
         from kvpo.generators.pipeline import check_folder
         from kvpo.generators.readable import check_prompts
@@ -69,6 +70,8 @@ class Generate:
         folder = pipeline_folder(self.generator)
         scripts = self.scripts(check_folder(folder))
         check_prompts(folder, scripts, progress.warn)
+        for path in self.lora:
+            find_weights(path)
         videos = self.videos(scripts, progress)
         dtype = precision(self.generator, device, self.dtype)
         blocks = sum(script.blocks for script, _, _ in videos)
@@ -116,6 +119,10 @@ class Generate:
         if self.blocks < 1:
             raise ValueError(
                 f"--blocks {self.blocks}: a video has at least one block; give 1 or more"
+            )
+        if not math.isfinite(self.lora_scale):
+            raise ValueError(
+                f"--lora-scale {self.lora_scale:g} is no strength of a LoRA; give a finite number, 1 = as trained"
             )
         if self.lora_scale != Generate.lora_scale and not self.lora:
             raise ValueError(

@@ -55,21 +55,22 @@ class Score:
     def __call__(self) -> None:
         from kvpo.common.video import read_mp4
         from kvpo.rewards.base import VideoBatch
-        from kvpo.rewards.scorer import load_rewards
+        from kvpo.rewards.scorer import load_rewards, make_scorers
 
-        device = pick_device(self.device)
-        (scorer,) = load_rewards(
-            [RewardEntry(self.reward, params=dict(map(_param, self.params)))], device
-        )
-        if scorer.spec.needs_prompt and not self.prompt:
-            raise ValueError(
-                f"reward {self.reward!r} judges how a video fits its prompt: give --prompt"
-            )
         if not 0.0 <= self.seconds < math.inf:
             raise ValueError(
                 f"--seconds {self.seconds:g} is no length of a clip; give more than 0, or 0 for the whole video"
             )
+        device = pick_device(self.device)
+        entry = RewardEntry(self.reward, params=dict(map(_param, self.params)))
+        # Weights of 20 GiB are not loaded for a video that is not there.
+        (unloaded,) = make_scorers([entry])
+        if unloaded.spec.needs_prompt and not self.prompt:
+            raise ValueError(
+                f"reward {self.reward!r} judges how a video fits its prompt: give --prompt"
+            )
         video, fps = read_mp4(self.file, original=True)
+        (scorer,) = load_rewards([entry], device)
         length = round(self.seconds * fps) or len(video)
         for first in range(0, len(video) - min(length, len(video)) + 1, length):
             output = scorer.score(
@@ -109,8 +110,8 @@ class Calibrate:
         from kvpo.rewards.scorer import load_rewards
         from kvpo.runs.build import trained
 
-        scorers = trained(load_rewards(config.rewards, pick_device(self.device)))
-        batches = _clips(self, config)
+        device, batches = pick_device(self.device), _clips(self, config)
+        scorers = trained(load_rewards(config.rewards, device))
         weights, progress = {s.spec.name: s.entry.weight for s in scorers}, Progress()
         table: dict[str, dict[str, Verdict]] = {}
         with progress.bar("calibrate", len(FLAWS)) as bar:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from kvpo.commands.options import Positional
 from kvpo.common.files import write_atomic
+from kvpo.common.wording import count_of
 from kvpo.evaluation.ab_answers import judge, left_share, read_answers, read_key, table
 from kvpo.pages.ab import QUESTIONS
 
@@ -34,7 +35,7 @@ class Unblind:
         rows, left = [judge(question, key, given) for question in QUESTIONS], left_share(given)
         print(table(rows))
         print(
-            f"A = {key['a']}, B = {key['b']}, {len(key['pairs'])} pairs, {len(given)} raters; of the answers that are not `same` {left:.1%} say left, where 50 % means no preference for a side"
+            f"A = {key['a']}, B = {key['b']}, {count_of(len(key['pairs']), 'pair')}, {count_of(len(given), 'rater')}; of the answers that are not `same` {left:.1%} say left, where 50 % means no preference for a side"
         )
         out = self.out or self.key.with_name("result.json")
         write_atomic(

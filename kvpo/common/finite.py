@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from kvpo.common.wording import count_of
+
 
 def finite(tensor: torch.Tensor) -> torch.Tensor:
     """Whether no number in it is NaN or infinite, as a bool tensor where ``tensor`` lies.
@@ -46,6 +48,6 @@ def check_finite(named: Iterable[tuple[str, torch.Tensor]], source: str, way_out
     if faults := not_finite(named):
         listed = ", ".join(faults[:3]) + (" ..." if len(faults) > 3 else "")
         raise FloatingPointError(
-            f"{source} holds numbers that are NaN or infinite, in {len(faults)} tensors: {listed}; "
+            f"{source} holds numbers that are NaN or infinite, in {count_of(len(faults), 'tensor')}: {listed}; "
             f"{way_out}"
         )

@@ -85,12 +85,10 @@ def _read(text: str, begin: int, whole: bool = True) -> tuple[Any, int]:
     try:
         value, end = decoder.raw_decode(text, lead)
     except json.JSONDecodeError as error:
-        raise JsonFault(
-            f"not JSON ({error.msg}); correct it, or write one prompt a line", begin + error.pos
-        ) from None
+        raise JsonFault(f"not JSON ({error.msg}); correct it there", begin + error.pos) from None
     except RecursionError:
         raise JsonFault(
-            "brackets within brackets without end are no prompts; write one list of texts",
+            "brackets within brackets without end; write plain lists of texts",
             begin + lead,
         ) from None
     except ValueError as error:  # a number too long to be read

@@ -144,7 +144,7 @@ DECLARED: tuple[Metric, ...] = (
     Metric(
         "energy/mean",
         "latent^2",
-        "Mean energy of the group's members under the current weights: squared velocity error per element (kernel_grpo: surprise per element; denoised_distance: squared distance per element).",
+        "Mean energy of the group's members under the current weights: squared velocity error per element (kernel_grpo, sde_grpo: surprise per element; denoised_distance: squared distance per element).",
     ),
     Metric(
         "energy/std",

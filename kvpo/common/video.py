@@ -205,10 +205,12 @@ def read_mp4(path: Path, original: bool = False) -> tuple[torch.Tensor, float]:
 
     Sides are as stored, that is enlarged, or with ``original`` as they were made.
 
-    Raises PermissionError; ValueError if it is no readable video, or its frames do not lie evenly
-    in time.
+    Raises PermissionError, FileNotFoundError; ValueError if it is no readable video, or its frames
+    do not lie evenly in time.
     """
     check_readable(path)
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is no file; give the path of a video")
     try:
         # A file object: libav would take a colon in the path for a protocol, and %d for a number.
         with Path(path).open("rb") as file, av.open(file) as container:
@@ -219,9 +221,7 @@ def read_mp4(path: Path, original: bool = False) -> tuple[torch.Tensor, float]:
                 for frame in container.decode(video=0)
             ]
     except (OSError, av.error.FFmpegError, IndexError) as error:
-        raise ValueError(
-            f"{path} is not a readable video ({_reason(error)}); write it again"
-        ) from error
+        raise _unreadable(path, error) from error
     if not decoded:
         raise ValueError(f"{path} holds no frame; write it again")
     fps = _even_rate(path, [time for time, _ in decoded], fps)
@@ -234,10 +234,14 @@ def read_mp4(path: Path, original: bool = False) -> tuple[torch.Tensor, float]:
 def read_about(path: Path) -> dict[str, Any]:
     """Read what a video file says of itself: prompts, seed, generator, ... as its writer gave them.
 
-    {} for others' files.
+    {} for others' files; ValueError if it is no readable video.
     """
-    with Path(path).open("rb") as file, av.open(file) as container:
-        return _about(container.metadata)
+    check_readable(path)
+    try:
+        with Path(path).open("rb") as file, av.open(file) as container:
+            return _about(container.metadata)
+    except av.error.FFmpegError as error:
+        raise _unreadable(path, error) from error
 
 
 def shrink(video: torch.Tensor, factor: int) -> torch.Tensor:
@@ -260,8 +264,14 @@ def _about(metadata: Mapping[str, str]) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path} is not a readable video ({_reason(error)}); write it again")
+
+
 def _reason(error: Exception) -> str:
     """Libav's words without its number."""
+    if isinstance(error, IndexError):  # of the list of its video streams
+        return "it has no pictures"
     return getattr(error, "strerror", None) or first_line(error)
 
 

@@ -29,6 +29,7 @@ from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 from kvpo.common.access import check_readable
 from kvpo.common.files import first_line
 from kvpo.common.finite import check_finite
+from kvpo.common.hub import hub_faults
 from kvpo.common.weights import State, account, read_checkpoint
 
 ORIGINAL_T5 = "models_t5_umt5-xxl-enc-bf16.pth"
@@ -74,7 +75,7 @@ def open_base(name: str) -> BaseFolder:
             )
         try:
             folder = Path(snapshot_download(name, allow_patterns=list(WANTED)))
-        except (OSError, ValueError) as error:  # huggingface_hub's own errors are one or the other
+        except hub_faults() as error:
             raise FileNotFoundError(
                 f"--base {name} is no local folder, and could not be downloaded ({first_line(error)}); where there is a network: hf download {name} --local-dir FOLDER, then give --base FOLDER"
             ) from None

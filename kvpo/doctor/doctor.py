@@ -258,7 +258,8 @@ def _rows(group: _Group, rollout: Rollout, tolerance: float) -> Iterator[Finding
         _spread(inputs[:, 0, 0]) if routed else 0.0,
         0.0,
     )
-    yield group.watched.finding()
+    if group.watched.left:  # videos of their own have no prefix
+        yield group.watched.finding()
     yield _at_most(
         "rows decoded on from the prefix: equal latents differ by", _decoded_apart(rollout), 0.0
     )

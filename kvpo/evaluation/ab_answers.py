@@ -84,7 +84,7 @@ def _json(path: Path) -> dict:
         ((_, listed, content),) = json_values(text)
     except JsonFault as fault:
         raise ValueError(
-            f"{path}, line {line_at(text, fault.at)} is not JSON ({fault}); give what the page or `kvpo ab` saved"
+            f"{path}, line {line_at(text, fault.at)}: {fault}. Give what the page or `kvpo ab` saved"
         ) from None
     except ValueError:
         raise ValueError(

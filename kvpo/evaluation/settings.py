@@ -37,10 +37,10 @@ class EvaluateConfig:
     It takes two successive evaluations (`kvpo.evaluation.goodhart`)."""
 
     def __post_init__(self):
-        if self.every < 0 or self.videos < 0 or min(self.batch, self.seeds) < 1 or self.scripts < 2:
-            raise ValueError(
-                f"evaluate: every = {self.every} and videos = {self.videos} must not be negative, batch = {self.batch} and seeds = {self.seeds} at least 1, scripts = {self.scripts} at least 2"
-            )
+        least = {"every": 0, "videos": 0, "batch": 1, "seeds": 1, "scripts": 2}
+        for name, low in least.items():
+            if (value := getattr(self, name)) < low:
+                raise ValueError(f"evaluate.{name} = {value} must be {low} or more")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ The text encoder (11 GB at Wan's size) then leaves memory.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from kvpo.common.files import first_line, try_folder, write_atomic
+from kvpo.generators.cache_folder import cache_folder
 from kvpo.generators.pipeline import Pipeline
 
 SAMPLES, SAMPLE_BYTES = 64, 1 << 16
@@ -25,22 +25,6 @@ Reading all of 11 GB would take longer than embedding a prompt.
 
 
 WAY_OUT = "KVPO_CACHE names another folder for them"
-
-
-def cache_folder() -> Path:
-    """Folder of cached files: $KVPO_CACHE, or ~/.cache/kvpo.
-
-    Raises OSError where the user has no home, as in a container under a number that no list of
-    users has.
-    """
-    if given := os.environ.get("KVPO_CACHE"):
-        return Path(given)
-    try:
-        return Path.home() / ".cache" / "kvpo"
-    except RuntimeError as error:
-        raise OSError(
-            f"there is no home folder ({first_line(error)}); set KVPO_CACHE to a folder for them"
-        ) from None
 
 
 def text_cache(warn: Callable[[str], None]) -> Path | None:

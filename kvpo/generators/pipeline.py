@@ -29,7 +29,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from kvpo.common.access import check_readable
 from kvpo.common.files import first_line, open_to_readers
-from kvpo.common.finite import check_finite
+from kvpo.common.finite import check_finite, is_finite
 from kvpo.common.text_files import read_text
 from kvpo.generators.cache import FrameCache
 from kvpo.generators.causal_wan import CausalWan
@@ -259,7 +259,9 @@ class Pipeline:
         """
         if new := [t for t in dict.fromkeys(texts) if t not in self.known]:
             for text in new:
-                if (count := len(self.stock.tokenizer(text).input_ids)) > self.geometry.text_length:
+                if (
+                    count := len(self.stock.tokenizer(text, verbose=False).input_ids)
+                ) > self.geometry.text_length:
                     raise ValueError(
                         f"a prompt has {count} tokens, this generator reads {self.geometry.text_length} and would ignore the rest; shorten {text[:60]!r}..."
                     )
@@ -275,13 +277,27 @@ class Pipeline:
                     do_classifier_free_guidance=False,
                     max_sequence_length=self.geometry.text_length,
                 )
-                self.known[text] = x_LD[: int(x_LD.any(dim=1).nonzero().max()) + 1].cpu()
+                self.known[text] = self._to_its_end(x_LD, text)
         return torch.stack(
             [
                 torch.nn.functional.pad(x, (0, 0, 0, self.geometry.text_length - len(x)))
                 for x in map(self.known.__getitem__, texts)
             ]
         ).to(self.device)
+
+    def _to_its_end(self, x_LD: torch.Tensor, text: str) -> torch.Tensor:
+        """A prompt's embedding without the zeros after it, in main memory.
+
+        Raises FloatingPointError for one that says nothing: a broken text encoder must not make
+        videos, nor files that keep its embeddings.
+        """
+        tokens = x_LD.any(dim=1).nonzero()
+        if not len(tokens) or not is_finite(x_LD):
+            what = "NaN or infinite" if len(tokens) else "all zero"
+            raise FloatingPointError(
+                f"the embedding of the prompt {text[:60]!r} is {what}; the text encoder in {self.folder} has made it: look at its weights, or load it in float32"
+            )
+        return x_LD[: int(tokens.max()) + 1].cpu()
 
     def forget_text_encoder(self) -> None:
         """Free the text encoder's memory; only texts in ``known`` can be asked for then."""

@@ -5,10 +5,13 @@ Its tokenizer alone is asked, before any weights are loaded.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
-from kvpo.generators.pipeline import check_folder, load_tokenizer
+from kvpo.common.text_files import read_text
+from kvpo.generators.pipeline import Geometry, Pipeline, check_folder, load_tokenizer
 from kvpo.types import Script
 
 NAMED = 12
@@ -20,11 +23,49 @@ def check_prompts(
 ) -> None:
     """Check that every prompt fits the generator's length and has a word that it knows.
 
-    Raises ValueError with the prompt's place where not. ``warn`` is told once which other words it
+    Raises ValueError with the prompt's place where not, and for videos that are longer than the
+    network has positions. ``warn`` is told once which other words it
     does not know: they are all the same to it, and stand for nothing.
     """
-    geometry, tokenizer = check_folder(Path(folder)), load_tokenizer(Path(folder))
-    vocabulary = Path(folder) / "tokenizer"
+    geometry, tokenizer, scripts = (
+        check_folder(Path(folder)),
+        load_tokenizer(Path(folder)),
+        [*scripts],
+    )
+    _check_lengths(Path(folder), geometry, scripts)
+    check_texts(geometry.text_length, tokenizer, Path(folder) / "tokenizer", scripts, warn)
+
+
+def _check_lengths(folder: Path, geometry: Geometry, scripts: Iterable[Script]) -> None:
+    """Raise ValueError for a video that ends beyond the network's rotary positions."""
+    try:
+        config = json.loads(read_text(folder / "transformer" / "config.json"))
+        most = int(config["rope_max_seq_len"]) // geometry.block
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # whoever loads the transformer says what is wrong with its config
+    for script in scripts:
+        if script.blocks > most:
+            raise ValueError(
+                f"{script.source or f'script {script.id!r}'}: a video of {script.blocks} blocks, but this generator's positions end after {most}; shorten the video"
+            )
+
+
+def check_prompts_of(
+    pipeline: Pipeline, scripts: Iterable[Script], warn: Callable[[str], None]
+) -> None:
+    """`check_prompts` for a generator that is loaded already."""
+    length, tokenizer = pipeline.geometry.text_length, pipeline.stock.tokenizer
+    check_texts(length, tokenizer, Path(pipeline.folder) / "tokenizer", scripts, warn)
+
+
+def check_texts(
+    text_length: int,
+    tokenizer: Any,
+    vocabulary: Path,
+    scripts: Iterable[Script],
+    warn: Callable[[str], None],
+) -> None:
+    """`check_prompts` for a tokenizer, with the place of its vocabulary."""
     places = {
         text: script.place(i)
         for script in scripts
@@ -32,10 +73,10 @@ def check_prompts(
     }
     strangers: dict[str, str] = {}
     for text, place in places.items():
-        if (count := len(tokenizer(text).input_ids)) > geometry.text_length:
+        if (count := len(tokenizer(text, verbose=False).input_ids)) > text_length:
             raise ValueError(
                 f"{place}: the prompt has {count} tokens, but this generator reads "
-                f"{geometry.text_length} and would ignore the rest; shorten {text[:60]!r}..."
+                f"{text_length} and would ignore the rest; shorten {text[:60]!r}..."
             )
         known, unknown = words_of(tokenizer, text)
         if unknown and not known:

@@ -20,6 +20,7 @@ from kvpo.common.rng import normal
 from kvpo.generators.cache import FrameCache
 from kvpo.generators.causal_wan import CausalWan
 from kvpo.generators.flow import add_noise, denoised
+from kvpo.generators.gaussian_steps import sde_step
 from kvpo.generators.history import History
 from kvpo.generators.pipeline import Geometry
 from kvpo.types import Script
@@ -59,6 +60,32 @@ class Ode:
 
     def next(self, x, v, x0, sigma, sigma_next, noise):
         return x + (sigma_next - sigma) * v
+
+
+@dataclass(frozen=True)
+class OwnSteps:
+    """The `ode` sampler whose steps are stochastic in some rows of a batch.
+
+    Rows without noise take Euler's step, bit for bit.
+    """
+
+    sigmas: tuple[float, ...]
+    """Noise levels of the denoise steps."""
+    stds_BS: tuple[tuple[float, ...], ...]
+    """Standard deviation of the noise of every row's steps; () = all steps are Euler's."""
+
+    def next(self, x, v, x0, sigma, sigma_next, noise):
+        plain = Ode().next(x, v, x0, sigma, sigma_next, noise)
+        step = self.sigmas.index(sigma)
+        stds = [row[step] if row else 0.0 for row in self.stds_BS]
+        if not any(stds):
+            return plain
+        eps = noise()
+        rows = [
+            sde_step(sigma, sigma_next, std).of(x[i], v[i], eps[i]) if std else plain[i]
+            for i, std in enumerate(stds)
+        ]
+        return torch.stack(rows)
 
 
 SAMPLERS: Mapping[str, Sampler] = {"renoise": Renoise(), "ode": Ode()}

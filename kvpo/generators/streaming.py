@@ -130,7 +130,7 @@ class StreamingDecoder:
                 self._name_fault(
                     decoded[None],
                     "pixels",
-                    f"the VAE has made them of finite latents: decode in float32, not in {self.vae.dtype}, or look at its weights",
+                    f"the VAE in {str(self.vae.dtype).removeprefix('torch.')} has made them of finite latents: decode in float32, or look at its weights",
                 )
             frames.append(self._pixels(decoded))
             self._frames += 1

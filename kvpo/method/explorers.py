@@ -15,9 +15,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
-from kvpo.types import BranchPlan, Window
+from kvpo.common.wording import count_of
+from kvpo.types import BranchPlan, Script, Window
 
 if TYPE_CHECKING:
     import torch
@@ -56,11 +57,13 @@ class Explorer(Protocol):
     Its energy is then identically 0 with zero gradient, so an energy objective on such branches is
     refused (method.md section 7).
     """
-    own_renoise: ClassVar[bool]
-    """True: the noise behind some denoise steps is each branch's own draw.
+    own_noise: ClassVar[Literal["", "renoise", "sde"]]
+    """Kind of denoise step whose noise is each branch's own draw: `renoise`, `sde`; "" = none.
 
-    Its likelihood under the sampler then says something of that branch alone.
+    Its likelihood then says something of that branch alone.
     """
+    independent: ClassVar[bool]
+    """True: branches share neither a past nor noise, they are videos of their own."""
 
     @property
     def window_blocks(self) -> int:
@@ -94,6 +97,23 @@ class Explorer(Protocol):
         ...
 
 
+def forks_of(explorer: Explorer, script: Script, geometry: Geometry) -> list[int]:
+    """Blocks of a story at which a window may start: all that fit, or prompt switches alone.
+
+    Raises ValueError if there is none.
+    """
+    fitting = explorer.eligible_forks(script.blocks, geometry)
+    if not getattr(explorer, "at_switches", False):
+        return fitting
+    found = [fork for fork in fitting if fork in script.starts[1:]]
+    if not found:
+        raise ValueError(
+            f"script {script.id!r}: its prompts begin at blocks {list(script.starts)}, and a window of {explorer.window_blocks} blocks that begins with another prompt "
+            f"can be forked at {fitting[0]} to {fitting[-1]} only; give every story a second prompt there, or another explorer"
+        )
+    return found
+
+
 def check_branches(num_branches: int) -> None:
     """A group needs two branches: pi is a softmax over them, and of one branch it is constant."""
     if num_branches < 2:
@@ -110,7 +130,7 @@ def forks_from(first: int, blocks: int, window_blocks: int, why_first: str) -> l
         )
     if first + window_blocks > blocks:
         raise ValueError(
-            f"no block can be a fork: {why_first} puts the first fork at block {first}, and a window of {window_blocks} blocks from there "
+            f"no block can be a fork: {why_first} puts the first fork at block {first}, and a window of {count_of(window_blocks, 'block')} from there "
             f"ends at block {first + window_blocks}, but the video has {blocks} blocks; lengthen the video or shorten the window"
         )
     return list(range(first, blocks - window_blocks + 1))
@@ -138,7 +158,8 @@ class StartNoise:
 
     nearest: ClassVar[int] = 0
     deterministic_replay: ClassVar[bool] = True
-    own_renoise: ClassVar[bool] = False
+    own_noise: ClassVar[Literal["", "renoise", "sde"]] = ""
+    independent: ClassVar[bool] = False
 
     def __post_init__(self):
         if not 0.0 < self.mix <= 1.0:
@@ -185,7 +206,8 @@ class RenoiseExplorer:
 
     nearest: ClassVar[int] = 0
     deterministic_replay: ClassVar[bool] = True
-    own_renoise: ClassVar[bool] = True
+    own_noise: ClassVar[Literal["", "renoise", "sde"]] = "renoise"
+    independent: ClassVar[bool] = False
 
     def __post_init__(self):
         if self.from_step < 0:

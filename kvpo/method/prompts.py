@@ -46,6 +46,16 @@ _JSON = re.compile(r"""\s*(\{\s*["'}]|\[\s*(["'{\[]|$))""")
 A prompt in braces is no JSON.
 """
 _KEYS = ("prompts", "prompt", "starts", "id")
+_TABLE, _MARKUP = "it is a table", "it is no list of lines"
+_OTHER_KINDS = {
+    **dict.fromkeys((".csv", ".tsv"), _TABLE),
+    **dict.fromkeys((".yaml", ".yml", ".md", ".xml", ".html"), _MARKUP),
+}
+"""Endings of files that have a form of their own.
+
+Their plain lines can be read, and what is read are no prompts: `id,prompt` is a head, `- a cat`
+a list's item.
+"""
 
 
 class ScriptSource(Protocol):
@@ -187,7 +197,11 @@ Texts = tuple[str, ...]
 def _records(path: Path) -> Iterator[tuple[_Where, str | None, Texts, tuple[int, ...] | None]]:
     """(place, id, prompts, starts) of every line that is not blank."""
     text = read_text(path)
-    if path.suffix.lower() in (".jsonl", ".ndjson", ".json") or _JSON.match(text):
+    if (kind := path.suffix.lower()) in _OTHER_KINDS:
+        raise ValueError(
+            f"{path}: {_OTHER_KINDS[kind]}, whose columns and marks would be read as a part of the prompts; write one prompt a line into a .txt, or JSONL"
+        )
+    if kind in (".jsonl", ".ndjson", ".json") or _JSON.match(text) or _is_json_text(text):
         yield from ((where, *_json_script(where, row)) for where, row in _json_rows(path, text))
         return
     lines = [_Where(path, i, line) for i, line in lines_of(path, text) if line.strip()]
@@ -201,7 +215,17 @@ def _records(path: Path) -> Iterator[tuple[_Where, str | None, Texts, tuple[int,
             raise where.error(
                 "this looks like JSON, but the file begins with plain lines; keep one format a file"
             )
+        if not bracketed and "\t" in where.text.strip():
+            raise where.error(
+                "there is a tab in the line, as between the cells of a table; write one prompt a line, or JSONL, which can hold any text"
+            )
         yield where, None, _bracketed(where) if bracketed else (_prompt(where, where.text),), None
+
+
+def _is_json_text(text: str) -> bool:
+    """Whether the first line is a text of JSON and nothing else: its quotes are no part of it."""
+    first = next(filter(str.strip, text.splitlines()), "").strip()
+    return len(first) > 1 and first[0] == first[-1] == '"' and '"' not in first[1:-1]
 
 
 def _json_rows(path: Path, text: str) -> Iterator[tuple[_Where, Any]]:
@@ -285,6 +309,10 @@ def _check_separators(where: _Where, begin: int, spans: Sequence[tuple[int, int]
 
 def _json_script(where: _Where, row: Any) -> tuple[str | None, Texts, tuple[int, ...] | None]:
     """(id, prompts, starts) of one JSON value."""
+    if isinstance(row, str):
+        raise where.error(
+            'the text stands in quotes, which would be read as a part of the prompt; take them out, or write {"prompt": "..."}'
+        )
     if not isinstance(row, dict) or ("prompts" in row) == ("prompt" in row):
         raise where.error(
             'a script must be an object with the key "prompts", a list of texts, or "prompt", one text'

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -24,9 +24,17 @@ from kvpo.common.rng import stream
 from kvpo.common.timing import Phases
 from kvpo.generators.history import Routed
 from kvpo.generators.pipeline import Geometry, Pipeline
-from kvpo.generators.sampler import NamedNoise, Noise, Sampler, StackedNoise, Stream
+from kvpo.generators.sampler import (
+    NamedNoise,
+    Noise,
+    Ode,
+    OwnSteps,
+    Sampler,
+    StackedNoise,
+    Stream,
+)
 from kvpo.generators.streaming import StreamingDecoder, receptive_field
-from kvpo.method.explorers import Explorer, mix_noise
+from kvpo.method.explorers import Explorer, forks_of, mix_noise
 from kvpo.method.objectives.interface import EVERYTHING, Record
 from kvpo.method.settings import RolloutConfig
 from kvpo.types import BranchPlan, Rollout, Script, Trajectory, Window
@@ -168,7 +176,12 @@ def _keep_inputs(
 
 
 def latents(past: Stream) -> torch.Tensor:
-    """x0_NCHW of a stream of one row."""
+    """x0_NCHW of a stream of one row; N is 0 before its first block."""
+    if not past.blocks:
+        g = past.geometry
+        channels = past.model.transformer.config.in_channels
+        shape = (0, channels, g.latent_height, g.latent_width)
+        return torch.zeros(shape, device=past.model.device)
     return torch.cat(past.blocks, dim=1)[0]
 
 
@@ -237,7 +250,7 @@ class PlannedNoise:
 
     def renoise(self, block: int, step: int) -> torch.Tensor:
         noise = self.shared.renoise(block, step)
-        own = [p.renoise_from is not None and step >= p.renoise_from for p in self.plans]
+        own = [plan.draws(step) for plan in self.plans]
         if block not in self.window or not any(own):
             return noise
         return torch.stack(
@@ -411,13 +424,55 @@ def _branches(
         if "velocities" in needs:
             seen["velocities"].append(v)
 
+    deployed, own = branches.sampler, own_steps(branches.sampler, plans, geometry)
+    plain = branches.scripts, branches.embeddings
+    told = told_otherwise(branches, plans, window)
     for block in range(window.fork, stop):
+        branches.sampler = own if block in window else deployed
+        branches.scripts, branches.embeddings = told if block in window else plain
         branches.advance(*((history, record) if block in window else ()))
     shape = (window.blocks, len(geometry.sigmas))
     inputs, velocities = (
         torch.stack(x, dim=1).unflatten(1, shape) if x else None for x in seen.values()
     )
     return inputs, velocities, torch.cat(branches.blocks[window.fork :], dim=1)
+
+
+def told_otherwise(
+    branches: Stream, plans: tuple[BranchPlan, ...], window: Window
+) -> tuple[Sequence[Script], Mapping[str, torch.Tensor]]:
+    """Scripts and embeddings of a window's rows, of which some plans move the fork's prompt.
+
+    One script for all rows where none does.
+    """
+    if not any(plan.prompt_shift for plan in plans):
+        return branches.scripts, branches.embeddings
+    script, embeddings = branches.scripts[0], dict(branches.embeddings)
+    here = script.segment(window.fork)
+    new, old = (embeddings[script.texts[i]] for i in (here, here - 1))
+    scripts = []
+    for plan in plans:
+        text = script.texts[here]
+        if w := plan.prompt_shift:
+            text = f"{text} + {w} of its distance from the prompt before"
+            embeddings[text] = new + w * (new - old)
+        texts = (*script.texts[:here], text, *script.texts[here + 1 :])
+        scripts.append(replace(script, texts=texts))
+    return scripts, embeddings
+
+
+def own_steps(deployed: Sampler, plans: tuple[BranchPlan, ...], geometry: Geometry) -> Sampler:
+    """The sampler of a window's blocks: the deployed one, stochastic in rows whose plans say so.
+
+    ValueError where the deployed one draws noise itself.
+    """
+    if not any(plan.step_noise for plan in plans):
+        return deployed
+    if not isinstance(deployed, Ode):
+        raise ValueError(
+            f"these branches take the ode sampler's steps with noise, but the sampler is {type(deployed).__name__.lower()}; use sampler ode, or another explorer"
+        )
+    return OwnSteps(tuple(geometry.sigmas), tuple(plan.step_noise for plan in plans))
 
 
 def check_room(explorer: Explorer, config: RolloutConfig, blocks: int, geometry: Geometry) -> None:
@@ -450,16 +505,34 @@ def spread_forks(eligible: Sequence[int], count: int, generator: torch.Generator
 def _window(
     explorer: Explorer, script: Script, geometry, seed: int, name: tuple, fork: int | None
 ) -> Window:
-    eligible = explorer.eligible_forks(script.blocks, geometry)
+    eligible = forks_of(explorer, script, geometry)
     if fork is None:
-        fork = eligible[
-            int(torch.randint(len(eligible), (), generator=stream(seed, *name, "fork")))
-        ]
+        fork = draw_fork(eligible, seed, name)
     elif fork not in eligible:
-        raise ValueError(
-            f"block {fork} can not be a fork of script {script.id!r}; eligible are {eligible}"
-        )
+        raise _no_fork(fork, script, eligible)
     return Window(fork, explorer.window_blocks)
+
+
+def draw_fork(eligible: Sequence[int], seed: int, name: Name) -> int:
+    """The fork block of the group ``name``: each eligible one is as likely as any other."""
+    generator = stream(seed, *name, "fork")
+    return eligible[int(torch.randint(len(eligible), (), generator=generator))]
+
+
+def check_fork(explorer: Explorer, script: Script, geometry: Geometry, fork: int | None) -> None:
+    """Check that a story can be forked at all, and at ``fork`` where one is asked for.
+
+    Raises ValueError where not; the generator need not be loaded for it.
+    """
+    eligible = explorer.eligible_forks(script.blocks, geometry)
+    if fork is not None and fork not in eligible:
+        raise _no_fork(fork, script, eligible)
+
+
+def _no_fork(fork: int, script: Script, eligible: Sequence[int]) -> ValueError:
+    return ValueError(
+        f"block {fork} can not be a fork of script {script.id!r}; eligible are {eligible}"
+    )
 
 
 def branch_out(

@@ -22,7 +22,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from kvpo.common.late import Late
 from kvpo.method.explorers import Geometry, check_branches, check_window, forks_from
@@ -51,7 +51,8 @@ class KVRouting:
     """P, blocks explored after the fork."""
 
     deterministic_replay: ClassVar[bool] = False
-    own_renoise: ClassVar[bool] = False
+    own_noise: ClassVar[Literal["", "renoise", "sde"]] = ""
+    independent: ClassVar[bool] = False
 
     def __post_init__(self):
         if self.draw not in DRAWS:

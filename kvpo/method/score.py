@@ -112,8 +112,8 @@ def decode(
         if rollout.decoder
         else PrefixDecoders(pipeline, [rollout.prefix]).take(0, lead)
     )
-    # after the video's first latent frame every one gives four pixel frames
-    latents = -(-frames // 4)
+    # every latent frame gives four pixel frames, a video's first one gives one
+    latents = -(-(frames + (3 if rollout.window.fork == 0 else 0)) // 4)
     chunks = rollout.latents[:, :latents].split(together or len(rollout.plans))
     return torch.cat([decoder.fork(len(rows))(rows).cpu() for rows in chunks])
 

@@ -67,6 +67,10 @@ class StorySource:
     def script(self, step: int, index: int) -> Script:
         return self.story(step, index).script
 
+    def shows(self, step: int, index: int, first: int, stop: int) -> bool:
+        """Whether a story shows any of its object in pixel frames [first, stop), by its truth."""
+        return bool((self.story(step, index).truth().hidden[first:stop] < 1.0).any())
+
 
 def story_clips(
     count: int, pillar: bool = False, seed: int = 7, frames: int = FRAMES

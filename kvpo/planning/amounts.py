@@ -12,6 +12,8 @@ from typing import Any
 
 from kvpo.config import RunConfig
 from kvpo.generators.pipeline import Geometry
+from kvpo.method.explorers import forks_of
+from kvpo.method.objectives.interface import ReplayShape
 from kvpo.method.prompts import even_starts, starts_at
 from kvpo.method.rollout import own_frames
 from kvpo.method.score import group_clips, horizon
@@ -29,6 +31,18 @@ def rows_of(config: RunConfig) -> int:
     return branches_of(config) + 1
 
 
+def shape_of(config: RunConfig, geometry: Geometry) -> ReplayShape:
+    """Velocities that the recipe's objective replays of a group."""
+    return config.objective.shape(config.exploring, config.energy, geometry.sigmas)
+
+
+def members_of(config: RunConfig, geometry: Geometry) -> int:
+    """Rows of a group that a replay has on the card that has most of them."""
+    if shape_of(config, geometry).anchor_alone:
+        return 1
+    return branches_of(config) + config.advantages.anchor
+
+
 def side_by_side(config: RunConfig) -> int:
     return min(config.rollout.together or rows_of(config), rows_of(config))
 
@@ -42,18 +56,18 @@ def replay_rows(config: RunConfig, geometry: Geometry) -> int:
 
     All branches may start alike; the first step of the first block is then one for all.
     """
-    members = branches_of(config) + config.advantages.anchor
+    members = members_of(config, geometry)
     members = min(config.rollout.together or members, members)
     pairs, whole = replayed_pairs(config, geometry)
     found = members * pairs
     if pairs == whole:
-        found -= (members - 1) * starts_are_one(config, geometry)
+        found -= (members - 1) * shape_of(config, geometry).alike
     return min(found, config.rows_per_pass or found)
 
 
 def replayed_pairs(config: RunConfig, geometry: Geometry) -> tuple[int, int]:
     """(block, step) pairs of a window that are replayed, and those that have a weight."""
-    whole = config.exploring.window_blocks * replayed_steps(config, geometry)
+    whole = config.exploring.window_blocks * shape_of(config, geometry).steps
     return config.pairs.replayed(whole), whole
 
 
@@ -70,20 +84,10 @@ def contexts_of(config: RunConfig, geometry: Geometry) -> float:
 
 def velocities_of(config: RunConfig, geometry: Geometry) -> float:
     """Velocities of a group that a replay computes, a mean over the draw."""
-    members = branches_of(config) + config.advantages.anchor
+    members = members_of(config, geometry)
     drawn, whole = replayed_pairs(config, geometry)
-    once = (members - 1) * starts_are_one(config, geometry) * drawn / whole
+    once = (members - 1) * shape_of(config, geometry).alike * drawn / whole
     return members * drawn - once
-
-
-def replayed_steps(config: RunConfig, geometry: Geometry) -> int:
-    """Denoise steps that have a weight in the energy: the others are not replayed."""
-    return int((config.energy.step_weights(geometry.sigmas) > 0.0).sum())
-
-
-def starts_are_one(config: RunConfig, geometry: Geometry) -> bool:
-    """The first step, at which all branches have one velocity, is replayed."""
-    return bool(config.energy.step_weights(geometry.sigmas)[0] > 0.0)
 
 
 def reward_memory(config: RunConfig) -> tuple[int, int]:
@@ -145,6 +149,8 @@ def scripts_of(config: RunConfig) -> list[Script]:
     """Scripts of the recipe's shape: of so many prompts, or of one to four where that is drawn."""
     blocks = config.data.blocks
     counts = [config.data.segments] if config.data.segments else [1, 2, 3, 4]
+    if getattr(config.exploring, "at_switches", False):
+        counts = [n for n in counts if n > 1]
     starts = [
         starts_at(config.data.switches, n) if config.data.switches else even_starts(n, blocks)
         for n in counts
@@ -172,8 +178,10 @@ class Amounts:
     where it lags.
     """
     replays: int
-    single_pass: bool
-    """Whether a replay is one pass: its graph is kept, and no energies are computed beforehand."""
+    energies_first: bool
+    """Whether energies are computed before the gradient: they are not where one pass has both."""
+    anew: int
+    """Replays of other weights that every further update on a group makes once more."""
     branch_rows: float
     """Rows that go through the network for the branches, in blocks: rows times blocks."""
     decoded_prefix: float
@@ -190,13 +198,13 @@ def amounts(
     lead = config.score.lead or field
     g, S = geometry, len(geometry.sigmas)
     chunks, P = -(-rows_of(config) // side_by_side(config)), config.exploring.window_blocks
-    members = branches_of(config) + config.advantages.anchor
+    members, shape = members_of(config, g), shape_of(config, g)
     parts = -(-members // min(config.rollout.together or members, members))
     velocities = members * replayed_pairs(config, g)[0]
     passes = max(parts, -(-velocities // config.rows_per_pass) if config.rows_per_pass else parts)
     found, lasts = [], []
     for script in scripts_of(config):
-        eligible = config.exploring.eligible_forks(script.blocks, g)
+        eligible = forks_of(config.exploring, script, g)
         lasts += last_forks(eligible, config.rollout.forks)
         for fork in eligible:
             window = Window(fork, P)
@@ -220,7 +228,8 @@ def amounts(
         sum(x) / len(found) for x in zip(*found)
     )
     behind = config.policy.sync_interval > 1 or config.policy.behaviour_decay > 0.0
-    replays = 1 + config.objective.asks_reference + behind
+    reference = bool(config.objective.asks_reference)
+    replays = 1 + reference + (behind and shape.behaviour)
     return Amounts(
         fork,
         sum(lasts) / len(lasts) / shared,
@@ -228,7 +237,8 @@ def amounts(
         branch,
         parts * contexts_of(config, g) + passes,
         replays,
-        passes == 1,
+        shape.energies_first and passes > 1,
+        shape.anew * (reference + shape.behaviour),
         branch_rows,
         decoded_prefix,
         decoded_rows,
@@ -245,12 +255,12 @@ def own_past(config: RunConfig, geometry: Geometry) -> tuple[int, int]:
     rollout = max(
         own_frames(g, s, Window(f, P))
         for s in scripts_of(config)
-        for f in config.exploring.eligible_forks(s.blocks, g)
+        for f in forks_of(config.exploring, s, g)
     )
     switched = any(
         s.segment(b) != s.segment(b - 1)
         for s in scripts_of(config)
-        for f in config.exploring.eligible_forks(s.blocks, g)
+        for f in forks_of(config.exploring, s, g)
         for b in range(f + 1, f + P)
     )
     return rollout, (P - 1) * g.block + (g.window if switched and g.window > 0 else 0)

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from kvpo.common.files import first_line, in_words
+from kvpo.common.hub import hub_faults
 from kvpo.common.trackers import check_installed
 from kvpo.config import RunConfig
 from kvpo.convert.import_released import FORMATS
@@ -94,13 +95,13 @@ def _weights(reward: str, name: str, download: bool) -> None:
     try:
         snapshot_download(name, local_files_only=True)
         return
-    except (OSError, ValueError):
+    except hub_faults():
         reason = "they are downloaded when they are first used"
     if download:
         try:
             HfApi().model_info(name, timeout=10)
             return
-        except (OSError, ValueError) as error:
+        except hub_faults() as error:
             reason = f"the hub can not be asked for them: {first_line(error)}"
     raise ValueError(
         f"reward {reward!r}: weights {name} are not here ({reason}); "

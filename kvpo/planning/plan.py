@@ -15,16 +15,17 @@ from kvpo.planning.amounts import (
     Amounts,
     amounts,
     begun_of,
-    branches_of,
     contexts_of,
     decoded_together,
     groups_of,
+    members_of,
     own_past,
     prefixes_of,
     replay_rows,
     replayed_pairs,
     reward_memory,
     rows_of,
+    shape_of,
     side_by_side,
     velocities_of,
     with_changes,
@@ -94,7 +95,9 @@ def stages(config: RunConfig, sizes: Sizes, c: Costs, world: int = 1) -> dict[st
     """
     g, B, R = sizes.geometry, side_by_side(config), replay_rows(config, sizes.geometry)
     rollout_own, replay_own = own_past(config, sizes.geometry)
-    members = min(config.rollout.together or branches_of(config), branches_of(config))
+    shape = shape_of(config, g)
+    members = members_of(config, g) - config.advantages.anchor * (not shape.anchor_alone)
+    members = min(config.rollout.together or members, members)
     latent = 4 * g.block * sizes.transformer["in_channels"] * g.latent_height * g.latent_width
     rows, P, S = rows_of(config), config.exploring.window_blocks, len(g.sigmas)
     prefixes, pasts = prefixes_of(config, world), begun_of(config, world)
@@ -112,9 +115,12 @@ def stages(config: RunConfig, sizes: Sizes, c: Costs, world: int = 1) -> dict[st
         always |= {"gradient so far": trained}
     # the last of them with its latents up to the end
     kept = groups_of(config, world) if config.keeps_groups else 1
+    parts = len(config.recorded & {"inputs", "velocities"})
+    made = shape.copies * rows * P * shape.steps * latent
+    beside_it = {"made for the replay": made} if made else {}
     stored = {
         "shared past": max(pasts, kept) * config.rollout.cache_frames * c.frame,
-        "trajectories": kept * rows * P * latent * (2 * S + 1)
+        "trajectories": kept * rows * P * latent * (parts * S + 1)
         + rows * (config.data.blocks - P) * latent,
     }
     bank = g.bank * c.frame
@@ -144,6 +150,7 @@ def stages(config: RunConfig, sizes: Sizes, c: Costs, world: int = 1) -> dict[st
         "scoring": always | stored | ({"reward at work": come} if come else {}),
         "replay": always
         | stored
+        | beside_it
         | {
             "branches' own past": members * (replay_own * c.frame + bank),
             "one pass": _scaled(c.replay.bytes, R, c, "replay"),
@@ -151,6 +158,7 @@ def stages(config: RunConfig, sizes: Sizes, c: Costs, world: int = 1) -> dict[st
         | swapped,
         "gradient": always
         | stored
+        | beside_it
         | {
             "branches' own past": members * (replay_own * c.frame + bank),
             "activations": _scaled(c.gradient.bytes, R, c, "gradient"),
@@ -328,14 +336,15 @@ def _advice(config: RunConfig, sizes: Sizes, c: Costs, room: float, world: int) 
 def work(config: RunConfig, sizes: Sizes, c: Costs, n: Amounts) -> dict[str, float]:
     """Floating-point operations of one group, by phase."""
     g, S = sizes.geometry, len(sizes.geometry.sigmas)
-    members = branches_of(config) + config.advantages.anchor
+    members = members_of(config, g)
     contexts, velocities = members * contexts_of(config, g), velocities_of(config, g)
     row, grad = c.replay.flops / c.rows["replay"], c.gradient.flops / c.rows["gradient"]
     # what the first has of the other weights' energies serves the further ones
     updates = config.inner_updates
     # the start weights' adapter is 0 and left out
-    left_out = config.objective.asks_reference * (1.0 - c.bare)
-    unscored = n.replays - 1 + (not n.single_pass) * updates - left_out
+    again = 1 + (updates - 1) * (n.anew > 0)
+    left_out = config.objective.asks_reference * (1.0 - c.bare) * again
+    unscored = replays_beside(n, updates) - left_out
     rolling = c.bare if config.policy.merge_rollouts else 1.0
     branches = c.branches.flops / c.rows["branches"]
     return {
@@ -346,6 +355,11 @@ def work(config: RunConfig, sizes: Sizes, c: Costs, n: Amounts) -> dict[str, flo
         "replays without gradient": unscored * (contexts + velocities) * row,
         "replay with gradient": updates * (contexts * row + velocities * grad),
     }
+
+
+def replays_beside(n: Amounts, updates: int) -> int:
+    """Replays without gradient of a group, over all updates on it."""
+    return n.replays - 1 + (updates - 1) * n.anew + n.energies_first * updates
 
 
 SWITCHES: tuple[Mapping[str, Any], ...] = (
@@ -411,7 +425,6 @@ def _work(
     groups, rate = groups_of(config, world), CARDS[card].tflops * 1e12 * UTILISATION
     seconds = sum(found.values()) / rate
     updates = config.inner_updates
-    beside = n.replays - 1 + (not n.single_pass) * updates
     title = (
         "one group, mean over forks"
         if config.branch_parallel == 1
@@ -421,7 +434,7 @@ def _work(
     calls = {
         "prefix": n.prefix_calls,
         "branches and anchor": n.branch_calls,
-        "replays without gradient": beside * n.replay_calls,
+        "replays without gradient": replays_beside(n, updates) * n.replay_calls,
         "replay with gradient": updates * n.replay_calls,
     }
     lines += [

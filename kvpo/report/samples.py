@@ -157,6 +157,7 @@ def group_record(
         "window_blocks": window.blocks,
         "plans": [list(plan.frames) for plan in rollout.plans],
         "noise_mix": [plan.noise_mix for plan in rollout.plans],
+        "differ": rollout.plans[0].differ,
         "rewards": {"local": rewards(table.local), "global": rewards(table.global_)},
         "energies": numbers(energy_G),
         "advantages": numbers(advantage_G),

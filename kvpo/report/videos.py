@@ -114,7 +114,7 @@ def group(shown: Group) -> tuple[str, str]:
         if routing.is_file()
         else page.missing("the group has no routing.png")
     )
-    differ = (
+    differ = record.get("differ") or (  # older runs have the mix alone
         "the noise they start from"
         if any(record.get("noise_mix") or ())
         else "which past frames they read from there on"

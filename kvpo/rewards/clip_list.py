@@ -6,7 +6,7 @@ A line that does not fit is refused with its number.
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,7 +46,18 @@ def clip_rows(path: Path) -> list[ClipRow]:
         raise ValueError(
             f"{path} lists no clip; give it at least one line `file,prompt` after the head line"
         )
+    _refuse_twins(path, rows)
     return rows
+
+
+def _refuse_twins(path: Path, rows: Sequence[ClipRow]) -> None:
+    """Refuse a clip that stands there twice with one prompt: it would count twice."""
+    seen: dict[tuple[str, str], int] = {}
+    for row in rows:
+        if (before := seen.setdefault(row[1:], row.line)) != row.line:
+            raise ValueError(
+                f"{path}, line {row.line}: {row.file} with this prompt stands in line {before} already, and would count twice; take one out"
+            )
 
 
 def _cells(path: Path) -> Iterator[tuple[int, list[str]]]:

@@ -18,16 +18,17 @@ from kvpo.config import RunConfig
 from kvpo.distributed.ranks import Ranks
 from kvpo.generators.backends import use_backend
 from kvpo.generators.embeddings import load_with_texts
-from kvpo.generators.pipeline import Pipeline
+from kvpo.generators.pipeline import Pipeline, pixel_span
 from kvpo.generators.readable import check_prompts
 from kvpo.generators.sampler import SAMPLERS
 from kvpo.method.agreement import Agreement
-from kvpo.method.explorers import Explorer
+from kvpo.method.explorers import Explorer, forks_of
 from kvpo.method.prompts import PromptSet
 from kvpo.method.rollout import (
     Name,
     Start,
     check_room,
+    draw_fork,
     go_on,
     roll_out,
     spread_forks,
@@ -36,6 +37,7 @@ from kvpo.method.rollout import (
 from kvpo.method.score import horizon, score
 from kvpo.method.sketch import Sketch
 from kvpo.method.update import Updater
+from kvpo.mini.source import StorySource
 from kvpo.policy.policy import Policy
 from kvpo.rewards.calibration import refuse_frozen
 from kvpo.runs.build import calibration_clips, evaluation_scripts, judges, script_source, trained
@@ -74,6 +76,8 @@ class Parts:
             self.pipeline = self._load_pipeline()
         geometry = self.pipeline.geometry
         check_room(config.exploring, config.rollout, config.data.blocks, geometry)
+        for script in self._written_scripts():
+            forks_of(config.exploring, script, geometry)
         config.energy.step_weights(geometry.sigmas)  # refused here where they do not fit its steps
         config.velocity_penalty.check(geometry)
         self.sampler = SAMPLERS[config.sampler]
@@ -163,16 +167,36 @@ class Parts:
             )
 
     def _fork(self, script: Script, step: int, group: int) -> int | None:
-        """The group's fork block where groups have their forks in common; None = its own draw."""
+        """The group's fork block where its own blind draw does not say it; None = it does."""
         config, of_script = self.config, group % self.config.stories
+        if config.data.open_forks:
+            return self._open_fork(script, step, group)
         if config.rollout.forks == 1 and not config.rollout.alike_forks:
             return None
         drawn_for: Name = ("train", step)
         if not config.rollout.alike_forks:
             drawn_for = (*drawn_for, of_script)
-        eligible = config.exploring.eligible_forks(script.blocks, self.pipeline.geometry)
+        eligible = forks_of(config.exploring, script, self.pipeline.geometry)
         generator = stream(config.seed, *drawn_for, "forks")
         return spread_forks(eligible, config.rollout.forks, generator)[group // config.stories]
+
+    def _open_fork(self, script: Script, step: int, group: int) -> int:
+        """The group's fork among those whose window shows the story's object."""
+        config, of_script = self.config, group % self.config.stories
+        count = config.rollout.forks
+        eligible = config.exploring.eligible_forks(script.blocks, self.pipeline.geometry)
+        shown = [fork for fork in eligible if self._shows(step, of_script, fork)]
+        eligible = shown if len(shown) >= count else eligible
+        if count == 1:
+            return draw_fork(eligible, config.seed, ("train", step, group))
+        generator = stream(config.seed, "train", step, of_script, "forks")
+        return spread_forks(eligible, count, generator)[group // config.stories]
+
+    def _shows(self, step: int, story: int, fork: int) -> bool:
+        """Whether the window of a fork shows the story's object, as its truth has it."""
+        assert isinstance(self.source, StorySource), "the settings allow no other source"
+        window = (fork, fork + self.config.exploring.window_blocks)
+        return self.source.shows(step, story, *pixel_span(window, self.pipeline.geometry))
 
     def explore(
         self,
@@ -229,7 +253,7 @@ class Parts:
     def _held(self, script: Script, generator: torch.Generator, fork: int) -> list[int]:
         """Opening blocks of a group that the velocity penalty holds."""
         config, geometry = self.config, self.pipeline.geometry
-        opening = config.exploring.eligible_forks(script.blocks, geometry)[0]
+        opening = forks_of(config.exploring, script, geometry)[0]
         return config.velocity_penalty.draw(
             script, fork, opening, geometry, config.rollout.cache_frames, generator
         )

@@ -67,6 +67,30 @@ def restarted_here(out: Path) -> bool:
     )
 
 
+def check_place(out: Path, resume: bool) -> None:
+    """Check that a run can begin in its folder, or go on there, before anything is loaded.
+
+    Raises FileNotFoundError or ValueError where it can not.  The first process alone looks: others
+    may see a shared folder late.
+    """
+    if os.environ.get("RANK", "0") != "0" or restarted():
+        return
+    if (there := (out / "config.resolved.yaml").exists()) and not resume:
+        raise _holds_a_run(out)
+    if resume and not there:
+        raise _no_run(out)
+
+
+def _no_run(out: Path) -> FileNotFoundError:
+    return FileNotFoundError(f"{out} holds no run to resume; start one without --resume")
+
+
+def _holds_a_run(out: Path) -> ValueError:
+    return ValueError(
+        f"{out} already holds a run; go on with it by --resume, or choose another folder by --out"
+    )
+
+
 class RunState:
     """Progress of a run, in memory and in its folder.
 
@@ -151,9 +175,7 @@ class RunState:
 
     def _resumed(self, override: bool) -> int:
         if not self.ranks.gather((self.out / "config.resolved.yaml").exists())[0]:
-            raise FileNotFoundError(
-                f"{self.out} holds no run to resume; start one without --resume"
-            )
+            raise _no_run(self.out)
         self.ranks.only_first(self._lock)
         self.moved = self.ranks.gather(self._moved() if self.ranks.first else ())[0]
         self._override(
@@ -232,9 +254,7 @@ class RunState:
 
     def _write_beginning(self) -> None:
         if (self.out / "config.resolved.yaml").exists():
-            raise ValueError(
-                f"{self.out} already holds a run; go on with it by --resume, or choose another folder by --out"
-            )
+            raise _holds_a_run(self.out)
         self.out.mkdir(parents=True, exist_ok=True)
         self._lock()
         self._write_start(0)

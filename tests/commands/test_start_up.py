@@ -57,6 +57,20 @@ sys.exit(f"exit codes: {wrong}" if wrong else 0)
     assert done.returncode == 0, done.stderr
 
 
+def test_the_report_on_an_environment_loads_torch_alone():
+    """`kvpo env` took 6.5 seconds of a processor: it asked a module for a folder's name that
+    imports diffusers and transformers."""
+    script = """
+import sys
+from kvpo.commands.main import main
+code = main(["env"])
+sys.exit(code or ", ".join({"diffusers", "transformers", "av", "scipy"} & {*sys.modules}) or 0)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "prompt cache" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("number", "said"),
     [

@@ -46,7 +46,7 @@ def test_tensors_are_named_and_counted():
     named = [("a", torch.zeros(3)), ("b", torch.tensor([1.0, float("nan"), float("inf")]))]
     with pytest.raises(
         FloatingPointError,
-        match=r"w.pt holds numbers .* in 1 tensors: b \(2 of 3 numbers\); train again",
+        match=r"w.pt holds numbers .* in 1 tensor: b \(2 of 3 numbers\); train again",
     ):
         check_finite(named, "w.pt", "train again")
 
@@ -127,7 +127,7 @@ def test_weights(capsys, home, tmp_path, command, bad):
     spoil(home, "transformer", "blocks.1.ffn.net.2.weight", bad)
     err = refused(capsys, *COMMANDS[command](home, tmp_path / "out"))
     assert (
-        f"{home / 'transformer'} holds numbers that are NaN or infinite, in 1 tensors: "
+        f"{home / 'transformer'} holds numbers that are NaN or infinite, in 1 tensor: "
         "blocks.1.ffn.net.2.weight (1 of 768 numbers)" in err
     )
     assert (
@@ -202,7 +202,7 @@ def test_import(capsys, tmp_path, bad):
     torch.save({n: t * 1e20 for n, t in lora.items()}, tmp_path / "large-lora.pt")
     common = (tmp_path / "out", "--format", "longlive", "--base", base)
     assert (
-        "bad.pt holds numbers that are NaN or infinite, in 1 tensors: blocks.0.attn1.to_q.weight "
+        "bad.pt holds numbers that are NaN or infinite, in 1 tensor: blocks.0.attn1.to_q.weight "
         "(1 of 576" in refused(capsys, "import", tmp_path / "bad.pt", *common)
     )
     assert (
@@ -299,3 +299,15 @@ def test_good_checkpoints_stay_and_resume_goes_on_from_them(
     assert records(tmp_path / "run", evaluations=False) == records(
         tmp_path / "whole", evaluations=False
     )
+
+
+@pytest.mark.parametrize(("value", "what"), [(float("nan"), "NaN or infinite"), (0.0, "all zero")])
+def test_embeddings(own_pipeline, monkeypatch, value, what):
+    """A text encoder of finite weights that overflows ended in `max(): Expected reduction dim`,
+    or its embeddings of NaN were kept, and read again by every later run."""
+    text, length = "a red circle rises slowly", own_pipeline.geometry.text_length
+    x_PLD = torch.full((1, length, 16), value)
+    monkeypatch.setattr(own_pipeline.stock, "encode_prompt", lambda *_, **__: (x_PLD, None))
+    with pytest.raises(FloatingPointError, match=f"'{text}' is {what}; the text encoder in"):
+        own_pipeline.encode_text([text])
+    assert not own_pipeline.known

@@ -247,3 +247,45 @@ def test_a_line_that_is_not_one_clip_and_its_prompt_is_refused(rows, content, me
         and "clips.csv" in str(caught.value)
         and "\n" not in str(caught.value)
     )
+
+
+# --- Other kinds of files ---
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("p.csv", 'id,prompt\n1,a cat\n2,"a dog, running"\n', "it is a table"),
+        ("p.TSV", "prompt\tid\na cat\t1\n", "it is a table"),
+        ("p.yaml", "- a cat\n- a dog\n", "it is no list of lines"),
+    ],
+)
+def test_tables_and_markup_are_no_lists_of_lines(refusal, name, content, what):
+    """The head `id,prompt` became the first prompt, and each row with its number and its quotes
+    another one: videos were made of all of them."""
+    assert what in refusal(content, name)
+
+
+def test_cells_that_tabs_part_are_not_merged(refusal, texts):
+    """Two columns of a spreadsheet that was saved as .txt were one prompt."""
+    assert "line 2: there is a tab in the line" in refusal("a cat\na dog\t7\n")
+    assert texts('{"prompt": "a cat\\tsleeps"}') == [("a cat\tsleeps",)]
+    assert texts("\ta cat\t\n") == [("a cat",)], "around a prompt a tab is a blank"
+
+
+def test_quotes_around_every_line_are_no_part_of_the_prompts(refusal, texts):
+    """A list of JSON texts was refused as .jsonl, and read with its quotes as .txt."""
+    for name in ("p.txt", "p.jsonl"):
+        assert "line 1: the text stands in quotes" in refusal('"a cat"\n"a dog"\n', name)
+    spoken = '"Hello", says "the cat"'
+    assert texts(spoken) == [(spoken,)]
+
+
+def test_a_clip_that_is_listed_twice_is_refused(tmp_path):
+    """It counted twice in the calibration; one video with two prompts is two clips."""
+    path = tmp_path / "clips.csv"
+    path.write_text("file,prompt\na.mp4,a cat\nb.mp4,a cat\na.mp4, a cat \n")
+    with pytest.raises(ValueError, match="line 4: a.mp4 with this prompt stands in line 2 already"):
+        clip_rows(path)
+    path.write_text("file,prompt\na.mp4,a cat\na.mp4,a dog\n")
+    assert len(clip_rows(path)) == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+import wave
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -310,3 +311,22 @@ def test_a_variable_frame_rate_is_refused(tmp_path, times):
         match="v.mkv has a variable frame rate: a frame is shown for .* ms, but rewards count frames; make it even first",
     ):
         read_mp4(even_and_uneven(tmp_path, *times))
+
+
+def test_what_is_no_video_is_named_for_what_it_is(tmp_path):
+    """A missing file was `not a readable video; write it again`, one with sound alone
+    `tuple index out of range`, and what a text says of itself was libav's own error."""
+    text, sound, missing = (tmp_path / name for name in ("t.mp4", "s.wav", "none.mp4"))
+    text.write_text("a cat")
+    with wave.open(str(sound), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(8000)
+        file.writeframes(bytes(1600))
+    for read in (read_mp4, read_about):
+        with pytest.raises(ValueError, match="t.mp4 is not a readable video"):
+            read(text)
+        with pytest.raises(FileNotFoundError, match="none.mp4"):
+            read(missing)
+    with pytest.raises(ValueError, match="s.wav is not a readable video .it has no pictures"):
+        read_mp4(sound)

@@ -22,7 +22,7 @@ from tiny import BLUE, GEOMETRY, RED, SMALL, save_pipeline, story
 from kvpo.commands.ab import Ab
 from kvpo.commands.unblind import Unblind
 from kvpo.common.video import read_mp4, write_mp4
-from kvpo.evaluation.ab_answers import judge, left_share, sign_test, table, wilson
+from kvpo.evaluation.ab_answers import judge, left_share, read_answers, sign_test, table, wilson
 from kvpo.evaluation.ab_pairs import check_alike, draw_pairs
 from kvpo.generators import generate as generating
 from kvpo.pages.ab import QUESTIONS, write_page
@@ -604,3 +604,11 @@ def test_files_that_are_something_else_are_refused(tmp_path):
     first.write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
         Unblind((first,), tmp_path / "key.json")()
+
+
+def test_a_broken_file_of_answers_is_not_told_about_prompts(tmp_path):
+    """Its reader is the prompt files': `correct it, or write one prompt a line` was the way out."""
+    (tmp_path / "a.json").write_text('{"study": "s", "answers": [')
+    with pytest.raises(ValueError, match="line 1: not JSON") as refused:
+        read_answers([tmp_path / "a.json"], {"study": "s", "pairs": []})
+    assert "prompt" not in str(refused.value) and "the page" in str(refused.value)

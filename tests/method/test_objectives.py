@@ -3,6 +3,7 @@ what they refuse."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -14,17 +15,21 @@ from tiny import draw, embed, new_pipeline, new_rollout, story
 from kvpo.common.timing import Phases
 from kvpo.config import differences, from_dict, to_dict
 from kvpo.method.advantages import UnsafePolicy
+from kvpo.method.best_of import BestOf
 from kvpo.method.energies import Temperature, VelocityEnergy
 from kvpo.method.explorers import RenoiseExplorer, StartNoise
 from kvpo.method.objectives.denoised_distance import DenoisedDistance, Distances
 from kvpo.method.objectives.forward_process import noise_levels, noised
-from kvpo.method.objectives.kernel_grpo import Kernel, KernelGrpo, clipped
+from kvpo.method.objectives.kernel_grpo import KernelGrpo
 from kvpo.method.objectives.kinds import OBJECTIVES
 from kvpo.method.objectives.nft import Nft
 from kvpo.method.objectives.regression import Regression
 from kvpo.method.objectives.rvm import Rvm
+from kvpo.method.objectives.sde_grpo import SdeGrpo
+from kvpo.method.objectives.step_policy import Transitions, clipped
 from kvpo.method.replay import CONTEXTS, Replay
 from kvpo.method.routing import KVRouting
+from kvpo.method.sde_explorer import SdeExplorer
 from kvpo.method.update import OptimizerConfig, Updater
 from kvpo.policy.policy import Policy, PolicyConfig
 from kvpo.types import Trajectory
@@ -34,9 +39,11 @@ PAIRS = [
     (Nft(beta=0.7, levels=3), StartNoise(window_blocks=1)),
     (Rvm(scale=0.3), KVRouting(window_blocks=1)),
     (KernelGrpo(), RenoiseExplorer(1)),
+    (SdeGrpo(), SdeExplorer(steps=2)),
     (DenoisedDistance(kl_beta=0.0), StartNoise(window_blocks=1)),
+    (KernelGrpo(), BestOf(1)),
 ]
-IDS = [objective.kind for objective, _ in PAIRS]
+IDS = [f"{objective.kind}-{type(explorer).__name__}" for objective, explorer in PAIRS]
 A = advantages(1.0, -0.4, -0.6)
 
 
@@ -49,7 +56,9 @@ class Exact:
         self.pipeline.generator.double()
         for name in ("reference", "behaviour", "average"):
             setattr(self.policy, name, self.policy.snapshot())
-        rollout = new_rollout(self.pipeline, story(6), explorer, fork=4)
+        sampler = "ode" if isinstance(explorer, SdeExplorer) else "renoise"
+        fork = 0 if explorer.independent else 4
+        rollout = new_rollout(self.pipeline, story(6), explorer, fork=fork, sampler=sampler)
         t = rollout.trajectory
         kept = Trajectory(t.inputs.double(), t.velocities.double(), t.clean.double())
         self.rollout = replace(rollout, trajectory=kept, prefix=rollout.prefix.double())
@@ -63,6 +72,12 @@ class Exact:
     def replay(self) -> Replay:
         texts = {k: v.double() for k, v in embed(self.pipeline, self.rollout.script).items()}
         return Replay(self.pipeline, self.rollout, texts, CONTEXTS["branch"], VelocityEnergy())
+
+    @property
+    def transitions(self) -> Transitions:
+        replay = self.replay
+        sigmas = self.pipeline.geometry.sigmas
+        return Transitions(replay, self.updater.objective.steps(self.rollout, sigmas))
 
     def accumulate(self, A=A, before=None):
         return self.updater.accumulate(self.replay, A, Phases(), before)
@@ -236,7 +251,7 @@ def test_nft_prefers_the_branch_of_the_higher_reward():
 def test_log_probabilities_by_hand():
     """x' is the mean and sigma' eps, so log p of the weights that drew it is -mean eps^2 / 2."""
     run = Exact(KernelGrpo(), RenoiseExplorer(1))
-    kernel, t = Kernel(run.replay), run.rollout.trajectory
+    kernel, t = run.transitions, run.rollout.trajectory
     assert list(kernel.steps) == [1, 2]
     (rows, v) = next(kernel.replay.velocities())
     torch.testing.assert_close(v.detach(), kernel.recorded(rows), rtol=1e-4, atol=1e-4)
@@ -251,14 +266,18 @@ def test_log_probabilities_by_hand():
             assert float(log_p) == pytest.approx(-float(eps.square().mean()) / 2, rel=1e-6)
 
 
-def test_at_the_old_weights_it_is_reinforce():
+@pytest.mark.parametrize(
+    ("objective", "explorer", "steps"),
+    [(KernelGrpo(), RenoiseExplorer(0), 3), (SdeGrpo(), SdeExplorer(from_step=1), 2)],
+)
+def test_at_the_old_weights_it_is_reinforce(objective, explorer, steps):
     """-mean_{g,b,s} A_g d log p, by autograd of the log probabilities themselves."""
-    run = Exact(KernelGrpo(), RenoiseExplorer(0))
-    kernel = Kernel(run.replay)
+    run = Exact(objective, explorer)
+    moves = run.transitions
     total = 0.0
-    for rows, v in kernel.replay.velocities():
+    for rows, v in moves.replay.velocities():
         A_R = A.values[[r.branch for r in rows]]
-        total = total - (A_R * kernel.log_p(rows, v)).sum() / (3 * 3)
+        total = total - (A_R * moves.log_p(rows, v)).sum() / (3 * steps)
     total.backward()
     expected = run.gradient()
     metrics = run.accumulate().metrics
@@ -313,23 +332,84 @@ def test_the_anchor_moves_towards_the_better_branch():
     assert moved[0] < moved[1:].min()
 
 
+# --- Stochastic steps of the ode sampler ---
+
+
+def test_rows_of_an_sde_by_hand():
+    """x' of the recorded inputs and velocities: Euler's in the anchor, and at steps that are not
+    chosen; elsewhere the shifted mean and noise of each branch's own, of deviation a at s = 1."""
+    run = Exact(SdeGrpo(), SdeExplorer(noise_level=0.4, steps=2))
+    t, sigmas = run.rollout.trajectory, run.pipeline.geometry.sigmas
+    z, u = t.inputs[:, 0], t.velocities[:, 0]
+    for i, (s, after) in enumerate(itertools.pairwise(sigmas)):
+        euler = z[:, i] + (after - s) * u[:, i]
+        exact = slice(None) if i == 2 else slice(-1, None)
+        torch.testing.assert_close(z[exact, i + 1], euler[exact], rtol=1e-5, atol=1e-5)
+        if i < 2:
+            std = 0.4 if i == 0 else 0.4 * (s / (1 - s) * (s - after)) ** 0.5
+            mean = euler - std**2 / (2 * s) * (z[:, i] + (1 - s) * u[:, i])
+            eps = (z[:-1, i + 1] - mean[:-1]) / std
+            assert 0.5 < eps.std() < 1.5
+            assert all(differ(eps[a], eps[b]) > 0.1 for a in range(3) for b in range(a))
+    plain = new_rollout(run.pipeline, story(6), StartNoise(window_blocks=1), fork=4, sampler="ode")
+    torch.testing.assert_close(run.rollout.latents[-1].double(), plain.latents[-1].double())
+
+
+def test_log_probabilities_of_an_sde_by_hand():
+    """x' is the mean and std eps, so log p of the weights that drew it is -mean eps^2 / 2."""
+    run = Exact(SdeGrpo(), SdeExplorer(from_step=1, steps=1))
+    moves, t, sigmas = run.transitions, run.rollout.trajectory, run.pipeline.geometry.sigmas
+    assert list(moves.steps) == [1] and moves.terms == 1
+    (rows, _v) = next(moves.replay.velocities())
+    s, after = sigmas[1:3]
+    std = 0.3 * (s / (1 - s) * (s - after)) ** 0.5
+    for row, log_p in zip(rows, moves.log_p(rows, moves.recorded(rows))):
+        x, u = t.inputs[row.branch, 0, 1], t.velocities[row.branch, 0, 1]
+        drift = u + std**2 / (s - after) / (2 * s) * (x + (1 - s) * u)
+        eps = (t.inputs[row.branch, 0, 2] - x - drift * (after - s)) / std
+        assert float(log_p) == pytest.approx(-float(eps.square().mean()) / 2, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("explorer", "reason"),
+    [
+        (SdeExplorer(from_step=3), "the last one that may be stochastic is 2; lower them"),
+        (SdeExplorer(from_step=1, steps=3), "the last one that may be stochastic is 2; lower them"),
+        (SdeExplorer(noise_level=0.7), "in denoise step 2.*set less than 0.612"),
+    ],
+)
+def test_stochastic_steps_that_do_not_fit_are_refused(explorer, reason):
+    with pytest.raises(ValueError, match=reason):
+        new_rollout(new_pipeline(), story(6), explorer, fork=3, sampler="ode")
+
+
+def test_stochastic_steps_are_those_of_the_ode_sampler():
+    with pytest.raises(ValueError, match="the sampler is renoise; use sampler ode"):
+        new_rollout(new_pipeline(), story(6), SdeExplorer(), fork=3)
+
+
 # --- What is recorded, and which pairs there are ---
+
+
+def pair_of(kind: str) -> dict:
+    """The recipe of an objective with an explorer that it can be paired with."""
+    explorer = {"kernel_grpo": "renoise", "sde_grpo": "sde"}.get(kind, "kv_routing")
+    sampler = "ode" if kind == "sde_grpo" else "renoise"
+    return {"objective": {"kind": kind}, "explorer": explorer, "sampler": sampler}
 
 
 @pytest.mark.parametrize("kind", OBJECTIVES)
 def test_nothing_is_recorded_that_is_not_needed(kind):
-    pair = {"kernel_grpo": "renoise"}.get(kind, "kv_routing")
-    config = from_dict({"objective": {"kind": kind}, "explorer": pair})
+    config = from_dict(pair_of(kind))
     assert config.recorded == OBJECTIVES[kind].needs
     from kvpo.generators.sampler import SAMPLERS
     from kvpo.method.rollout import RolloutConfig, roll_out
 
     pipeline, script = new_pipeline(), story(6)
-    explorer = RenoiseExplorer() if pair == "renoise" else KVRouting(window_blocks=1)
     t = roll_out(
         pipeline,
-        SAMPLERS["renoise"],
-        explorer,
+        SAMPLERS[config.sampler],
+        replace(config.exploring, window_blocks=1),
         RolloutConfig(branches=2),
         script,
         embed(pipeline, script),
@@ -351,6 +431,15 @@ def test_nothing_is_recorded_that_is_not_needed(kind):
         ({"objective": {"kind": "kernel_grpo"}}, "share the noise behind every step"),
         ({"objective": {"kind": "kernel_grpo"}, "sampler": "ode"}, "draws no noise"),
         ({"explorer": "renoise", "sampler": "ode"}, "every branch would be the anchor"),
+        ({"explorer": "sde"}, "draws noise behind its steps already"),
+        ({"explorer": "sde", "sampler": "ode"}, "identically 0"),
+        ({"objective": {"kind": "sde_grpo"}}, "renoise has another kernel"),
+        ({"objective": {"kind": "sde_grpo"}, "sampler": "ode"}, "take no stochastic steps"),
+        ({"explorer": "best_of"}, "identically 0"),
+        ({"objective": {"kind": "denoised_distance"}, "explorer": "best_of"}, "other pasts than"),
+        ({"explorer": "best_of", "best_of": {"window_blocks": -1}}, "0 for the whole video"),
+        ({"explorer": "sde", "sde": {"noise_level": 0}}, "noise_level = 0.0 must be positive"),
+        ({"explorer": "sde", "sde": {"steps": -1}}, "steps = -1 a number of them"),
         ({"objective": {"kind": "rvm"}, "context": "self"}, "use branch or anchor"),
         ({"objective": {"kind": "nftt"}}, "did you mean nft?"),
         ({"objective": {"kind": "other"}}, "choose one of tve_ppo, regression"),
@@ -395,8 +484,7 @@ def test_older_recipes_knew_one_objective():
 
 @pytest.mark.parametrize("kind", OBJECTIVES)
 def test_settings_come_back(kind):
-    pair = {"kernel_grpo": "renoise"}.get(kind, "kv_routing")
-    config = from_dict({"objective": {"kind": kind}, "explorer": pair})
+    config = from_dict(pair_of(kind))
     assert from_dict(to_dict(config)) == config
 
 

@@ -131,3 +131,45 @@ def test_a_run_folder_is_a_recipe(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("kvpo.planning.missing.refuse_missing", lambda c: None)
     assert cli.main(["doctor", str(tmp_path), "--device", "cpu"]) == 0
     assert examined == [replace(config, device="cpu")]
+
+
+@pytest.mark.parametrize("command", ["align", "plan"])
+def test_a_hub_that_can_not_be_reached_is_no_traceback(tmp_path, capsys, monkeypatch, command):
+    """The errors of the hub's HTTP client are neither OSError nor ValueError: on a machine
+    without network `kvpo align longlive` ended in the client's traceback, and the test above
+    knew only errors that the hub does not raise there."""
+    from huggingface_hub.errors import HTTPError
+
+    def absent(*_args, **_options):
+        raise OSError("not in the cache")
+
+    def unreachable(*_args, **_options):
+        raise HTTPError("[Errno -2] Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", absent)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"rewards": [{"name": "dinov2"}], "device": "cpu"}))
+    options = ["--out", str(tmp_path / "run")] if command == "align" else []
+    cli.main([command, str(path), *options])
+    said = capsys.readouterr()
+    assert "hf download facebook/dinov2-base" in said.out + said.err
+    assert command == "plan" or "Name or service not known" in said.err
+
+
+def test_a_download_that_breaks_off_is_no_traceback(monkeypatch):
+    """Of a reward's weights, and of the base of an import."""
+    from huggingface_hub.errors import HTTPError
+
+    from kvpo.convert import wan_base
+    from kvpo.rewards.pretrained.released import find
+
+    def broken(*_args, **_options):
+        raise HTTPError("Server disconnected")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", broken)
+    monkeypatch.setattr(wan_base, "snapshot_download", broken)
+    with pytest.raises(ValueError, match="could not be downloaded .Server disconnected"):
+        find("clip", "owner/name", ())
+    with pytest.raises(FileNotFoundError, match="could not be downloaded .Server disconnected"):
+        wan_base.open_base("owner/name")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import get_args, get_type_hints
 
 import pytest
@@ -129,12 +130,94 @@ def test_calls_are_those_of_a_run(folder, tmp_path):
         alignment = Alignment(config, tmp_path, Progress())
         alignment.step(0)
         calls = alignment.step(1)["calls/generator"]
-        unscored = counted.replays - 1 + (not counted.single_pass)
+        unscored = counted.replays - 1 + counted.energies_first
         assert (
             calls / config.groups
             == counted.prefix_calls + counted.branch_calls + (unscored + 1) * counted.replay_calls
         )
         assert counted.fork == 3.0 and counted.replays == 2
+
+
+PAIRS = {
+    "regression": ("kv_routing", {}),
+    "nft": ("start_noise", {"levels": 3, "kl_beta": 0.1}),
+    "rvm": ("best_of", {}),
+    "kernel_grpo": ("renoise", {"kl_beta": 0.1}),
+    "sde_grpo": ("sde", {}),
+    "denoised_distance": ("start_noise", {"kl_beta": 0.0}),
+}
+
+
+def paired(folder, kind, **changes):
+    """A recipe of an objective with one of its explorers."""
+    explorer, own = PAIRS[kind]
+    pair = {
+        "objective": {"kind": kind} | own,
+        "explorer": explorer,
+        "sampler": "ode" if explorer == "sde" else "renoise",
+        explorer: {"window_blocks": 1 if explorer == "best_of" else 2},
+        "data": {"blocks": 5, "segments": 1, "memory": 0.0},
+    }
+    return config_of(folder, **pair | changes)
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_calls_of_every_objective_are_those_of_a_run(folder, tmp_path, monkeypatch, kind):
+    """`kvpo plan` counted the replay of every objective as that of tve_ppo. Here the old policy lags
+    and passes are small, so that who replays what shows; all groups fork at one block."""
+    policy = {"train": "full", "behaviour_decay": 0.5}
+    config = paired(folder, kind, rows_per_pass=5, policy=policy)
+    if config.explorer != "best_of":
+        only = classmethod(lambda cls, blocks, geometry: [3])
+        monkeypatch.setattr(type(config.exploring), "eligible_forks", only)
+    alignment = Alignment(config, tmp_path, Progress())
+    counted = amounts(config, alignment.pipeline.geometry)
+    alignment.step(0)
+    calls = alignment.step(1)["calls/generator"]
+    replays = counted.replays + counted.energies_first
+    assert (
+        calls / config.groups
+        == counted.prefix_calls + counted.branch_calls + replays * counted.replay_calls
+    )
+
+
+def test_what_objectives_replay_by_hand(folder):
+    """Three branches, two blocks of four steps; members that start alike are computed once.
+
+    regression: 3 x 8 - 2, old weights never. nft at three drawn levels: 3 x 6, old and start
+    weights. kernel_grpo: three of four steps, 3 x 6 - 2, start weights alone. denoised_distance:
+    the anchor's 8, before the gradient where they take more than a pass."""
+    configs = {kind: paired(folder, kind, policy={"behaviour_decay": 0.5}) for kind in PAIRS}
+    g = sizes_of(configs["nft"]).geometry
+    found = {
+        kind: (velocities_of(c, g), (n := amounts(c, g)).replays, n.energies_first, n.anew)
+        for kind, c in configs.items()
+    }
+    assert found == {
+        "regression": (22, 1, False, 0),
+        "nft": (18, 3, False, 2),
+        "rvm": (10, 2, False, 1),
+        "kernel_grpo": (16, 2, False, 1),
+        "sde_grpo": (16, 1, False, 0),
+        "denoised_distance": (8, 3, False, 0),
+    }
+    small = amounts(replace(configs["denoised_distance"], rows_per_pass=4), g)
+    assert small.energies_first and small.replay_calls == 1 + 2
+    assert not amounts(replace(configs["nft"], rows_per_pass=4), g).energies_first
+
+
+def test_what_is_kept_of_a_rollout_is_what_is_recorded(folder):
+    """Of 4 rows, 2 blocks, 4 steps: inputs, velocities and clean latents for kernel_grpo, and its
+    results of 3 steps; clean latents alone for nft, which makes inputs and targets of 3 levels."""
+    configs = {kind: paired(folder, kind) for kind in ("kernel_grpo", "nft")}
+    sizes = sizes_of(configs["nft"])
+    memory = {k: stages(c, sizes, costs(c, sizes))["gradient"] for k, c in configs.items()}
+    latent, tail = 4 * 2 * 4 * 4 * 4, 4 * (5 - 2)
+    parts = {
+        k: (m["trajectories"] / latent, m["made for the replay"] / latent)
+        for k, m in memory.items()
+    }
+    assert parts == {"kernel_grpo": (8 * 9 + tail, 8 * 3), "nft": (8 + tail, 8 * 3 * 2)}
 
 
 def test_prefixes_by_hand(folder):
@@ -459,6 +542,20 @@ def test_every_recipe_is_whole(path):
     ).branch_calls > 0 and config.rollout.cache_frames >= sizes.geometry.resident(
         config.data.blocks
     )
+
+
+def test_recipes_of_other_methods_are_planned(capsys):
+    """Astrolabe's machine: 48 cards, a group each; 24 videos of 7 blocks and 4 steps are replayed."""
+    config = load_config(recipe_path("longlive_nft"))
+    g = sizes_of(config).geometry
+    assert velocities_of(config, g) == 24 * 7 * 4 - 23 and amounts(config, g, 48).fork == 0.0
+    for name in ("longlive_nft", "longlive_kernel", "self_forcing_arcopo"):
+        config = load_config(recipe_path(name))
+        counted = amounts(config, sizes_of(config).geometry)
+        assert counted.replay_calls > 0 and counted.scored > 0
+    kernel, g = load_config(recipe_path("longlive_kernel")), sizes_of(config).geometry
+    assert velocities_of(kernel, g) == 32 * 7 * 3
+    assert velocities_of(config, g) == 4, "AR-CoPO replays the anchor's block alone"
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ temperature are those of `tve_ppo`. The papers' replay buffer of rollouts by the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -21,13 +21,20 @@ from kvpo.common.late import Late
 from kvpo.method.energies import added_up
 from kvpo.method.loss import ClippedObjective
 from kvpo.method.objectives.branch_policy import add_policy_gradient
-from kvpo.method.objectives.interface import GroupUpdate, Record, check_finite, refuse_broken
+from kvpo.method.objectives.interface import (
+    GroupUpdate,
+    Record,
+    ReplayShape,
+    check_finite,
+    refuse_broken,
+)
 
 if TYPE_CHECKING:
     import torch
 
     from kvpo.common.timing import Phases
     from kvpo.method.advantages import Advantage
+    from kvpo.method.energies import Surrogate
     from kvpo.method.explorers import Explorer
     from kvpo.method.replay import Replay
     from kvpo.method.update import Updater
@@ -46,8 +53,18 @@ class DenoisedDistance(ClippedObjective):
     uses_energy: ClassVar[bool] = False
 
     def refusal(self, explorer: Explorer, sampler: str) -> str:
-        """Nothing is refused: branches of every kind lie somewhere."""
-        return ""
+        """Why branches are no neighbours of the anchor."""
+        if not explorer.independent:
+            return ""
+        return "its branches have other pasts than the anchor, and the distance of their blocks says nothing of how the anchor's should change; use explorer start_noise, or objective nft or rvm"
+
+    def shape(
+        self, explorer: Explorer, surrogate: Surrogate, sigmas: Sequence[float]
+    ) -> ReplayShape:
+        """The anchor's steps, and the branches' denoised latents in float64."""
+        return ReplayShape(
+            len(sigmas), False, anchor_alone=True, energies_first=True, behaviour=True, copies=2
+        )
 
     def add(
         self,

@@ -11,7 +11,7 @@ that branches differ in nothing but what they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -20,6 +20,7 @@ from kvpo.method.energies import squared_residual
 from kvpo.method.objectives.interface import (
     GroupUpdate,
     Record,
+    ReplayShape,
     check_finite,
     energy_metrics,
     refuse_broken,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from kvpo.common.timing import Phases
     from kvpo.method.advantages import Advantage
+    from kvpo.method.energies import Surrogate
     from kvpo.method.explorers import Explorer
     from kvpo.method.replay import Replay, WindowReplay
     from kvpo.method.update import Updater
@@ -66,6 +68,14 @@ class ForwardObjective:
     def refusal(self, explorer: Explorer, sampler: str) -> str:
         """Nothing is refused: clean latents are there whatever made them."""
         return ""
+
+    def shape(
+        self, explorer: Explorer, surrogate: Surrogate, sigmas: Sequence[float]
+    ) -> ReplayShape:
+        """All noise levels; at level 1 the input is the noise, which all branches share."""
+        steps = self.levels or len(sigmas)
+        alike = not self.levels and sigmas[0] == 1.0
+        return ReplayShape(steps, alike, behaviour=True, anew=True, copies=2)
 
     def row_losses(
         self, v: torch.Tensor, target: torch.Tensor, old: torch.Tensor, A_R: torch.Tensor

@@ -8,6 +8,7 @@ group's gradient. Rollout, rewards, advantages, optimizer, checkpoints and repor
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from kvpo.common.timing import Phases
     from kvpo.method.advantages import Advantage
+    from kvpo.method.energies import Surrogate
     from kvpo.method.explorers import Explorer
     from kvpo.method.replay import Replay
     from kvpo.method.update import Updater
@@ -57,6 +59,26 @@ class GroupUpdate:
     """
 
 
+@dataclass(frozen=True)
+class ReplayShape:
+    """Velocities that an objective replays of a group, for `kvpo plan`."""
+
+    steps: int
+    """Velocities of every block that each member has replayed."""
+    alike: bool
+    """Whether all members have one input at the first of them, which is then computed once."""
+    anchor_alone: bool = False
+    """Whether the anchor alone is replayed, whatever the number of branches."""
+    energies_first: bool = False
+    """Whether energies are computed before the gradient, unless one pass does it all."""
+    behaviour: bool = False
+    """Whether behaviour weights that lag are replayed, where a rollout's record does not do."""
+    anew: bool = False
+    """Whether further updates on a group replay the other weights once more."""
+    copies: int = 0
+    """Tensors of the window's size, one velocity each, that are made beside the rollout's."""
+
+
 class Objective(Protocol):
     """One kind of update, and its settings."""
 
@@ -82,6 +104,12 @@ class Objective(Protocol):
 
     def refusal(self, explorer: Explorer, sampler: str) -> str:
         """Why it can not be paired with this explorer or sampler, and with which; "" if it can."""
+        ...
+
+    def shape(
+        self, explorer: Explorer, surrogate: Surrogate, sigmas: Sequence[float]
+    ) -> ReplayShape:
+        """Say what is replayed of a group that this explorer makes."""
         ...
 
     def add(

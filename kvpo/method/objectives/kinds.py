@@ -11,9 +11,10 @@ from kvpo.method.objectives.kernel_grpo import KernelGrpo
 from kvpo.method.objectives.nft import Nft
 from kvpo.method.objectives.regression import Regression
 from kvpo.method.objectives.rvm import Rvm
+from kvpo.method.objectives.sde_grpo import SdeGrpo
 from kvpo.method.objectives.tve_ppo import TvePpo
 
-AnyObjective = TvePpo | Regression | Nft | Rvm | KernelGrpo | DenoisedDistance
+AnyObjective = TvePpo | Regression | Nft | Rvm | KernelGrpo | SdeGrpo | DenoisedDistance
 """Type of the setting `objective`; its `kind` tells which of them it is."""
 
 OBJECTIVES: Mapping[str, type] = {kind.kind: kind for kind in get_args(AnyObjective)}

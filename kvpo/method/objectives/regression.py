@@ -11,6 +11,7 @@ routing does.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -18,6 +19,7 @@ from kvpo.common.late import Late
 from kvpo.method.objectives.interface import (
     GroupUpdate,
     Record,
+    ReplayShape,
     check_finite,
     energy_metrics,
     refuse_broken,
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
     from kvpo.common.timing import Phases
     from kvpo.method.advantages import Advantage
+    from kvpo.method.energies import Surrogate
     from kvpo.method.explorers import Explorer
     from kvpo.method.replay import Replay
     from kvpo.method.update import Updater
@@ -60,6 +63,13 @@ class Regression:
     def refusal(self, explorer: Explorer, sampler: str) -> str:
         """Why an explorer gives branches that there is nothing to regress onto."""
         return no_energy(explorer)
+
+    def shape(
+        self, explorer: Explorer, surrogate: Surrogate, sigmas: Sequence[float]
+    ) -> ReplayShape:
+        """All steps that have a weight, by the current weights alone."""
+        weighted = [w > 0.0 for w in surrogate.step_weights(sigmas).tolist()]
+        return ReplayShape(sum(weighted), weighted[0])
 
     def weights(self, advantage: Advantage) -> torch.Tensor:
         """w_M float64, of sum 1; a member without rewards has none."""

@@ -10,16 +10,18 @@ their own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from kvpo.method.loss import ClippedObjective
 from kvpo.method.objectives.branch_policy import add_policy_gradient
-from kvpo.method.objectives.interface import GroupUpdate, Record
+from kvpo.method.objectives.interface import GroupUpdate, Record, ReplayShape
 
 if TYPE_CHECKING:
     from kvpo.common.timing import Phases
     from kvpo.method.advantages import Advantage
+    from kvpo.method.energies import Surrogate
     from kvpo.method.explorers import Explorer
     from kvpo.method.replay import Replay
     from kvpo.method.update import Updater
@@ -38,6 +40,13 @@ class TvePpo(ClippedObjective):
     def refusal(self, explorer: Explorer, sampler: str) -> str:
         """Why an explorer gives branches without an energy."""
         return no_energy(explorer)
+
+    def shape(
+        self, explorer: Explorer, surrogate: Surrogate, sigmas: Sequence[float]
+    ) -> ReplayShape:
+        """All steps that have a weight, by old and reference weights too."""
+        weighted = [w > 0.0 for w in surrogate.step_weights(sigmas).tolist()]
+        return ReplayShape(sum(weighted), weighted[0], energies_first=True, behaviour=True)
 
     def add(
         self,

@@ -15,6 +15,7 @@ import torch
 
 from kvpo.common.access import check_readable
 from kvpo.common.files import first_line
+from kvpo.common.hub import hub_faults
 
 HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
 STOCK_FILES = ("*.json", "*.txt", "model*.safetensors")
@@ -43,7 +44,7 @@ def find(reward: str, name: str, wanted: Sequence[str]) -> Path:
 
     try:
         return Path(snapshot_download(name, allow_patterns=list(wanted)))
-    except (OSError, ValueError) as error:  # huggingface_hub's own errors are one or the other
+    except hub_faults() as error:
         reason = first_line(error)
         raise ValueError(
             f"reward {reward!r}: weights {name} are no local folder, and could not be downloaded ({reason}); "
