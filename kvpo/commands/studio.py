@@ -11,7 +11,7 @@ from typing import Literal
 from kvpo.commands.options import Positional
 from kvpo.common.environment import pick_device
 from kvpo.common.progress import Progress
-from kvpo.config import RunConfig
+from kvpo.config import RunConfig, load_config, recipe_path
 from kvpo.method.settings import RolloutConfig
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -25,6 +25,11 @@ class Studio:
     """Pipeline folder, mini, or a run (RUN, RUN:ema, RUN:online, RUN:start)."""
     out: Path = Path("runs/studio")
     """Folder of stories, videos and preferences; one that is there is gone on with."""
+    runs: Path = Path("runs")
+    """Folder of the runs that the pane *Runs* lists, and that alignments to choices are put into."""
+    recipe: str = ""
+    """Recipe by which the generator is aligned to choices; default: the miniature's, or the run's.
+    Where it is given, its rewards are shown beside the branches of a fork."""
     port: int = 8765
     """Port; 0 = any that is free."""
     host: str = "127.0.0.1"
@@ -72,9 +77,10 @@ class Studio:
             raise ValueError(
                 f"--memory {self.memory} and --cache-frames {self.cache_frames} must not be below 0 and 1; give more"
             )
-
         if self.threads < 0:
             raise ValueError(f"--threads {self.threads} must be 1 or more, or 0 for PyTorch's own")
+        if self.recipe:
+            load_config(recipe_path(self.recipe))
 
     def listener(self) -> socket.socket:
         """Open the port.  ValueError where that is not possible."""
@@ -95,15 +101,24 @@ class Studio:
         import uvicorn
 
         from kvpo.runs.loading import load_generator, precision
+        from kvpo.studio.judging import load_judging
+        from kvpo.studio.learning import Learning
         from kvpo.studio.library import Library
         from kvpo.studio.live import longest_story
+        from kvpo.studio.panes import Panes
+        from kvpo.studio.runs import Runs
         from kvpo.studio.server import LARGEST_MESSAGE, new_app, new_token
         from kvpo.studio.shared import Studio as Shared
         from kvpo.studio.shared import new_worker
 
         library, device = Library(self.out), pick_device(self.device)
+        runs = Runs(self.runs)
+        panes = Panes(Learning(self.out, runs, self.generator, self.recipe), runs)
         dtype = precision(self.generator, device, self.dtype)
         pipeline, label = load_generator(self.generator, device, dtype or "float32", dtype)
+        judging = (
+            load_judging(load_config(recipe_path(self.recipe)), device) if self.recipe else None
+        )
         blocks, token = longest_story(pipeline, self.longest), new_token()
         with new_worker(self.threads) as worker:
             shared = Shared(
@@ -116,10 +131,11 @@ class Studio:
                 self.memory * 2**20,
                 self.sampler,
                 self.branches,
+                judging,
             )
             server = uvicorn.Server(
                 uvicorn.Config(
-                    new_app(shared, token, self.host),
+                    new_app(shared, token, self.host, panes),
                     ws="websockets-sansio",
                     ws_max_size=LARGEST_MESSAGE,
                     log_level="warning",
@@ -132,6 +148,10 @@ class Studio:
             with contextlib.suppress(KeyboardInterrupt):
                 server.run(sockets=[listener])
         progress.say(f"the studio has ended; its stories are in {self.out}")
+        if (left := panes.learning.children.running()) is not None:
+            progress.say(
+                f"{left.name} goes on without it ({left.kind}); start the studio again to see or stop it, or kill {left.pid}"
+            )
 
     def say_address(self, port: int, token: str, label: str, progress: Progress) -> None:
         host = f"[{self.host}]" if ":" in self.host else self.host

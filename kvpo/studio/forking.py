@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kvpo.method.prompts import readable
 from kvpo.studio.group import Group
+from kvpo.studio.judging import Judging
 from kvpo.studio.live import Live
 from kvpo.studio.stories import Stories
 from kvpo.studio.tree import Fork
@@ -44,6 +45,15 @@ class Forking(Stories):
                 )
             await self._send(await self._work(group.advance), "branch")
         await self._tell({"is": "forked"})
+        if self.studio.judging is not None:
+            await self._judge(self.studio.judging, group)
+
+    async def _judge(self, judging: Judging, group: Group) -> None:
+        """Tell what the recipe's rewards say of the branches; the fork stays where they fail."""
+        try:
+            await self._tell({"is": "scored", **await self._work(judging.scores, group)})
+        except ValueError as error:
+            await self._tell({"is": "note", "message": f"the branches have no rewards: {error}"})
 
     async def do_leave(self) -> None:
         """Leave the branches, and stand where the fork was asked for."""

@@ -42,7 +42,7 @@ def check_name(name: object) -> str:
     return name
 
 
-def _no_link(path: Path) -> Path:
+def no_link(path: Path) -> Path:
     if path.is_symlink():
         raise ValueError(
             f"{path.name} is a link, which may lead elsewhere; put the file itself there"
@@ -61,10 +61,10 @@ class Library:
     # --- Stories and videos ---
 
     def story(self, name: str) -> Path:
-        return _no_link(self.folder / "stories" / f"{check_name(name)}.json")
+        return no_link(self.folder / "stories" / f"{check_name(name)}.json")
 
     def video(self, name: str) -> Path:
-        return _no_link(self.folder / "videos" / f"{check_name(name)}.mp4")
+        return no_link(self.folder / "videos" / f"{check_name(name)}.mp4")
 
     def stories(self) -> list[str]:
         """Names of the stories, the latest written first."""

@@ -18,6 +18,7 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from kvpo.studio.panes import Panes
 from kvpo.studio.session import Session
 from kvpo.studio.shared import Studio
 
@@ -29,6 +30,11 @@ PAGE = {
     "player.js": "text/javascript",
     "strip.js": "text/javascript",
     "fork.js": "text/javascript",
+    "panes.js": "text/javascript",
+    "learn.js": "text/javascript",
+    "blind.js": "text/javascript",
+    "runs.js": "text/javascript",
+    "curves.js": "text/javascript",
     "icon.svg": "image/svg+xml",
 }
 """Files of the page, and their types; no other file of the package is served."""
@@ -37,7 +43,7 @@ LARGEST_MESSAGE = 2**16
 """Bytes of a tab's message."""
 LOCAL = ("127.0.0.1", "localhost", "::1")
 POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; media-src 'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 HEADERS = {
@@ -55,7 +61,7 @@ class Guard:
 
     The token is the first part of every path, so links of the page need not name it. The name in
     the Host header must be this machine's, which a foreign name that was pointed here is not; an
-    Origin must be that host, and sockets must have one.
+    Origin must be that host, and sockets and requests that ask for work must have one.
     """
 
     def __init__(self, app: ASGIApp, token: str, host: str):
@@ -84,6 +90,8 @@ class Guard:
             return "this host is not the studio's"
         if origin is None and scope["type"] == "websocket":
             return "a socket needs an origin"
+        if origin is None and scope.get("method", "GET") not in ("GET", "HEAD"):
+            return "a request for work needs an origin"
         if origin is not None and origin not in (f"http://{host}", f"https://{host}"):
             return "this origin is not the studio's"
         given = scope["path"].split("/")[1:2]
@@ -119,7 +127,9 @@ async def _refuse(scope: Scope, receive: Receive, send: Send, reason: str) -> No
 def _with_headers(send: Send) -> Send:
     async def sent(message: Message) -> None:
         if message["type"] == "http.response.start":
+            own = {name.lower() for name, _ in message["headers"]}
             added = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
+            added = [header for header in added if header[0] not in own]
             message = {**message, "headers": [*message["headers"], *added]}
         await send(message)
 
@@ -130,8 +140,10 @@ def new_token() -> str:
     return secrets.token_urlsafe(24)
 
 
-def new_app(studio: Studio, token: str, host: str = "127.0.0.1") -> ASGIApp:
-    """Make the studio's application, guarded."""
+def new_app(
+    studio: Studio, token: str, host: str = "127.0.0.1", panes: Panes | None = None
+) -> ASGIApp:
+    """Make the studio's application, guarded; without ``panes`` it tells stories only."""
     folder = files("kvpo.studio") / "page"
     content = {name: (folder / name).read_bytes() for name in PAGE}
 
@@ -157,6 +169,7 @@ def new_app(studio: Studio, token: str, host: str = "127.0.0.1") -> ASGIApp:
         Route("/", page),
         Route("/videos/{name}.mp4", video),
         WebSocketRoute("/socket", socket),
+        *(panes.routes() if panes else ()),
         Route("/{name}", page),
     ]
     return Guard(Starlette(routes=routes), token, host)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from kvpo.generators.pipeline import Pipeline
+from kvpo.studio.judging import Judging
 from kvpo.studio.library import Library
 from kvpo.studio.live import Live
 from kvpo.studio.tree import EXPLORERS, MOST_BRANCHES, Tree
@@ -32,6 +33,8 @@ class Studio:
     budget: int
     sampler: str = "renoise"
     branches: int = 8
+    judging: Judging | None = None
+    """Rewards that are shown beside the branches of a fork; None shows none."""
     turns: Turns = field(default_factory=Turns)
     tabs: int = 0
     told: dict[object, str] = field(default_factory=dict)

@@ -43,6 +43,8 @@ def test_what_can_not_be_is_refused_before_anything_is_loaded():
     ):
         with pytest.raises(ValueError, match=said):
             command.check_options()
+    with pytest.raises(FileNotFoundError, match="no recipe 'minni'"):
+        Studio(recipe="minni").check_options()
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=f"port {port} .*--port"):

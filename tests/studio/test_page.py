@@ -1,95 +1,36 @@
 """The studio in a real browser: play, switch, fork, choose, undo, rate, and how it looks.
 
 Screenshots lie in the test's folder, or in that of KVPO_SCREENSHOTS. Without Playwright or a
-Chromium these tests skip.
+Chromium these tests skip (`browsing`).
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-import socket
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from browsing import TOKEN, serving, shoot, shoot_narrow, status
 from tiny import BLUE, RED
 
 from kvpo.studio.library import Library, read_preferences
-from kvpo.studio.server import LARGEST_MESSAGE, new_app
+from kvpo.studio.server import new_app
 from kvpo.studio.shared import Studio
-
-TOKEN = "secret-token"
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chromium-headless-shell")
-SLOW = 60_000
-"""Milliseconds that anything may take on a machine that does other things as well."""
-
-
-def browser() -> str | None:
-    found = filter(None, map(shutil.which, BROWSERS))
-    return os.environ.get("KVPO_CHROMIUM") or next(found, None)
 
 
 @pytest.fixture
 def address(pipeline, tmp_path) -> Iterator[str]:
     """A studio with the tiny generator, behind a real server on a free port."""
-    import uvicorn
-
-    with ThreadPoolExecutor(1) as worker, socket.create_server(("127.0.0.1", 0)) as listener:
+    with ThreadPoolExecutor(1) as worker:
         studio = Studio(pipeline, "tiny", Library(tmp_path / "studio"), worker, 40, 20, 2**26)
         studio.branches = 3
-        config = uvicorn.Config(
-            new_app(studio, TOKEN),
-            ws="websockets-sansio",
-            ws_max_size=LARGEST_MESSAGE,
-            log_level="warning",
-            timeout_graceful_shutdown=5,
-        )
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}/{TOKEN}/"
-        server.should_exit = True
-        thread.join(30)
-
-
-@pytest.fixture
-def page(tmp_path):
-    """A page of headless Chromium; anything that it complains of fails the test."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
-    if browser() is None:
-        pytest.skip("no Chromium in PATH or KVPO_CHROMIUM: apt-get install chromium-headless-shell")
-    with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(
-            executable_path=browser(), args=["--no-sandbox", "--disable-dev-shm-usage"]
-        )
-        page = chromium.new_page(viewport={"width": 1200, "height": 1000})
-        page.set_default_timeout(SLOW)
-        complaints: list[str] = []
-        page.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        yield page
-        print("the page says:", page.inner_text("#status"), page.inner_text("#message"), complaints)
-        chromium.close()
-    assert not complaints
-
-
-def shoot(page, tmp_path: Path, name: str) -> None:
-    folder = Path(os.environ.get("KVPO_SCREENSHOTS", tmp_path))
-    folder.mkdir(parents=True, exist_ok=True)
-    page.screenshot(path=folder / f"{name}.png", full_page=True)
+        with serving(new_app(studio, TOKEN)) as found:
+            yield found
 
 
 def play_to(page, block: int) -> None:
     page.wait_for_selector(f".block[data-number='{block}']")
-
-
-def status(page, text: str) -> None:
-    page.wait_for_function(
-        "text => document.getElementById('status').textContent.includes(text)", arg=text
-    )
 
 
 def test_a_story_in_the_browser(address, page, tmp_path):
@@ -156,9 +97,7 @@ def test_a_story_in_the_browser(address, page, tmp_path):
     shoot(page, tmp_path, "light")
     page.emulate_media(color_scheme="dark")
     shoot(page, tmp_path, "dark")
-    page.set_viewport_size({"width": 380, "height": 800})
-    assert page.evaluate("document.documentElement.scrollWidth") <= 380
-    shoot(page, tmp_path, "narrow")
+    shoot_narrow(page, tmp_path, "narrow")
 
     page.reload()
     status(page, "Ready")

@@ -22,6 +22,7 @@ export class Fork {
     this.pointed = null;
     this.pairs = [];
     this.fps = 16;
+    link.addEventListener("scored", ({ detail }) => this.scored(detail));
     this.ids.compare.addEventListener("click", () => this.beginPairs());
     document.getElementById("pair-end").addEventListener("click", () => this.endPairs());
     for (const button of this.ids.pair.querySelectorAll("[data-answer]"))
@@ -61,8 +62,11 @@ export class Fork {
     const reads = document.createElement("p");
     reads.id = `reads-${row}`;
     reads.textContent = `${this.name(row)} reads frames ${ranges(this.facts.reads[row][0])}`;
-    button.setAttribute("aria-describedby", reads.id);
-    figure.append(canvas, button, reads);
+    const scores = document.createElement("p");
+    scores.id = `scores-${row}`;
+    scores.className = "scores";
+    button.setAttribute("aria-describedby", `${reads.id} ${scores.id}`);
+    figure.append(canvas, button, reads, scores);
     for (const event of ["pointerenter", "focusin"]) figure.addEventListener(event, () => this.point(row));
     for (const event of ["pointerleave", "focusout"]) figure.addEventListener(event, () => this.point(null));
     return figure;
@@ -93,6 +97,16 @@ export class Fork {
     for (const button of this.ids.branches.querySelectorAll("button")) button.disabled = false;
     this.ids.compare.disabled = document.getElementById("redraw").disabled = false;
     this.ids.branches.querySelector("button").focus({ preventScroll: true });
+  }
+
+  // What the recipe's rewards say of each row; the best one is marked.
+  scored({ names, rows, best }) {
+    if (!this.open) return;
+    [...this.ids.branches.children].forEach((tile, row) => {
+      const said = names.map((name, i) => `${name} ${rows[row][i] === null ? "–" : rows[row][i].toFixed(3)}`).join(" · ");
+      tile.classList.toggle("best", row === best);
+      tile.querySelector(".scores").textContent = row === best ? `★ Best: ${said}` : said;
+    });
   }
 
   choose(row) {

@@ -1,8 +1,11 @@
 // The studio's page: what a person asks goes to the server, what it sends is shown.
 
 import { Fork } from "./fork.js";
+import { Learn } from "./learn.js";
 import { Link } from "./link.js";
+import { navigate, Pane, tell } from "./panes.js";
 import { Player } from "./player.js";
+import { Runs } from "./runs.js";
 import { Store, Strip } from "./strip.js";
 
 const ids = Object.fromEntries([...document.querySelectorAll("[id]")].map((element) => [element.id, element]));
@@ -30,12 +33,6 @@ const strip = new Strip(ids.strip, store, 3, (block) => { select(block); ids.scr
 const fork = new Fork(link, strip);
 
 function say(text) { if (ids.status.textContent !== text) ids.status.textContent = text; }
-
-function tell(text, note = false) {
-  ids.message.textContent = text;
-  ids.message.classList.toggle("note", note);
-  ids.message.hidden = !text;
-}
 
 function buttons() {
   const [there, forked] = [story !== null, fork.open];
@@ -279,4 +276,5 @@ function stories(names) {
 }
 
 buttons();
+navigate([new Pane("tell", async () => null), new Learn(), new Runs()]);
 link.open();
