@@ -1,4 +1,4 @@
-"""What alignment gained, where it was not trained: longer videos, other words, another sampler.
+"""Gains of alignment where nothing was trained: longer videos, other words, another sampler.
 
     python benchmarks/transfer.py RUN:ema [RUN:ema ...] [--recipe mini] [--scripts 64]
         [--evaluation-seed 9001] [--out runs/transfer]

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
@@ -56,7 +56,8 @@ class _Empty:
     explorer: Explorer
 
     deterministic_replay: ClassVar[bool] = True
-    own_renoise: ClassVar[bool] = False
+    own_noise: ClassVar[Literal["", "renoise", "sde"]] = ""
+    independent: ClassVar[bool] = False
 
     @property
     def window_blocks(self) -> int:

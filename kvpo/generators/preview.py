@@ -225,13 +225,16 @@ def _told_by_shapes(state: Mapping[str, Any]) -> Layout:
 
     def sizes(number: int, fallback: tuple[int, int]) -> tuple[int, int]:
         weight = state.get(f"decoder.{number}.weight")
-        return tuple(weight.shape[:2]) if getattr(weight, "ndim", 0) == 4 else fallback
+        if weight is None or weight.ndim != 4:
+            return fallback
+        made, read = weight.shape[:2]
+        return made, read
 
     first, latents = sizes(1, (usual.widths[0], usual.latents))
-    others = (sizes(n, (w, 0))[0] for n, w in zip((8, 14, 20), usual.widths[1:]))
+    second, third, last = (sizes(n, (w, 0))[0] for n, w in zip((8, 14, 20), usual.widths[1:]))
     channels = sizes(22, (3, 0))[0]
     patch = next((p for p in (1, 2, 4, 8) if 3 * p * p == channels), 1)
-    return Layout(latents, patch, (first, *others))
+    return Layout(latents, patch, (first, second, third, last))
 
 
 def _latest(weight: torch.Tensor, wanted: torch.Size | None) -> torch.Tensor:
@@ -239,5 +242,6 @@ def _latest(weight: torch.Tensor, wanted: torch.Size | None) -> torch.Tensor:
 
     A file may hold two in the first stage, where one is made: the later one is it.
     """
-    pointwise = wanted is not None and wanted[2:] == (1, 1) == weight.shape[2:]
-    return weight[-wanted[0] :] if pointwise and len(weight) == 2 * wanted[0] else weight
+    if wanted is None or not (wanted[2:] == (1, 1) == weight.shape[2:]):
+        return weight
+    return weight[-wanted[0] :] if len(weight) == 2 * wanted[0] else weight

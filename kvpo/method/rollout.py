@@ -425,6 +425,7 @@ def _branches(
         if "velocities" in needs:
             seen["velocities"].append(v)
 
+    assert branches.sampler is not None, "branches are generated, not only committed to"
     deployed, own = branches.sampler, own_steps(branches.sampler, plans, geometry)
     plain = branches.scripts, branches.embeddings
     told = told_otherwise(branches, plans, window)

@@ -384,7 +384,9 @@ def savings(config: RunConfig, sizes: Sizes, c: Costs, world: int = 1) -> dict[s
     """
     g = sizes.geometry
     pairs, whole = replayed_pairs(config, g)
-    more = [{"pairs.count": n} for n in (whole // 2, whole // 4) if 0 < n < pairs]
+    more: list[dict[str, Any]] = [
+        {"pairs.count": n} for n in (whole // 2, whole // 4) if 0 < n < pairs
+    ]
     if c.preview and not config.score.preview:
         more += [{"score.preview": RELEASED.get(sizes.vae.get("z_dim", 16), "")}]
 
