@@ -110,10 +110,6 @@ class OptimizerConfig:
     warmup: int = 5
     """Updates over which the rate rises linearly to ``lr``.
     The first one already moves, at lr / warmup."""
-    half_after: int = 0
-    """Updates after which the rate is half of ``lr``, 0 = it stays: lr / (1 + updates / half_after).
-    Once a constant rate's noise undoes as much as its signal gains, only a lower one goes on. The
-    rate does not depend on how long the run is to be, so a run can be made longer."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay, multiplied by the rate."""
     beta1: float = 0.9
@@ -138,10 +134,6 @@ class OptimizerConfig:
         if not (self.lr > 0.0 and self.eps > 0.0 and self.clip > 0.0 and self.warmup >= 1):
             raise ValueError(
                 f"optimizer.lr = {self.lr}, eps = {self.eps} and clip = {self.clip} must be positive, warmup = {self.warmup} at least 1"
-            )
-        if self.half_after < 0:
-            raise ValueError(
-                f"optimizer.half_after = {self.half_after} must be 1 or more updates, or 0 for a rate that stays"
             )
         if self.clip_of not in ("group", "step"):
             raise ValueError(

@@ -150,7 +150,7 @@ class Updater:
         the update itself has made numbers that are not, after which `Policy.broken` forbids to
         save.
         """
-        rate = self.rate()
+        rate = self.config.lr * min(1.0, (self.policy.updates + 1) / self.config.warmup)
         if all(
             p.grad is None for p in self.policy.parameters
         ):  # every group of the step was skipped
@@ -177,12 +177,6 @@ class Updater:
         self.optimizer.zero_grad(set_to_none=True)
         self.policy.updated(last)
         return metrics | {"optim/drift": self.policy.drift()}
-
-    def rate(self) -> float:
-        """Learning rate of the next update."""
-        config, made = self.config, self.policy.updates
-        fallen = 1.0 + made / config.half_after if config.half_after else 1.0
-        return config.lr * min(1.0, (made + 1) / config.warmup) / fallen
 
     def _refuse_broken(self) -> None:
         """Raise FloatingPointError where the update has left a weight or moment that is not finite.
