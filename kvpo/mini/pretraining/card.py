@@ -26,7 +26,7 @@ BATCH = 16
 LONG = 49
 """Blocks of the long videos: 147 latent frames."""
 STORY = {"blocks": 10, "segments": 3, "memory": False}
-"""The short stories, as the recipe `mini` tells them."""
+"""The short stories: of three prompts, shorter than those of the recipe `mini`."""
 REWARDS = {"VQ": VisualQuality(), "MQ": MotionQuality(), "TA": TextAlignment()}
 NAMES = {"VQ": "visual quality", "MQ": "motion quality", "TA": "text alignment"}
 FACTS = {
