@@ -48,7 +48,8 @@ def test_a_run_s_packages_are_looked_for_first(
         lambda name, *more: None if name == package else found(name, *more),
     )
     with pytest.raises(ValueError, match=message):
-        kvpo.align(from_dict(settings(folder, trackers=["wandb"])), out=tmp_path / "run")
+        trackers = [package] if package == "wandb" else []
+        kvpo.align(from_dict(settings(folder, trackers=trackers)), out=tmp_path / "run")
 
 
 @pytest.fixture

@@ -197,7 +197,10 @@ def test_bad_input(capsys, folder, tmp_path):
         (("--prompt", RED, BLUE, "--blocks", "8", "--at", "99"), "start"),
         (("--prompt", RED, BLUE, "--at", "-1"), "-1.0 s is no time of a video"),
         (("--prompt", RED, BLUE, BLUE, "--at", "1"), "3 segments need 2 switch blocks"),
-        (("--prompt", RED, "--blocks", "600"), "frame 1199 has no rotary position"),
+        (
+            ("--prompt", RED, "--blocks", "600"),
+            "a video of 600 blocks, but this generator's positions end after 512",
+        ),
         (
             ("--prompt", RED, "--lora", tmp_path / "other.pt"),
             "is the LoRA of another base: 1 of its 21 modules do not fit, first blocks.9.attn1.to_q",

@@ -101,10 +101,12 @@ def test_wrong_videos_are_refused():
 
 @pytest.mark.parametrize("content", [b"", b"not a video", None])
 def test_unreadable_video_is_named(tmp_path, content):
-    path = tmp_path / "a.mp4"
-    if content is not None:
+    path, error, said = tmp_path / "a.mp4", ValueError, "a.mp4 is not a readable video"
+    if content is None:
+        error, said = FileNotFoundError, "a.mp4 is no file; give the path of a video"
+    else:
         path.write_bytes(content)
-    with pytest.raises(ValueError, match="a.mp4 is not a readable video"):
+    with pytest.raises(error, match=said):
         read_mp4(path)
 
 

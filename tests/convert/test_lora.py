@@ -482,4 +482,4 @@ def test_a_generator_is_no_lora(tmp_path, base):
 def test_a_strength_that_is_no_number(capsys, tmp_path, strength):
     folder, lora = save_pipeline(tmp_path / "p"), diffusers_form(tmp_path / "a.safetensors")
     assert generate(folder, lora, tmp_path / "v", "--lora-scale", strength) == 1
-    assert "is no number to multiply by; give --lora-scale 1" in capsys.readouterr().err
+    assert "is no strength of a LoRA; give a finite number" in capsys.readouterr().err

@@ -559,7 +559,7 @@ def test_answers_that_do_not_fit_are_refused(tmp_path, change, message):
         ('[{"pair": 0, "VQ": "left"}]', "is not one object"),
         ('"left"', "is not one object"),
         ("", "must hold one JSON object"),
-        ('{"study": "s",\n "answers": [}', "line 2 is not JSON"),
+        ('{"study": "s",\n "answers": [}', "line 2: not JSON"),
         ('{"study": "s", "study": "s"}', "the key 'study' stands there twice"),
     ],
 )
@@ -602,7 +602,7 @@ def test_files_that_are_something_else_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no answers"):
         Unblind((), tmp_path / "key.json")()
     first.write_text("{")
-    with pytest.raises(ValueError, match="is not JSON"):
+    with pytest.raises(ValueError, match="not JSON"):
         Unblind((first,), tmp_path / "key.json")()
 
 

@@ -397,5 +397,6 @@ def test_the_record_can_be_read(tmp_path):
     "bad", [{"every": -1}, {"scripts": 1}, {"batch": 0}, {"videos": -1}, {"seeds": 0}]
 )
 def test_bad_settings_are_refused(bad):
-    with pytest.raises(ValueError, match="evaluate: every = "):
+    ((name, value),) = bad.items()
+    with pytest.raises(ValueError, match=f"evaluate.{name} = {value} must be "):
         EvaluateConfig(**bad)
