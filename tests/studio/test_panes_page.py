@@ -100,7 +100,7 @@ def test_runs_in_the_browser(address, page, tmp_path):
     page.focus("#run-list button:has-text('second')")
     if page.get_attribute("#run-list button:has-text('second')", "aria-pressed") != "true":
         page.keyboard.press("Enter")
-    page.wait_for_function("document.querySelectorAll('#run-sides section').length === 2")
+    page.locator("#run-sides section").nth(1).wait_for()  # a function in the page would be eval
     tops = page.evaluate(
         "[...document.querySelectorAll('#run-sides section')].map(s => s.querySelector('svg[aria-label^=KL] text').textContent)"
     )
