@@ -49,7 +49,7 @@ def test_learning_in_the_browser(address, page, panes, tmp_path):
     page.wait_for_selector("#align-resume:visible")
     page.click("#compare-go")
     page.wait_for_selector("#blind:visible")
-    page.wait_for_function("document.getElementById('blind-right').readyState >= 2")
+    page.wait_for_function("() => document.getElementById('blind-right').readyState >= 2")
     page.focus("#blind")
     page.keyboard.press("ArrowLeft")
     page.wait_for_selector("#blind-hint:has-text('Pair 2 of 4')")
