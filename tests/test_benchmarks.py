@@ -230,7 +230,7 @@ def test_the_methods_are_tuned_alike_and_what_is_finished_is_not_run_again(tmp_p
         return 0
 
     folders = methods.benchmark(tmp_path, run)
-    assert len(folders) == 12 * 3 and len(asked) == 12 * (6 + 3)
+    assert len(folders) == 16 * 3 and len(asked) == 16 * (6 + 3)
     stopped = asked[2][0]
     asked.clear()
     assert methods.benchmark(tmp_path, run) == folders and asked == [(stopped, True)]

@@ -11,7 +11,6 @@ from tiny import embed, new_pipeline, new_rollout, story, with_geometry
 
 from kvpo.config import from_dict
 from kvpo.generators.sampler import SAMPLERS, NamedNoise, Stream
-from kvpo.generators.streaming import StreamingDecoder
 from kvpo.method.best_of import BestOf
 from kvpo.method.energies import VelocityEnergy
 from kvpo.method.replay import CONTEXTS, Replay
@@ -69,7 +68,7 @@ def test_pixels_are_those_of_the_video_from_its_beginning(pipeline, rollout, fra
     """A video's first latent frame gives one pixel frame, so eight take three latent frames."""
     pixels = decode(pipeline, rollout, frames)
     assert pixels.shape[1] >= frames
-    whole = StreamingDecoder(pipeline.vae)(rollout.latents[:, :4])
+    whole = pipeline.decoder()(rollout.latents[:, :4])
     assert (pixels.int() - whole[:, : pixels.shape[1]].int()).abs().max() <= 1
 
 
