@@ -281,8 +281,7 @@ class RunConfig:
 
     @property
     def exploring(self) -> Explorer:
-        chosen = getattr(self, self.explorer)
-        return chosen.of(self.data.blocks) if isinstance(chosen, BestOf) else chosen
+        return getattr(self, self.explorer).of(self.data.blocks)
 
     @property
     def energy(self) -> Surrogate:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
@@ -27,7 +27,7 @@ from kvpo.generators.cache import FrameCache, gather
 from kvpo.generators.causal_wan import CausalWan
 from kvpo.generators.sampler import Stream
 from kvpo.method.advantages import Advantage
-from kvpo.method.explorers import Explorer
+from kvpo.method.explorers import Exploration, Explorer
 from kvpo.method.replay import CONTEXTS, Replay
 from kvpo.method.rollout import Start, go_on, starts
 from kvpo.method.routing import KVRouting
@@ -50,14 +50,12 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class _Empty:
+class _Empty(Exploration):
     """An explorer whose every plan is the anchor's."""
 
     explorer: Explorer
 
     deterministic_replay: ClassVar[bool] = True
-    own_noise: ClassVar[Literal["", "renoise", "sde"]] = ""
-    independent: ClassVar[bool] = False
 
     @property
     def window_blocks(self) -> int:

@@ -9,27 +9,21 @@ are learnt from too. A window of all blocks keeps all of a branch's past for its
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from kvpo.method.explorers import Geometry, check_branches
-from kvpo.types import BranchPlan, Window
-
-if TYPE_CHECKING:
-    import torch
+from kvpo.method.explorers import Geometry, OwnNoise
+from kvpo.types import BranchPlan
 
 
 @dataclass(frozen=True)
-class BestOf:
+class BestOf(OwnNoise):
     """Exploration by videos that have nothing in common but their story."""
 
     window_blocks: int = 0
     """P, blocks from the first on whose noise is a branch's own and that are learnt from.
     0 = all of the video; later blocks have shared noise, on pasts that differ."""
 
-    nearest: ClassVar[int] = 0
-    deterministic_replay: ClassVar[bool] = True
     own_noise: ClassVar[Literal["", "renoise", "sde"]] = "renoise"
     independent: ClassVar[bool] = True
 
@@ -58,17 +52,6 @@ class BestOf:
             )
         return [0]
 
-    def plan(
-        self,
-        window: Window,
-        geometry: Geometry,
-        num_branches: int,
-        generator: torch.Generator,
-        resident: Sequence[int] | None = None,
-    ) -> tuple[BranchPlan, ...]:
-        """Give all G branches equal plans: all noise fresh.
-
-        The noise itself comes from streams named after the branch, in the rollout.
-        """
-        check_branches(num_branches)
-        return (BranchPlan(noise_mix=1.0, renoise_from=0),) * num_branches
+    def of_each(self, geometry: Geometry) -> BranchPlan:
+        """All noise is fresh."""
+        return BranchPlan(noise_mix=1.0, renoise_from=0)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, Self
 
 from kvpo.common.wording import count_of
 from kvpo.types import BranchPlan, Script, Window
@@ -64,6 +64,8 @@ class Explorer(Protocol):
     """
     independent: ClassVar[bool]
     """True: branches share neither a past nor noise, they are videos of their own."""
+    at_switches: ClassVar[bool]
+    """True: windows start at prompt switches only."""
 
     @property
     def window_blocks(self) -> int:
@@ -73,6 +75,10 @@ class Explorer(Protocol):
     @property
     def nearest(self) -> int:
         """Latest past frames that every branch reads as they are; 0 = none is set apart."""
+        ...
+
+    def of(self, blocks: int) -> Explorer:
+        """The explorer with every number that follows from a video's ``blocks`` blocks."""
         ...
 
     def eligible_forks(self, blocks: int, geometry: Geometry) -> list[int]:
@@ -97,13 +103,52 @@ class Explorer(Protocol):
         ...
 
 
+class Exploration:
+    """Answers that most explorers give about themselves; one that differs says so."""
+
+    own_noise: ClassVar[Literal["", "renoise", "sde"]] = ""
+    independent: ClassVar[bool] = False
+    at_switches: ClassVar[bool] = False
+
+    def of(self, blocks: int) -> Self:
+        """Return the explorer as it is: its numbers do not depend on the video's length."""
+        return self
+
+
+class OwnNoise(Exploration):
+    """Explorers whose branches differ in their noise and in nothing that they are told to read.
+
+    All branches have equal plans; the fresh noise itself comes from streams named after the
+    branch, in the rollout.
+    """
+
+    nearest: ClassVar[int] = 0
+    deterministic_replay: ClassVar[bool] = True
+
+    def of_each(self, geometry: Geometry) -> BranchPlan:
+        """Plan of every branch."""
+        raise NotImplementedError
+
+    def plan(
+        self,
+        window: Window,
+        geometry: Geometry,
+        num_branches: int,
+        generator: torch.Generator,
+        resident: Sequence[int] | None = None,
+    ) -> tuple[BranchPlan, ...]:
+        """Give all G branches equal plans."""
+        check_branches(num_branches)
+        return (self.of_each(geometry),) * num_branches
+
+
 def forks_of(explorer: Explorer, script: Script, geometry: Geometry) -> list[int]:
     """Blocks of a story at which a window may start: all that fit, or prompt switches alone.
 
     Raises ValueError if there is none.
     """
     fitting = explorer.eligible_forks(script.blocks, geometry)
-    if not getattr(explorer, "at_switches", False):
+    if not explorer.at_switches:
         return fitting
     found = [fork for fork in fitting if fork in script.starts[1:]]
     if not found:
@@ -145,7 +190,7 @@ def check_window(window_blocks: int) -> None:
 
 
 @dataclass(frozen=True)
-class StartNoise:
+class StartNoise(OwnNoise):
     """Exploration by fresh noise, mixed into the start noise of the window's blocks.
 
     Re-noising stays shared.
@@ -155,11 +200,6 @@ class StartNoise:
     """m in (0, 1]: the start noise is sqrt(1 - m^2) shared + m fresh, see `mix_noise`."""
     window_blocks: int = 3
     """P, blocks explored after the fork."""
-
-    nearest: ClassVar[int] = 0
-    deterministic_replay: ClassVar[bool] = True
-    own_noise: ClassVar[Literal["", "renoise", "sde"]] = ""
-    independent: ClassVar[bool] = False
 
     def __post_init__(self):
         if not 0.0 < self.mix <= 1.0:
@@ -175,24 +215,12 @@ class StartNoise:
         """
         return forks_from(1, blocks, self.window_blocks, "a shared prefix of 1 block")
 
-    def plan(
-        self,
-        window: Window,
-        geometry: Geometry,
-        num_branches: int,
-        generator: torch.Generator,
-        resident: Sequence[int] | None = None,
-    ) -> tuple[BranchPlan, ...]:
-        """Give all G branches equal plans.
-
-        The fresh noise itself comes from streams named after the branch, in the rollout.
-        """
-        check_branches(num_branches)
-        return (BranchPlan(noise_mix=self.mix),) * num_branches
+    def of_each(self, geometry: Geometry) -> BranchPlan:
+        return BranchPlan(noise_mix=self.mix)
 
 
 @dataclass(frozen=True)
-class RenoiseExplorer:
+class RenoiseExplorer(OwnNoise):
     """Exploration by fresh noise behind the denoise steps, from a chosen step on.
 
     The start noise stays shared. Only the `renoise` sampler draws noise there.
@@ -204,10 +232,7 @@ class RenoiseExplorer:
     window_blocks: int = 1
     """P, blocks explored after the fork."""
 
-    nearest: ClassVar[int] = 0
-    deterministic_replay: ClassVar[bool] = True
     own_noise: ClassVar[Literal["", "renoise", "sde"]] = "renoise"
-    independent: ClassVar[bool] = False
 
     def __post_init__(self):
         if self.from_step < 0:
@@ -225,20 +250,8 @@ class RenoiseExplorer:
             )
         return forks_from(1, blocks, self.window_blocks, "a shared prefix of 1 block")
 
-    def plan(
-        self,
-        window: Window,
-        geometry: Geometry,
-        num_branches: int,
-        generator: torch.Generator,
-        resident: Sequence[int] | None = None,
-    ) -> tuple[BranchPlan, ...]:
-        """Give all G branches equal plans.
-
-        The fresh noise itself comes from streams named after the branch, in the rollout.
-        """
-        check_branches(num_branches)
-        return (BranchPlan(renoise_from=self.from_step),) * num_branches
+    def of_each(self, geometry: Geometry) -> BranchPlan:
+        return BranchPlan(renoise_from=self.from_step)
 
 
 def mix_noise(shared: torch.Tensor, fresh: torch.Tensor, mix: float) -> torch.Tensor:

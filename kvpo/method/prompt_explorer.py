@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from kvpo.common.late import Late
-from kvpo.method.explorers import Geometry, check_branches, check_window, forks_from
+from kvpo.method.explorers import Exploration, Geometry, check_branches, check_window, forks_from
 from kvpo.types import BranchPlan, Window
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ else:
 
 
 @dataclass(frozen=True)
-class PromptExplorer:
+class PromptExplorer(Exploration):
     """Exploration by prompts between and beyond the old and the new one, at prompt switches."""
 
     strength: float = 0.25
@@ -37,8 +37,6 @@ class PromptExplorer:
 
     nearest: ClassVar[int] = 0
     deterministic_replay: ClassVar[bool] = False
-    own_noise: ClassVar[Literal["", "renoise", "sde"]] = ""
-    independent: ClassVar[bool] = False
     at_switches: ClassVar[bool] = True
 
     def __post_init__(self):

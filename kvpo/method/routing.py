@@ -22,10 +22,10 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from kvpo.common.late import Late
-from kvpo.method.explorers import Geometry, check_branches, check_window, forks_from
+from kvpo.method.explorers import Exploration, Geometry, check_branches, check_window, forks_from
 from kvpo.types import BranchPlan, Window
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ REDRAWS = 32
 
 
 @dataclass(frozen=True)
-class KVRouting:
+class KVRouting(Exploration):
     """Explore by routing the KV cache."""
 
     draw: str = "balanced"
@@ -51,8 +51,6 @@ class KVRouting:
     """P, blocks explored after the fork."""
 
     deterministic_replay: ClassVar[bool] = False
-    own_noise: ClassVar[Literal["", "renoise", "sde"]] = ""
-    independent: ClassVar[bool] = False
 
     def __post_init__(self):
         if self.draw not in DRAWS:

@@ -10,18 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from kvpo.generators.gaussian_steps import sde_stds
-from kvpo.method.explorers import Geometry, check_branches, check_window, forks_from
-from kvpo.types import BranchPlan, Window
-
-if TYPE_CHECKING:
-    import torch
+from kvpo.method.explorers import Geometry, OwnNoise, check_window, forks_from
+from kvpo.types import BranchPlan
 
 
 @dataclass(frozen=True)
-class SdeExplorer:
+class SdeExplorer(OwnNoise):
     """Exploration by stochastic denoise steps of the `ode` sampler."""
 
     noise_level: float = 0.3
@@ -36,10 +33,7 @@ class SdeExplorer:
     window_blocks: int = 1
     """P, blocks explored after the fork."""
 
-    nearest: ClassVar[int] = 0
-    deterministic_replay: ClassVar[bool] = True
     own_noise: ClassVar[Literal["", "renoise", "sde"]] = "sde"
-    independent: ClassVar[bool] = False
 
     def __post_init__(self):
         if not 0.0 < self.noise_level < float("inf"):
@@ -81,17 +75,5 @@ class SdeExplorer:
             )
         return found
 
-    def plan(
-        self,
-        window: Window,
-        geometry: Geometry,
-        num_branches: int,
-        generator: torch.Generator,
-        resident: Sequence[int] | None = None,
-    ) -> tuple[BranchPlan, ...]:
-        """Give all G branches equal plans.
-
-        The noise itself comes from streams named after the branch, in the rollout.
-        """
-        check_branches(num_branches)
-        return (BranchPlan(step_noise=self.stds(geometry.sigmas)),) * num_branches
+    def of_each(self, geometry: Geometry) -> BranchPlan:
+        return BranchPlan(step_noise=self.stds(geometry.sigmas))

@@ -149,7 +149,7 @@ def scripts_of(config: RunConfig) -> list[Script]:
     """Scripts of the recipe's shape: of so many prompts, or of one to four where that is drawn."""
     blocks = config.data.blocks
     counts = [config.data.segments] if config.data.segments else [1, 2, 3, 4]
-    if getattr(config.exploring, "at_switches", False):
+    if config.exploring.at_switches:
         counts = [n for n in counts if n > 1]
     starts = [
         starts_at(config.data.switches, n) if config.data.switches else even_starts(n, blocks)

@@ -10,7 +10,7 @@ import torch
 from tiny import RED, embed, new_rollout, new_stream, story, with_geometry
 
 from kvpo.generators.sampler import SAMPLERS, NamedNoise, Stream
-from kvpo.method.explorers import StartNoise, mix_noise
+from kvpo.method.explorers import Exploration, StartNoise, mix_noise
 from kvpo.method.rollout import RolloutConfig, check_room
 from kvpo.method.routing import KVRouting
 from kvpo.types import BranchPlan, Window
@@ -20,7 +20,7 @@ FORK = 4
 
 
 @dataclass(frozen=True)
-class Planned:
+class Planned(Exploration):
     """An explorer whose plans are given."""
 
     plans: tuple[BranchPlan, ...]
