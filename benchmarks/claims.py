@@ -74,6 +74,13 @@ def train(recipe: str, arm: str, seed: int, out: Path) -> None:
     subprocess.run(command, check=True)
 
 
+def claimed_by(recipe: RunConfig, scripts: int, seed: int) -> RunConfig:
+    """The recipe as a claim evaluates it: so many scripts of this evaluation seed, no videos kept."""
+    evaluate = replace(recipe.evaluate, scripts=scripts, seed=seed, videos=0)
+    # What rewards see while training may be rounded; what is claimed is measured without.
+    return replace(recipe, evaluate=evaluate, vae_dtype="float32")
+
+
 def values(
     spec: str, config: RunConfig, scripts: Sequence[Script], path: Path, progress: Progress
 ) -> dict[str, torch.Tensor]:
@@ -163,9 +170,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/claims"))
     args = parser.parse_args()
     recipe, progress = load_config(recipe_path(args.recipe)), Progress()
-    evaluate = replace(recipe.evaluate, scripts=args.scripts, seed=args.evaluation_seed, videos=0)
-    # What rewards see while training may be rounded; what is claimed is measured without.
-    config = replace(recipe, evaluate=evaluate, vae_dtype="float32")
+    config = claimed_by(recipe, args.scripts, args.evaluation_seed)
     scripts = evaluation_scripts(config)
     kept = args.out / f"values-{args.evaluation_seed}-{args.scripts}"
     start = values(config.pipeline, config, scripts, kept / "start.json", progress)

@@ -23,7 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from claims import interval_text, over_seeds, values
+from claims import claimed_by, interval_text, over_seeds, values
 
 from kvpo.api.shared import loaded
 from kvpo.common.files import write_atomic
@@ -132,8 +132,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/transfer"))
     args = parser.parse_args()
     recipe, progress = load_config(recipe_path(args.recipe)), Progress()
-    evaluate = replace(recipe.evaluate, scripts=args.scripts, seed=args.evaluation_seed, videos=0)
-    config = replace(recipe, evaluate=evaluate, vae_dtype="float32")
+    config = claimed_by(recipe, args.scripts, args.evaluation_seed)
     kept = args.out / f"values-{args.evaluation_seed}-{args.scripts}"
     lines: list[str] = []
     for name, (changed, scripts) in variants(config).items():

@@ -19,7 +19,7 @@ from kvpo.common.extras import require_extra
 from kvpo.common.metrics import MetricLog, NoLog, console_line
 from kvpo.common.progress import Bar, Progress
 from kvpo.common.rng import stream
-from kvpo.common.trackers import Trackers, check_installed
+from kvpo.common.trackers import Trackers
 from kvpo.common.wording import count_of
 from kvpo.config import RunConfig, to_dict
 from kvpo.distributed.branches import all_rewards, all_rows
@@ -50,8 +50,6 @@ class Alignment(Parts):
     def __init__(self, config: RunConfig, out: Path, progress: Progress):
         """Load everything, as `Parts`; ValueError where a package is missing comes first."""
         require_extra("a run's report", "report", ("matplotlib",))
-        for tracker in config.trackers:
-            check_installed(tracker)
         super().__init__(config, progress)
         self.out = out
         self.silent = 0

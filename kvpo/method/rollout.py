@@ -507,11 +507,9 @@ def spread_forks(eligible: Sequence[int], count: int, generator: torch.Generator
 def _window(
     explorer: Explorer, script: Script, geometry, seed: int, name: tuple, fork: int | None
 ) -> Window:
-    eligible = forks_of(explorer, script, geometry)
+    check_fork(explorer, script, geometry, fork)
     if fork is None:
-        fork = draw_fork(eligible, seed, name)
-    elif fork not in eligible:
-        raise _no_fork(fork, script, eligible)
+        fork = draw_fork(forks_of(explorer, script, geometry), seed, name)
     return Window(fork, explorer.window_blocks)
 
 
@@ -526,15 +524,11 @@ def check_fork(explorer: Explorer, script: Script, geometry: Geometry, fork: int
 
     Raises ValueError where not; the generator need not be loaded for it.
     """
-    eligible = explorer.eligible_forks(script.blocks, geometry)
+    eligible = forks_of(explorer, script, geometry)
     if fork is not None and fork not in eligible:
-        raise _no_fork(fork, script, eligible)
-
-
-def _no_fork(fork: int, script: Script, eligible: Sequence[int]) -> ValueError:
-    return ValueError(
-        f"block {fork} can not be a fork of script {script.id!r}; eligible are {eligible}"
-    )
+        raise ValueError(
+            f"block {fork} can not be a fork of script {script.id!r}; eligible are {eligible}"
+        )
 
 
 def branch_out(

@@ -179,28 +179,24 @@ class Parts:
     def _fork(self, script: Script, step: int, group: int) -> int | None:
         """The group's fork block where its own blind draw does not say it; None = it does."""
         config, of_script = self.config, group % self.config.stories
-        if config.data.open_forks:
-            return self._open_fork(script, step, group)
-        if config.rollout.forks == 1 and not config.rollout.alike_forks:
+        count, alike = config.rollout.forks, config.rollout.alike_forks
+        by_itself = count == 1 and not alike
+        if by_itself and not config.data.open_forks:
             return None
-        drawn_for: Name = ("train", step)
-        if not config.rollout.alike_forks:
-            drawn_for = (*drawn_for, of_script)
-        eligible = forks_of(config.exploring, script, self.pipeline.geometry)
-        generator = stream(config.seed, *drawn_for, "forks")
-        return spread_forks(eligible, config.rollout.forks, generator)[group // config.stories]
-
-    def _open_fork(self, script: Script, step: int, group: int) -> int:
-        """The group's fork among those whose window shows the story's object."""
-        config, of_script = self.config, group % self.config.stories
-        count = config.rollout.forks
-        eligible = config.exploring.eligible_forks(script.blocks, self.pipeline.geometry)
-        shown = [fork for fork in eligible if self._shows(step, of_script, fork)]
-        eligible = shown if len(shown) >= count else eligible
-        if count == 1:
+        eligible = self._eligible(script, step, of_script)
+        if by_itself:
             return draw_fork(eligible, config.seed, ("train", step, group))
-        generator = stream(config.seed, "train", step, of_script, "forks")
+        drawn_for: Name = ("train", step) if alike else ("train", step, of_script)
+        generator = stream(config.seed, *drawn_for, "forks")
         return spread_forks(eligible, count, generator)[group // config.stories]
+
+    def _eligible(self, script: Script, step: int, story: int) -> list[int]:
+        """Fork blocks of a story; as `data.open_forks` asks, those whose window shows its object."""
+        eligible = forks_of(self.config.exploring, script, self.pipeline.geometry)
+        if not self.config.data.open_forks:
+            return eligible
+        shown = [fork for fork in eligible if self._shows(step, story, fork)]
+        return shown if len(shown) >= self.config.rollout.forks else eligible
 
     def _shows(self, step: int, story: int, fork: int) -> bool:
         """Whether the window of a fork shows the story's object, as its truth has it."""
