@@ -15,6 +15,7 @@ import importlib.util
 import io
 import json
 import logging
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -130,6 +131,8 @@ def _opened(name: Name, folder: Path, id: str, resume_after: int | None) -> Any:
         ),
     }
     kind, run, given = kinds[name]
+    if name == "tensorboard" and resume_after is not None:
+        _wait_for_a_later_name(folder)
     tracker = type(kind.__name__, (kind,), {"main_process_only": False})(run, **given)
     try:
         tracker.start()
@@ -139,6 +142,18 @@ def _opened(name: Name, folder: Path, id: str, resume_after: int | None) -> Any:
             "where wandb has no network or key, or leave it out of trackers"
         ) from error
     return tracker
+
+
+def _wait_for_a_later_name(folder: Path) -> None:
+    """Wait until a new file of events sorts behind those of ``folder``; at most a second.
+
+    TensorBoard reads a run's files in the order of their names, which hold the second they were
+    begun in and then numbers without leading zeros: of two of one second the later may come first,
+    and the steps it takes back would stay.
+    """
+    seconds = [int(path.name.split(".")[3]) for path in folder.glob("tensorboard/*tfevents*")]
+    while seconds and int(time.time()) <= max(seconds):
+        time.sleep(0.05)
 
 
 def _add_video(board: Any, title: str, path: Path, step: int) -> None:

@@ -98,8 +98,15 @@ def test_two_runs_are_two_runs_of_the_tracker(tmp_path, fake):
     assert first != second
 
 
-def test_tensorboard_has_numbers_videos_and_settings(tmp_path, video):
-    """And forgets the steps that are run again."""
+def test_tensorboard_has_numbers_videos_and_settings(tmp_path, video, monkeypatch):
+    """And forgets the steps that are run again, in the very second of the run before.
+
+    The writers' numbers 9 and 10 stand at the end of the files' names, so that the second file
+    would be read first.
+    """
+    from tensorboard.summary.writer import event_file_writer
+
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(9))
     log = MetricLog(tmp_path, None, Trackers(["tensorboard"], tmp_path, SETTINGS, None))
     with log:
         for step in range(4):
