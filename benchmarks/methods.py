@@ -1,15 +1,17 @@
-"""Every legal pair of objective and explorer on the miniature, tuned alike: which gains most.
+"""Every legal pair of objective and explorer on the miniature, tuned alike, at equal FLOPs.
 
-Each pair is tuned on one seed by a grid of equal size (three learning rates times two values of its
-own knob), judged by the trained rewards on stories of their own; its best setting then runs with
-three seeds and is evaluated on others. Runs are folders of `kvpo align`: what is finished is not
-run again, what was stopped goes on, so the benchmark may be killed at any time.
+    python benchmarks/methods.py --list                      the pairs, and what is done of each
+    python benchmarks/methods.py [--pairs nft-best_of ...]   all of it, a day of two cores
 
-    python benchmarks/methods.py --out runs/methods --list      the grid, and what is done of it
-    python benchmarks/methods.py --out runs/methods             all of it, hours; ends with compare.html
+    tuning    every learning rate of RATES, seed 0; the mean of the trained rewards decides, on
+              stories that nothing else looks at
+    final     the best rate with the seeds of SEEDS, evaluated on other stories
+    control   the same with shuffled advantages, the first of the seeds
 
-Pairs have equal numbers of updates, groups and branches, not of FLOPs: the table has the network
-calls and the time of each, by which gains have to be read.
+A pair gets as many updates as the counted FLOPs of that many updates of the recipe pay for
+(`kvpo plan`), so a gain in the table is a gain per FLOP. Runs are folders of `kvpo align` and values
+are kept: what is finished is not done again, what was stopped goes on, and after each run
+OUT/methods.md has the table of what there is.
 """
 
 from __future__ import annotations
@@ -17,89 +19,133 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import json
 import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kvpo.config import from_dict, load_config, recipe_path, to_dict
-from kvpo.evaluation.intervals import TOTAL
-from kvpo.method.objectives.kinds import OBJECTIVES
-from kvpo.report.compare import read_runs, text_table, write_comparison
+import torch
+from claims import claimed_by, interval_text, over_seeds, values
 
-EXPLORERS = ("kv_routing", "start_noise", "renoise", "sde")
-"""Explorers that can have windows of one block anywhere: not `best_of` and `prompt`."""
+from kvpo.common.files import write_atomic
+from kvpo.common.progress import Progress
+from kvpo.common.rng import stream
+from kvpo.config import RunConfig, from_dict, load_config, recipe_path, to_dict
+from kvpo.evaluation.intervals import TOTAL, bootstrap_interval
+from kvpo.method.objectives.kinds import OBJECTIVES
+from kvpo.planning.amounts import amounts
+from kvpo.planning.costs import costs, sizes_of
+from kvpo.planning.plan import work
+from kvpo.runs.build import evaluation_scripts
+
+EXPLORERS = ("kv_routing", "start_noise", "renoise", "sde", "best_of", "prompt")
 SAMPLERS = {"sde": "ode"}
 """Explorer -> its sampler; the others have the recipe's. Gains are over the same sampler's start."""
-RATES = (1.0e-4, 3.0e-4, 9.0e-4)
-KNOBS: dict[str, tuple[str, tuple[float, float]]] = {
-    "tve_ppo": ("kl_beta", (0.1, 1.0)),
-    "regression": ("temperature", (0.3, 1.0)),
-    "nft": ("beta", (0.3, 1.0)),
-    "rvm": ("scale", (0.1, 0.3)),
-    "kernel_grpo": ("clip", (0.001, 0.01)),
-    "sde_grpo": ("clip", (0.001, 0.01)),
-    "denoised_distance": ("kl_beta", (0.1, 1.0)),
-}
-"""Objective -> the setting of its own that is tuned, and its two values."""
+RATES = (3.0e-4, 1.0e-3, 1.0e-4)
+GRADIENT = 0.002
+"""Norm to which every group's gradient is clipped, below the smallest that an objective has here.
+
+Gradients of `tve_ppo` have norms of 5 to 80 and those of `rvm` of 0.005. The recipe clips the first
+to 1 and divides by their size plus `optimizer.eps`, which would make a small gradient a small
+learning rate. With clip, eps and the penalty's weight smaller alike, `tve_ppo` is the recipe as it
+stands, and the others are treated as it is.
+"""
 SEEDS = (1, 2, 3)
 """Seeds of the final runs; tuning has seed 0."""
-TUNING = {"steps": 40, "evaluate.scripts": 64, "evaluate.seed": 5000}
-FINAL = {"steps": 100, "evaluate.scripts": 256, "evaluate.seed": 1000}
 
+
+@dataclass(frozen=True)
+class Stage:
+    """How long runs are, in updates of the recipe, and how they are measured."""
+
+    updates: int
+    scripts: int
+    evaluation_seed: int
+
+
+TUNING = Stage(updates=20, scripts=32, evaluation_seed=5000)
+FINAL = Stage(updates=50, scripts=128, evaluation_seed=7000)
+
+Pair = tuple[str, str]
 Run = Callable[[Sequence[str]], int]
+Values = dict[str, torch.Tensor]
+"""Component, the mean of the trained ones first -> its value for every script."""
+Measure = Callable[[str, str, Stage, Path], Values]
+"""(generator, sampler, stage, file that keeps them) -> values."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One cell of a pair's grid."""
+    """A pair at one learning rate."""
 
     objective: str
     explorer: str
     rate: float
-    knob: float
 
     @property
-    def name(self) -> str:
-        return f"{self.objective}-{self.explorer}-lr{self.rate:g}-{KNOBS[self.objective][0]}{self.knob:g}"
+    def sampler(self) -> str:
+        return SAMPLERS.get(self.explorer, load_config(recipe_path("mini")).sampler)
 
     def options(self) -> dict[str, str]:
-        """Options of `kvpo align`; all explorers have windows of one block."""
-        knob, _values = KNOBS[self.objective]
-        return {
+        """Options of `kvpo align`; explorers with a window have one of one block."""
+        recipe = load_config(recipe_path("mini"))
+        smaller = GRADIENT / recipe.optimizer.clip
+        options = {
             "objective.kind": self.objective,
-            f"objective.{knob}": str(self.knob),
             "explorer": self.explorer,
-            f"{self.explorer}.window_blocks": "1",
-            "optimizer.lr": str(self.rate),
-        } | ({"sampler": SAMPLERS[self.explorer]} if self.explorer in SAMPLERS else {})
+            "sampler": self.sampler,
+            "optimizer.lr": f"{self.rate:g}",
+            "optimizer.clip": f"{GRADIENT:g}",
+            "optimizer.eps": f"{recipe.optimizer.eps * smaller:g}",
+            "velocity_penalty.weight": f"{recipe.velocity_penalty.weight * smaller:g}",
+        }
+        if self.explorer != "best_of":  # whose window is the whole story
+            options[f"{self.explorer}.window_blocks"] = "1"
+        return options
+
+
+def settings_of(options: dict[str, str]) -> RunConfig:
+    """The recipe with options of the command line."""
+    content = to_dict(load_config(recipe_path("mini")))
+    for name, value in options.items():
+        section, _, key = name.rpartition(".")
+        if section == "objective":
+            content["objective"] = {"kind": value} if key == "kind" else content["objective"]
+        else:
+            (content[section] if section else content)[key] = value
+    return from_dict(content)
 
 
 @functools.cache
 def legal(objective: str, explorer: str) -> str:
     """Why a pair is refused; empty for a legal one."""
-    recipe = to_dict(load_config(recipe_path("mini")))
     try:
-        sampler = SAMPLERS.get(explorer, recipe["sampler"])
-        pair = {"objective": {"kind": objective}, "explorer": explorer, "sampler": sampler}
-        from_dict(recipe | pair)
+        settings_of(Setting(objective, explorer, RATES[0]).options())
     except ValueError as error:
         return str(error)
     return ""
 
 
-def pairs() -> list[tuple[str, str]]:
+def pairs() -> list[Pair]:
     """All legal pairs, objective by objective."""
     return [p for p in itertools.product(OBJECTIVES, EXPLORERS) if not legal(*p)]
 
 
-def grid(objective: str, explorer: str) -> Iterator[Setting]:
-    """The settings that are tried for a pair, as many for each."""
-    for rate, knob in itertools.product(RATES, KNOBS[objective][1]):
-        yield Setting(objective, explorer, rate, knob)
+@functools.cache
+def flops(objective: str, explorer: str) -> float:
+    """TFLOP of a group, rewards not counted."""
+    config = settings_of(Setting(objective, explorer, RATES[0]).options())
+    sizes = sizes_of(config, "")
+    cost = costs(config, sizes)
+    counted = amounts(config, sizes.geometry, 1, cost.decoding(config).field)
+    return sum(work(config, sizes, cost, counted).values()) / 1e12
+
+
+def updates(pair: Pair, stage: Stage) -> int:
+    """Updates that cost as much as those of the stage cost the recipe."""
+    return max(round(stage.updates * flops("tve_ppo", "kv_routing") / flops(*pair)), 1)
 
 
 def finished(folder: Path) -> bool:
@@ -107,84 +153,164 @@ def finished(folder: Path) -> bool:
     return (folder / "report.html").exists()
 
 
-def ensure(folder: Path, options: dict[str, str], run: Run) -> bool:
+def ensure(folder: Path, setting: Setting, steps: int, seed: int, run: Run, *more: str) -> bool:
     """Run it, or go on with it, unless it is finished; False where it failed."""
     if finished(folder):
         return True
-    argv = ["align", "mini", "--out", str(folder)]
-    argv += [part for name, value in options.items() for part in (f"--{name}", value)]
+    argv = ["align", "mini", "--out", str(folder), "--seed", str(seed), "--steps", str(steps)]
+    argv += ["--evaluate.scripts", "2", "--sentinels.every", "0", *more]
+    argv += [part for name, value in setting.options().items() for part in (f"--{name}", value)]
     if (folder / "config.resolved.yaml").exists():
         argv.append("--resume")
     return run(argv) == 0 and finished(folder)
 
 
-def gain(folder: Path) -> float:
-    """Mean difference of the trained rewards; NaN where it was not measured."""
-    found = sorted((folder / "evaluation").glob("ema-step-*.json"))
-    rows = json.loads(found[-1].read_text(encoding="utf-8"))["rows"] if found else []
-    values = [row["diff"] for row in rows if row["component"] == TOTAL]
-    return float(values[0]) if values and values[0] is not None else math.nan
+class Bench:
+    """The benchmark in a folder: its runs, their values, and the table of both."""
+
+    def __init__(self, out: Path, run: Run, measure: Measure):
+        self.out, self.run, self.measure = out, run, measure
+
+    def tuned(self, pair: Pair) -> Setting | None:
+        """The pair at its best rate, None where no run of it came to an end."""
+        gains: dict[Setting, float] = {}
+        for rate in RATES:
+            setting = Setting(*pair, rate)
+            folder = self.out / "tuning" / f"{'-'.join(pair)}-lr{rate:g}"
+            if ensure(folder, setting, updates(pair, TUNING), 0, self.run):
+                gains[setting] = float(self.gains(folder, setting, TUNING)[TOTAL].mean())
+        known = {s: g for s, g in gains.items() if math.isfinite(g)}
+        return max(known, key=lambda s: known[s]) if known else None
+
+    def gains(self, folder: Path, setting: Setting, stage: Stage) -> Values:
+        """Per-script differences of a run's EMA weights to the start weights."""
+        recipe = load_config(recipe_path("mini"))
+        kept = self.out / f"values-{stage.evaluation_seed}-{stage.scripts}"
+        kept.mkdir(parents=True, exist_ok=True)
+        start = self.measure(
+            recipe.pipeline, setting.sampler, stage, kept / f"start-{setting.sampler}.json"
+        )
+        found = self.measure(f"{folder}:ema", setting.sampler, stage, kept / f"{folder.name}.json")
+        return {name: found[name] - start[name] for name in start}
+
+    def final(self, setting: Setting, seed: int, shuffled: bool = False) -> Values | None:
+        """Gains of a final run or of its control; None where it failed."""
+        pair = (setting.objective, setting.explorer)
+        name = f"{'-'.join(pair)}-{'shuffled' if shuffled else 'seed'}{seed}"
+        more = ["--shuffle-advantages"] if shuffled else []
+        folder = self.out / "final" / name
+        if not ensure(folder, setting, updates(pair, FINAL), seed, self.run, *more):
+            return None
+        return self.gains(folder, setting, FINAL)
+
+    def all(self, chosen: Sequence[Pair]) -> None:
+        """Whatever is left to do; seed by seed, so that what there is can be compared."""
+        best = {pair: setting for pair in chosen if (setting := self.tuned(pair))}
+        found: dict[Pair, dict[str, Values]] = {pair: {} for pair in best}
+        for seed, shuffled in [(s, False) for s in SEEDS] + [(SEEDS[0], True)]:
+            for pair, setting in best.items():
+                gains = self.final(setting, seed, shuffled)
+                if gains:
+                    found[pair]["shuffled" if shuffled else f"seed {seed}"] = gains
+                write_atomic(self.out / "methods.md", table(best, found))
 
 
-def best(out: Path, settings: Sequence[Setting]) -> Setting | None:
-    """The setting of the highest gain in tuning; None where no run could be measured."""
-    gains = [
-        (gain(out / "tuning" / s.name), s) for s in settings if finished(out / "tuning" / s.name)
+def table(best: dict[Pair, Setting], found: dict[Pair, dict[str, Values]]) -> str:
+    """Markdown: a line a pair, the highest mean gain first."""
+    lines = [
+        "| objective | explorer | rate | updates | gain of each seed | all seeds | control | parts | fell |",
+        "|---" * 9 + "|",
     ]
-    known = [(g, s) for g, s in gains if g == g]
-    return max(known, key=lambda found: found[0])[1] if known else None
+    rows = [(pair, runs) for pair, runs in found.items() if _seeds(runs)]
+    rows.sort(key=lambda row: -float(torch.stack([g[TOTAL] for g in _seeds(row[1])]).mean()))
+    for pair, runs in rows:
+        seeds = _seeds(runs)
+        diff_SN = torch.stack([gains[TOTAL] for gains in seeds])
+        control = _over_scripts(runs["shuffled"][TOTAL]) if "shuffled" in runs else ""
+        cells = [
+            *(f"`{name}`" for name in pair),
+            f"{best[pair].rate:g}",
+            str(updates(pair, FINAL)),
+            ", ".join(f"{float(d.mean()):+.3f}" for d in diff_SN),
+            interval_text(*over_seeds(diff_SN, "-".join(pair))),
+            control,
+            ", ".join(f"{n} {_mean(seeds, n):+.3f}" for n in ("VQ", "MQ", "TA") if n in seeds[0]),
+            ", ".join(_fell(seeds)),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
-def benchmark(out: Path, run: Run) -> list[Path]:
-    """All that is left of the benchmark; returns the folders of the final runs that ended."""
-    done = []
-    for pair in pairs():
-        settings = list(grid(*pair))
-        for setting in settings:
-            options = setting.options() | {k: str(v) for k, v in TUNING.items()} | {"seed": "0"}
-            ensure(out / "tuning" / setting.name, options, run)
-        chosen = best(out, settings)
-        for seed in SEEDS if chosen else ():
-            folder = out / "final" / f"{'-'.join(pair)}-seed{seed}"
-            options = chosen.options() | {k: str(v) for k, v in FINAL.items()}
-            if ensure(folder, options | {"seed": str(seed)}, run):
-                done.append(folder)
-    return done
+def _seeds(runs: dict[str, Values]) -> list[Values]:
+    return [gains for name, gains in runs.items() if name != "shuffled"]
 
 
-def print_grid(out: Path) -> None:
+def _mean(seeds: Sequence[Values], name: str) -> float:
+    return float(torch.stack([gains[name] for gains in seeds]).nanmean())
+
+
+def _over_scripts(diff_N: torch.Tensor) -> str:
+    interval = bootstrap_interval(diff_N, stream(0, "methods", "control"))
+    return interval_text(float(diff_N.mean()), *interval)
+
+
+def _fell(seeds: Sequence[Values]) -> Iterator[str]:
+    """The components whose interval over seeds and scripts lies below 0."""
+    for name in seeds[0]:
+        diff_SN = torch.stack([gains[name] for gains in seeds])
+        mean, _low, high = over_seeds(diff_SN[:, diff_SN.isfinite().all(dim=0)], name)
+        if high < 0.0:
+            yield f"{name} {mean:+.3f}"
+
+
+def print_pairs(out: Path) -> None:
     """Say what is run, what of it is finished, and which pairs are refused."""
-    for objective, explorer in itertools.product(OBJECTIVES, EXPLORERS):
-        reason = legal(objective, explorer)
-        if reason:
-            print(f"{objective:18} {explorer:12} refused: {reason}")
+    for pair in itertools.product(OBJECTIVES, EXPLORERS):
+        if reason := legal(*pair):
+            print(f"{pair[0]:18} {pair[1]:12} refused: {reason}")
             continue
-        settings = list(grid(objective, explorer))
-        tuned = sum(finished(out / "tuning" / s.name) for s in settings)
-        final = [out / "final" / f"{objective}-{explorer}-seed{seed}" for seed in SEEDS]
-        ended = sum(map(finished, final))
+        tuned = len([f for f in out.glob(f"tuning/{'-'.join(pair)}-lr*") if finished(f)])
+        final = len([f for f in out.glob(f"final/{'-'.join(pair)}-s*") if finished(f)])
         print(
-            f"{objective:18} {explorer:12} tuned {tuned}/{len(settings)}, final {ended}/{len(final)}"
+            f"{pair[0]:18} {pair[1]:12} {updates(pair, FINAL):3} updates, "
+            f"tuned {tuned}/{len(RATES)}, final {final}/{len(SEEDS) + 1}"
         )
 
 
+def by_scripts() -> Measure:
+    """Measure generators on unseen scripts, all components of the recipe's rewards."""
+    recipe, progress = load_config(recipe_path("mini")), Progress()
+
+    def measure(generator: str, sampler: str, stage: Stage, path: Path) -> Values:
+        config = claimed_by(recipe, stage.scripts, stage.evaluation_seed)
+        config = replace(config, sampler=sampler)
+        return values(generator, config, evaluation_scripts(config), path, progress)
+
+    return measure
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the grid, or run what is left of it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Print the pairs, or run what is left of them."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/methods"))
-    parser.add_argument("--list", action="store_true", help="print the grid and run nothing")
+    parser.add_argument(
+        "--pairs", nargs="+", help="objective-explorer; all legal ones if not given"
+    )
+    parser.add_argument("--list", action="store_true", help="print the pairs and run nothing")
     args = parser.parse_args(argv)
     if args.list:
-        return print_grid(args.out)
+        return print_pairs(args.out)
+    names = {"-".join(pair): pair for pair in pairs()}
+    if unknown := set(args.pairs or ()) - set(names):
+        parser.error(f"--pairs {' '.join(sorted(unknown))}: legal are {' '.join(names)}")
 
     def run(command: Sequence[str]) -> int:
         return subprocess.run([sys.executable, "-m", "kvpo", *command]).returncode
 
-    folders = benchmark(args.out, run)
-    if len(folders) > 1:
-        runs = read_runs(folders)
-        print(text_table(runs))
-        print(write_comparison(runs, args.out / "compare.html"))
+    Bench(args.out, run, by_scripts()).all([names[n] for n in args.pairs or names])
+    print((args.out / "methods.md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

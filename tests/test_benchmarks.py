@@ -207,49 +207,69 @@ def test_the_table_of_claims_has_every_seed_and_the_difference_of_the_controls()
     assert "real minus zero, mean of trained, 2 seeds: +0.100 [+0.100, +0.100]" in text
 
 
-def test_the_methods_are_tuned_alike_and_what_is_finished_is_not_run_again(tmp_path, capsys):
-    """Every legal pair has a grid of one size, its best setting runs with three seeds, and a run
-    that was stopped goes on."""
+def test_the_methods_are_tuned_alike_and_what_is_finished_is_not_run_again(
+    tmp_path, capsys, monkeypatch
+):
+    """A pair has every learning rate once, its best one three seeds and a control, and a run that
+    was stopped goes on."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
     methods = load("methods")
-    pairs = methods.pairs()
-    assert ("tve_ppo", "kv_routing") in pairs and ("kernel_grpo", "renoise") in pairs
-    assert ("tve_ppo", "start_noise") not in pairs and len(pairs) == 16
-    assert {len(list(methods.grid(*pair))) for pair in pairs} == {6}
-    asked = []
+    pairs, asked = [("nft", "renoise"), ("tve_ppo", "kv_routing")], []
+    monkeypatch.setattr(methods, "updates", lambda pair, stage: stage.updates)
 
     def run(argv):
         folder = Path(argv[3])
         asked.append((folder.name, "--resume" in argv))
-        (folder / "evaluation").mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.resolved.yaml").touch()
-        if len(asked) == 3:
+        if len(asked) == 2:
             return 130  # stopped
-        rows = [{"component": "mean of trained", "diff": 0.01 * ("lr0.0009" in folder.name)}]
-        (folder / "evaluation/ema-step-000040.json").write_text(json.dumps({"rows": rows}))
         (folder / "report.html").touch()
         return 0
 
-    folders = methods.benchmark(tmp_path, run)
-    assert len(folders) == 16 * 3 and len(asked) == 16 * (6 + 3)
-    stopped = asked[2][0]
+    def measure(generator, sampler, stage, path):
+        gain = 0.0
+        if generator.endswith(":ema"):
+            gain = 0.1 if path.stem.endswith("lr0.001") else 0.01
+        return {
+            name: gain * sign + torch.arange(stage.scripts, dtype=torch.float64) / 1e3
+            for name, sign in ((methods.TOTAL, 1.0), ("VQ", 1.0), ("classic", -1.0))
+        }
+
+    bench = methods.Bench(tmp_path, run, measure)
+    bench.all(pairs)
+    assert len(asked) == len(pairs) * (len(methods.RATES) + len(methods.SEEDS) + 1)
+    stopped = asked[1][0]
     asked.clear()
-    assert methods.benchmark(tmp_path, run) == folders and asked == [(stopped, True)]
-    chosen = methods.best(tmp_path, list(methods.grid("nft", "renoise")))
-    assert chosen.rate == 9.0e-4
-    methods.main(["--out", str(tmp_path), "--list"])
-    assert "tuned 6/6, final 3/3" in capsys.readouterr().out
+    bench.all(pairs)
+    assert asked[0] == (stopped, True)
+    asked.clear()
+    bench.all(pairs)
+    assert not asked and bench.tuned(pairs[0]).rate == 1.0e-3
+    said = (tmp_path / "methods.md").read_text()
+    assert "| `nft` | `renoise` | 0.001 | 50 |" in said and "classic -0.010" in said
+    methods.print_pairs(tmp_path)
+    listed = capsys.readouterr().out
+    assert "50 updates, tuned 3/3, final 4/4" in listed and "refused" in listed
 
 
-def test_the_options_of_the_methods_are_settings():
+def test_the_options_of_the_methods_are_settings(monkeypatch):
+    """Every pair of the benchmark is a recipe that `kvpo align` takes, and 24 pairs are legal."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
     methods = load("methods")
-    for setting in (next(methods.grid(*pair)) for pair in methods.pairs()):
-        content: dict = {}
-        for name, value in setting.options().items():
-            section, _, key = name.rpartition(".")
-            place = content.setdefault(section, {}) if section else content
-            place[key] = value
-        config = from_dict(content)
-        assert config.objective.kind == setting.objective and config.optimizer.lr == setting.rate
+    assert len(methods.pairs()) == 24 and ("tve_ppo", "start_noise") not in methods.pairs()
+    for pair in methods.pairs():
+        config = methods.settings_of(methods.Setting(*pair, 1.0e-3).options())
+        assert (config.objective.kind, config.explorer) == pair
+        assert config.optimizer.lr == 1.0e-3 and config.optimizer.clip == methods.GRADIENT
+
+
+def test_a_dearer_pair_has_fewer_updates(monkeypatch):
+    """Whole videos of eight branches cost more than three times the recipe's forks."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    methods = load("methods")
+    assert methods.updates(("tve_ppo", "kv_routing"), methods.FINAL) == methods.FINAL.updates
+    assert methods.updates(("nft", "best_of"), methods.FINAL) < methods.FINAL.updates / 3
 
 
 def test_other_words_say_the_same_in_words_that_are_known(monkeypatch):

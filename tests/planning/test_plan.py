@@ -14,8 +14,9 @@ from tiny import GEOMETRY, draw
 from kvpo.commands import main as cli
 from kvpo.commands.plan import Plan
 from kvpo.common.progress import Progress
-from kvpo.config import RECIPES, from_dict, load_config, recipe_path
+from kvpo.config import RECIPES, from_dict, load_config, recipe_path, to_dict
 from kvpo.convert.wan_base import new_transformer
+from kvpo.method.objectives.kinds import OBJECTIVES
 from kvpo.planning.amounts import (
     amounts,
     contexts_of,
@@ -450,6 +451,21 @@ def test_savings_are_those_of_the_changed_recipe(folder):
     assert saved["--pairs.count 4"] == pytest.approx(1 - flops(fewer) / flops(config))
     assert "--pairs.count 4" not in savings(fewer, sizes, found)
     assert all(0.0 < share < 1.0 for share in saved.values())
+
+
+@pytest.mark.parametrize("kind", sorted(OBJECTIVES))
+def test_savings_of_every_objective(folder, kind):
+    """Plans of `regression`, which has no KL, ended in a TypeError: its switches were asked."""
+    explorer, sampler = {"sde_grpo": ("sde", "ode"), "kernel_grpo": ("renoise", "renoise")}.get(
+        kind, ("kv_routing", "renoise")
+    )
+    content = to_dict(load_config(recipe_path("mini")))
+    changed = {"objective": {"kind": kind}, "explorer": explorer, "sampler": sampler}
+    config = from_dict(content | changed | {"pipeline": str(folder)})
+    sizes = sizes_of(config, "")
+    found = savings(config, sizes, costs(config, sizes))
+    assert "--score.segments 1" in found
+    assert kind != "regression" or not any("kl-beta" in switch for switch in found)
 
 
 def test_options_that_are_said_are_understood():
