@@ -58,7 +58,7 @@ SEEDS = (1, 2, 3)
 
 @dataclass(frozen=True)
 class Stage:
-    """How long runs are, in updates of the recipe, and how they are measured."""
+    """Length of a run in updates of the recipe, and the scripts it is measured on."""
 
     updates: int
     scripts: int

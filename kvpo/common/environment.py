@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvpo.common.late import Late
+from kvpo.common.wording import count_of
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +44,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "packages": packages(),
         "hardware": torch.cuda.get_device_name(device)
         if device.type == "cuda"
-        else f"{_processor()}, {torch.get_num_threads()} threads",
+        else f"{_processor()}, {count_of(torch.get_num_threads(), 'thread')}",
         "device": str(device),
     }
 

@@ -196,16 +196,10 @@ STREAMED = """
 As a stream they are run by kvpo (`kvpo generate FOLDER --prompt ...` does the same):
 
 ```python
-from kvpo.generators.sampler import SAMPLERS
-from kvpo.evaluation.evaluate import generate
-from kvpo.generators.pipeline import Pipeline
-from kvpo.types import Script
-from kvpo.common.video import write_mp4
+import kvpo
 
-pipeline = Pipeline.load("FOLDER")  # this folder
-script = Script("video", ("a small red circle moves right",), (0,), blocks=13)
-(video,) = generate(pipeline, SAMPLERS["renoise"], [script], seed=0, names=[("video",)])
-write_mp4("video.mp4", video, pipeline.geometry.fps)
+video = kvpo.generate("FOLDER", ["a small red circle moves right slowly in the night", "it turns blue"], seconds=9)
+video.save("video.mp4")
 ```
 """
 RUNS_THEM = {

@@ -48,12 +48,14 @@ def sentence(component: str, n: int, difference: float, sd: float) -> str:
     observed, small = scripts_needed(sd, difference), scripts_needed(sd, SMALL)
     if not small:
         return ""
-    begin = f"{component}, {n} scripts: differences vary by {sd:#.3g} from script to script, so a 95 % interval leaves out 0 four times in five"
-    parts = [f"for a difference of {SMALL:g} {_enough(n, small)}"]
+    parts = [f"{_takes(n, small)} for one of {SMALL:g}"]
     if observed and abs(difference) != SMALL:
-        parts.insert(0, f"for one as large as the {difference:+#.3g} found {_enough(n, observed)}")
-    return f"{begin} {', and '.join(parts)}"
+        parts.insert(0, f"{_takes(n, observed)} for the {difference:+#.3g} found")
+    return (
+        f"{component} on {n} scripts, whose differences spread by {sd:#.3g}: to show a difference in "
+        f"4 of 5 evaluations takes {' and '.join(parts)}"
+    )
 
 
-def _enough(n: int, needed: int) -> str:
-    return f"with {needed} scripts" + (f": these {n} are too few" if n < needed else "")
+def _takes(n: int, needed: int) -> str:
+    return f"{needed} scripts" + (f" (more than these {n})" if n < needed else "")

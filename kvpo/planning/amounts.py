@@ -267,14 +267,12 @@ def own_past(config: RunConfig, geometry: Geometry) -> tuple[int, int]:
 
 
 def with_changes(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
-    """Dotted settings -> a config. ValueError for a setting that this objective does not have."""
+    """Dotted settings -> a config."""
     for key, value in changes.items():
         section, _, name = key.rpartition(".")
-        if not section:
-            config = replace(config, **{name: value})
-            continue
-        part = getattr(config, section)
-        if not hasattr(part, name):
-            raise ValueError(f"{key} is no setting of this recipe")
-        config = replace(config, **{section: replace(part, **{name: value})})
+        config = (
+            replace(config, **{section: replace(getattr(config, section), **{name: value})})
+            if section
+            else replace(config, **{name: value})
+        )
     return config

@@ -396,6 +396,8 @@ def savings(config: RunConfig, sizes: Sizes, c: Costs, world: int = 1) -> dict[s
 
     now, found = flops(config), {}
     for switch in (*SWITCHES, *more):
+        if not all(_has(config, key) for key in switch):
+            continue
         try:
             saved = 1.0 - flops(with_changes(config, switch)) / now
         except ValueError:  # an illegal pair of settings
@@ -403,6 +405,12 @@ def savings(config: RunConfig, sizes: Sizes, c: Costs, world: int = 1) -> dict[s
         if saved > 0.001:
             found[as_options(switch)] = saved
     return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def _has(config: RunConfig, key: str) -> bool:
+    """Whether these settings have one of that name: `regression` knows no KL."""
+    section, _, name = key.rpartition(".")
+    return hasattr(getattr(config, section) if section else config, name)
 
 
 def as_options(changes: Mapping[str, Any]) -> str:

@@ -279,7 +279,7 @@ def test_the_card_s_code_runs(capsys, runs, tmp_path, monkeypatch):
         and "kvpo generate out --prompt" in text
     )
     monkeypatch.chdir(tmp_path)
-    exec(text.split("```python\n")[1].split("```")[0].replace("blocks=13", "blocks=2"), {})
+    exec(text.split("```python\n")[1].split("```")[0].replace("seconds=9", "seconds=1"), {})
     assert (tmp_path / "video.mp4").stat().st_size > 0
 
 

@@ -44,16 +44,13 @@ def test_the_spread_comes_back_from_an_interval():
 
 def test_the_sentence():
     text = sentence("mean of trained", 24, 0.027, 0.13)
-    assert "24 scripts: differences vary by 0.130" in text
-    assert (
-        "as large as the +0.0270 found with 182 scripts: these 24 are too few, and for a difference of 0.01 with 1327 scripts: these 24 are too few"
-        in text
+    assert text == (
+        "mean of trained on 24 scripts, whose differences spread by 0.130: to show a difference in 4 of "
+        "5 evaluations takes 182 scripts (more than these 24) for the +0.0270 found and 1327 scripts "
+        "(more than these 24) for one of 0.01"
     )
     enough = sentence("VQ", 200, 0.05, 0.1)
-    assert (
-        "found with 32 scripts, and for a difference of 0.01 with 785 scripts: these 200 are too few"
-        in enough
-    )
+    assert "takes 32 scripts for the +0.0500 found and 785 scripts (more than these 200)" in enough
     assert "found" not in sentence("VQ", 9, 0.0, 0.1) and sentence("VQ", 9, 0.0, math.nan) == ""
 
 
@@ -62,8 +59,8 @@ def test_under_the_table():
     rows = compare(scored(VQ=[0.2, 0.5, 0.5]), scored(VQ=[0.1, 0.2, 0.3]), ["train"])
     assert (
         rows[0]["sd"] == pytest.approx(0.1)
-        and "mean of trained, 3 scripts" in enough_scripts(rows)
-        and "for a difference of 0.01 with 785 scripts" in enough_scripts(rows)
+        and "mean of trained on 3 scripts" in enough_scripts(rows)
+        and "785 scripts (more than these 3) for one of 0.01" in enough_scripts(rows)
     )
     assert (
         enough_scripts(compare(scored(VQ=[0.2, math.nan]), scored(VQ=[0.1, 0.2]), ["train"])) == ""
@@ -97,6 +94,6 @@ def test_in_the_report(tmp_path, noted):
     found, problems = read_evaluations(tmp_path)
     assert (
         problems == []
-        and "mean of trained, 64 scripts: differences vary by 0.200" in tables(found)[1]
+        and "mean of trained on 64 scripts, whose differences spread by 0.200" in tables(found)[1]
     )
-    assert "for a difference of 0.01 with 3140 scripts: these 64 are too few" in tables(found)[1]
+    assert "3140 scripts (more than these 64) for one of 0.01" in tables(found)[1]
