@@ -2,9 +2,10 @@
 
     python benchmarks/methods.py --list                      the pairs, and what is done of each
     python benchmarks/methods.py [--pairs nft-best_of ...]   all of it, a day of two cores
+    python benchmarks/methods.py --quick                     one rate, half as long, on 64 scripts
 
-    tuning    every learning rate of RATES, seed 0; the mean of the trained rewards decides, on
-              stories that nothing else looks at
+    tuning    every learning rate, seed 0; the mean of the trained rewards decides, on stories that
+              nothing else looks at
     final     the best rate with the seeds of SEEDS, evaluated on other stories
     control   the same with shuffled advantages, the first of the seeds
 
@@ -43,7 +44,6 @@ from kvpo.runs.build import evaluation_scripts
 EXPLORERS = ("kv_routing", "start_noise", "renoise", "sde", "best_of", "prompt")
 SAMPLERS = {"sde": "ode"}
 """Explorer -> its sampler; the others have the recipe's. Gains are over the same sampler's start."""
-RATES = (3.0e-4, 1.0e-3, 1.0e-4)
 GRADIENT = 0.002
 """Norm to which every group's gradient is clipped, below the smallest that an objective has here.
 
@@ -65,8 +65,17 @@ class Stage:
     evaluation_seed: int
 
 
-TUNING = Stage(updates=20, scripts=32, evaluation_seed=5000)
-FINAL = Stage(updates=50, scripts=128, evaluation_seed=7000)
+@dataclass(frozen=True)
+class Size:
+    """Extent of the benchmark. One rate is not tuned: all steps are equally long then."""
+
+    rates: tuple[float, ...]
+    tuning: Stage
+    final: Stage
+
+
+FULL = Size((3.0e-4, 1.0e-3, 1.0e-4), Stage(20, 32, 5000), Stage(50, 128, 7000))
+QUICK = Size((3.0e-4,), Stage(0, 0, 0), Stage(24, 64, 7000))
 
 Pair = tuple[str, str]
 Run = Callable[[Sequence[str]], int]
@@ -122,7 +131,7 @@ def settings_of(options: dict[str, str]) -> RunConfig:
 def legal(objective: str, explorer: str) -> str:
     """Why a pair is refused; empty for a legal one."""
     try:
-        settings_of(Setting(objective, explorer, RATES[0]).options())
+        settings_of(Setting(objective, explorer, FULL.rates[0]).options())
     except ValueError as error:
         return str(error)
     return ""
@@ -136,7 +145,7 @@ def pairs() -> list[Pair]:
 @functools.cache
 def flops(objective: str, explorer: str) -> float:
     """TFLOP of a group, rewards not counted."""
-    config = settings_of(Setting(objective, explorer, RATES[0]).options())
+    config = settings_of(Setting(objective, explorer, FULL.rates[0]).options())
     sizes = sizes_of(config, "")
     cost = costs(config, sizes)
     counted = amounts(config, sizes.geometry, 1, cost.decoding(config).field)
@@ -168,17 +177,19 @@ def ensure(folder: Path, setting: Setting, steps: int, seed: int, run: Run, *mor
 class Bench:
     """The benchmark in a folder: its runs, their values, and the table of both."""
 
-    def __init__(self, out: Path, run: Run, measure: Measure):
-        self.out, self.run, self.measure = out, run, measure
+    def __init__(self, out: Path, size: Size, run: Run, measure: Measure):
+        self.out, self.size, self.run, self.measure = out, size, run, measure
 
     def tuned(self, pair: Pair) -> Setting | None:
         """The pair at its best rate, None where no run of it came to an end."""
         gains: dict[Setting, float] = {}
-        for rate in RATES:
-            setting = Setting(*pair, rate)
-            folder = self.out / "tuning" / f"{'-'.join(pair)}-lr{rate:g}"
-            if ensure(folder, setting, updates(pair, TUNING), 0, self.run):
-                gains[setting] = float(self.gains(folder, setting, TUNING)[TOTAL].mean())
+        settings = [Setting(*pair, rate) for rate in self.size.rates]
+        if len(settings) == 1:
+            return settings[0]
+        for setting in settings:
+            folder = self.out / "tuning" / f"{'-'.join(pair)}-lr{setting.rate:g}"
+            if ensure(folder, setting, updates(pair, self.size.tuning), 0, self.run):
+                gains[setting] = float(self.gains(folder, setting, self.size.tuning)[TOTAL].mean())
         known = {s: g for s, g in gains.items() if math.isfinite(g)}
         return max(known, key=lambda s: known[s]) if known else None
 
@@ -199,9 +210,9 @@ class Bench:
         name = f"{'-'.join(pair)}-{'shuffled' if shuffled else 'seed'}{seed}"
         more = ["--shuffle-advantages"] if shuffled else []
         folder = self.out / "final" / name
-        if not ensure(folder, setting, updates(pair, FINAL), seed, self.run, *more):
+        if not ensure(folder, setting, updates(pair, self.size.final), seed, self.run, *more):
             return None
-        return self.gains(folder, setting, FINAL)
+        return self.gains(folder, setting, self.size.final)
 
     def all(self, chosen: Sequence[Pair]) -> None:
         """Whatever is left to do; seed by seed, so that what there is can be compared."""
@@ -212,10 +223,10 @@ class Bench:
                 gains = self.final(setting, seed, shuffled)
                 if gains:
                     found[pair]["shuffled" if shuffled else f"seed {seed}"] = gains
-                write_atomic(self.out / "methods.md", table(best, found))
+                write_atomic(self.out / "methods.md", table(best, found, self.size.final))
 
 
-def table(best: dict[Pair, Setting], found: dict[Pair, dict[str, Values]]) -> str:
+def table(best: dict[Pair, Setting], found: dict[Pair, dict[str, Values]], final: Stage) -> str:
     """Markdown: a line a pair, the highest mean gain first."""
     lines = [
         "| objective | explorer | rate | updates | gain of each seed | all seeds | control | parts | fell |",
@@ -230,7 +241,7 @@ def table(best: dict[Pair, Setting], found: dict[Pair, dict[str, Values]]) -> st
         cells = [
             *(f"`{name}`" for name in pair),
             f"{best[pair].rate:g}",
-            str(updates(pair, FINAL)),
+            str(updates(pair, final)),
             ", ".join(f"{float(d.mean()):+.3f}" for d in diff_SN),
             interval_text(*over_seeds(diff_SN, "-".join(pair))),
             control,
@@ -263,7 +274,7 @@ def _fell(seeds: Sequence[Values]) -> Iterator[str]:
             yield f"{name} {mean:+.3f}"
 
 
-def print_pairs(out: Path) -> None:
+def print_pairs(out: Path, size: Size) -> None:
     """Say what is run, what of it is finished, and which pairs are refused."""
     for pair in itertools.product(OBJECTIVES, EXPLORERS):
         if reason := legal(*pair):
@@ -272,8 +283,8 @@ def print_pairs(out: Path) -> None:
         tuned = len([f for f in out.glob(f"tuning/{'-'.join(pair)}-lr*") if finished(f)])
         final = len([f for f in out.glob(f"final/{'-'.join(pair)}-s*") if finished(f)])
         print(
-            f"{pair[0]:18} {pair[1]:12} {updates(pair, FINAL):3} updates, "
-            f"tuned {tuned}/{len(RATES)}, final {final}/{len(SEEDS) + 1}"
+            f"{pair[0]:18} {pair[1]:12} {updates(pair, size.final):3} updates, "
+            f"tuned {tuned}/{len(size.rates)}, final {final}/{len(SEEDS) + 1}"
         )
 
 
@@ -298,10 +309,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--pairs", nargs="+", help="objective-explorer; all legal ones if not given"
     )
+    parser.add_argument("--quick", action="store_true", help="one rate, shorter, fewer scripts")
     parser.add_argument("--list", action="store_true", help="print the pairs and run nothing")
     args = parser.parse_args(argv)
+    size = QUICK if args.quick else FULL
     if args.list:
-        return print_pairs(args.out)
+        return print_pairs(args.out, size)
     names = {"-".join(pair): pair for pair in pairs()}
     if unknown := set(args.pairs or ()) - set(names):
         parser.error(f"--pairs {' '.join(sorted(unknown))}: legal are {' '.join(names)}")
@@ -309,7 +322,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     def run(command: Sequence[str]) -> int:
         return subprocess.run([sys.executable, "-m", "kvpo", *command]).returncode
 
-    Bench(args.out, run, by_scripts()).all([names[n] for n in args.pairs or names])
+    Bench(args.out, size, run, by_scripts()).all([names[n] for n in args.pairs or names])
     print((args.out / "methods.md").read_text(encoding="utf-8"))
 
 

@@ -236,9 +236,9 @@ def test_the_methods_are_tuned_alike_and_what_is_finished_is_not_run_again(
             for name, sign in ((methods.TOTAL, 1.0), ("VQ", 1.0), ("classic", -1.0))
         }
 
-    bench = methods.Bench(tmp_path, run, measure)
+    bench = methods.Bench(tmp_path, methods.FULL, run, measure)
     bench.all(pairs)
-    assert len(asked) == len(pairs) * (len(methods.RATES) + len(methods.SEEDS) + 1)
+    assert len(asked) == len(pairs) * (len(methods.FULL.rates) + len(methods.SEEDS) + 1)
     stopped = asked[1][0]
     asked.clear()
     bench.all(pairs)
@@ -248,7 +248,7 @@ def test_the_methods_are_tuned_alike_and_what_is_finished_is_not_run_again(
     assert not asked and bench.tuned(pairs[0]).rate == 1.0e-3
     said = (tmp_path / "methods.md").read_text()
     assert "| `nft` | `renoise` | 0.001 | 50 |" in said and "classic -0.010" in said
-    methods.print_pairs(tmp_path)
+    methods.print_pairs(tmp_path, methods.FULL)
     listed = capsys.readouterr().out
     assert "50 updates, tuned 3/3, final 4/4" in listed and "refused" in listed
 
@@ -268,8 +268,9 @@ def test_a_dearer_pair_has_fewer_updates(monkeypatch):
     """Whole videos of eight branches cost more than three times the recipe's forks."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     methods = load("methods")
-    assert methods.updates(("tve_ppo", "kv_routing"), methods.FINAL) == methods.FINAL.updates
-    assert methods.updates(("nft", "best_of"), methods.FINAL) < methods.FINAL.updates / 3
+    final = methods.FULL.final
+    assert methods.updates(("tve_ppo", "kv_routing"), final) == final.updates
+    assert methods.updates(("nft", "best_of"), final) < final.updates / 3
 
 
 def test_other_words_say_the_same_in_words_that_are_known(monkeypatch):
