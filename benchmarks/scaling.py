@@ -31,8 +31,10 @@ from kvpo.distributed.process_end import end_by
 from kvpo.distributed.ranks import Ranks, leave
 from kvpo.method.routing import KVRouting
 from kvpo.planning.amounts import amounts
+from kvpo.planning.cards import CARDS
 from kvpo.planning.costs import Costs, Sizes, costs, sizes_of
-from kvpo.planning.plan import CARDS, UTILISATION, work
+from kvpo.planning.plan import UTILISATION
+from kvpo.planning.work import work
 from kvpo.train import Alignment
 
 RESULTS = Path("benchmarks/results/scaling.json")

@@ -28,8 +28,8 @@ from kvpo.distributed.signals import Stopped, not_now, stoppable
 from kvpo.method.advantages import Advantage, Unmeasurable, conflicts, measurable
 from kvpo.method.batch_spread import Spread, spread_of, variances
 from kvpo.method.kept_groups import Kept, Learnt, all_updates
+from kvpo.method.prefix import Start
 from kvpo.method.replay import CONTEXTS, Replay
-from kvpo.method.rollout import Start
 from kvpo.method.score import pixel_diversity
 from kvpo.method.update import GroupUpdate, group_means
 from kvpo.method.velocity_penalty import held_velocities

@@ -10,7 +10,7 @@ from tiny import GEOMETRY
 
 from kvpo.config import from_dict, load_config, recipe_path
 from kvpo.generators.pipeline import pixel_span
-from kvpo.method.rollout import draw_fork
+from kvpo.method.forks import draw_fork
 from kvpo.mini.source import StorySource
 from kvpo.runs.build import script_source
 from kvpo.runs.parts import Parts

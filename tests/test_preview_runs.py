@@ -19,8 +19,9 @@ from kvpo.generators.preview import Preview
 from kvpo.generators.streaming import VaeFrames
 from kvpo.planning.amounts import amounts
 from kvpo.planning.costs import costs, sizes_of
+from kvpo.planning.memory import stages
 from kvpo.planning.missing import missing
-from kvpo.planning.plan import savings, stages, work
+from kvpo.planning.work import savings, work
 from kvpo.train import Alignment
 
 CLIPS = {"clip_frames": 8, "min_frames": 4}

@@ -45,8 +45,9 @@ from kvpo.evaluation.evaluate import EvaluateConfig, compare, kinds_of, means
 from kvpo.generators.generate import streamed
 from kvpo.generators.pipeline import Geometry, Pipeline, block_at
 from kvpo.generators.sampler import SAMPLERS
+from kvpo.method.forks import check_fork
 from kvpo.method.prompts import even_starts, readable, starts_at
-from kvpo.method.rollout import check_fork, roll_out
+from kvpo.method.rollout import roll_out
 from kvpo.method.score import pixel_diversity
 from kvpo.planning.missing import refuse_missing
 from kvpo.report.read_run import Row, read_evaluations

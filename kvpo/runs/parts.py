@@ -13,7 +13,7 @@ import torch
 
 from kvpo.common.environment import make_reproducible, pick_device
 from kvpo.common.progress import Progress
-from kvpo.common.rng import stream
+from kvpo.common.rng import Name, stream
 from kvpo.common.timing import Phases
 from kvpo.config import RunConfig
 from kvpo.distributed.ranks import Ranks
@@ -26,17 +26,10 @@ from kvpo.generators.readable import check_prompts
 from kvpo.generators.sampler import SAMPLERS
 from kvpo.method.agreement import Agreement
 from kvpo.method.explorers import Explorer, forks_of
+from kvpo.method.forks import check_room, draw_fork, spread_forks
+from kvpo.method.prefix import Start
 from kvpo.method.prompts import PromptSet
-from kvpo.method.rollout import (
-    Name,
-    Start,
-    check_room,
-    draw_fork,
-    go_on,
-    roll_out,
-    spread_forks,
-    starts,
-)
+from kvpo.method.rollout import roll_out, roll_out_branches, start_groups
 from kvpo.method.score import horizon, score
 from kvpo.method.sketch import Sketch
 from kvpo.method.update import Updater
@@ -162,7 +155,7 @@ class Parts:
             for script, name in zip(scripts, names)
         ]
         with self.row.together(), self.policy.rolling_out(), self.phases("prefix"):
-            return starts(
+            return start_groups(
                 self.pipeline,
                 self.sampler,
                 config.exploring,
@@ -242,7 +235,7 @@ class Parts:
                     needs=config.recorded,
                 )
             else:
-                rollout = go_on(
+                rollout = roll_out_branches(
                     self.pipeline,
                     explorer,
                     config.rollout,

@@ -15,8 +15,10 @@ from kvpo.common.rng import stream
 from kvpo.common.timing import Phases
 from kvpo.config import from_dict
 from kvpo.generators.sampler import SAMPLERS
-from kvpo.method.rollout import RolloutConfig, go_on, spread_forks, starts
+from kvpo.method.forks import spread_forks
+from kvpo.method.rollout import roll_out_branches, start_groups
 from kvpo.method.routing import KVRouting
+from kvpo.method.settings import RolloutConfig
 from kvpo.train import Alignment
 
 EXPLORER, CONFIG = KVRouting(window_blocks=2), RolloutConfig(branches=3, cache_frames=9)
@@ -27,7 +29,7 @@ HELD = (lambda fork: (1,), lambda fork: (), lambda fork: (0, 2), lambda fork: ()
 
 
 def begun(pipeline, which: list[int]):
-    return starts(
+    return start_groups(
         pipeline,
         SAMPLERS["renoise"],
         EXPLORER,
@@ -43,7 +45,7 @@ def begun(pipeline, which: list[int]):
 
 
 def rolled(pipeline, start, i: int):
-    return go_on(pipeline, EXPLORER, CONFIG, start, 0, ("train", 0, i), Phases())
+    return roll_out_branches(pipeline, EXPLORER, CONFIG, start, 0, ("train", 0, i), Phases())
 
 
 @pytest.mark.parametrize("history", ["window", "bank"])

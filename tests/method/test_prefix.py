@@ -12,7 +12,8 @@ from tiny import draw, embed, story, with_geometry
 from kvpo.common.progress import Progress
 from kvpo.config import from_dict
 from kvpo.generators.sampler import SAMPLERS, NamedNoise
-from kvpo.method.rollout import PrefixDecoders, RolloutConfig, Start, start_groups
+from kvpo.method.prefix import PrefixDecoders, PrefixPlan, Start, generate_starts
+from kvpo.method.settings import RolloutConfig
 from kvpo.types import Window
 
 CACHE = 9
@@ -25,22 +26,14 @@ HISTORIES = {"window": {}, "all the past": {"window": -1}, "bank": {"bank": 2, "
 
 def started(pipeline, which: list[int]) -> list[Start]:
     g = pipeline.geometry
-
-    def pick(values):
-        return [values[i] for i in which]
-
-    noises = [NamedNoise(pipeline.latent_shape(g.block), 0, ("group", i)) for i in which]
+    shape = pipeline.latent_shape(g.block)
+    plans = [
+        PrefixPlan(SCRIPTS[i], Window(FORKS[i], 1), NamedNoise(shape, 0, ("group", i)), HELD[i])
+        for i in which
+    ]
     cache = CACHE if g.window > 0 else 40
-    return start_groups(
-        pipeline,
-        SAMPLERS["renoise"],
-        pick(SCRIPTS),
-        [Window(f, 1) for f in pick(FORKS)],
-        embed(pipeline, *SCRIPTS),
-        noises,
-        cache,
-        pick(HELD),
-    )
+    embeddings = embed(pipeline, *SCRIPTS)
+    return generate_starts(pipeline, SAMPLERS["renoise"], plans, embeddings, cache)
 
 
 def pages(start: Start) -> list[torch.Tensor]:

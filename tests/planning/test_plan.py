@@ -29,16 +29,10 @@ from kvpo.planning.amounts import (
 )
 from kvpo.planning.cards import CARDS, sold_as
 from kvpo.planning.costs import WAN_1_3B, WAN_5B, WAN_14B, costs, sizes_of
+from kvpo.planning.memory import fitted, stages
 from kvpo.planning.peak import Ledger, cost, fake, flops
-from kvpo.planning.plan import (
-    SWITCHES,
-    as_options,
-    fitted,
-    savings,
-    shares_of,
-    stages,
-    work,
-)
+from kvpo.planning.plan import shares_of
+from kvpo.planning.work import SWITCHES, as_options, savings, work
 from kvpo.policy.policy import Policy
 from kvpo.train import Alignment
 
