@@ -82,7 +82,8 @@ class Timed(Ranks):
 def worker(config: RunConfig, steps: int, out: Path) -> None:
     """Run one rank; the first step warms up and is not counted."""
     run = Alignment(config, out.parent / "run", Progress())
-    run.ranks = run.policy.layout.ranks = ranks = Timed(**vars(run.ranks))
+    parts = run.parts
+    parts.ranks = parts.policy.layout.ranks = ranks = Timed(**vars(parts.ranks))
     rows = []
     for step in range(steps + 1):
         ranks.messages.clear()

@@ -32,6 +32,7 @@ from kvpo.rewards.base import RewardSpec
 from kvpo.rewards.measured import scored
 from kvpo.runs.build import evaluation_scripts, script_source, unseen
 from kvpo.runs.monitor import Trials
+from kvpo.runs.parts import Parts
 from kvpo.train import Alignment
 
 CLOCK = ("unix_time", "time/", "memory/")
@@ -390,17 +391,17 @@ def test_ctrl_c_and_pre_emption(straight, tmp_path, monkeypatch, capsys, number)
     """In the middle of a step: the step is given up, those before it are saved although no
     checkpoint was due, the exit code is 0; resuming is the uninterrupted run."""
     out, recipe, _ = straight
-    explore = Alignment.explore
+    group = Alignment.group
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
 
     def interrupted(self, *args, **options):
         if self.done == 2:
             os.kill(os.getpid(), number)
             os.kill(os.getpid(), number)
-        return explore(self, *args, **options)
+        return group(self, *args, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Alignment, "explore", interrupted)
+        patched.setattr(Alignment, "group", interrupted)
         assert align(recipe, tmp_path / "run", "--checkpoint.every", "9") == 0
     said = capsys.readouterr().out
     assert (
@@ -421,7 +422,7 @@ def test_ctrl_c_and_pre_emption(straight, tmp_path, monkeypatch, capsys, number)
 def test_stopped_before_anything_is_done(recipe, tmp_path, monkeypatch, capsys):
     """There is nothing to save; resuming begins."""
     monkeypatch.setattr(
-        Alignment,
+        Parts,
         "embed",
         lambda self, script: (
             os.kill(os.getpid(), signal.SIGTERM) or self.pipeline.encode_text(script.texts)
@@ -436,9 +437,9 @@ def test_stopped_before_anything_is_done(recipe, tmp_path, monkeypatch, capsys):
 def test_stopped_while_it_is_made_ready(recipe, tmp_path, monkeypatch, capsys):
     """Weights of billions of numbers take minutes to load; nobody waits for them to be told that
     it is over."""
-    load, handler = Alignment._load_pipeline, signal.getsignal(signal.SIGTERM)
+    load, handler = Parts._load_pipeline, signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(
-        Alignment, "_load_pipeline", lambda self: os.kill(os.getpid(), signal.SIGTERM) or load(self)
+        Parts, "_load_pipeline", lambda self: os.kill(os.getpid(), signal.SIGTERM) or load(self)
     )
     assert align(recipe, tmp_path / "run") == 0
     assert (
@@ -450,17 +451,17 @@ def test_stopped_while_it_is_made_ready(recipe, tmp_path, monkeypatch, capsys):
 
 def test_stopped_with_a_full_disk(recipe, tmp_path, monkeypatch, capsys):
     """What could not be saved is not called saved."""
-    explore = Alignment.explore
+    group = Alignment.group
 
     def interrupted(self, *args, **options):
         if self.done == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return explore(self, *args, **options)
+        return group(self, *args, **options)
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Alignment, "explore", interrupted)
+    monkeypatch.setattr(Alignment, "group", interrupted)
     monkeypatch.setattr("kvpo.policy.checkpoint.save_file", full)
     assert align(recipe, tmp_path / "run", "--checkpoint.every", "9") == 1
     said = capsys.readouterr()
@@ -847,7 +848,7 @@ def test_what_was_trained_before_a_number_that_is_none_is_saved(
     """In the third step, with no checkpoint due before the ninth: the two steps before were lost
     once."""
     out, recipe, _ = straight
-    where, name = (Alignment, "explore") if error is ValueError else (Updater, "step")
+    where, name = (Alignment, "group") if error is ValueError else (Updater, "step")
     work, calls = getattr(where, name), []
 
     def broken(self, *args, **options):

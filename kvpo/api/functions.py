@@ -125,7 +125,7 @@ def align(
 
 def _train(run: Alignment, resume: bool, override: bool) -> str:
     """Run to the end; the name of the signal that stopped it before, or ""."""
-    again = run.ranks.gather(restarted_here(run.out))  # torchrun starts anew what has crashed
+    again = run.parts.ranks.gather(restarted_here(run.out))  # torchrun starts anew what has crashed
     try:
         run.run(resume or any(again), override)
     except Stopped as stop:

@@ -100,7 +100,7 @@ def test_a_step_with_several_forks_of_a_story(folder, tmp_path):
         run = Alignment(config, tmp_path, Progress())
         if forks == 2:
             assert list(run._side_by_side([0, 1, 2, 3])) == [[0, 2], [1, 3]]
-            first, second = run.starts(0, [0, 2])
+            first, second = run.parts.starts(0, [0, 2])
             assert first.script == second.script and first.window != second.window
             assert first.noise == second.noise
         assert run.step(0)["optim/step_norm"] > 0.0
@@ -116,7 +116,7 @@ def test_stories_of_a_step_fork_at_the_same_blocks(folder, tmp_path, forks):
     config = from_dict(settings(folder, groups=2 * forks, rollout=rollout, data=data))
     run, seen = Alignment(config, tmp_path, Progress()), []
     for step in range(4):
-        begun = run.starts(step, list(range(2 * forks)))
+        begun = run.parts.starts(step, list(range(2 * forks)))
         at = [start.window.fork for start in begun]
         assert at[0::2] == at[1::2] and len(set(at)) == forks
         assert begun[0].script != begun[1].script
