@@ -1,4 +1,4 @@
-"""Where a group leaves its story: which blocks can be a fork, and which of them it gets.
+"""Forks: the blocks at which a group may leave its story, and which of them it gets.
 
 Blocks at which an explorer's window fits are `kvpo.method.explorers.forks_of`; here they are
 checked against what a user asks for, and drawn.

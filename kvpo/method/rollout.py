@@ -1,5 +1,6 @@
-"""Stage 2: a group is one prefix, and from its fork on all branches and their anchor in one batch
-(method.md section 2).
+"""Stage 2: one prefix, and from its fork on all branches and their anchor in one batch.
+
+The reasons are in method.md, section 2.
 
     forks     which block the group leaves its story at
     prefix    the past up to there, of several groups side by side
