@@ -109,18 +109,21 @@ def records(out: Path, evaluations: bool = True) -> list[dict[str, float]]:
 def straight(folder, tmp_path_factory):
     """An uninterrupted run of 4 steps, its recipe, and the seconds of a step."""
     home = tmp_path_factory.mktemp("straight")
-    evaluate = {"scripts": 2, "batch": 2, "videos": 1, "online": True}
-    shown = {"show_every": 3, "evaluate": evaluate, "trackers": ["tensorboard"]}
-    path = write_recipe(home / "tiny.yaml", settings(folder, **shown))
-    assert align(path, home / "run", drawn=True) == 0
+    path = write_recipe(home / "tiny.yaml", settings(folder))
+    assert align(path, home / "run") == 0
     return home / "run", path, read_metrics(home / "run" / "metrics.jsonl")[1]["time/total"]
 
 
 # --- What a run leaves behind ---
 
 
-def test_a_run_leaves_everything(straight):
-    out, *_ = straight
+def test_a_run_leaves_everything(folder, tmp_path):
+    """Its report has curves and videos, and TensorBoard has them too."""
+    evaluate = {"scripts": 2, "batch": 2, "videos": 1, "online": True}
+    shown = {"show_every": 3, "evaluate": evaluate, "trackers": ["tensorboard"]}
+    out = tmp_path / "run"
+    assert align(write_recipe(tmp_path / "r.yaml", settings(folder, **shown)), out, drawn=True) == 0
+    assert "<path" in (out / "report.html").read_text() and any(out.glob("tensorboard/*tfevents*"))
     for name in (
         "config.resolved.yaml",
         "environment.json",
@@ -382,9 +385,13 @@ def test_killed_at_any_instant_and_resumed(straight, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_killed_twenty_times_and_resumed(straight, tmp_path):
-    """At random instants from the first line of the log to the last evaluation."""
-    out, recipe, step = straight
+def test_killed_twenty_times_and_resumed(straight, folder, tmp_path):
+    """At random instants from the first line of the log to the last evaluation, also while
+    pictures are written."""
+    out, _, step = straight
+    evaluate = {"scripts": 2, "batch": 2, "videos": 1}
+    shown = settings(folder, show_every=3, evaluate=evaluate, trackers=["tensorboard"])
+    recipe = write_recipe(tmp_path / "shown.yaml", shown)
     draw = random.Random(0)
     hits = 0
     for i in range(20):
