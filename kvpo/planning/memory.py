@@ -29,15 +29,15 @@ def stages(config: RunConfig, sizes: Sizes, c: Costs, world: int = 1) -> dict[st
     Passes cost as many times their row's bytes as they have rows.
     """
     g, B, R = sizes.geometry, side_by_side(config), replay_rows(config, sizes.geometry)
-    rollout_own, _ = own_past(config, g)
+    rollout_own, replay_own = own_past(config, g)
     pasts, trained, bank = begun_of(config, world), 4 * c.trainable, g.bank * c.frame
     # of prefixes decoded side by side one state is kept for each
     decoders = decoded_together(config) + pasts - 1
-    _, come = reward_memory(config)
-    always, swapped = _always(config, c, world), _swapped(config, c, world)
+    stay, come = reward_memory(config)
+    always, swapped = _always(config, c, world, stay), _swapped(config, c, world)
     stored = _stored(config, sizes, c, world)
     explored = always | stored
-    replayed = explored | _replayed(config, sizes, c)
+    replayed = explored | _replayed(config, sizes, c, replay_own)
     return {
         "prefix": always
         | {
@@ -64,14 +64,13 @@ def stages(config: RunConfig, sizes: Sizes, c: Costs, world: int = 1) -> dict[st
     }
 
 
-def _always(config: RunConfig, c: Costs, world: int) -> dict[str, int]:
+def _always(config: RunConfig, c: Costs, world: int, rewards: int) -> dict[str, int]:
     """Bytes that stay throughout a step: networks, trained copies, rewards that do not leave."""
-    stay, _ = reward_memory(config)
     return (
         {"generator": c.weights, "VAE": c.vae}
         | ({"preview decoder": c.preview.weights} if config.score.preview and c.preview else {})
         | _kept(config, c, world)
-        | ({"rewards": stay} if stay else {})
+        | ({"rewards": rewards} if rewards else {})
         | ({"merged weights": c.maps} if config.policy.merge_rollouts else {})
         | ({"text encoder": c.text_encoder} if config.data.prompts == "mini" else {})
         | ({"gradient so far": 4 * c.trainable} if groups_of(config, world) > 1 else {})
@@ -94,13 +93,15 @@ def _stored(config: RunConfig, sizes: Sizes, c: Costs, world: int) -> dict[str, 
     }
 
 
-def _replayed(config: RunConfig, sizes: Sizes, c: Costs) -> dict[str, int]:
-    """Bytes of a replay beside its passes: what its objective makes, and each branch's past."""
+def _replayed(config: RunConfig, sizes: Sizes, c: Costs, own: int) -> dict[str, int]:
+    """Bytes of a replay beside its passes: what its objective makes, and each branch's past.
+
+    ``own``: cache frames that a branch has of its own.
+    """
     g, shape = sizes.geometry, shape_of(config, sizes.geometry)
     made = shape.copies * rows_of(config) * config.exploring.window_blocks * shape.steps
     members = members_of(config, g) - config.advantages.anchor * (not shape.anchor_alone)
     members = min(config.rollout.together or members, members)
-    _, own = own_past(config, g)
     past = {"branches' own past": members * (own + g.bank) * c.frame}
     return ({"made for the replay": made * _latent(sizes)} if made else {}) | past
 
