@@ -28,7 +28,7 @@ from kvpo.method.advantages import UnsafePolicy
 from kvpo.method.energies import DenoisedEnergy, Surrogate, Temperature, VelocityEnergy
 from kvpo.method.replay import CONTEXTS, Replay
 from kvpo.method.routing import KVRouting
-from kvpo.train import Alignment
+from kvpo.runs.parts import Parts
 from kvpo.types import Rollout
 
 EXPLORER = KVRouting(nearest=2, window_blocks=3)
@@ -67,7 +67,7 @@ def variants() -> dict[str, Variant]:
 
 
 def add_group(
-    run: Alignment, index: int, found: dict[str, Variant]
+    run: Parts, index: int, found: dict[str, Variant]
 ) -> tuple[Rollout, dict[str, torch.Tensor]]:
     """Add one group's gradient to every variant's sums; returns the group."""
     script = run.source.script(0, index)
@@ -99,13 +99,13 @@ def add_group(
     return rollout, embeddings
 
 
-def moved(run: Alignment, direction: torch.Tensor, length: float) -> list[torch.Tensor]:
+def moved(run: Parts, direction: torch.Tensor, length: float) -> list[torch.Tensor]:
     """The start weights, ``length`` times ``direction`` further."""
     parts = direction.split([p.numel() for p in run.policy.parameters])
     return [w + length * d.view_as(w) for w, d in zip(run.policy.reference, parts)]
 
 
-def distance(run: Alignment, weights: list[torch.Tensor], kept: list) -> float:
+def distance(run: Parts, weights: list[torch.Tensor], kept: list) -> float:
     """Mean squared change of the velocities on the anchors' windows.
 
     The start weights explain these exactly.
@@ -120,7 +120,7 @@ def distance(run: Alignment, weights: list[torch.Tensor], kept: list) -> float:
     return float(torch.cat(energies).mean())
 
 
-def step(run: Alignment, direction: torch.Tensor, kept: list, wanted: float) -> list[torch.Tensor]:
+def step(run: Parts, direction: torch.Tensor, kept: list, wanted: float) -> list[torch.Tensor]:
     """The weights along ``direction`` at the wanted distance."""
     length = 1e-2 / float(direction.norm())
     for _ in range(6):
@@ -145,7 +145,7 @@ def main() -> None:
         evaluate=replace(config.evaluate, scripts=args.scripts, seed=2000, videos=0),
     )
     progress = Progress()
-    run, found, kept = Alignment(config, Path("."), progress), variants(), []
+    run, found, kept = Parts(config, progress), variants(), []
     with progress.bar("groups", args.groups) as bar:
         for index in range(args.groups):
             group = add_group(run, index, found)

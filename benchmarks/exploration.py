@@ -28,7 +28,7 @@ from kvpo.mini.rewards.attributes import load_network
 from kvpo.mini.rewards.heldout import diversity
 from kvpo.mini.source import StorySource
 from kvpo.runs.loading import load_generator
-from kvpo.train import Alignment
+from kvpo.runs.parts import Parts
 from kvpo.types import Script
 
 KINDS = {"memory stories": 1.0, "other stories": 0.0}
@@ -75,7 +75,7 @@ def forks_of_all(blocks: int, geometry) -> list[int]:
     )
 
 
-def measure(run: Alignment, network, explorer, story, name, fork: int) -> dict[str, float]:
+def measure(run: Parts, network, explorer, story, name, fork: int) -> dict[str, float]:
     rollout, table, pixels = run.explore(
         story.script, run.embed(story.script), name, explorer, fork
     )
@@ -111,7 +111,7 @@ def main() -> None:
     args = parser.parse_args()
     config: RunConfig = load_config(recipe_path("mini"))
     progress = Progress()
-    run = Alignment(config, Path("."), progress)
+    run = Parts(config, progress)
     run.pipeline, label = load_generator(args.generator, run.device, config.vae_dtype, config.dtype)
     run.pipeline.generator.requires_grad_(False)
     network, results = load_network(), {}

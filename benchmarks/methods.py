@@ -38,7 +38,7 @@ from kvpo.evaluation.intervals import TOTAL, bootstrap_interval
 from kvpo.method.objectives.kinds import OBJECTIVES
 from kvpo.planning.amounts import amounts
 from kvpo.planning.costs import costs, sizes_of
-from kvpo.planning.plan import work
+from kvpo.planning.work import work
 from kvpo.runs.build import evaluation_scripts
 
 EXPLORERS = ("kv_routing", "start_noise", "renoise", "sde", "best_of", "prompt")

@@ -23,7 +23,7 @@ from schedule import resident_kib
 from kvpo.common.progress import Progress
 from kvpo.config import load_config, recipe_path
 from kvpo.planning.costs import costs, sizes_of
-from kvpo.planning.plan import stages
+from kvpo.planning.memory import stages
 from kvpo.train import Alignment
 
 

@@ -22,7 +22,7 @@ from kvpo.common.progress import Progress
 from kvpo.config import load_config, recipe_path
 from kvpo.method.advantages import spearman
 from kvpo.rewards.scorer import load_rewards
-from kvpo.train import Alignment
+from kvpo.runs.parts import Parts
 
 
 def correlations(
@@ -46,7 +46,7 @@ def main() -> None:
     args = parser.parse_args()
     config = load_config(recipe_path(args.recipe))
     progress = Progress()
-    run = Alignment(config, Path("."), progress)
+    run = Parts(config, progress)
     trained = [r.spec.name for r in run.rewards]
     run.rewards = load_rewards(
         [replace(entry, role="train") for entry in config.rewards], run.device

@@ -31,8 +31,10 @@ from kvpo.distributed.process_end import end_by
 from kvpo.distributed.ranks import Ranks, leave
 from kvpo.method.routing import KVRouting
 from kvpo.planning.amounts import amounts
+from kvpo.planning.cards import CARDS
 from kvpo.planning.costs import Costs, Sizes, costs, sizes_of
-from kvpo.planning.plan import CARDS, UTILISATION, work
+from kvpo.planning.plan import UTILISATION
+from kvpo.planning.work import work
 from kvpo.train import Alignment
 
 RESULTS = Path("benchmarks/results/scaling.json")
@@ -80,7 +82,8 @@ class Timed(Ranks):
 def worker(config: RunConfig, steps: int, out: Path) -> None:
     """Run one rank; the first step warms up and is not counted."""
     run = Alignment(config, out.parent / "run", Progress())
-    run.ranks = run.policy.layout.ranks = ranks = Timed(**vars(run.ranks))
+    parts = run.parts
+    parts.ranks = parts.policy.layout.ranks = ranks = Timed(**vars(parts.ranks))
     rows = []
     for step in range(steps + 1):
         ranks.messages.clear()

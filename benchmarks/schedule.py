@@ -31,14 +31,14 @@ from kvpo.method.rollout import roll_out
 from kvpo.method.routing import KVRouting
 from kvpo.method.score import ScoreConfig, horizon
 from kvpo.planning.amounts import longest
-from kvpo.train import Alignment
+from kvpo.runs.parts import Parts
 from kvpo.types import Rollout, Script, Window
 
 EXPLORER = KVRouting()
 """Windows of more than one block, as the paper's: the miniature's recipe has a single one."""
 
 
-def energies_one_by_one(run: Alignment, rollout: Rollout, embeddings) -> torch.Tensor:
+def energies_one_by_one(run: Parts, rollout: Rollout, embeddings) -> torch.Tensor:
     """Energies of every branch alone, every velocity alone.
 
     The graph of all is kept where gradients are enabled.
@@ -58,14 +58,14 @@ def energies_one_by_one(run: Alignment, rollout: Rollout, embeddings) -> torch.T
     return torch.stack(energies)
 
 
-def gradient(run: Alignment, energy_G: torch.Tensor, A_G: torch.Tensor) -> None:
+def gradient(run: Parts, energy_G: torch.Tensor, A_G: torch.Tensor) -> None:
     """Backward of the objective's policy part at theta = old."""
     tau = run.config.temperature.resolve(energy_G)
     loss = run.config.objective(-energy_G.detach() / tau, -energy_G.detach() / tau, None, A_G)
     torch.dot(-loss.cotangent / tau, energy_G).backward()
 
 
-def measure(run: Alignment, batched: bool) -> dict:
+def measure(run: Parts, batched: bool) -> dict:
     """Measure rollout, old, initial and current replay, and gradient.
 
     There are no rewards, which are the same work in both.
@@ -141,7 +141,7 @@ def peak_mib(pipeline: str, batched: bool) -> float:
     )
 
 
-def print_peak(run: Alignment, batched: bool) -> None:
+def print_peak(run: Parts, batched: bool) -> None:
     """Print the peak memory of the device, or the resident one, MiB.
 
     Linux keeps a process's peak in VmHWM, and forgets it when asked.
@@ -210,7 +210,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/schedule.json"))
     args = parser.parse_args()
     config = replace(load_config(recipe_path("mini")), pipeline=args.pipeline, kv_routing=EXPLORER)
-    run = Alignment(config, Path("."), Progress())
+    run = Parts(config, Progress())
     if args.peak:
         return print_peak(run, args.peak == "batched")
     runs = {True: [], False: []}

@@ -181,6 +181,15 @@ class RunConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     def __post_init__(self):
+        self._refuse_numbers()
+        self._refuse_pairs()
+        self._refuse_methods()
+
+    def _refuse_numbers(self) -> None:
+        """Refuse numbers that no run can have.
+
+        Raises ValueError.
+        """
         for name, value, least in (
             ("steps", self.steps, 1),
             ("groups", self.groups, 1),
@@ -203,6 +212,12 @@ class RunConfig:
             )
         if not self.patience > 0.0:
             raise ValueError(f"patience = {self.patience} must be positive")
+
+    def _refuse_pairs(self) -> None:
+        """Refuse settings that contradict one another.
+
+        Raises ValueError.
+        """
         if self.compile and self.policy.shard:
             raise ValueError(
                 "compile can not be paired with policy.shard: the two together have not been tried; set one of them"
@@ -219,6 +234,12 @@ class RunConfig:
             raise ValueError(
                 "data.open_forks forks each story where it shows its object, and rollout.alike_forks all of them at one block; set only one"
             )
+
+    def _refuse_methods(self) -> None:
+        """Refuse an objective, explorer, sampler and energy that do not go together.
+
+        Raises ValueError.
+        """
         self.refuse_without_noise(self.explorer)
         if reason := self.objective.refusal(self.exploring, self.sampler):
             raise ValueError(

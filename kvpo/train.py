@@ -28,8 +28,8 @@ from kvpo.distributed.signals import Stopped, not_now, stoppable
 from kvpo.method.advantages import Advantage, Unmeasurable, conflicts, measurable
 from kvpo.method.batch_spread import Spread, spread_of, variances
 from kvpo.method.kept_groups import Kept, Learnt, all_updates
+from kvpo.method.prefix import Start
 from kvpo.method.replay import CONTEXTS, Replay
-from kvpo.method.rollout import Start
 from kvpo.method.score import pixel_diversity
 from kvpo.method.update import GroupUpdate, group_means
 from kvpo.method.velocity_penalty import held_velocities
@@ -44,38 +44,18 @@ MOST_SILENT = 8
 """Groups in a row, over steps, that may have too few rewards to be compared."""
 
 
-class Alignment(Parts):
+class Alignment:
     """A run: its parts, its folder, and the loop over them."""
 
     def __init__(self, config: RunConfig, out: Path, progress: Progress):
-        """Load everything, as `Parts`; ValueError where a package is missing comes first."""
+        """Load the parts; ValueError where a package is missing comes first."""
         require_extra("a run's report", "report", ("matplotlib",))
-        super().__init__(config, progress)
-        self.out = out
+        self.config, self.out, self.progress = config, out, progress
+        self.parts = Parts(config, progress)
+        self.state = RunState(self.parts, out)
+        self.trials = Trials(self.parts, out)
         self.silent = 0
         """Groups in a row, the latest ones, that could not be measured."""
-        self.state = RunState(
-            config,
-            out,
-            progress,
-            self.ranks,
-            self.pipeline,
-            self.policy,
-            self.updater.optimizer,
-            self.source,
-            self.agreement,
-        )
-        self.trials = Trials(
-            config,
-            out,
-            progress,
-            self.ranks,
-            self.phases,
-            self.pipeline,
-            self.policy,
-            self.scripts,
-            self.judges,
-        )
 
     def run(self, resume: bool, override: bool) -> Path:
         """Train, checkpoint, evaluate; the path of the report.
@@ -86,7 +66,7 @@ class Alignment(Parts):
         with self.state:
             begun = self.state.begin(resume, override)
             log: MetricLog | NoLog = NoLog()
-            if self.ranks.first:
+            if self.parts.ranks.first:
                 log = self._log(begun - 1 if resume else None)
             bar = self.progress.bar("align", self.config.steps, begun)
             with stoppable(), log, self.state.saver, bar as shown:
@@ -96,7 +76,7 @@ class Alignment(Parts):
                     # All ranks raise these, so all are here to save.
                     self.state.save_what_is_left(self.trials.best(self.done))
                     raise
-            self.ranks.only_first(lambda: write_report(self.out))
+            self.parts.ranks.only_first(lambda: write_report(self.out))
         return self.out / "report.html"
 
     @property
@@ -112,7 +92,7 @@ class Alignment(Parts):
             metrics = self.step(self.done)
             log.write(self.done, metrics, shown_videos(self.out, "groups", self.done))
             self.state.done += 1
-            self.phases.where = f" after {count_of(self.done, 'step')},"
+            self.parts.phases.where = f" after {count_of(self.done, 'step')},"
             bar.advance(console_line(self.done, metrics, self.config.steps), log=True)
             if self.done % self.config.checkpoint.every == 0 or self.trials.due(self.done):
                 self._save()
@@ -133,7 +113,7 @@ class Alignment(Parts):
         return MetricLog(self.out, resume_after, trackers)
 
     def _save(self) -> None:
-        with self.phases("checkpoint"):
+        with self.parts.phases("checkpoint"):
             self.state.save(self.trials.best(self.done))
 
     # ----------------------------------------------------------------------------- one step
@@ -143,16 +123,17 @@ class Alignment(Parts):
 
         There are ``inner_updates`` updates. Returned are the step's metrics.
         """
-        calls_before = self.pipeline.generator.calls
-        with self.phases("total"):
+        parts = self.parts
+        calls_before = parts.pipeline.generator.calls
+        with parts.phases("total"):
             of_groups, learnt = self._first_pass(step)
             found = self._update(of_groups, last=self.config.inner_updates == 1)
-            updates = [found | self.agreement.take(self.ranks)]
+            updates = [found | parts.agreement.take(parts.ranks)]
             if self.config.inner_updates > 1:
                 updates += self._further_updates(step, learnt)
-        metrics = all_updates(updates) | self.phases.take()
-        metrics["memory/peak_gib"] = take_peak(self.device) / 2**30
-        metrics["calls/generator"] = self.pipeline.generator.calls - calls_before
+        metrics = all_updates(updates) | parts.phases.take()
+        metrics["memory/peak_gib"] = take_peak(parts.device) / 2**30
+        metrics["calls/generator"] = parts.pipeline.generator.calls - calls_before
         return metrics
 
     def _first_pass(self, step: int) -> tuple[dict[int, dict[str, float]], list[Learnt]]:
@@ -161,24 +142,25 @@ class Alignment(Parts):
         Group by group, so that only one is held at a time. Where rewards are divided by the
         step's standard deviation, all groups must be explored before the first is learnt from.
         """
-        with self.policy.for_groups():
+        parts = self.parts
+        with parts.policy.for_groups():
             if self.config.advantages.std == "group":
-                with self.ranks.together():
+                with parts.ranks.together():
                     return self._learn_all(step, self._explored(step), None)
-            with self.ranks.together():
+            with parts.ranks.together():
                 kept = list(self._explored(step))
             own = {group.index: group.variances for group in kept if group.variances is not None}
-            spread = spread_of(self.column.gather(own))
-            with self.ranks.together():
+            spread = spread_of(parts.column.gather(own))
+            with parts.ranks.together():
                 return self._learn_all(step, kept, spread)
 
     def _explored(self, step: int) -> Iterator[Kept]:
         """This rank's groups of a step, explored and scored; prefixes side by side, as asked."""
         # A disk that is full is no reason to train on until the next checkpoint.
         self.state.saver.check()
-        for part in self._side_by_side(list(self.column.share(self.config.groups))):
+        for part in self._side_by_side(list(self.parts.column.share(self.config.groups))):
             with self._saying(step, part):
-                begun = self.starts(step, part)
+                begun = self.parts.starts(step, part)
             for index in part:
                 with self._saying(step, [index]):
                     found = self.group(step, index, begun.pop(0))
@@ -215,7 +197,7 @@ class Alignment(Parts):
         with not_now():
             for made in range(1, n):
                 own = {}
-                with self.policy.for_groups(), self.ranks.together():
+                with self.parts.policy.for_groups(), self.parts.ranks.together():
                     for group in learnt:
                         own[group.index] = self._learn_again(step, made, group)
                 found.append(self._update(own, last=made == n - 1))
@@ -227,15 +209,16 @@ class Alignment(Parts):
 
         Returned are the mean of the groups' metrics, and the update's own.
         """
+        parts = self.parts
         # The ranks of a row share a group, so its first rank alone speaks for it.
-        parts = self.ranks.gather(own if self.row.first else {})
-        groups = [found for part in parts for found in part.items()]
+        gathered = parts.ranks.gather(own if parts.row.first else {})
+        groups = [found for of_rank in gathered for found in of_rank.items()]
         of_groups = [metrics for _index, metrics in sorted(groups, key=lambda found: found[0])]
         self._refuse_silence([found.get("group/unmeasurable", 0.0) for found in of_groups])
         metrics = group_means(of_groups)
-        with self.phases("optimizer"):
-            self.policy.layout.add_gradients()
-            metrics |= self.updater.step(last)
+        with parts.phases("optimizer"):
+            parts.policy.layout.add_gradients()
+            metrics |= parts.updater.step(last)
         return metrics
 
     def _refuse_silence(self, unmeasurable: Sequence[float]) -> None:
@@ -257,7 +240,7 @@ class Alignment(Parts):
         So does what other ranks read while they wait. ``made``: updates of the step so far.
         """
         when = f"step {step}, group {', '.join(map(str, groups))}"
-        self.phases.where = f" of {when},"
+        self.parts.phases.where = f" of {when},"
         try:
             yield
         except (ValueError, FloatingPointError) as error:
@@ -272,12 +255,13 @@ class Alignment(Parts):
 
     def group(self, step: int, index: int, start: Start) -> Kept:
         """One script from its past on: explore, and score."""
+        parts = self.parts
         config, embeddings = self.config, start.past.embeddings
-        with self.row.together():
-            rollout, own, pixels = self.explore(
+        with parts.row.together():
+            rollout, own, pixels = parts.explore(
                 start.script, embeddings, ("train", step, index), start=start
             )
-        rewards = all_rewards(self.row, own)
+        rewards = all_rewards(parts.row, own)
         compared = config.advantages.std == "step" and measurable(rewards)
         shown = config.show_every and step % config.show_every == 0 and index == 0
         return Kept(
@@ -287,7 +271,7 @@ class Alignment(Parts):
             rewards,
             pixels if shown else None,
             variances(rewards) if compared else None,
-            _group_metrics(rollout, pixels, self.row),
+            _group_metrics(rollout, pixels, parts.row),
         )
 
     def learn(
@@ -297,8 +281,9 @@ class Alignment(Parts):
 
         A group that can not be measured adds nothing but the velocity penalty's gradient.
         """
+        parts = self.parts
         try:
-            advantage = self.advantages(group.rewards, spread)
+            advantage = parts.advantages(group.rewards, spread)
         except Unmeasurable as reason:
             self.progress.say(f"step {step}, group {group.index} is skipped: {reason}")
             metrics = {"group/unmeasurable": 1.0, "group/skipped": 1.0}
@@ -308,9 +293,9 @@ class Alignment(Parts):
         )
         advantage = self._controlled(advantage, step, group.index)
         replay = self._replay(step, group)
-        update = self.updater.accumulate(replay, advantage, self.phases)
-        if self.row.first:
-            self.agreement.note(group.index, update.sketch)
+        update = parts.updater.accumulate(replay, advantage, parts.phases)
+        if parts.row.first:
+            parts.agreement.note(group.index, update.sketch)
         metrics |= update.metrics | self._hold(group.rollout, group.embeddings)
         metrics |= _reward_metrics(group.rewards) | group.metrics
         if spread:
@@ -322,14 +307,14 @@ class Alignment(Parts):
     def _learn_again(self, step: int, made: int, learnt: Learnt) -> dict[str, float]:
         """Add the gradient of a group that an earlier update of the step has learnt from."""
         with self._saying(step, [learnt.index], made):
-            update = self.updater.accumulate(
-                learnt.replay, learnt.advantage, self.phases, learnt.update
+            update = self.parts.updater.accumulate(
+                learnt.replay, learnt.advantage, self.parts.phases, learnt.update
             )
             return update.metrics | self._hold(learnt.replay.rollout, learnt.replay.embeddings)
 
     def _conflicts(self, group: Kept, advantage: Advantage) -> dict[str, float]:
         """Metrics of how far the rewards agree about the group's branches."""
-        by_component = self.advantages.by_component(advantage)
+        by_component = self.parts.advantages.by_component(advantage)
         valid = group.rewards.valid[:-1]
         return conflicts(group.rewards.components, by_component[:, valid])
 
@@ -344,16 +329,17 @@ class Alignment(Parts):
         return advantage
 
     def _replay(self, step: int, group: Kept) -> Replay:
+        parts = self.parts
         config, factors = self.config, None
         if config.pairs.count:
-            weights = config.energy.step_weights(self.pipeline.geometry.sigmas)
+            weights = config.energy.step_weights(parts.pipeline.geometry.sigmas)
             factors = config.pairs.factors(
                 weights.repeat(group.rollout.window.blocks, 1),
                 stream(config.seed, "train", step, group.index, "pairs"),
             )
-        members = range(group.rollout.num_branches + (config.advantages.anchor and self.row.last))
+        members = range(group.rollout.num_branches + (config.advantages.anchor and parts.row.last))
         return Replay(
-            self.pipeline,
+            parts.pipeline,
             group.rollout,
             group.embeddings,
             CONTEXTS[config.context],
@@ -368,13 +354,14 @@ class Alignment(Parts):
 
     def _show(self, step: int, group: Kept, advantage: Advantage, update: GroupUpdate) -> None:
         """Keep the group's videos and numbers for the report; all ranks of a row enter."""
-        plans, pixels = all_rows(self.row, group.rollout, group.pixels)
-        with self.row.together():
-            if self.row.first:
+        parts = self.parts
+        plans, pixels = all_rows(parts.row, group.rollout, group.pixels)
+        with parts.row.together():
+            if parts.row.first:
                 show_group(
                     self.out,
                     step,
-                    self.pipeline,
+                    parts.pipeline,
                     replace(group.rollout, plans=plans),
                     pixels,
                     group.rewards,
@@ -385,16 +372,17 @@ class Alignment(Parts):
 
     def _hold(self, rollout: Rollout, embeddings: Mapping[str, torch.Tensor]) -> dict[str, float]:
         """Add the gradient of the velocity penalty on a group's held blocks."""
+        parts = self.parts
         penalty = self.config.velocity_penalty
 
         def velocities() -> list[torch.Tensor]:
             return [
-                held_velocities(self.pipeline, rollout, embeddings, block, penalty.steps)
+                held_velocities(parts.pipeline, rollout, embeddings, block, penalty.steps)
                 for block in rollout.held
             ]
 
-        with self.row.together():
-            return self.updater.hold(penalty, velocities, self.phases) if self.row.first else {}
+        with parts.row.together():
+            return parts.updater.hold(penalty, velocities, parts.phases) if parts.row.first else {}
 
 
 def _reward_metrics(rewards: RewardTable) -> dict[str, float]:

@@ -39,3 +39,9 @@ def folder(tmp_path_factory):
     from tiny import save_pipeline
 
     return save_pipeline(tmp_path_factory.mktemp("pipeline") / "tiny")
+
+
+@pytest.fixture
+def no_curves(monkeypatch):
+    """Charts of reports stay empty: to draw them takes longer than all else of a page."""
+    monkeypatch.setattr("kvpo.report.curves.svg", lambda picture, label: "<svg></svg>")

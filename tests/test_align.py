@@ -32,12 +32,14 @@ from kvpo.rewards.base import RewardSpec
 from kvpo.rewards.measured import scored
 from kvpo.runs.build import evaluation_scripts, script_source, unseen
 from kvpo.runs.monitor import Trials
+from kvpo.runs.parts import Parts
 from kvpo.train import Alignment
 
 CLOCK = ("unix_time", "time/", "memory/")
 
 
 def settings(folder: Path, **changes) -> dict:
+    """A recipe of seconds; videos and TensorBoard, which take longer than the training, by asking."""
     return {
         "pipeline": str(folder),
         "steps": 4,
@@ -49,7 +51,8 @@ def settings(folder: Path, **changes) -> dict:
         "rollout": {"branches": 3, "cache_frames": 12},
         "kv_routing": {"window_blocks": 2},
         "score": {"clip_frames": 8, "min_frames": 4},
-        "evaluate": {"scripts": 2, "batch": 2, "videos": 1},
+        "evaluate": {"scripts": 2, "batch": 2, "videos": 0},
+        "trackers": [],
         "checkpoint": {"every": 1, "keep": 2},
         "optimizer": {"lr": 1e-3, "warmup": 2},
         "policy": {"train": "full", "sync_interval": 2},
@@ -72,8 +75,16 @@ def recipe(folder, tmp_path):
     return write_recipe(tmp_path / "tiny.yaml", settings(folder))
 
 
-def align(recipe: str, out: Path, *options: str) -> int:
-    return cli.main(["align", recipe, "--out", str(out), *options])
+def align(recipe: str, out: Path, *options: str, drawn: bool = False) -> int:
+    """Run `kvpo align` in this process.
+
+    The report has all its charts, but only where they are ``drawn`` are there curves in them: to
+    draw them takes longer than to train the tiny generator.
+    """
+    with pytest.MonkeyPatch.context() as patched:
+        if not drawn:
+            patched.setattr("kvpo.report.curves.svg", lambda picture, label: "<svg></svg>")
+        return cli.main(["align", recipe, "--out", str(out), *options])
 
 
 def final(out: Path) -> dict[str, torch.Tensor]:
@@ -98,8 +109,7 @@ def records(out: Path, evaluations: bool = True) -> list[dict[str, float]]:
 def straight(folder, tmp_path_factory):
     """An uninterrupted run of 4 steps, its recipe, and the seconds of a step."""
     home = tmp_path_factory.mktemp("straight")
-    evaluate = {"scripts": 2, "batch": 2, "videos": 1, "online": True}
-    path = write_recipe(home / "tiny.yaml", settings(folder, show_every=3, evaluate=evaluate))
+    path = write_recipe(home / "tiny.yaml", settings(folder))
     assert align(path, home / "run") == 0
     return home / "run", path, read_metrics(home / "run" / "metrics.jsonl")[1]["time/total"]
 
@@ -107,8 +117,13 @@ def straight(folder, tmp_path_factory):
 # --- What a run leaves behind ---
 
 
-def test_a_run_leaves_everything(straight):
-    out, *_ = straight
+def test_a_run_leaves_everything(folder, tmp_path):
+    """Its report has curves and videos, and TensorBoard has them too."""
+    evaluate = {"scripts": 2, "batch": 2, "videos": 1, "online": True}
+    shown = {"show_every": 3, "evaluate": evaluate, "trackers": ["tensorboard"]}
+    out = tmp_path / "run"
+    assert align(write_recipe(tmp_path / "r.yaml", settings(folder, **shown)), out, drawn=True) == 0
+    assert "<path" in (out / "report.html").read_text() and any(out.glob("tensorboard/*tfevents*"))
     for name in (
         "config.resolved.yaml",
         "environment.json",
@@ -370,9 +385,13 @@ def test_killed_at_any_instant_and_resumed(straight, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_killed_twenty_times_and_resumed(straight, tmp_path):
-    """At random instants from the first line of the log to the last evaluation."""
-    out, recipe, step = straight
+def test_killed_twenty_times_and_resumed(straight, folder, tmp_path):
+    """At random instants from the first line of the log to the last evaluation, also while
+    pictures are written."""
+    out, _, step = straight
+    evaluate = {"scripts": 2, "batch": 2, "videos": 1}
+    shown = settings(folder, show_every=3, evaluate=evaluate, trackers=["tensorboard"])
+    recipe = write_recipe(tmp_path / "shown.yaml", shown)
     draw = random.Random(0)
     hits = 0
     for i in range(20):
@@ -390,17 +409,17 @@ def test_ctrl_c_and_pre_emption(straight, tmp_path, monkeypatch, capsys, number)
     """In the middle of a step: the step is given up, those before it are saved although no
     checkpoint was due, the exit code is 0; resuming is the uninterrupted run."""
     out, recipe, _ = straight
-    explore = Alignment.explore
+    group = Alignment.group
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
 
     def interrupted(self, *args, **options):
         if self.done == 2:
             os.kill(os.getpid(), number)
             os.kill(os.getpid(), number)
-        return explore(self, *args, **options)
+        return group(self, *args, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Alignment, "explore", interrupted)
+        patched.setattr(Alignment, "group", interrupted)
         assert align(recipe, tmp_path / "run", "--checkpoint.every", "9") == 0
     said = capsys.readouterr().out
     assert (
@@ -421,7 +440,7 @@ def test_ctrl_c_and_pre_emption(straight, tmp_path, monkeypatch, capsys, number)
 def test_stopped_before_anything_is_done(recipe, tmp_path, monkeypatch, capsys):
     """There is nothing to save; resuming begins."""
     monkeypatch.setattr(
-        Alignment,
+        Parts,
         "embed",
         lambda self, script: (
             os.kill(os.getpid(), signal.SIGTERM) or self.pipeline.encode_text(script.texts)
@@ -436,9 +455,9 @@ def test_stopped_before_anything_is_done(recipe, tmp_path, monkeypatch, capsys):
 def test_stopped_while_it_is_made_ready(recipe, tmp_path, monkeypatch, capsys):
     """Weights of billions of numbers take minutes to load; nobody waits for them to be told that
     it is over."""
-    load, handler = Alignment._load_pipeline, signal.getsignal(signal.SIGTERM)
+    load, handler = Parts._load_pipeline, signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(
-        Alignment, "_load_pipeline", lambda self: os.kill(os.getpid(), signal.SIGTERM) or load(self)
+        Parts, "_load_pipeline", lambda self: os.kill(os.getpid(), signal.SIGTERM) or load(self)
     )
     assert align(recipe, tmp_path / "run") == 0
     assert (
@@ -450,17 +469,17 @@ def test_stopped_while_it_is_made_ready(recipe, tmp_path, monkeypatch, capsys):
 
 def test_stopped_with_a_full_disk(recipe, tmp_path, monkeypatch, capsys):
     """What could not be saved is not called saved."""
-    explore = Alignment.explore
+    group = Alignment.group
 
     def interrupted(self, *args, **options):
         if self.done == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return explore(self, *args, **options)
+        return group(self, *args, **options)
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Alignment, "explore", interrupted)
+    monkeypatch.setattr(Alignment, "group", interrupted)
     monkeypatch.setattr("kvpo.policy.checkpoint.save_file", full)
     assert align(recipe, tmp_path / "run", "--checkpoint.every", "9") == 1
     said = capsys.readouterr()
@@ -847,7 +866,7 @@ def test_what_was_trained_before_a_number_that_is_none_is_saved(
     """In the third step, with no checkpoint due before the ninth: the two steps before were lost
     once."""
     out, recipe, _ = straight
-    where, name = (Alignment, "explore") if error is ValueError else (Updater, "step")
+    where, name = (Alignment, "group") if error is ValueError else (Updater, "step")
     work, calls = getattr(where, name), []
 
     def broken(self, *args, **options):

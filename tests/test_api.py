@@ -13,7 +13,7 @@ from importlib.metadata import version
 
 import pytest
 import torch
-from test_align import equal, final, settings, write_recipe
+from test_align import align, equal, final, settings, write_recipe
 from tiny import BLUE, GEOMETRY, RED, Change, Warmth
 
 import kvpo
@@ -141,7 +141,7 @@ def test_objects_that_can_not_be_asked_for():
 
 @pytest.fixture(scope="module")
 def recipe(folder, tmp_path_factory):
-    content = settings(folder, steps=2, evaluate={"scripts": 2, "batch": 4, "videos": 1})
+    content = settings(folder, steps=2)
     return write_recipe(tmp_path_factory.mktemp("recipe") / "tiny.yaml", content)
 
 
@@ -182,7 +182,7 @@ def test_the_record_of_a_run(threaded):
 def test_a_run_is_the_commands_run(threaded, recipe, tmp_path):
     """The same weights, bit for bit, whether rewards are objects or names in a recipe."""
     (run,), _ = threaded
-    assert cli.main(["align", recipe, "--out", str(tmp_path / "run")]) == 0
+    assert align(recipe, tmp_path / "run") == 0
     assert equal(final(run.folder), final(tmp_path / "run"))
 
 

@@ -26,7 +26,7 @@ from kvpo.mini.rewards.attributes import load_network
 from kvpo.mini.source import StorySource
 from kvpo.mini.stories import vocabulary, words
 from kvpo.rewards.registry import RewardEntry
-from kvpo.train import Alignment
+from kvpo.runs.parts import Parts
 from kvpo.types import Script
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -48,7 +48,7 @@ def test_both_schedules_give_the_same_numbers(folder):
         rollout=replace(config.rollout, branches=3),
         kv_routing=schedule.EXPLORER,
     )
-    run = Alignment(config, Path("."), Progress())
+    run = Parts(config, Progress())
     ours, theirs = schedule.measure(run, True), schedule.measure(run, False)
     assert (
         ours["rollout"].plans == theirs["rollout"].plans
@@ -99,7 +99,7 @@ def test_start_noise_and_routing_are_measured_on_one_group(folder):
         rollout=replace(config.rollout, branches=3),
         rewards=(RewardEntry("tiny:Warmth"), RewardEntry("tiny:Change")),
     )
-    run = Alignment(config, Path("."), Progress())
+    run = Parts(config, Progress())
     story = StorySource(0, "explore", 10).story(0, 0)
     anchors = []
     for explorer in (KVRouting(window_blocks=1), StartNoise(mix=1.0, window_blocks=1)):
@@ -128,7 +128,7 @@ def test_variants_step_equally_far(folder):
         rollout=replace(config.rollout, branches=3),
         rewards=(RewardEntry("tiny:Warmth"), RewardEntry("tiny:Change")),
     )
-    run = Alignment(config, Path("."), Progress())
+    run = Parts(config, Progress())
     found = {"branch": ablation.Variant(), "self": ablation.Variant(context="self")}
     kept = [ablation.add_group(run, 0, found)]
     steps = [ablation.step(run, v.direction(1), kept, 0.003) for v in found.values()]

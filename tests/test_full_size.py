@@ -15,12 +15,13 @@ from kvpo.generators.pipeline import Geometry, Pipeline
 from kvpo.generators.sampler import SAMPLERS, NamedNoise, Stream
 from kvpo.method.advantages import Advantages
 from kvpo.method.replay import CONTEXTS, Replay
-from kvpo.method.rollout import RolloutConfig, roll_out
+from kvpo.method.rollout import roll_out
 from kvpo.method.routing import KVRouting
+from kvpo.method.settings import RolloutConfig
 from kvpo.method.update import Updater
 from kvpo.planning.amounts import with_changes
 from kvpo.planning.costs import UMT5_XXL, WAN_1_3B, Sizes, costs
-from kvpo.planning.plan import stages
+from kvpo.planning.memory import stages
 from kvpo.policy.policy import Policy, PolicyConfig
 from kvpo.types import RewardTable, Script
 

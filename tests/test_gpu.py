@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from kvpo.common.progress import Progress
 from kvpo.common.timing import Phases
 from kvpo.config import load_config, recipe_path
 from kvpo.method.replay import CONTEXTS, Replay
-from kvpo.train import Alignment
+from kvpo.runs.parts import Parts
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,9 +32,7 @@ def float32():
 def group(device: str) -> dict[str, torch.Tensor]:
     """Latents, rewards, energies and gradient of one group of the miniature's recipe, on the
     CPU."""
-    run = Alignment(
-        replace(load_config(recipe_path("mini")), groups=1, device=device), Path("."), Progress()
-    )
+    run = Parts(replace(load_config(recipe_path("mini")), groups=1, device=device), Progress())
     script = run.source.script(0, 0)
     embeddings = run.embed(script)
     rollout, rewards, pixels = run.explore(script, embeddings, ("gpu",))

@@ -42,10 +42,10 @@ def test_two_updates_are_the_loop_by_hand(folder, tmp_path):
 
     other = Alignment(from_dict(settings(folder, **TWO, **HELD)), tmp_path, Progress())
     for step in range(2):
-        with other.policy.for_groups():
+        with other.parts.policy.for_groups():
             kept = list(other._explored(step))
-        rolled_out = other.policy.snapshot()
-        assert all(torch.equal(a, b) for a, b in zip(rolled_out, other.policy.behaviour)), (
+        rolled_out = other.parts.policy.snapshot()
+        assert all(torch.equal(a, b) for a, b in zip(rolled_out, other.parts.policy.behaviour)), (
             "a step begins on policy"
         )
         ratios = []
@@ -53,19 +53,24 @@ def test_two_updates_are_the_loop_by_hand(folder, tmp_path):
             # replays of all three sets of weights, nothing kept from the first update
             learnt = [other.learn(step, k, None) for k in kept]
             ratios.append(sum(m["loss/ratio_max"] for m, _ in learnt) / 2)
-            assert all(torch.equal(a, b) for a, b in zip(rolled_out, other.policy.behaviour)), (
-                "and its old policy stays"
-            )
-            other.updater.step(last=inner == 1)
+            assert all(
+                torch.equal(a, b) for a, b in zip(rolled_out, other.parts.policy.behaviour)
+            ), "and its old policy stays"
+            other.parts.updater.step(last=inner == 1)
         assert ratios == pytest.approx(
             [metrics[step][f"inner/{i}/ratio_max"] for i in (1, 2)], rel=1e-5
         )
         assert ratios[0] == 1.0 < ratios[1]
     moved = max(
-        float((a - r).abs().max()) for a, r in zip(run.policy.snapshot(), run.policy.reference)
+        float((a - r).abs().max())
+        for a, r in zip(run.parts.policy.snapshot(), run.parts.policy.reference)
     )
-    assert moved > 1e-3 and run.policy.updates == other.policy.updates == 4 and run.policy.on_policy
-    for a, b in zip(run.policy.snapshot(), other.policy.snapshot()):
+    assert (
+        moved > 1e-3
+        and run.parts.policy.updates == other.parts.policy.updates == 4
+        and run.parts.policy.on_policy
+    )
+    for a, b in zip(run.parts.policy.snapshot(), other.parts.policy.snapshot()):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-3 * moved)
 
 
@@ -126,7 +131,7 @@ def test_the_old_policy_is_copied_at_the_end_of_a_step_only(folder, tmp_path):
     lags = []
     for step in range(3):
         run.step(step)
-        lags.append(run.policy.lag)
+        lags.append(run.parts.policy.lag)
     assert lags == [2, 0, 2], (
         "three updates are there in the middle of the second step, the copy is made at its end"
     )

@@ -10,7 +10,7 @@ from tiny import GEOMETRY
 
 from kvpo.config import from_dict, load_config, recipe_path
 from kvpo.generators.pipeline import pixel_span
-from kvpo.method.rollout import draw_fork
+from kvpo.method.forks import draw_fork
 from kvpo.mini.source import StorySource
 from kvpo.runs.build import script_source
 from kvpo.runs.parts import Parts
@@ -39,9 +39,9 @@ def test_no_group_forks_where_its_object_is_hidden():
     found = {"blind": 0, "seeing": 0}
     for step in range(40):
         script = blind.source.script(step, 0)
-        assert blind._fork(script, step, 0) is None, "drawn where the window is made"
         eligible = blind.config.exploring.eligible_forks(script.blocks, GEOMETRY)
-        drawn = draw_fork(eligible, blind.config.seed, ("train", step, 0))
+        drawn = blind._fork(script, step, 0)
+        assert drawn == draw_fork(eligible, blind.config.seed, ("train", step, 0))
         chosen = seeing._fork(script, step, 0)
         assert chosen in eligible
         found["blind"] += hidden(blind, step, 0, drawn)

@@ -19,8 +19,9 @@ from kvpo.generators.preview import Preview
 from kvpo.generators.streaming import VaeFrames
 from kvpo.planning.amounts import amounts
 from kvpo.planning.costs import costs, sizes_of
+from kvpo.planning.memory import stages
 from kvpo.planning.missing import missing
-from kvpo.planning.plan import savings, stages, work
+from kvpo.planning.work import savings, work
 from kvpo.train import Alignment
 
 CLIPS = {"clip_frames": 8, "min_frames": 4}
@@ -60,7 +61,7 @@ def test_training_sees_the_preview_and_evaluation_the_vae(alignment, decoded):
     alignment.step(0)
     assert decoded[Preview] > 0 == decoded[VaeFrames]
     before = decoded[Preview]
-    alignment.trials._scored("start", alignment.policy.reference)
+    alignment.trials._scored("start", alignment.parts.policy.reference)
     assert decoded[Preview] == before and decoded[VaeFrames] > 0
 
 
@@ -79,18 +80,19 @@ def test_a_checkpoint_belongs_to_its_preview(alignment, folder, tmp_path):
 
 def test_ranks_of_a_preview_with_the_vae_s(alignment):
     """With itself in both places they agree; a random network's pixels say something else."""
-    script = alignment.source.script(0, 0)
-    rollout, *_ = alignment.explore(script, alignment.embed(script), ("ranks",))
-    found = preview_agreement(alignment, rollout)
+    script = alignment.parts.source.script(0, 0)
+    rollout, *_ = alignment.parts.explore(script, alignment.parts.embed(script), ("ranks",))
+    found = preview_agreement(alignment.parts, rollout)
     assert set(found.ranks) == {(s, r) for s in ("local", "global") for r in ("Warmth", "Change")}
     assert all(math.isnan(r) or abs(r) < 1.0 + 1e-9 for r in found.ranks.values())
     assert found.pixels > 1.0
-    kept, alignment.pipeline.preview = alignment.pipeline.preview, VaeFrames(alignment.pipeline.vae)
-    same = preview_agreement(alignment, rollout)
-    alignment.pipeline.preview = None
+    pipeline = alignment.parts.pipeline
+    kept, pipeline.preview = pipeline.preview, VaeFrames(pipeline.vae)
+    same = preview_agreement(alignment.parts, rollout)
+    pipeline.preview = None
     with pytest.raises(ValueError, match="no preview decoder; set score.preview"):
-        preview_agreement(alignment, rollout)
-    alignment.pipeline.preview = kept
+        preview_agreement(alignment.parts, rollout)
+    pipeline.preview = kept
     assert same.pixels == 0.0 and list(same.ranks.values()) == pytest.approx([1.0] * 4)
 
 
@@ -106,7 +108,7 @@ def test_the_doctor_gives_a_line_for_each_reward_and_signal(capsys, folder, file
 
 def test_the_benchmark_takes_the_mean_over_groups(alignment):
     module = load("preview")
-    found = module.measured(alignment, 2, Progress())
+    found = module.measured(alignment.parts, 2, Progress())
     results = module.summary(found)
     both = [f.ranks["local", "Warmth"] for f in found]
     assert results["local Warmth"]["mean"] == pytest.approx(sum(both) / 2)

@@ -25,8 +25,9 @@ from kvpo.common.timing import Phases
 from kvpo.generators.causal_wan import CausalWan
 from kvpo.generators.pipeline import Geometry, Pipeline
 from kvpo.generators.sampler import SAMPLERS, NamedNoise, StackedNoise, Stream
-from kvpo.method.rollout import RolloutConfig, roll_out
+from kvpo.method.rollout import roll_out
 from kvpo.method.routing import KVRouting
+from kvpo.method.settings import RolloutConfig
 from kvpo.mini.pretraining.networks import new_tokenizer
 from kvpo.mini.stories import vocabulary
 from kvpo.rewards.base import RewardOutput, RewardSpec, VideoBatch

@@ -45,8 +45,9 @@ from kvpo.evaluation.evaluate import EvaluateConfig, compare, kinds_of, means
 from kvpo.generators.generate import streamed
 from kvpo.generators.pipeline import Geometry, Pipeline, block_at
 from kvpo.generators.sampler import SAMPLERS
+from kvpo.method.forks import check_fork
 from kvpo.method.prompts import even_starts, readable, starts_at
-from kvpo.method.rollout import check_fork, roll_out
+from kvpo.method.rollout import roll_out
 from kvpo.method.score import pixel_diversity
 from kvpo.planning.missing import refuse_missing
 from kvpo.report.read_run import Row, read_evaluations
@@ -124,7 +125,7 @@ def align(
 
 def _train(run: Alignment, resume: bool, override: bool) -> str:
     """Run to the end; the name of the signal that stopped it before, or ""."""
-    again = run.ranks.gather(restarted_here(run.out))  # torchrun starts anew what has crashed
+    again = run.parts.ranks.gather(restarted_here(run.out))  # torchrun starts anew what has crashed
     try:
         run.run(resume or any(again), override)
     except Stopped as stop:

@@ -14,7 +14,8 @@ from kvpo.common.rng import stream
 from kvpo.common.timing import Phases
 from kvpo.generators.history import Routed
 from kvpo.generators.sampler import NamedNoise
-from kvpo.method.rollout import PlannedNoise, branch_out, generate_prefixes
+from kvpo.method.branches import PlannedNoise, branch_out
+from kvpo.method.prefix import PrefixPlan, generate_prefixes
 from kvpo.types import BranchPlan, Rollout, Script, Trajectory, Window
 
 
@@ -38,12 +39,9 @@ def one_by_one(
         (prefix,), _ = generate_prefixes(
             run.pipeline,
             run.sampler,
-            [script],
+            [PrefixPlan(script, window, noise)],
             embeddings,
-            [noise],
-            [window.fork],
             run.config.rollout.cache_frames,
-            [()],
         )
     plans = explorer.plan(
         window, g, run.config.rollout.branches, stream(seed, *name, "plan"), prefix.cache.resident

@@ -62,7 +62,7 @@ class Align:
                 refuse_missing(self.settings)
                 run = Alignment(self.settings, self.out, progress)
                 # torchrun counts on every node by itself
-                again = run.ranks.gather(restarted_here(self.out))
+                again = run.parts.ranks.gather(restarted_here(self.out))
                 report = run.run(self.resume or any(again), self.override)
                 progress.say(f"report: {report.resolve()}")
             except Stopped as stop:

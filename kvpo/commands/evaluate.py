@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvpo.api.defaults import SCRIPTS
 from kvpo.commands.options import Positional
 from kvpo.common.environment import command, pick_device
 from kvpo.common.files import say_replaced, try_file, unused
 from kvpo.common.progress import Progress
-from kvpo.config import load_config, recipe_path
+from kvpo.config import RunConfig, load_config, recipe_path
 from kvpo.evaluation.settings import EvaluateConfig
+
+if TYPE_CHECKING:
+    from kvpo.evaluation.evaluate import Scored
+    from kvpo.types import Script
 
 
 @dataclass(frozen=True)
@@ -45,36 +51,15 @@ class Evaluate:
 
 
 def evaluate_command(args: Evaluate) -> None:
-    recipe = load_config(recipe_path(args.recipe))
+    """Measure as the options say; what may be wrong in them is found before anything is loaded."""
+    config = _asked(args)
     from kvpo.api.shared import measured
-    from kvpo.evaluation.evaluate import (
-        compare,
-        enough_scripts,
-        kinds_of,
-        means,
-        means_table,
-        table,
-        write_comparison,
-        write_means,
-    )
+    from kvpo.evaluation.evaluate import kinds_of
     from kvpo.generators.readable import check_prompts
     from kvpo.rewards.scorer import load_rewards
-    from kvpo.runs.build import evaluation_scripts, trained_families, unseen
+    from kvpo.runs.build import evaluation_scripts, trained_families
     from kvpo.runs.loading import pipeline_folder
 
-    config = replace(
-        recipe,
-        evaluate=replace(
-            recipe.evaluate,
-            scripts=args.scripts,
-            seeds=args.seeds,
-            seed=args.seed,
-            videos=0,
-            prompts=args.prompts or recipe.evaluate.prompts,
-        ),
-    )
-    if args.blocks:
-        config = replace(config, data=replace(config.data, blocks=args.blocks))
     device, scripts, progress = pick_device(args.device), evaluation_scripts(config), Progress()
     out = unused(args.out) if args.out == Evaluate.out else args.out
     try_file(out)
@@ -94,31 +79,56 @@ def evaluate_command(args: Evaluate) -> None:
         *(measured(spec, config, scripts, rewards, device, progress) for spec in generators),
         strict=True,
     )
-    if args.against:
-        a, b = scored
-        rows = compare(a, b, kinds)
-        progress.say(table(rows, "A", "B"))
-        progress.say(f"A = {labels[0]}, B = {labels[1]}, {_measured_on(args, len(scripts))}")
-        progress.say(enough_scripts(rows))
-        write_comparison(
-            out,
-            rows,
-            labels[0],
-            labels[1],
-            scripts,
-            config.evaluate,
-            command(),
-            unseen(config),
-            (a, b),
-        )
-    else:
-        rows = means(scored[0], kinds)
-        progress.say(means_table(rows))
-        progress.say(f"{labels[0]}, {_measured_on(args, len(scripts))}")
-        write_means(
-            out, rows, labels[0], scripts, config.evaluate, command(), unseen(config), scored[0]
-        )
+    for line in _written(
+        out, config, scripts, scored, labels, kinds, _measured_on(args, len(scripts))
+    ):
+        progress.say(line)
     progress.say(f"written to {out}")
+
+
+def _asked(args: Evaluate) -> RunConfig:
+    """The recipe, with what the options say of its evaluation."""
+    recipe = load_config(recipe_path(args.recipe))
+    asked = replace(
+        recipe.evaluate,
+        scripts=args.scripts,
+        seeds=args.seeds,
+        seed=args.seed,
+        videos=0,
+        prompts=args.prompts or recipe.evaluate.prompts,
+    )
+    config = replace(recipe, evaluate=asked)
+    if args.blocks:
+        config = replace(config, data=replace(config.data, blocks=args.blocks))
+    return config
+
+
+def _written(
+    out: Path,
+    config: RunConfig,
+    scripts: Sequence[Script],
+    scored: Sequence[Scored],
+    labels: Sequence[str],
+    kinds: Sequence[str],
+    measured_on: str,
+) -> list[str]:
+    """Write the numbers of one generator, or of two side by side; returns what to say of them."""
+    from kvpo.evaluation import evaluate as tables
+    from kvpo.runs.build import unseen
+
+    facts = (scripts, config.evaluate, command(), unseen(config))
+    if len(scored) == 1:
+        rows = tables.means(scored[0], kinds)
+        tables.write_means(out, rows, labels[0], *facts, scored[0])
+        return [tables.means_table(rows), f"{labels[0]}, {measured_on}"]
+    a, b = scored
+    rows = tables.compare(a, b, kinds)
+    tables.write_comparison(out, rows, labels[0], labels[1], *facts, (a, b))
+    return [
+        tables.table(rows, "A", "B"),
+        f"A = {labels[0]}, B = {labels[1]}, {measured_on}",
+        tables.enough_scripts(rows),
+    ]
 
 
 def _measured_on(args: Evaluate, scripts: int) -> str:

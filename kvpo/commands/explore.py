@@ -17,10 +17,10 @@ from kvpo.common.provenance import about_video, write_beside
 if TYPE_CHECKING:
     import torch
 
+    from kvpo.common.rng import Name
     from kvpo.config import RunConfig
     from kvpo.generators.pipeline import Pipeline
     from kvpo.method.explorers import Explorer
-    from kvpo.method.rollout import Name
     from kvpo.types import Rollout, Script, Window
 
 
@@ -57,7 +57,7 @@ def explore_command(args: Explore) -> None:
     from kvpo.common.extras import require_extra
     from kvpo.generators.pipeline import check_folder
     from kvpo.generators.readable import check_prompts
-    from kvpo.method.rollout import check_fork
+    from kvpo.method.forks import check_fork
     from kvpo.runs.loading import pipeline_folder
 
     require_extra("a routing map", "report", ("matplotlib",))

@@ -10,6 +10,9 @@ import hashlib
 
 import torch
 
+Name = tuple[int | str, ...]
+"""Beginning of the names of a thing's streams, as ("train", step, index) of a group's."""
+
 
 def stream(seed: int, *name: int | str) -> torch.Generator:
     """Make a CPU generator for the stream (seed, *name).

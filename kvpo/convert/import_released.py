@@ -23,8 +23,12 @@ from kvpo.common.weights import State, account, sha256_of
 from kvpo.convert.lora import adapter_in, described, is_adapter, merge
 from kvpo.convert.wan_base import BaseFolder, new_transformer, open_base, save_transformer
 from kvpo.convert.wan_names import OF_TRAINERS, generator_state, keeps_float32, unfolded
-from kvpo.convert.weight_files import find_weights
+from kvpo.convert.weight_files import WeightFiles, find_weights
 from kvpo.generators.pipeline import Geometry
+
+Content = tuple[WeightFiles, dict[str, Any]]
+"""Weight files, and what is in them by name."""
+DAMAGED = "its training went wrong, or the file was damaged: copy it again, or give another one"
 
 
 @dataclass(frozen=True)
@@ -209,8 +213,32 @@ def _assumed(kind: Format, geometry: Geometry) -> str:
 def _weights(
     kind: Format, paths: Sequence[Path], config: dict[str, Any], lora_scale: float, which: str, say
 ) -> tuple[State, list[Source]]:
+    """The generator's weights with all LoRAs in them, and the files that they are from."""
+    generator, adapters = _parted(paths)
+    state, sources = _generator(kind, *generator, config, which, say)
+    for files, content in adapters:
+        adapter = adapter_in(files, content)
+        check_finite(
+            ((f"{m}.{half}", t) for m, low in adapter.items() for half, t in zip("AB", low)),
+            str(files.path),
+            DAMAGED,
+        )
+        merge(state, adapter, lora_scale, str(files.path))
+        sources += [
+            Source(file, described(adapter, lora_scale), sha256_of(file)) for file in files.files
+        ]
+        say(f"{files.path}: {sources[-1].what}")
+    check_finite(
+        state.items(),
+        "what the LoRAs and the generator make together",
+        "give a smaller --lora-scale",
+    )
+    return state, sources
+
+
+def _parted(paths: Sequence[Path]) -> tuple[Content, list[Content]]:
+    """The one generator among some files, and the LoRAs; shards given one by one are one set."""
     found = [find_weights(path) for path in paths]
-    # shards given one by one are one set
     found = [
         f
         for i, f in enumerate(found)
@@ -225,9 +253,20 @@ def _weights(
         raise ValueError(
             f"{len(generators)} of the {len(contents)} files hold a generator ({names}); give exactly one, and any number of LoRA files"
         )
-    files, content = generators[0]
-    wanted = {n: t.shape for n, t in new_transformer(config).state_dict().items()}
+    return generators[0], adapters
+
+
+def _generator(
+    kind: Format,
+    files: WeightFiles,
+    content: Mapping[str, Any],
+    config: dict[str, Any],
+    which: str,
+    say,
+) -> tuple[State, list[Source]]:
+    """A generator's weights, each of which has its place in the base's transformer."""
     path = files.path
+    wanted = {n: t.shape for n, t in new_transformer(config).state_dict().items()}
     state, key = generator_state(content, path, (which,) if which else (*kind.prefer, *OF_TRAINERS))
     if which and not key:
         raise ValueError(
@@ -239,34 +278,10 @@ def _weights(
         str(path),
         f"the transformer of the base ({config['num_layers']} layers of {config['num_attention_heads']} x {config['attention_head_dim']})",
     )
-    check_finite(
-        state.items(),
-        str(path),
-        "its training went wrong, or the file was damaged: copy it again, or give another one",
-    )
+    check_finite(state.items(), str(path), DAMAGED)
     say(f"{path}: {len(state)} tensors{_chosen(content, key, kind, which)}, each in its place")
-    sources = [
-        Source(file, f"generator{f', key {key}' if key else ''}", sha256_of(file))
-        for file in files.files
-    ]
-    for files, content in adapters:
-        adapter = adapter_in(files, content)
-        check_finite(
-            ((f"{m}.{half}", t) for m, low in adapter.items() for half, t in zip("AB", low)),
-            str(files.path),
-            "its training went wrong, or the file was damaged: copy it again, or give another one",
-        )
-        merge(state, adapter, lora_scale, str(files.path))
-        sources += [
-            Source(file, described(adapter, lora_scale), sha256_of(file)) for file in files.files
-        ]
-        say(f"{files.path}: {sources[-1].what}")
-    check_finite(
-        state.items(),
-        "what the LoRAs and the generator make together",
-        "give a smaller --lora-scale",
-    )
-    return state, sources
+    what = f"generator{f', key {key}' if key else ''}"
+    return state, [Source(file, what, sha256_of(file)) for file in files.files]
 
 
 def _chosen(content: Mapping[str, Any], key: str, kind: Format, which: str) -> str:

@@ -28,8 +28,9 @@ from kvpo.generators.causal_wan import CausalWan
 from kvpo.generators.sampler import Stream
 from kvpo.method.advantages import Advantage
 from kvpo.method.explorers import Exploration, Explorer
+from kvpo.method.prefix import Start
 from kvpo.method.replay import CONTEXTS, Replay
-from kvpo.method.rollout import Start, go_on, starts
+from kvpo.method.rollout import roll_out_branches, start_groups
 from kvpo.method.routing import KVRouting
 from kvpo.policy.checkpoint import Snapshot, load_checkpoint, save_checkpoint
 from kvpo.runs.parts import Parts
@@ -206,7 +207,7 @@ class _Group:
         config, script = run.config, run.source.script(0, 0)
         self.embeddings = run.embed(script)
         with run.policy.using(run.policy.behaviour):
-            (self.start,) = starts(
+            (self.start,) = start_groups(
                 run.pipeline,
                 run.sampler,
                 config.exploring,
@@ -223,7 +224,7 @@ class _Group:
         """The group by an explorer, its passes watched."""
         run, config = self.run, self.run.config
         with run.policy.using(run.policy.behaviour):
-            return go_on(
+            return roll_out_branches(
                 replace(run.pipeline, generator=self.watched),
                 explorer,
                 config.rollout,

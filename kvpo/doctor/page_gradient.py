@@ -28,7 +28,8 @@ from kvpo.generators.rope import rotate
 from kvpo.generators.sampler import SAMPLERS
 from kvpo.method.energies import Surrogate
 from kvpo.method.replay import CONTEXTS, Context, Replay
-from kvpo.method.rollout import RolloutConfig, roll_out
+from kvpo.method.rollout import roll_out
+from kvpo.method.settings import RolloutConfig
 from kvpo.types import Rollout, Script, Trajectory
 
 DIRECTIONS, STEP = 4, 1e-6

@@ -19,9 +19,10 @@ import torch
 from kvpo.generators.history import Routed
 from kvpo.generators.pipeline import Pipeline
 from kvpo.generators.sampler import denoise_block
+from kvpo.method.branches import PlannedNoise, branch_out
 from kvpo.method.energies import Surrogate, VelocityEnergy
+from kvpo.method.prefix import Start
 from kvpo.method.replay import Context, Replay
-from kvpo.method.rollout import PlannedNoise, Start, branch_out
 from kvpo.types import BranchPlan, Rollout
 
 

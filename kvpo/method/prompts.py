@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -64,8 +64,22 @@ class ScriptSource(Protocol):
     These are `PromptSet` and `kvpo.mini.source.StorySource`.
     """
 
+    @property
+    def scripts(self) -> tuple[Script, ...] | None:
+        """All of them; None where they are stories without end, which are met one by one."""
+        ...
+
     def script(self, step: int, index: int) -> Script:
         """The script of group ``index`` of a step, whichever rank asks."""
+        ...
+
+    def worth_forking(
+        self, step: int, index: int, windows: Mapping[int, tuple[int, int]]
+    ) -> list[int]:
+        """Fork blocks at which a group's branches can differ, as far as the source knows.
+
+        ``windows``: fork block -> pixel frames [first, stop) that a group explores from there.
+        """
         ...
 
 
@@ -99,6 +113,12 @@ class PromptSet:
         epoch, place = divmod(step * self.groups + index, len(self.scripts))
         order = torch.randperm(len(self.scripts), generator=stream(self.seed, "order", epoch))
         return self.scripts[int(order[place])]
+
+    def worth_forking(
+        self, step: int, index: int, windows: Mapping[int, tuple[int, int]]
+    ) -> list[int]:
+        """Return all of them: prompts do not say what a video shows when."""
+        return list(windows)
 
 
 def even_starts(segments: int, blocks: int) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ import torch
 from kvpo.common.timing import Phases
 from kvpo.distributed.ranks import Ranks
 from kvpo.generators.pipeline import Geometry, Pipeline, pixel_span
-from kvpo.method.rollout import PrefixDecoders
+from kvpo.method.prefix import PrefixDecoders
 from kvpo.method.settings import ScoreConfig
 from kvpo.rewards.base import Reward, VideoBatch
 from kvpo.types import RewardTable, Rollout, Script, Window

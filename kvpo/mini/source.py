@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -34,6 +36,9 @@ class StorySource:
     """Share of hide-and-seek stories, which only frames beyond the rolling window can resolve."""
     segments: int | None = None
     """Prompt segments of every story; None: drawn, 1 to 4."""
+    open_forks: bool = False
+    """Whether only windows that show the story's object are worth forking."""
+    scripts: ClassVar[None] = None
 
     def __post_init__(self):
         most = MAX_SEGMENTS if self.segments is None else self.segments
@@ -66,6 +71,14 @@ class StorySource:
 
     def script(self, step: int, index: int) -> Script:
         return self.story(step, index).script
+
+    def worth_forking(
+        self, step: int, index: int, windows: Mapping[int, tuple[int, int]]
+    ) -> list[int]:
+        """Fork blocks whose window shows the story's object, by its truth; where asked, else all."""
+        if not self.open_forks:
+            return list(windows)
+        return [fork for fork, span in windows.items() if self.shows(step, index, *span)]
 
     def shows(self, step: int, index: int, first: int, stop: int) -> bool:
         """Whether a story shows any of its object in pixel frames [first, stop), by its truth."""

@@ -12,10 +12,10 @@ from typing import Any
 
 from kvpo.config import RunConfig
 from kvpo.generators.pipeline import Geometry
+from kvpo.method.branches import own_frames
 from kvpo.method.explorers import forks_of
 from kvpo.method.objectives.interface import ReplayShape
 from kvpo.method.prompts import even_starts, starts_at
-from kvpo.method.rollout import own_frames
 from kvpo.method.score import group_clips, horizon
 from kvpo.rewards.scorer import make_scorers
 from kvpo.types import Script, Window
@@ -112,7 +112,7 @@ def reward_memory(config: RunConfig) -> tuple[int, int]:
 def last_forks(forks: Sequence[int], count: int) -> list[int]:
     """Equally likely fork blocks of the last of ``count`` groups on one prefix.
 
-    See `kvpo.method.rollout.spread_forks`; a group alone has any of ``forks``. ValueError where
+    See `kvpo.method.forks.spread_forks`; a group alone has any of ``forks``. ValueError where
     there are too few.
     """
     n = len(forks)

@@ -189,29 +189,21 @@ class Costs:
 
 
 def costs(config: RunConfig, sizes: Sizes) -> Costs:
+    """Run every part once without numbers, and count its bytes and operations."""
     g = sizes.geometry
-    dtype = getattr(torch, config.dtype)
-    vae_dtype = getattr(torch, config.vae_dtype)
     B, R = side_by_side(config), replay_rows(config, g)
-    model, vae, text = (
-        on_meta(build, kind)
-        for build, kind in (
-            (lambda: CausalWan(WanTransformer3DModel(**sizes.transformer)), dtype),
-            (lambda: AutoencoderKLWan(**sizes.vae), vae_dtype),
-            (lambda: UMT5EncoderModel(UMT5Config(**sizes.text)), dtype),
-        )
-    )
-    layout = _preview_layout(config, sizes)
-    small = None if layout is None else on_meta(lambda: Preview(layout), vae_dtype)
+    model, vae, text = _networks(config, sizes)
     weights = _bytes(model.parameters())
-    policy = on_meta(lambda: Policy(model, config.policy, config.seed), dtype)
-    sets = (
-        _bytes((*policy.parameters, *policy.reference, *policy.behaviour, *policy.average))
-        + _bytes(model.parameters())
-        - weights
+    policy = on_meta(
+        lambda: Policy(model, config.policy, config.seed), getattr(torch, config.dtype)
     )
-    if config.policy.train == "full" and config.dtype == "float32":
-        sets -= _bytes(policy.parameters)  # they are the module's own
+    sets = _sets(config, policy, _bytes(model.parameters()) - weights)
+    layout = _preview_layout(config, sizes)
+    small = (
+        None
+        if layout is None
+        else on_meta(lambda: Preview(layout), getattr(torch, config.vae_dtype))
+    )
     with fake() as ledger:
         materialise(model)
         materialise(vae.requires_grad_(False))
@@ -253,6 +245,27 @@ def costs(config: RunConfig, sizes: Sizes) -> Costs:
             bare,
             maps,
         )
+
+
+def _networks(
+    config: RunConfig, sizes: Sizes
+) -> tuple[CausalWan, AutoencoderKLWan, UMT5EncoderModel]:
+    """The generator, the VAE and the text encoder, without memory."""
+    dtype, vae_dtype = getattr(torch, config.dtype), getattr(torch, config.vae_dtype)
+    return (
+        on_meta(lambda: CausalWan(WanTransformer3DModel(**sizes.transformer)), dtype),
+        on_meta(lambda: AutoencoderKLWan(**sizes.vae), vae_dtype),
+        on_meta(lambda: UMT5EncoderModel(UMT5Config(**sizes.text)), dtype),
+    )
+
+
+def _sets(config: RunConfig, policy: Policy, added: int) -> int:
+    """Bytes of all sets of trained weights; ``added``: those that the policy put into the module."""
+    sets = (*policy.parameters, *policy.reference, *policy.behaviour, *policy.average)
+    found = _bytes(sets) + added
+    if config.policy.train == "full" and config.dtype == "float32":
+        found -= _bytes(policy.parameters)  # they are the module's own
+    return found
 
 
 def _preview_layout(config: RunConfig, sizes: Sizes) -> Layout | None:

@@ -5,34 +5,17 @@ It also says what would make the recipe fit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from kvpo.common.wording import count_of, in_time
 from kvpo.config import RunConfig
 from kvpo.distributed.ranks import Ranks
-from kvpo.generators.preview import RELEASED
-from kvpo.planning.amounts import (
-    Amounts,
-    amounts,
-    begun_of,
-    contexts_of,
-    decoded_together,
-    groups_of,
-    members_of,
-    own_past,
-    prefixes_of,
-    replay_rows,
-    replayed_pairs,
-    reward_memory,
-    rows_of,
-    shape_of,
-    side_by_side,
-    velocities_of,
-    with_changes,
-)
+from kvpo.planning.amounts import Amounts, amounts, groups_of, reward_memory
 from kvpo.planning.cards import CARDS, sold_as
 from kvpo.planning.costs import GIB, Costs, Sizes, costs, sizes_of
+from kvpo.planning.memory import fitted, stages
+from kvpo.planning.work import as_options, replays_beside, savings, work
 
 UTILISATION = 0.25
 """Share of the card's rate that is reached.
@@ -87,182 +70,6 @@ def planned(
         "saved by": saved,
     }
     return lines, content
-
-
-def stages(config: RunConfig, sizes: Sizes, c: Costs, world: int = 1) -> dict[str, dict[str, int]]:
-    """Bytes on one of ``world`` devices in every stage of a step, by part.
-
-    Passes cost as many times their row's bytes as they have rows.
-    """
-    g, B, R = sizes.geometry, side_by_side(config), replay_rows(config, sizes.geometry)
-    rollout_own, replay_own = own_past(config, sizes.geometry)
-    shape = shape_of(config, g)
-    members = members_of(config, g) - config.advantages.anchor * (not shape.anchor_alone)
-    members = min(config.rollout.together or members, members)
-    latent = 4 * g.block * sizes.transformer["in_channels"] * g.latent_height * g.latent_width
-    rows, P, S = rows_of(config), config.exploring.window_blocks, len(g.sigmas)
-    prefixes, pasts = prefixes_of(config, world), begun_of(config, world)
-    trained = 4 * c.trainable
-    stay, come = reward_memory(config)
-    always = (
-        {"generator": c.weights, "VAE": c.vae}
-        | ({"preview decoder": c.preview.weights} if config.score.preview and c.preview else {})
-        | _kept(config, c, world)
-        | ({"rewards": stay} if stay else {})
-        | ({"merged weights": c.maps} if config.policy.merge_rollouts else {})
-    )
-    if config.data.prompts == "mini":
-        always |= {"text encoder": c.text_encoder}
-    if groups_of(config, world) > 1:
-        always |= {"gradient so far": trained}
-    # the last of them with its latents up to the end
-    kept = groups_of(config, world) if config.keeps_groups else 1
-    parts = len(config.recorded & {"inputs", "velocities"})
-    made = shape.copies * rows * P * shape.steps * latent
-    beside_it = {"made for the replay": made} if made else {}
-    stored = {
-        "shared past": max(pasts, kept) * config.rollout.cache_frames * c.frame,
-        "trajectories": kept * rows * P * latent * (parts * S + 1)
-        + rows * (config.data.blocks - P) * latent,
-    }
-    bank = g.bank * c.frame
-    # of prefixes decoded side by side one state is kept for each
-    decoders = decoded_together(config) + pasts - 1
-    swapped = (
-        {}
-        if config.dtype == "float32" or _sharded(config, world)
-        else {"weights swapped in": 2 * c.trainable}
-    )
-    return {
-        "prefix": always
-        | {
-            "shared past": stored["shared past"] + pasts * bank,
-            "one pass": prefixes * c.prefix.bytes,
-        },
-        "branches": always
-        | stored
-        | {
-            "branches' own past": B * (rollout_own * c.frame + bank),
-            "one pass": _scaled(c.branches.bytes, B, c, "branches"),
-        }
-        | swapped,
-        "decoding": always
-        | stored
-        | {"decoder at work": _scaled(c.decoding(config).rows.bytes, decoders, c, "decode_rows")},
-        "scoring": always | stored | ({"reward at work": come} if come else {}),
-        "replay": always
-        | stored
-        | beside_it
-        | {
-            "branches' own past": members * (replay_own * c.frame + bank),
-            "one pass": _scaled(c.replay.bytes, R, c, "replay"),
-        }
-        | swapped,
-        "gradient": always
-        | stored
-        | beside_it
-        | {
-            "branches' own past": members * (replay_own * c.frame + bank),
-            "activations": _scaled(c.gradient.bytes, R, c, "gradient"),
-            "gradient": trained,
-        },
-        "update": always
-        | {
-            "gradient": trained,
-            "optimizer at work": 2 * trained // (world if _sharded(config, world) else 1),
-        },
-    }
-
-
-def _sharded(config: RunConfig, world: int) -> bool:
-    return config.policy.shard and world > 1
-
-
-def _kept(config: RunConfig, c: Costs, world: int) -> dict[str, int]:
-    """Bytes kept per trained number from step to step, by part.
-
-    Sharded, a card has its part of masters, sets and moments; whole are the module's weights, and
-    the sets that groups ask for.
-    """
-    if not _sharded(config, world):
-        return {"trained copies": c.sets, "optimizer": 8 * c.trainable}
-    width = 4 if config.dtype == "float32" else 2
-    # an adapter's weights in the module; a full set is the generator itself
-    copies = width * c.trainable if config.policy.train == "lora" else 0
-    at_hand = (
-        width * c.trainable * (1 + (config.policy.sync_interval > 1 or config.inner_updates > 1))
-    )
-    return {
-        "trained copies": copies + 16 * c.trainable // world,
-        "optimizer": 8 * c.trainable // world,
-        "sets at hand": at_hand,
-    }
-
-
-def _scaled(measured: int, rows: int, c: Costs, part: str) -> int:
-    """Bytes for another number of rows than were run."""
-    return measured * rows // c.rows[part]
-
-
-# --- What would fit ---
-
-
-def changes(config: RunConfig, sizes: Sizes, stage: str) -> Iterator[tuple[str, Any]]:
-    """Settings that lower a stage's memory, the least harmful first, each one step."""
-
-    def half(now):
-        return max(1, now // 2)
-
-    rows = rows_of(config)
-    R = replay_rows(config, sizes.geometry)
-    B = side_by_side(config)
-    decoded = decoded_together(config)
-    least = max(
-        sizes.geometry.resident(config.data.blocks),
-        sizes.geometry.window + 2 * sizes.geometry.block,
-    )
-    if stage in ("replay", "gradient") and R > 1:
-        yield "rows_per_pass", half(R)
-    if config.rollout.prefixes > 1:
-        yield "rollout.prefixes", 1
-    if stage == "decoding" and decoded > 1:
-        yield "score.together", half(decoded)
-    if stage in ("branches", "replay", "gradient") and B > 1:
-        yield "rollout.together", half(min(B, rows - 1))
-    if config.policy.train == "lora" and config.policy.rank > 8:
-        yield "policy.rank", half(config.policy.rank)
-    if config.rollout.cache_frames > least:
-        yield (
-            "rollout.cache_frames",
-            max(least, config.rollout.cache_frames - 2 * sizes.geometry.block),
-        )
-
-
-def fitted(
-    config: RunConfig, sizes: Sizes, c: Costs, room: float, world: int = 1
-) -> tuple[dict[str, Any], float]:
-    """Find changes that bring every stage under ``room`` GiB, as far as they go.
-
-    Returns the changes and the peak with them, GiB.
-    """
-    made: dict[str, Any] = {}
-    while True:
-        now = with_changes(config, made)
-        memory = {
-            stage: sum(parts.values())
-            for stage, parts in stages(now, sizes, _with_rank(c, config, now), world).items()
-        }
-        stage = max(memory, key=memory.__getitem__)
-        options = [] if memory[stage] <= room * GIB else list(changes(now, sizes, stage))
-        if not options:
-            return made, memory[stage] / GIB
-        made |= dict(options[:1])
-
-
-def _with_rank(c: Costs, old: RunConfig, new: RunConfig) -> Costs:
-    """A LoRA's size is proportional to its rank."""
-    share = new.policy.rank / old.policy.rank if old.policy.train == "lora" else 1.0
-    return c.with_trainable(share)
 
 
 # --- What is said ---
@@ -333,94 +140,6 @@ def _advice(config: RunConfig, sizes: Sizes, c: Costs, room: float, world: int) 
         f"It does NOT fit, and no setting here makes it: with {settings or 'nothing to change'} the peak is {peak:.1f} GiB.{more} {away}Or take a larger card, a smaller window, a smaller grid.",
         "",
     ]
-
-
-def work(config: RunConfig, sizes: Sizes, c: Costs, n: Amounts) -> dict[str, float]:
-    """Floating-point operations of one group, by phase."""
-    g, S = sizes.geometry, len(sizes.geometry.sigmas)
-    members = members_of(config, g)
-    contexts, velocities = members * contexts_of(config, g), velocities_of(config, g)
-    row, grad = c.replay.flops / c.rows["replay"], c.gradient.flops / c.rows["gradient"]
-    # what the first has of the other weights' energies serves the further ones
-    updates = config.inner_updates
-    # the start weights' adapter is 0 and left out
-    again = 1 + (updates - 1) * (n.anew > 0)
-    left_out = config.objective.asks_reference * (1.0 - c.bare) * again
-    unscored = replays_beside(n, updates) - left_out
-    rolling = c.bare if config.policy.merge_rollouts else 1.0
-    branches, decoding = c.branches.flops / c.rows["branches"], c.decoding(config)
-    return {
-        "prefix": rolling * (S + 1) * n.prefix_blocks * c.prefix.flops,
-        "branches and anchor": rolling * n.branch_rows * (S + 1) * branches,
-        "decoding": n.decoded_prefix * decoding.prefix.flops
-        + n.decoded_rows * decoding.rows.flops / c.rows["decode_rows"],
-        "replays without gradient": unscored * (contexts + velocities) * row,
-        "replay with gradient": updates * (contexts * row + velocities * grad),
-    }
-
-
-def replays_beside(n: Amounts, updates: int) -> int:
-    """Replays without gradient of a group, over all updates on it."""
-    return n.replays - 1 + (updates - 1) * n.anew + n.energies_first * updates
-
-
-SWITCHES: tuple[Mapping[str, Any], ...] = (
-    {"score.segments": 1},
-    {"score.segments": 0},
-    {"score.lead": 6},
-    {"rollout.forks": 2},
-    {"rollout.forks": 4},
-    {"policy.merge_rollouts": True},
-    {"policy.sync_interval": 1},
-    {"objective.kl_beta": 0.0, "objective.kl_watch": False},
-)
-"""Settings that cost something else than work: what is scored, how exact, what holds the policy."""
-
-
-def savings(config: RunConfig, sizes: Sizes, c: Costs, world: int = 1) -> dict[str, float]:
-    """Options -> share of a group's operations that each would save by itself.
-
-    Those that are on already, that can not be set here, or that save nothing are left out.
-    """
-    g = sizes.geometry
-    pairs, whole = replayed_pairs(config, g)
-    more: list[dict[str, Any]] = [
-        {"pairs.count": n} for n in (whole // 2, whole // 4) if 0 < n < pairs
-    ]
-    if c.preview and not config.score.preview:
-        more += [{"score.preview": RELEASED.get(sizes.vae.get("z_dim", 16), "")}]
-
-    def flops(changed: RunConfig) -> float:
-        counted = amounts(changed, g, world, c.decoding(changed).field)
-        return sum(work(changed, sizes, c, counted).values())
-
-    now, found = flops(config), {}
-    for switch in (*SWITCHES, *more):
-        if not all(_has(config, key) for key in switch):
-            continue
-        try:
-            saved = 1.0 - flops(with_changes(config, switch)) / now
-        except ValueError:  # an illegal pair of settings
-            continue
-        if saved > 0.001:
-            found[as_options(switch)] = saved
-    return dict(sorted(found.items(), key=lambda item: -item[1]))
-
-
-def _has(config: RunConfig, key: str) -> bool:
-    """Whether these settings have one of that name: `regression` knows no KL."""
-    section, _, name = key.rpartition(".")
-    return hasattr(getattr(config, section) if section else config, name)
-
-
-def as_options(changes: Mapping[str, Any]) -> str:
-    """The same changes as a command's options."""
-    return " ".join(
-        f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}")
-        if v is not False
-        else f"--{'.no-'.join(k.replace('_', '-').rsplit('.', 1))}"
-        for k, v in changes.items()
-    )
 
 
 def _savings(saved: Mapping[str, float]) -> list[str]:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kvpo.method.explorers import Geometry
 from kvpo.types import BranchPlan, Window
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 ROLES = {
     "not read": "#f1f3f5",
@@ -69,9 +74,7 @@ def routing_map(
     ``plans``: branches, then the anchor's, as in `kvpo.types.Rollout`; ``starts``: first block of
     every prompt segment, drawn as lines.
     """
-    from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
 
     labels = [*(f"branch {g}" for g in range(len(plans) - 1)), "anchor"]
     order = [len(plans) - 1, *range(len(plans) - 1)]
@@ -85,6 +88,21 @@ def routing_map(
         layout="constrained",
     )
     axes = figure.subplots()
+    _draw_frames(axes, values, [labels[i] for i in order], geometry.block)
+    for segment, start in enumerate(starts):
+        if segment and start < window.stop:
+            _draw_switch(axes, segment, start * geometry.block)
+    _draw_legend(figure, [name for name in names if names.index(name) in values])
+    file = io.BytesIO()
+    figure.savefig(file, format="png", metadata={"Software": None})
+    return file.getvalue()
+
+
+def _draw_frames(axes: Axes, values: np.ndarray, labels: Sequence[str], block: int) -> None:
+    """Draw a square for every row and frame; ``values``: numbers of their roles."""
+    from matplotlib.colors import ListedColormap
+
+    rows, frames = values.shape
     axes.pcolormesh(
         np.arange(frames + 1),
         np.arange(rows + 1),
@@ -93,37 +111,40 @@ def routing_map(
         linewidth=1.0,
         cmap=ListedColormap(list(ROLES.values())),
         vmin=-0.5,
-        vmax=len(names) - 0.5,
+        vmax=len(ROLES) - 0.5,
     )
     axes.set_ylim(rows, 0)
-    axes.set_yticks(np.arange(rows) + 0.5, [labels[i] for i in order])
-    every = geometry.block * max(1, round(frames / geometry.block / 24))
+    axes.set_yticks(np.arange(rows) + 0.5, labels)
+    every = block * max(1, round(frames / block / 24))
     axes.set_xticks(np.arange(0, frames, every) + 0.5, np.arange(0, frames, every))
     axes.set_xlabel("latent frame")
     axes.tick_params(length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    for segment, start in enumerate(starts):
-        if segment and start < window.stop:
-            axes.axvline(start * geometry.block, color="#c0392b", linewidth=1.6)
-            axes.annotate(
-                f"prompt {segment + 1}",
-                (start * geometry.block, 0),
-                xytext=(3, 3),
-                textcoords="offset points",
-                color="#c0392b",
-                fontsize=8,
-            )
-    used = [name for name in names if names.index(name) in values]
-    handles = [Patch(facecolor=ROLES[name], label=name) for name in used]
+
+
+def _draw_switch(axes: Axes, segment: int, frame: int) -> None:
+    """Draw a line where a prompt takes over, and its number."""
+    axes.axvline(frame, color="#c0392b", linewidth=1.6)
+    axes.annotate(
+        f"prompt {segment + 1}",
+        (frame, 0),
+        xytext=(3, 3),
+        textcoords="offset points",
+        color="#c0392b",
+        fontsize=8,
+    )
+
+
+def _draw_legend(figure: Figure, used: Sequence[str]) -> None:
+    """Draw the colours of the roles that there are, below the map."""
+    from matplotlib.patches import Patch
+
     figure.legend(
-        handles=handles,
+        handles=[Patch(facecolor=ROLES[name], label=name) for name in used],
         loc="outside lower center",
         ncols=len(used),
         frameon=False,
         fontsize=8,
         handlelength=1.0,
     )
-    file = io.BytesIO()
-    figure.savefig(file, format="png", metadata={"Software": None})
-    return file.getvalue()

@@ -67,9 +67,7 @@ def trained_families(generator: str) -> set[str]:
 def script_source(config: RunConfig) -> ScriptSource:
     """The scripts to train on."""
     if config.data.prompts == "mini":
-        return StorySource(
-            config.seed, "train", config.data.blocks, config.data.memory, config.data.segments
-        )
+        return _stories(config, config.seed, "train", config.data.open_forks)
     return PromptSet(_scripts(config.data.prompts, config), config.stories, config.seed)
 
 
@@ -80,15 +78,14 @@ def evaluation_scripts(config: RunConfig) -> list[Script]:
     """
     prompts = config.evaluate.prompts or config.data.prompts
     if prompts == "mini":
-        source = StorySource(
-            config.evaluate.seed,
-            "evaluate",
-            config.data.blocks,
-            config.data.memory,
-            config.data.segments,
-        )
+        source = _stories(config, config.evaluate.seed, "evaluate")
         return [source.script(0, i) for i in range(config.evaluate.scripts)]
     return list(_scripts(prompts, config))[: config.evaluate.scripts]
+
+
+def _stories(config: RunConfig, seed: int, split: str, open_forks: bool = False) -> StorySource:
+    data = config.data
+    return StorySource(seed, split, data.blocks, data.memory, data.segments, open_forks)
 
 
 def _scripts(path: str, config: RunConfig) -> tuple[Script, ...]:

@@ -15,10 +15,6 @@ import torch
 
 from kvpo.common.environment import command
 from kvpo.common.metrics import MetricLog, NoLog
-from kvpo.common.progress import Progress
-from kvpo.common.timing import Phases
-from kvpo.config import RunConfig
-from kvpo.distributed.ranks import Ranks
 from kvpo.evaluation import goodhart
 from kvpo.evaluation.evaluate import (
     Scored,
@@ -30,39 +26,26 @@ from kvpo.evaluation.evaluate import (
     write_comparison,
 )
 from kvpo.evaluation.sentinels import Verdict, Watch, recent_kl
-from kvpo.generators.pipeline import Pipeline
-from kvpo.generators.sampler import SAMPLERS
-from kvpo.policy.policy import Policy
 from kvpo.report.samples import show_samples
-from kvpo.rewards.scorer import Scorer
 from kvpo.runs.build import unseen
-from kvpo.types import Script
+from kvpo.runs.parts import Parts
 
 
 class Trials:
     """Evaluations, sentinels and stop rules of one run."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        out: Path,
-        progress: Progress,
-        ranks: Ranks,
-        phases: Phases,
-        pipeline: Pipeline,
-        policy: Policy,
-        scripts: Sequence[Script],
-        judges: Sequence[Scorer],
-    ):
-        self.config = config
+    def __init__(self, parts: Parts, out: Path):
+        self.config, self.progress, self.phases = parts.config, parts.progress, parts.phases
+        self.ranks, self.pipeline, self.policy = parts.ranks, parts.pipeline, parts.policy
+        self.scripts, self.judges, self.sampler = parts.scripts, parts.judges, parts.sampler
         self.out = out
-        self.progress = progress
-        self.ranks = ranks
-        self.phases = phases
-        self.pipeline, self.policy, self.scripts, self.judges = pipeline, policy, scripts, judges
-        self.sampler = SAMPLERS[config.sampler]
         self.watch = Watch(
-            pipeline, self.sampler, policy, scripts, config.sentinels, config.evaluate.seed
+            self.pipeline,
+            self.sampler,
+            self.policy,
+            self.scripts,
+            self.config.sentinels,
+            self.config.evaluate.seed,
         )
 
     def due(self, done: int) -> bool:

@@ -13,7 +13,7 @@ import torch
 
 from kvpo.common.environment import make_reproducible, pick_device
 from kvpo.common.progress import Progress
-from kvpo.common.rng import stream
+from kvpo.common.rng import Name, stream
 from kvpo.common.timing import Phases
 from kvpo.config import RunConfig
 from kvpo.distributed.ranks import Ranks
@@ -26,21 +26,12 @@ from kvpo.generators.readable import check_prompts
 from kvpo.generators.sampler import SAMPLERS
 from kvpo.method.agreement import Agreement
 from kvpo.method.explorers import Explorer, forks_of
-from kvpo.method.prompts import PromptSet
-from kvpo.method.rollout import (
-    Name,
-    Start,
-    check_room,
-    draw_fork,
-    go_on,
-    roll_out,
-    spread_forks,
-    starts,
-)
+from kvpo.method.forks import check_room, draw_fork, spread_forks
+from kvpo.method.prefix import Start
+from kvpo.method.rollout import roll_out, roll_out_branches, start_groups
 from kvpo.method.score import horizon, score
 from kvpo.method.sketch import Sketch
 from kvpo.method.update import Updater
-from kvpo.mini.source import StorySource
 from kvpo.policy.policy import Policy
 from kvpo.rewards.calibration import refuse_frozen
 from kvpo.runs.build import calibration_clips, evaluation_scripts, judges, script_source, trained
@@ -115,9 +106,7 @@ class Parts:
 
     def _written_scripts(self) -> Sequence[Script]:
         """The scripts that are known in advance: stories without end are told one by one."""
-        if isinstance(self.source, PromptSet):
-            return (*self.source.scripts, *self.scripts)
-        return self.scripts
+        return (*(self.source.scripts or ()), *self.scripts)
 
     def _tell(self, doing: str) -> None:
         """Say what begins now, to the ranks that wait for this one and on the terminal."""
@@ -126,7 +115,7 @@ class Parts:
 
     def _load_pipeline(self) -> Pipeline:
         config = self.config
-        if not isinstance(self.source, PromptSet):
+        if self.source.scripts is None:
             # Stories without end: their texts are met one by one, so the encoder stays.
             return load_pipeline(config.pipeline, self.device, config.vae_dtype, config.dtype)
         texts = sorted({text for script in self._written_scripts() for text in script.texts})
@@ -162,7 +151,7 @@ class Parts:
             for script, name in zip(scripts, names)
         ]
         with self.row.together(), self.policy.rolling_out(), self.phases("prefix"):
-            return starts(
+            return start_groups(
                 self.pipeline,
                 self.sampler,
                 config.exploring,
@@ -176,33 +165,26 @@ class Parts:
                 stories,
             )
 
-    def _fork(self, script: Script, step: int, group: int) -> int | None:
-        """The group's fork block where its own blind draw does not say it; None = it does."""
-        config, of_script = self.config, group % self.config.stories
+    def _fork(self, script: Script, step: int, group: int) -> int:
+        """The fork block of a step's group: drawn for it alone, or spread over those it shares."""
+        config, story = self.config, group % self.config.stories
         count, alike = config.rollout.forks, config.rollout.alike_forks
-        by_itself = count == 1 and not alike
-        if by_itself and not config.data.open_forks:
-            return None
-        eligible = self._eligible(script, step, of_script)
-        if by_itself:
+        eligible = self._eligible(script, step, story)
+        if count == 1 and not alike:
             return draw_fork(eligible, config.seed, ("train", step, group))
-        drawn_for: Name = ("train", step) if alike else ("train", step, of_script)
+        drawn_for: Name = ("train", step) if alike else ("train", step, story)
         generator = stream(config.seed, *drawn_for, "forks")
         return spread_forks(eligible, count, generator)[group // config.stories]
 
     def _eligible(self, script: Script, step: int, story: int) -> list[int]:
-        """Fork blocks of a story; as `data.open_forks` asks, those whose window shows its object."""
-        eligible = forks_of(self.config.exploring, script, self.pipeline.geometry)
-        if not self.config.data.open_forks:
-            return eligible
-        shown = [fork for fork in eligible if self._shows(step, story, fork)]
-        return shown if len(shown) >= self.config.rollout.forks else eligible
-
-    def _shows(self, step: int, story: int, fork: int) -> bool:
-        """Whether the window of a fork shows the story's object, as its truth has it."""
-        assert isinstance(self.source, StorySource), "the settings allow no other source"
-        window = (fork, fork + self.config.exploring.window_blocks)
-        return self.source.shows(step, story, *pixel_span(window, self.pipeline.geometry))
+        """Fork blocks of a story; those that its source finds worth it, unless they are too few."""
+        explorer, geometry = self.config.exploring, self.pipeline.geometry
+        eligible = forks_of(explorer, script, geometry)
+        windows = {
+            fork: pixel_span((fork, fork + explorer.window_blocks), geometry) for fork in eligible
+        }
+        worth = self.source.worth_forking(step, story, windows)
+        return worth if len(worth) >= self.config.rollout.forks else eligible
 
     def explore(
         self,
@@ -242,7 +224,7 @@ class Parts:
                     needs=config.recorded,
                 )
             else:
-                rollout = go_on(
+                rollout = roll_out_branches(
                     self.pipeline,
                     explorer,
                     config.rollout,

@@ -23,12 +23,8 @@ import yaml
 
 from kvpo.common.environment import environment, packages
 from kvpo.common.files import only_writer, write_atomic
-from kvpo.common.progress import Progress
 from kvpo.config import RunConfig, differences, from_dict, to_dict
-from kvpo.distributed.ranks import Ranks, restarted
-from kvpo.generators.pipeline import Pipeline
-from kvpo.method.agreement import Agreement
-from kvpo.method.prompts import PromptSet, ScriptSource
+from kvpo.distributed.ranks import restarted
 from kvpo.policy.checkpoint import (
     checkpoints,
     load_checkpoint,
@@ -36,8 +32,8 @@ from kvpo.policy.checkpoint import (
     read_state,
     read_tensors,
 )
-from kvpo.policy.policy import Policy
 from kvpo.policy.saving import Saver
+from kvpo.runs.parts import Parts
 
 MAY_CHANGE = (
     "steps: ",
@@ -97,31 +93,19 @@ class RunState:
     A context manager: inside, and once the run is begun, no other process writes to the folder.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        out: Path,
-        progress: Progress,
-        ranks: Ranks,
-        pipeline: Pipeline,
-        policy: Policy,
-        optimizer: torch.optim.Optimizer,
-        source: ScriptSource,
-        agreement: Agreement,
-    ):
-        self.config, self.out, self.progress, self.ranks = config, out, progress, ranks
-        self.pipeline = pipeline
-        self.policy = policy
-        self.optimizer = optimizer
-        self.source = source
-        self.agreement = agreement
-        self.saver = Saver(out / "checkpoints", config.checkpoint.keep, policy, config.patience)
+    def __init__(self, parts: Parts, out: Path):
+        self.config, self.progress, self.ranks = parts.config, parts.progress, parts.ranks
+        self.pipeline, self.policy, self.source = parts.pipeline, parts.policy, parts.source
+        self.optimizer, self.agreement = parts.updater.optimizer, parts.agreement
+        self.out = out
+        keep = self.config.checkpoint.keep
+        self.saver = Saver(out / "checkpoints", keep, self.policy, self.config.patience)
         self._held = ExitStack()
         """The folder's lock."""
         self.moved: tuple[str, ...] = ()
         """Settings that name a file which lies elsewhere now and is the same."""
         self.begun = False
-        """Make the run's folder, or read its newest checkpoint; the step to go on with."""
+        """True once the folder is the run's: begun there, or gone on with."""
         self.done = self.saved = 0
         """Steps in all, and in the last checkpoint."""
         self.midway = False
@@ -245,9 +229,7 @@ class RunState:
 
         Checkpoints of such a run have a digest of the scripts, which is compared instead.
         """
-        if not isinstance(self.source, PromptSet) or not (
-            found := checkpoints(self.out / "checkpoints")
-        ):
+        if self.source.scripts is None or not (found := checkpoints(self.out / "checkpoints")):
             return ()
         digest = read_state(found[-1])["config"].get("prompts")
         return ("data.prompts",) if digest == _digest_of_text(repr(self.source.scripts)) else ()
@@ -313,7 +295,7 @@ class RunState:
         """
         prompts = (
             {"prompts": _digest_of_text(repr(self.source.scripts))}
-            if isinstance(self.source, PromptSet)
+            if self.source.scripts is not None
             else {}
         )
         trained = (w.float() for w in self.policy.layout.whole(self.policy.reference))

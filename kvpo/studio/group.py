@@ -11,7 +11,7 @@ from kvpo.common.rng import stream
 from kvpo.generators.cache import frame_lists
 from kvpo.generators.history import Routed
 from kvpo.generators.sampler import StackedNoise
-from kvpo.method.rollout import PlannedNoise, branch_out
+from kvpo.method.branches import PlannedNoise, branch_out
 from kvpo.studio.made import Made
 from kvpo.studio.state import State, cut_out
 from kvpo.studio.tree import Fork

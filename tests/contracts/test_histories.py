@@ -24,9 +24,9 @@ from kvpo.generators.causal_wan import CausalWan
 from kvpo.generators.history import MemoryBank, Routed, SinkWindow
 from kvpo.generators.pipeline import Pipeline
 from kvpo.generators.sampler import NamedNoise
+from kvpo.method.branches import own_frames
 from kvpo.method.energies import VelocityEnergy
 from kvpo.method.replay import CONTEXTS, Replay
-from kvpo.method.rollout import own_frames
 from kvpo.runs.loading import load_pipeline
 from kvpo.types import BranchPlan, Window
 

@@ -19,11 +19,12 @@ from test_distributed import launch_python
 from tiny import Warmth, draw
 
 from kvpo.common.progress import Progress
-from kvpo.config import from_dict
+from kvpo.config import RunConfig, from_dict
 from kvpo.distributed.branches import all_rewards
 from kvpo.distributed.process_end import end_by
 from kvpo.distributed.ranks import Ranks, leave
 from kvpo.method.update import Updater
+from kvpo.runs.parts import Parts
 from kvpo.train import Alignment
 from kvpo.types import RewardTable
 
@@ -85,7 +86,7 @@ FAULTS = ("reward", "hold", "show")
 """Where one rank alone fails, in the first of its groups."""
 
 
-class Holes(Alignment):
+class Holes(Parts):
     """Branch 2 of every group has no rewards."""
 
     def explore(self, *args, **kwargs):
@@ -100,7 +101,7 @@ class Holes(Alignment):
         return rollout, table, pixels
 
 
-class Given(Alignment):
+class Given(Parts):
     """Rewards are drawn, not measured."""
 
     def explore(self, script, embeddings, name, **kwargs):
@@ -129,16 +130,22 @@ def prompts(folder: Path) -> dict:
     return {"prompts": str(folder.parent / "prompts.txt"), "blocks": 6}
 
 
+def aligned(config: RunConfig, out: Path, parts: type[Parts]) -> Alignment:
+    """A run of parts that were changed for a test."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("kvpo.train.Parts", parts)
+        return Alignment(config, out, Progress())
+
+
 def updates(folder: Path, out: Path, case: str, changes: dict, size: int) -> dict:
     """Weights and metrics after each of two steps, the first one's group in ``out`` where it is
     to be shown."""
     config = from_dict(settings(folder, **changes, data=prompts(folder), branch_parallel=size))
-    run = {"holes": Holes, "in batches": Given, "twice": Given}.get(case, Alignment)(
-        config, out / case, Progress()
-    )
+    parts = {"holes": Holes, "in batches": Given, "twice": Given}.get(case, Parts)
+    run = aligned(config, out / case, parts)
 
     def weights():
-        return run.policy.layout.whole(run.policy.snapshot())
+        return run.parts.policy.layout.whole(run.parts.policy.snapshot())
 
     found = {"start": weights(), "weights": [], "metrics": []}
     for step in range(2):
@@ -178,10 +185,11 @@ def failure(folder: Path, out: Path, fault: str, size: int) -> dict:
             patched.setattr("kvpo.train.show_group", broken)
         with pytest.raises((ValueError, OSError)) as caught:
             run.step(0)
+    policy = run.parts.policy
     return {
         "said": str(caught.value),
-        "updates": run.policy.updates,
-        "same": all(torch.equal(p, r) for p, r in zip(run.policy.parameters, run.policy.reference)),
+        "updates": policy.updates,
+        "same": all(torch.equal(p, r) for p, r in zip(policy.parameters, policy.reference)),
     }
 
 

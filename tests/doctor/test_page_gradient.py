@@ -15,8 +15,9 @@ from kvpo.doctor.step_effects import step_effects, window_latents
 from kvpo.generators.sampler import SAMPLERS
 from kvpo.method.energies import VelocityEnergy
 from kvpo.method.replay import CONTEXTS
-from kvpo.method.rollout import RolloutConfig, go_on, starts
+from kvpo.method.rollout import roll_out_branches, start_groups
 from kvpo.method.routing import KVRouting
+from kvpo.method.settings import RolloutConfig
 
 FORK = 4
 
@@ -78,7 +79,7 @@ def group():
     pipeline, script = new_pipeline(), story(7)
     explorer, config = KVRouting(window_blocks=2), RolloutConfig(branches=3, cache_frames=12)
     embeddings = embed(pipeline, script)
-    (start,) = starts(
+    (start,) = start_groups(
         pipeline,
         SAMPLERS["renoise"],
         explorer,
@@ -93,7 +94,7 @@ def group():
     return (
         pipeline,
         start,
-        go_on(pipeline, explorer, config, start, 0, ("g",), Phases()),
+        roll_out_branches(pipeline, explorer, config, start, 0, ("g",), Phases()),
         embeddings,
     )
 

@@ -9,7 +9,7 @@ from tiny import draw, new_pipeline, new_rollout, story
 
 from kvpo.common.rng import stream
 from kvpo.generators.streaming import receptive_field
-from kvpo.method.rollout import PrefixDecoders
+from kvpo.method.prefix import PrefixDecoders
 from kvpo.method.score import decode
 from kvpo.method.settings import ScoreConfig
 from kvpo.mini.pretraining.networks import new_vae

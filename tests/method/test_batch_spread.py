@@ -168,7 +168,7 @@ def test_a_step_explores_all_its_groups_before_it_learns(folder, tmp_path, monke
         metrics["advantage/step_std/local/Warmth"] == pytest.approx(float(expected[0]))
         and metrics["optim/grad_norm"] > 0
     )
-    assert run.policy.updates == 1
+    assert run.parts.policy.updates == 1
 
 
 class Sometimes(Warmth):

@@ -15,8 +15,10 @@ from kvpo.common.rng import stream
 from kvpo.common.timing import Phases
 from kvpo.config import from_dict
 from kvpo.generators.sampler import SAMPLERS
-from kvpo.method.rollout import RolloutConfig, go_on, spread_forks, starts
+from kvpo.method.forks import spread_forks
+from kvpo.method.rollout import roll_out_branches, start_groups
 from kvpo.method.routing import KVRouting
+from kvpo.method.settings import RolloutConfig
 from kvpo.train import Alignment
 
 EXPLORER, CONFIG = KVRouting(window_blocks=2), RolloutConfig(branches=3, cache_frames=9)
@@ -27,7 +29,7 @@ HELD = (lambda fork: (1,), lambda fork: (), lambda fork: (0, 2), lambda fork: ()
 
 
 def begun(pipeline, which: list[int]):
-    return starts(
+    return start_groups(
         pipeline,
         SAMPLERS["renoise"],
         EXPLORER,
@@ -43,7 +45,7 @@ def begun(pipeline, which: list[int]):
 
 
 def rolled(pipeline, start, i: int):
-    return go_on(pipeline, EXPLORER, CONFIG, start, 0, ("train", 0, i), Phases())
+    return roll_out_branches(pipeline, EXPLORER, CONFIG, start, 0, ("train", 0, i), Phases())
 
 
 @pytest.mark.parametrize("history", ["window", "bank"])
@@ -98,7 +100,7 @@ def test_a_step_with_several_forks_of_a_story(folder, tmp_path):
         run = Alignment(config, tmp_path, Progress())
         if forks == 2:
             assert list(run._side_by_side([0, 1, 2, 3])) == [[0, 2], [1, 3]]
-            first, second = run.starts(0, [0, 2])
+            first, second = run.parts.starts(0, [0, 2])
             assert first.script == second.script and first.window != second.window
             assert first.noise == second.noise
         assert run.step(0)["optim/step_norm"] > 0.0
@@ -114,7 +116,7 @@ def test_stories_of_a_step_fork_at_the_same_blocks(folder, tmp_path, forks):
     config = from_dict(settings(folder, groups=2 * forks, rollout=rollout, data=data))
     run, seen = Alignment(config, tmp_path, Progress()), []
     for step in range(4):
-        begun = run.starts(step, list(range(2 * forks)))
+        begun = run.parts.starts(step, list(range(2 * forks)))
         at = [start.window.fork for start in begun]
         assert at[0::2] == at[1::2] and len(set(at)) == forks
         assert begun[0].script != begun[1].script

@@ -403,7 +403,8 @@ def test_nothing_is_recorded_that_is_not_needed(kind):
     config = from_dict(pair_of(kind))
     assert config.recorded == OBJECTIVES[kind].needs
     from kvpo.generators.sampler import SAMPLERS
-    from kvpo.method.rollout import RolloutConfig, roll_out
+    from kvpo.method.rollout import roll_out
+    from kvpo.method.settings import RolloutConfig
 
     pipeline, script = new_pipeline(), story(6)
     t = roll_out(

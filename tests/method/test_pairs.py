@@ -121,9 +121,9 @@ def test_a_run_draws_for_every_group(folder, tmp_path):
     run = Alignment(config, tmp_path, Progress())
     found = run.step(0)
     assert found["optim/step_norm"] > 0.0
-    g = run.pipeline.geometry
+    g = run.parts.pipeline.geometry
     assert amounts(config, g).replay_calls < amounts(whole, g).replay_calls
-    start = run.starts(1, [0])[0]
+    start = run.parts.starts(1, [0])[0]
     group = run.group(1, 0, start)
     replays = [run._replay(step, group) for step in (1, 1, 2)]
     assert int((replays[0].weights_PS > 0).sum()) == 3

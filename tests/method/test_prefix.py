@@ -6,13 +6,13 @@ from __future__ import annotations
 import pytest
 import torch
 from test_align import settings
-from test_branch_parallel import Given
+from test_branch_parallel import Given, aligned
 from tiny import draw, embed, story, with_geometry
 
-from kvpo.common.progress import Progress
 from kvpo.config import from_dict
 from kvpo.generators.sampler import SAMPLERS, NamedNoise
-from kvpo.method.rollout import PrefixDecoders, RolloutConfig, Start, start_groups
+from kvpo.method.prefix import PrefixDecoders, PrefixPlan, Start, generate_starts
+from kvpo.method.settings import RolloutConfig
 from kvpo.types import Window
 
 CACHE = 9
@@ -25,22 +25,14 @@ HISTORIES = {"window": {}, "all the past": {"window": -1}, "bank": {"bank": 2, "
 
 def started(pipeline, which: list[int]) -> list[Start]:
     g = pipeline.geometry
-
-    def pick(values):
-        return [values[i] for i in which]
-
-    noises = [NamedNoise(pipeline.latent_shape(g.block), 0, ("group", i)) for i in which]
+    shape = pipeline.latent_shape(g.block)
+    plans = [
+        PrefixPlan(SCRIPTS[i], Window(FORKS[i], 1), NamedNoise(shape, 0, ("group", i)), HELD[i])
+        for i in which
+    ]
     cache = CACHE if g.window > 0 else 40
-    return start_groups(
-        pipeline,
-        SAMPLERS["renoise"],
-        pick(SCRIPTS),
-        [Window(f, 1) for f in pick(FORKS)],
-        embed(pipeline, *SCRIPTS),
-        noises,
-        cache,
-        pick(HELD),
-    )
+    embeddings = embed(pipeline, *SCRIPTS)
+    return generate_starts(pipeline, SAMPLERS["renoise"], plans, embeddings, cache)
 
 
 def pages(start: Start) -> list[torch.Tensor]:
@@ -116,9 +108,9 @@ def test_a_step_with_prefixes_side_by_side(folder, tmp_path, train):
             "policy": {"train": train, "rank": 2},
         }
         changes |= {"optimizer": {"lr": 1e-3, "warmup": 1, "eps": 1e-3}}
-        run = Given(from_dict(settings(folder, **changes)), tmp_path, Progress())
+        run = aligned(from_dict(settings(folder, **changes)), tmp_path, Given)
         calls = [run.step(step)["calls/generator"] for step in range(2)]
-        found[prefixes] = calls, run.policy.snapshot(), run.policy.reference
+        found[prefixes] = calls, run.parts.policy.snapshot(), run.parts.policy.reference
     (few, ours, start), (many, theirs, _) = found[2], found[1]
     assert all(a < b for a, b in zip(few, many))
     moved = max(float((a - b).abs().max()) for a, b in zip(ours, start))

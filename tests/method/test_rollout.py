@@ -11,8 +11,9 @@ from tiny import RED, embed, new_rollout, new_stream, story, with_geometry
 
 from kvpo.generators.sampler import SAMPLERS, NamedNoise, Stream
 from kvpo.method.explorers import Exploration, StartNoise, mix_noise
-from kvpo.method.rollout import RolloutConfig, check_room
+from kvpo.method.forks import check_room
 from kvpo.method.routing import KVRouting
+from kvpo.method.settings import RolloutConfig
 from kvpo.types import BranchPlan, Window
 
 ROUTING = KVRouting(window_blocks=2)

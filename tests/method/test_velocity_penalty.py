@@ -13,11 +13,11 @@ from kvpo.generators.sampler import SAMPLERS, NamedNoise
 from kvpo.method.advantages import UnsafePolicy
 from kvpo.method.energies import Temperature
 from kvpo.method.objectives.tve_ppo import TvePpo
-from kvpo.method.rollout import generate_prefixes
+from kvpo.method.prefix import PrefixPlan, generate_prefixes
 from kvpo.method.update import OptimizerConfig, Updater
 from kvpo.method.velocity_penalty import VelocityPenalty, held_velocities, replayable
 from kvpo.policy.policy import Policy, PolicyConfig
-from kvpo.types import Rollout
+from kvpo.types import Rollout, Window
 
 FORK = 6
 CACHE = 9
@@ -48,12 +48,12 @@ def test_a_block_can_be_replayed_where_its_past_is_what_it_read(
     (prefix, once), (inputs, _) = generate_prefixes(
         pipeline,
         SAMPLERS["renoise"],
-        [script] * 2,
+        [
+            PrefixPlan(script, Window(FORK, 1), noise, range(FORK)),
+            PrefixPlan(script, Window(0, 1), noise),
+        ],
         embeddings,
-        [noise] * 2,
-        [FORK, 0],
         cache_frames,
-        [range(FORK), ()],
     )
     for _ in range(FORK):
         once.advance(observe=lambda i, x, v: straight.append(v[0]))

@@ -30,17 +30,12 @@ from kvpo.planning.amounts import (
 )
 from kvpo.planning.cards import CARDS, sold_as
 from kvpo.planning.costs import WAN_1_3B, WAN_5B, WAN_14B, costs, sizes_of
+from kvpo.planning.memory import fitted, stages
 from kvpo.planning.peak import Ledger, cost, fake, flops
-from kvpo.planning.plan import (
-    SWITCHES,
-    as_options,
-    fitted,
-    savings,
-    shares_of,
-    stages,
-    work,
-)
+from kvpo.planning.plan import shares_of
+from kvpo.planning.work import SWITCHES, as_options, savings, work
 from kvpo.policy.policy import Policy
+from kvpo.runs.parts import Parts
 from kvpo.train import Alignment
 
 
@@ -91,7 +86,7 @@ def test_a_gradient_costs_what_is_planned(folder, checkpointing):
     )
     sizes = sizes_of(config)
     planned, rows, g = costs(config, sizes), replay_rows(config, sizes.geometry), sizes.geometry
-    model = Alignment(config, folder, Progress()).pipeline.generator
+    model = Parts(config, Progress()).pipeline.generator
     cache = model.new_cache(20, g.latent_height, g.latent_width, sink=g.sink)
     frames = list(range(g.window, g.window + g.block))
     cache.reserve(range(g.window))
@@ -172,7 +167,7 @@ def test_calls_of_every_objective_are_those_of_a_run(folder, tmp_path, monkeypat
         only = classmethod(lambda cls, blocks, geometry: [3])
         monkeypatch.setattr(type(config.exploring), "eligible_forks", only)
     alignment = Alignment(config, tmp_path, Progress())
-    counted = amounts(config, alignment.pipeline.geometry)
+    counted = amounts(config, alignment.parts.pipeline.geometry)
     alignment.step(0)
     calls = alignment.step(1)["calls/generator"]
     replays = counted.replays + counted.energies_first
@@ -265,7 +260,7 @@ def test_parts_by_hand(folder):
     sizes = sizes_of(config)
     found = costs(config, sizes)
     memory = stages(config, sizes, found)
-    model = Alignment(config, folder, Progress())
+    model = Parts(config, Progress())
     numbers = sum(p.numel() for p in model.pipeline.generator.parameters())
     assert (
         found.trainable == numbers

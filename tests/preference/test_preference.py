@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
-from test_align import settings, write_recipe
+from test_align import align, settings, write_recipe
 from tiny import RED
 
 from kvpo.commands import main as cli
@@ -556,7 +556,7 @@ def test_a_run_is_aligned_to_a_fitted_preference(brighter, folder, tmp_path):
     save(tmp_path / "taste", brighter, {})
     changes = {"steps": 2, "rewards": [{"name": f"preference:{tmp_path / 'taste'}"}]}
     recipe = write_recipe(tmp_path / "tiny.yaml", settings(folder, **changes))
-    assert cli.main(["align", recipe, "--out", str(tmp_path / "run")]) == 0
+    assert align(recipe, tmp_path / "run") == 0
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert sum(any("preference-taste" in key for key in row) for row in rows) >= 2
     assert (tmp_path / "run" / "report.html").is_file()

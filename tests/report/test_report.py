@@ -243,6 +243,12 @@ def finished(tmp_path_factory) -> Path:
     return run
 
 
+@pytest.fixture(scope="session")
+def page(finished) -> Path:
+    """The report of the complete run."""
+    return write_report(finished)
+
+
 @pytest.fixture
 def run(finished, tmp_path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "run"))
@@ -286,11 +292,11 @@ def text_of(path: Path) -> str:
     return re.sub(r"\s+", " ", "".join(page.words))
 
 
-def test_page_is_self_contained(finished):
-    text = write_report(finished).read_text()
-    page = Page(text)
-    assert page.open == []
-    assert page.addresses and all(address.startswith(("data:", "#")) for address in page.addresses)
+def test_page_is_self_contained(page):
+    text = page.read_text()
+    read = Page(text)
+    assert read.open == []
+    assert read.addresses and all(address.startswith(("data:", "#")) for address in read.addresses)
     assert (
         "http:" not in text
         and "https:" not in text
@@ -302,8 +308,8 @@ def test_page_is_self_contained(finished):
     )
 
 
-def test_page_says_what_is_clear_and_what_is_not(finished):
-    words = text_of(write_report(finished))
+def test_page_says_what_is_clear_and_what_is_not(page):
+    words = text_of(page)
     assert (
         "Rewards it was trained on. Better: VQ by 0.0310, TA by 0.110. No clear difference: MQ."
         in words
@@ -383,7 +389,7 @@ def test_not_a_run_is_an_error(tmp_path):
         write_report(tmp_path)
 
 
-def test_an_evaluation_on_training_prompts_is_warned_of(run):
+def test_an_evaluation_on_training_prompts_is_warned_of(run, no_curves):
     path = run / "evaluation/ema.json"
     assert "prompts that were trained on" not in text_of(write_report(run))
     path.write_text(json.dumps(json.loads(path.read_text()) | {"unseen": False}))
@@ -436,7 +442,7 @@ def test_verdict_follows_the_interval():
     assert verdict(0.1, 0.2, n=15) == "few" and verdict(math.nan, 0.2, n=2) == "unmeasured"
 
 
-def test_a_handful_of_scripts_has_no_verdict(run):
+def test_a_handful_of_scripts_has_no_verdict(run, no_curves):
     """Two scripts that both rose gave a narrow interval above 0, and the page said "Better" in
     green."""
     path = run / "evaluation/ema.json"
@@ -475,8 +481,8 @@ def test_lines_of_one_chart_differ():
         assert len(set(re.findall(r"--c\d+: (#\w+)", mode))) == len(COLOURS)
 
 
-def test_contents_lead_to_every_section_and_the_last_one_explains_the_words(finished):
-    text = write_report(finished).read_text()
+def test_contents_lead_to_every_section_and_the_last_one_explains_the_words(page):
+    text = page.read_text()
     assert (
         re.findall(r'<a href="#([^"]+)">', text)
         == re.findall(r'<section id="([^"]+)">', text)
@@ -489,14 +495,14 @@ def test_contents_lead_to_every_section_and_the_last_one_explains_the_words(fini
     )
 
 
-def test_the_best_branch_is_marked(finished):
+def test_the_best_branch_is_marked(page):
     """Advantages 1, -1, .5, -.5: the first; where all are equal none is."""
-    text = write_report(finished).read_text()
+    text = page.read_text()
     assert re.findall(r'<tr class="best"><th>([^<]+)', text) == ["branch 0 "]
     assert _best([0.5, 0.5]) is None and _best([math.nan, 0.1, 0.3]) == 2 and _best([]) is None
 
 
-def test_none_is_never_printed(run):
+def test_none_is_never_printed(run, no_curves):
     """An unset value of environment.json stood there as Python's None."""
     path = run / "environment.json"
     path.write_text(
