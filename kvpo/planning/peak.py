@@ -9,15 +9,18 @@ itself, not a formula about it. Scratch memory inside a kernel is not seen.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
+
+M = TypeVar("M", bound=torch.nn.Module)
 
 ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *args, out_val=None, **kwargs: (
@@ -67,6 +70,14 @@ class Ledger(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
+@dataclass(frozen=True)
+class Pass:
+    """Cost of running one part of the step once."""
+
+    bytes: int
+    flops: int
+
+
 @dataclass
 class Cost:
     bytes: int = 0
@@ -98,3 +109,34 @@ def flops() -> Iterator[FlopCounterMode]:
     """
     with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
         yield counter
+
+
+def on_meta(build: Callable[[], M], dtype: torch.dtype) -> M:
+    """Build a module in ``dtype`` and without memory."""
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            return build()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of some tensors together."""
+    return sum(t.nbytes for t in tensors)
+
+
+def materialise(module: torch.nn.Module) -> None:
+    """Replace tensors on meta by ones that operations can be run on.
+
+    peft can not be run on fake ones.
+    """
+    for m in module.modules():
+        for name, p in m._parameters.items():
+            if p is not None:
+                m._parameters[name] = torch.nn.Parameter(
+                    torch.zeros_like(p, device="cpu"), requires_grad=p.requires_grad
+                )
+        for name, b in m._buffers.items():
+            if b is not None:
+                m._buffers[name] = torch.zeros_like(b, device="cpu")
