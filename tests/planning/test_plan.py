@@ -314,6 +314,18 @@ def test_parts_by_hand(folder):
     )
 
 
+def test_a_member_anchor_has_a_past_of_its_own(folder):
+    """It is replayed with the branches when it is a member, from its own blocks; the plan left its
+    past out, so three branches and the anchor counted as three."""
+    plain, member = (config_of(folder, advantages={"anchor": anchor}) for anchor in (False, True))
+    sizes = sizes_of(plain)
+    found = costs(plain, sizes)
+    own, of_member = (
+        stages(c, sizes, found)["replay"]["branches' own past"] for c in (plain, member)
+    )
+    assert plain.rollout.branches == 3 and own % 3 == 0 and of_member == own // 3 * 4
+
+
 def test_shards_by_hand(folder):
     """Of four cards each keeps a quarter of four sets and two moments; whole are the module's
     weights, the gradient, and reference and behaviour for the groups."""
@@ -482,6 +494,23 @@ def test_savings_are_those_of_the_changed_recipe(folder):
     assert all(0.0 < share < 1.0 for share in saved.values())
 
 
+def test_savings_of_every_objective_are_of_settings_that_it_has(folder):
+    """`kvpo plan longlive_nft` ended with a TypeError: the switch that drops the KL names a setting
+    that only the paper's objective has."""
+    configs = {kind: paired(folder, kind, groups=2) for kind in PAIRS}
+    sizes = sizes_of(configs["nft"])
+    found = costs(configs["nft"], sizes)
+    saved = {kind: savings(config, sizes, found) for kind, config in configs.items()}
+    assert {kind: [o for o in saved[kind] if "kl" in o] for kind in saved} == {
+        "regression": [],
+        "nft": ["--objective.kl-beta 0.0"],
+        "rvm": [],
+        "kernel_grpo": ["--objective.kl-beta 0.0"],
+        "sde_grpo": [],
+        "denoised_distance": ["--objective.kl-beta 0.0 --objective.no-kl-watch"],
+    }
+
+
 def test_options_that_are_said_are_understood():
     for changes in SWITCHES:
         default = cli._parse("plan", ["longlive", *as_options(changes).split()]).settings
@@ -545,6 +574,8 @@ def test_the_miniature_s_plan(capsys, tmp_path):
         == {"prefix", "branches", "decoding", "scoring", "replay", "gradient", "update"}
     )
     assert 0.1 < sum(content["stages GiB"]["gradient"].values()) < 0.25
+    # its step was planned as 20 ms, and took 3.5 s on a card
+    assert "the host's time between small kernels, which is not counted" in out
 
 
 def test_a_recipe_at_full_size_without_weights(capsys):
@@ -554,6 +585,7 @@ def test_a_recipe_at_full_size_without_weights(capsys):
         and "Wan2.1-1.3B as `kvpo import --format longlive` would write it" in out
         and "It fits." in out
         and "--score.preview taew2_1.safetensors" in out
+        and "small kernels" not in out
     )
 
 
