@@ -26,7 +26,7 @@ from kvpo.generators.preview import RELEASED, Layout, Preview, layout_of
 from kvpo.generators.streaming import FrameDecoder, StreamingDecoder, VaeFrames
 from kvpo.planning.amounts import decoded_together, replay_rows, side_by_side
 from kvpo.planning.network import network_costs
-from kvpo.planning.peak import Ledger, Pass, bytes_of, cost, fake, flops, materialise, on_meta
+from kvpo.planning.peak import Ledger, Pass, bytes_of, cost, fake, materialise, on_meta
 from kvpo.runs.loading import folder_of
 
 WAN_1_3B = {
@@ -253,9 +253,9 @@ def decoding_of(ledger: Ledger, network: FrameDecoder, sizes: Sizes, *counts: in
     with cost(ledger) as found:
         for _ in range(2):
             decoder(latents)
-        with flops() as counted:
-            decoder(latents)
-    done = counted.get_total_flops()
+        before = ledger.flops
+        decoder(latents)
+    done = ledger.flops - before
     return [Pass(found.bytes * rows // most, done * rows // most) for rows in counts]
 
 

@@ -20,7 +20,7 @@ from kvpo.generators.cache import FrameCache
 from kvpo.generators.causal_wan import CausalWan
 from kvpo.generators.memory import Bank
 from kvpo.planning.amounts import replay_rows, side_by_side
-from kvpo.planning.peak import Ledger, Pass, bytes_of, cost, fake, flops, materialise, on_meta
+from kvpo.planning.peak import Ledger, Pass, bytes_of, cost, fake, materialise, on_meta
 from kvpo.policy.adapters import Adapters
 from kvpo.policy.policy import Policy
 from kvpo.policy.sharding import master_of
@@ -162,9 +162,9 @@ def _velocity(model: CausalWan, cache: FrameCache, sizes: Sizes, rows: int) -> t
 
 @torch.no_grad()
 def _forward(ledger: Ledger, velocity: Callable[[], torch.Tensor]) -> Pass:
-    with flops() as counted, cost(ledger) as found:
+    with cost(ledger) as found:
         velocity()
-    return Pass(found.bytes, counted.get_total_flops())
+    return Pass(found.bytes, found.flops)
 
 
 def _with_gradient(ledger: Ledger, model: CausalWan, velocity: Callable[[], torch.Tensor]) -> Pass:
@@ -178,6 +178,4 @@ def _with_gradient(ledger: Ledger, model: CausalWan, velocity: Callable[[], torc
             master.grad = torch.zeros_like(master)
     with cost(ledger) as found:
         velocity().square().mean().backward()
-    with flops() as counted:  # once more: the counter keeps activations alive
-        velocity().square().mean().backward()
-    return Pass(found.bytes, counted.get_total_flops())
+    return Pass(found.bytes, found.flops)

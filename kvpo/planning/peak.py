@@ -9,16 +9,22 @@ itself, not a formula about it. Scratch memory inside a kernel is not seen.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    flop_registry,
+    sdpa_backward_flop,
+    sdpa_flop,
+    shape_wrapper,
+)
 
 M = TypeVar("M", bound=torch.nn.Module)
 
@@ -33,16 +39,29 @@ ATTENTION = {
 """The one fused attention that the counter does not know, and that fake tensors on a CPU use."""
 
 
+OPERATIONS: Mapping[Any, Callable[..., int]] = {
+    **flop_registry,
+    **{operator: shape_wrapper(count) for operator, count in ATTENTION.items()},
+}
+"""Operator -> its floating-point operations, by torch's own formulas."""
+
+
 class Ledger(TorchDispatchMode):
-    """Bytes of all storages that were made under it and are alive."""
+    """Bytes of all storages that were made under it and are alive, and operations so far.
+
+    Operations are counted here, and not by torch's counter beside it, which keeps a backward pass's
+    activations alive and takes longer than the rest of a plan.
+    """
 
     def __init__(self):
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.flops = 0
         self._alive: set[int] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
+        if (count := OPERATIONS.get(func._overloadpacket)) is not None:
+            self.flops += count(*args, **(kwargs or {}), out_val=out)
         given = {
             id(x.untyped_storage())
             for x in tree_leaves((args, kwargs))
@@ -84,6 +103,8 @@ class Cost:
     """Most memory alive at once, above what there was before."""
     kept: int = 0
     """Bytes of the peak that are still alive afterwards."""
+    flops: int = 0
+    """Floating-point operations."""
 
 
 @contextmanager
@@ -95,10 +116,11 @@ def fake() -> Iterator[Ledger]:
 
 @contextmanager
 def cost(ledger: Ledger) -> Iterator[Cost]:
-    """Peak memory of the body; filled in on exit."""
-    found, before, ledger.peak = Cost(), ledger.now, ledger.now
+    """Peak memory and operations of the body; filled in on exit."""
+    found, before, done, ledger.peak = Cost(), ledger.now, ledger.flops, ledger.now
     yield found
     found.bytes, found.kept = ledger.peak - before, ledger.now - before
+    found.flops = ledger.flops - done
 
 
 @contextmanager

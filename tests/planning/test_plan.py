@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import replace
 from typing import get_args, get_type_hints
@@ -10,6 +11,7 @@ import pytest
 import torch
 from test_align import settings, write_recipe
 from tiny import GEOMETRY, draw
+from torch.utils.checkpoint import checkpoint
 
 from kvpo.commands import main as cli
 from kvpo.commands.plan import Plan
@@ -76,11 +78,34 @@ def test_bytes_by_hand():
 
 
 def test_operations_by_hand():
-    with fake(), flops() as counted:
+    with fake() as ledger, flops() as counted, cost(ledger) as found:
         q, k = torch.zeros(2, 3, 5, 8), torch.zeros(2, 3, 7, 8)
         torch.nn.functional.scaled_dot_product_attention(q, k, k)
         torch.zeros(4, 6) @ torch.zeros(6, 9)
-    assert counted.get_total_flops() == 2 * (2 * 2 * 3 * 5 * 7 * 8) + 2 * 4 * 6 * 9
+    by_hand = 2 * (2 * 2 * 3 * 5 * 7 * 8) + 2 * 4 * 6 * 9
+    assert counted.get_total_flops() == found.flops == by_hand
+
+
+def test_operations_of_a_backward_pass_are_those_of_torch_s_counter():
+    """Convolution, linear map, attention and what checkpointing computes again."""
+
+    def forward(x: torch.Tensor, w: torch.Tensor, conv: torch.Tensor) -> torch.Tensor:
+        y = torch.nn.functional.conv3d(x, conv, padding=1).flatten(2)
+        y = torch.nn.functional.linear(y, w)[:, None]
+        return torch.nn.functional.scaled_dot_product_attention(y, y, y).square().mean()
+
+    with fake() as ledger:
+        x, w = torch.zeros(2, 3, 4, 4, 4), torch.zeros(16, 64, requires_grad=True)
+        conv = torch.zeros(5, 3, 3, 3, 3, requires_grad=True)
+        found = []
+        for counter in (flops, contextlib.nullcontext):
+            before = ledger.flops
+            with counter() as counted:
+                checkpoint(forward, x, w, conv, use_reentrant=False).backward()
+            found.append(ledger.flops - before)
+            if counted is not None:
+                found.append(counted.get_total_flops())
+    assert len(set(found)) == 1 and found[0] > 0
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
