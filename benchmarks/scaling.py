@@ -231,15 +231,17 @@ halve that wait on one node and take a third off it on sixteen; the price is lar
 
 ## FSDP2 instead of own gathering: what stands against it
 
-`policy.shard` uses FSDP2 for the layout of the masters only ([kvpo/policy/sharding.py](../kvpo/policy/sharding.py)); whole weights are gathered once a step. To let FSDP2 gather them block by block, in every pass:
+`policy.shard` uses FSDP2 for the layout of the masters only ([kvpo/policy/sharding.py](../kvpo/policy/sharding.py)); whole weights are gathered once a step. To let FSDP2 gather and reduce block by block, in every pass, each of these has to be answered first:
 
-- Ranks make unequally many passes: forks differ, stories end, groups are skipped. A pass of FSDP2 waits for the same pass of all ranks, so each rank would have to make as many dummy passes as the slowest makes real ones. Whole weights cost memory instead: 2 bytes a number in bfloat16.
-- It wants one dtype of what it trains in a block. Wan's blocks hold norms and modulation in float32 among bfloat16 maps, so full training would need two groups of parameters a block, or float32 maps.
-- Rollouts swap in other sets of weights (behaviour, reference, average, merged adapters) by giving parameters other memory. Under FSDP2 each swap would be one of shards and a new gathering.
-- Our loop calls the blocks, not the transformer's forward, where the root's hooks sit; the root would have to be `CausalWan`.
+- Each group's gradient is clipped by its own norm (`optimizer.clip_of: group`, the default), and `agreement` keeps a sketch of it. FSDP2 sums over ranks within the backward pass, so where ranks have different groups, no group's gradient is ever there. It leaves `clip_of: step` and `agreement.window: 0`, or all ranks in one group (`branch_parallel`), which has every prefix made by every rank.
+- A pass waits for the same pass of all ranks. `rollout.alike_forks` makes forks alike, and not the passes: a prompt switch is a pass of its own in prefix, branches and replay, and without `data.segments` and `data.switches` stories switch at different blocks; `pairs.count` draws other blocks for each group and `velocity_penalty` holds others; a group that is tied or can not be measured is left out, and so is a rank that has a group fewer; evaluations share their scripts out as they divide. Each needs one draw for all of a step, a pass of weight 0, or a refusal at the start.
+- An error inside a group is told when the rank leaves it (`Ranks.together`). With hooks, others would be waiting for its next gathering, for as long as `patience`: errors would have to be asked for before every pass.
+- It wants one dtype of what it trains in a group of parameters. Wan's blocks hold norms and modulation in float32 among bfloat16 maps: two groups a block, and two at the root.
+- Rollouts swap in other sets of weights (behaviour, reference, average, merged adapters) by giving parameters other memory. Under FSDP2 each swap would be one of shards, and every pass a new gathering.
+- Our loop calls the blocks, not the transformer's forward, where the root's hooks sit: the root has to be `CausalWan`, with its own method registered as a forward. What asks a parameter for its dtype or shape between passes meets a shard in float32.
 - With it, activation checkpointing gathers every block twice in the backward pass, once to recompute.
 
-What it would bring: weights of 14B in bfloat16 are 28 GB of a card, and full training of them does not fit unsharded. For adapters it brings nothing.
+What it would bring: of 14B in full on eight cards (`kvpo plan krea --policy.train full --policy.shard --gpus 8`, [plans.md](plans.md)) 173 GiB of a card's 247 are weights, sets, moments and gradient, of which FSDP2 would leave 47 and a block or two gathered, 1.3: 122 planned, which cards of 141 GB hold. With one branch and one velocity at a time and a cache of 12 frames it would be 81, still more than the 79 of a card of 80 GB: there the sets have to be kept in bfloat16 as well, or streams cut over the cards (sequence parallelism), which is not built. For adapters it brings the frozen weights' share alone, where they are sharded too.
 """
 
 

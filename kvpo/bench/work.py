@@ -17,8 +17,8 @@ from diffusers import WanTransformer3DModel
 from kvpo.common.timing import Phases
 from kvpo.config import RunConfig
 from kvpo.generators.causal_wan import CausalWan
-from kvpo.planning.costs import Sizes, fake_decoding, materialise, on_meta
-from kvpo.planning.peak import fake, flops
+from kvpo.planning.costs import Sizes, fake_decoding
+from kvpo.planning.peak import fake, flops, materialise, on_meta
 from kvpo.policy.policy import Policy
 
 

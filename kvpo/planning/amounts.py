@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from kvpo.config import RunConfig
@@ -264,6 +264,12 @@ def own_past(config: RunConfig, geometry: Geometry) -> tuple[int, int]:
         for b in range(f + 1, f + P)
     )
     return rollout, (P - 1) * g.block + (g.window if switched and g.window > 0 else 0)
+
+
+def has_setting(config: RunConfig, name: str) -> bool:
+    """Whether a config has the dotted setting ``name``; which an objective has, its kind says."""
+    section, _, key = name.rpartition(".")
+    return any(f.name == key for f in fields(getattr(config, section) if section else config))
 
 
 def with_changes(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:

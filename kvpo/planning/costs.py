@@ -2,35 +2,31 @@
 
 Its own network, cache, decoder and policy are made and run on tensors without memory.
 
-Every part of a step is run once at its real shapes (`kvpo.planning.peak`); how often it runs is
-counted in `kvpo.planning.amounts`.
+Every part of a step is run once at its real shapes (`kvpo.planning.peak`), the network at two
+depths (`kvpo.planning.network`); how often it runs is counted in `kvpo.planning.amounts`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers import AutoencoderKLWan
 from transformers import UMT5Config, UMT5EncoderModel
 
 from kvpo.config import RunConfig
 from kvpo.convert.import_released import FORMATS
 from kvpo.convert.wan_base import arguments
-from kvpo.generators.causal_wan import CausalWan
-from kvpo.generators.memory import Bank
 from kvpo.generators.pipeline import Geometry
 from kvpo.generators.preview import RELEASED, Layout, Preview, layout_of
 from kvpo.generators.streaming import FrameDecoder, StreamingDecoder, VaeFrames
 from kvpo.planning.amounts import decoded_together, replay_rows, side_by_side
-from kvpo.planning.peak import Ledger, cost, fake, flops
-from kvpo.policy.adapters import Adapters
-from kvpo.policy.policy import Policy
-from kvpo.policy.sharding import master_of
+from kvpo.planning.network import network_costs
+from kvpo.planning.peak import Ledger, Pass, bytes_of, cost, fake, materialise, on_meta
 from kvpo.runs.loading import folder_of
 
 WAN_1_3B = {
@@ -130,14 +126,6 @@ def sizes_of(config: RunConfig, size: str = "") -> Sizes:
 
 
 @dataclass(frozen=True)
-class Pass:
-    """Cost of running one part of the step once."""
-
-    bytes: int
-    flops: int
-
-
-@dataclass(frozen=True)
 class Decoding:
     """Cost of a decoder; of its work by latent frame."""
 
@@ -167,7 +155,7 @@ class Costs:
     branches: Pass
     replay: Pass
     gradient: Pass
-    """Cost of a pass with gradient, without the gradients themselves."""
+    """Cost of a pass with gradient, beside the gradients that earlier passes have left."""
     full: Decoding
     """The VAE's decoder; its weights are ``vae``, the encoder's with them."""
     preview: Decoding | None
@@ -189,83 +177,45 @@ class Costs:
 
 
 def costs(config: RunConfig, sizes: Sizes) -> Costs:
-    """Run every part once without numbers, and count its bytes and operations."""
-    g = sizes.geometry
-    B, R = side_by_side(config), replay_rows(config, g)
-    model, vae, text = _networks(config, sizes)
-    weights = _bytes(model.parameters())
-    policy = on_meta(
-        lambda: Policy(model, config.policy, config.seed), getattr(torch, config.dtype)
-    )
-    sets = _sets(config, policy, _bytes(model.parameters()) - weights)
+    """Costs of the parts of a recipe's step."""
+    network = network_costs(config, sizes)
+    vae_dtype = getattr(torch, config.vae_dtype)
+    vae = on_meta(lambda: AutoencoderKLWan(**sizes.vae), vae_dtype)
+    text = on_meta(lambda: UMT5EncoderModel(UMT5Config(**sizes.text)), getattr(torch, config.dtype))
     layout = _preview_layout(config, sizes)
-    small = (
-        None
-        if layout is None
-        else on_meta(lambda: Preview(layout), getattr(torch, config.vae_dtype))
-    )
+    small = None if layout is None else on_meta(lambda: Preview(layout), vae_dtype)
+    decoded = decoded_together(config)
     with fake() as ledger:
-        materialise(model)
         materialise(vae.requires_grad_(False))
-        masters = [master_of(p) for p in model.parameters() if p.requires_grad]  # noqa: F841, they collect the gradients
-        if config.gradient_checkpointing:
-            model.transformer.enable_gradient_checkpointing()
-        cache = model.new_cache(
-            2 * g.block + max(g.window, g.sink), g.latent_height, g.latent_width, sink=g.sink
-        )
-        cache.bank = Bank.empty(cache.k, g.bank_keep) if g.bank else None
-        row, branches, replay = (_forward(ledger, model, cache, sizes, n) for n in (1, B, R))
-        with cost(ledger) as gradient:
-            _velocity(model, cache, sizes, R).square().mean().backward()
-        with flops() as counted:  # once more: the counter keeps activations alive
-            _velocity(model, cache, sizes, R).square().mean().backward()
-        grad = Pass(max(0, gradient.bytes - 4 * policy.num_trainable), counted.get_total_flops())
-        decoded = decoded_together(config)
         full = _decoding(ledger, VaeFrames(vae), vae, sizes, decoded)
         preview = None
         if small is not None:
             materialise(small.requires_grad_(False))
             preview = _decoding(ledger, small, small, sizes, decoded)
-        bare, maps = _without_adapter(policy, lambda: _forward(ledger, model, cache, sizes, 1))
-        rows = {"branches": B, "replay": R, "gradient": R, "decode_rows": decoded}
-        return Costs(
-            weights,
-            _bytes(vae.parameters()),
-            _bytes(text.parameters()),
-            policy.num_trainable,
-            sets,
-            cache.nbytes // cache.capacity,
-            row,
-            branches,
-            replay,
-            grad,
-            full,
-            preview,
-            rows,
-            bare,
-            maps,
-        )
-
-
-def _networks(
-    config: RunConfig, sizes: Sizes
-) -> tuple[CausalWan, AutoencoderKLWan, UMT5EncoderModel]:
-    """The generator, the VAE and the text encoder, without memory."""
-    dtype, vae_dtype = getattr(torch, config.dtype), getattr(torch, config.vae_dtype)
-    return (
-        on_meta(lambda: CausalWan(WanTransformer3DModel(**sizes.transformer)), dtype),
-        on_meta(lambda: AutoencoderKLWan(**sizes.vae), vae_dtype),
-        on_meta(lambda: UMT5EncoderModel(UMT5Config(**sizes.text)), dtype),
+    R = replay_rows(config, sizes.geometry)
+    rows = {
+        "branches": side_by_side(config),
+        "replay": R,
+        "gradient": R,
+        "decode_rows": decoded,
+    }
+    return Costs(
+        network.weights,
+        bytes_of(vae.parameters()),
+        bytes_of(text.parameters()),
+        network.trainable,
+        network.sets,
+        network.frame,
+        network.prefix,
+        network.branches,
+        network.replay,
+        network.gradient,
+        full,
+        preview,
+        rows,
+        network.left_out / network.prefix.flops,
+        network.maps,
     )
-
-
-def _sets(config: RunConfig, policy: Policy, added: int) -> int:
-    """Bytes of all sets of trained weights; ``added``: those that the policy put into the module."""
-    sets = (*policy.parameters, *policy.reference, *policy.behaviour, *policy.average)
-    found = _bytes(sets) + added
-    if config.policy.train == "full" and config.dtype == "float32":
-        found -= _bytes(policy.parameters)  # they are the module's own
-    return found
 
 
 def _preview_layout(config: RunConfig, sizes: Sizes) -> Layout | None:
@@ -286,95 +236,27 @@ def _preview_layout(config: RunConfig, sizes: Sizes) -> Layout | None:
 def _decoding(
     ledger: Ledger, network: FrameDecoder, module: torch.nn.Module, sizes: Sizes, rows: int
 ) -> Decoding:
-    prefix, many = (decoding_of(ledger, network, sizes, n) for n in (1, rows))
-    return Decoding(_bytes(module.parameters()), network.field, prefix, many)
-
-
-def _without_adapter(policy: Policy, forward: Callable[[], Pass]) -> tuple[float, int]:
-    """Share of a pass's operations that is left without the adapter, and its maps' bytes."""
-    if policy.config.train != "lora":
-        return 1.0, 0
-    adapters = Adapters(policy.model.transformer, policy.names)
-    whole = forward().flops
-    with adapters.left_out():
-        return forward().flops / whole, _bytes(adapters.bases)
-
-
-def on_meta(build, dtype: torch.dtype):
-    """Build a module in ``dtype`` and without memory."""
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device("meta"):
-            return build()
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
-def _bytes(tensors) -> int:
-    return sum(t.nbytes for t in tensors)
-
-
-def materialise(module: torch.nn.Module) -> None:
-    """Replace tensors on meta by ones that operations can be run on.
-
-    peft can not be run on fake ones.
-    """
-    for m in module.modules():
-        for name, p in m._parameters.items():
-            if p is not None:
-                m._parameters[name] = torch.nn.Parameter(
-                    torch.zeros_like(p, device="cpu"), requires_grad=p.requires_grad
-                )
-        for name, b in m._buffers.items():
-            if b is not None:
-                m._buffers[name] = torch.zeros_like(b, device="cpu")
-
-
-def _velocity(model: CausalWan, cache, sizes: Sizes, rows: int) -> torch.Tensor:
-    """Velocity of ``rows`` blocks that read a whole window."""
-    g = sizes.geometry
-    start = max(sizes.geometry.window, sizes.geometry.sink + sizes.geometry.block)
-    cache.slots = {f: i % cache.capacity for i, f in enumerate(range(start))}
-    x = torch.zeros(
-        rows, g.block, sizes.transformer["in_channels"], g.latent_height, g.latent_width
-    )
-    text = torch.zeros(1, g.text_length, sizes.transformer["text_dim"], dtype=model.dtype)
-    past = tuple(f for f in g.history.past(start, g.block) if f >= 0)
-    past = (*past, *past[: g.bank])  # the bank's pages are as large as any
-    return model.velocity(
-        x,
-        torch.full((rows,), 0.5),
-        text,
-        [list(range(start, start + g.block))] * rows,
-        cache,
-        [past] * rows,
-        [0] * rows,
-    )
+    one, several = decoding_of(ledger, network, sizes, 1, rows)
+    return Decoding(bytes_of(module.parameters()), network.field, one, several)
 
 
 @torch.no_grad()
-def _forward(ledger: Ledger, model: CausalWan, cache, sizes: Sizes, rows: int) -> Pass:
-    with flops() as counted, cost(ledger) as found:
-        _velocity(model, cache, sizes, rows)
-    return Pass(found.bytes, counted.get_total_flops())
+def decoding_of(ledger: Ledger, network: FrameDecoder, sizes: Sizes, *counts: int) -> list[Pass]:
+    """Costs of decoding a latent frame in the middle of so many videos side by side, a count each.
 
-
-@torch.no_grad()
-def decoding_of(ledger: Ledger, network: FrameDecoder, sizes: Sizes, rows: int) -> Pass:
-    """Cost of decoding a latent frame in the middle of a video.
-
-    The bytes are the state's and the activations'. A row alone counts as half of two: on a CPU the
-    VAE decodes it as two.
+    The bytes are the state's and the activations'. The most are decoded once, and fewer are their
+    share of it; two at least, because a CPU decodes a row alone as two, and no card does.
     """
-    g, decoder, many = sizes.geometry, StreamingDecoder(network), max(rows, 2)
+    g, decoder, most = sizes.geometry, StreamingDecoder(network), max(*counts, 2)
     channels = sizes.vae.get("z_dim", 16)
-    latents = torch.zeros(many, 1, channels, g.latent_height, g.latent_width)
+    latents = torch.zeros(most, 1, channels, g.latent_height, g.latent_width)
     with cost(ledger) as found:
         for _ in range(2):
             decoder(latents)
-        with flops() as counted:
-            decoder(latents)
-    return Pass(found.bytes * rows // many, counted.get_total_flops() * rows // many)
+        before = ledger.flops
+        decoder(latents)
+    done = ledger.flops - before
+    return [Pass(found.bytes * rows // most, done * rows // most) for rows in counts]
 
 
 def fake_decoding(sizes: Sizes, dtype: torch.dtype, rows: int) -> Pass:
@@ -382,4 +264,5 @@ def fake_decoding(sizes: Sizes, dtype: torch.dtype, rows: int) -> Pass:
     vae = on_meta(lambda: AutoencoderKLWan(**sizes.vae), dtype)
     with fake() as ledger:
         materialise(vae.requires_grad_(False))
-        return decoding_of(ledger, VaeFrames(vae), sizes, rows)
+        (found,) = decoding_of(ledger, VaeFrames(vae), sizes, rows)
+        return found

@@ -100,7 +100,7 @@ def _replayed(config: RunConfig, sizes: Sizes, c: Costs, own: int) -> dict[str, 
     """
     g, shape = sizes.geometry, shape_of(config, sizes.geometry)
     made = shape.copies * rows_of(config) * config.exploring.window_blocks * shape.steps
-    members = members_of(config, g) - config.advantages.anchor * (not shape.anchor_alone)
+    members = members_of(config, g)
     members = min(config.rollout.together or members, members)
     past = {"branches' own past": members * (own + g.bank) * c.frame}
     return ({"made for the replay": made * _latent(sizes)} if made else {}) | past

@@ -24,6 +24,13 @@ It is what a group of the paper's shape reached on an H200, 21 to 26 % in every 
 (docs/results.md, claim 5).
 """
 
+SMALL_CALL = 0.01
+"""Seconds of a call's operations below which they do not tell its time.
+
+A pass is one to two thousand kernels, and the host takes some millionths of a second for each: the
+miniature's step took 3.5 s on an H200 (docs/results.md, claim 5), whose operations are hundredths.
+"""
+
 
 def planned(
     recipe: str,
@@ -51,6 +58,8 @@ def planned(
     counted = amounts(config, sizes.geometry, world, found.decoding(config).field)
     saved = savings(config, sizes, found, world)
     memory = stages(config, sizes, found, world)
+    by_phase = work(config, sizes, found, counted)
+    step = step_seconds(config, world, card, by_phase)
     lines = [
         *_head(recipe, config, sizes, found),
         *_memory(memory, room),
@@ -64,12 +73,20 @@ def planned(
         "sizes": sizes.source,
         "stages GiB": {s: {k: v / GIB for k, v in parts.items()} for s, parts in memory.items()},
         "amounts": vars(counted),
-        "TFLOP of a group": {
-            phase: flops / 1e12 for phase, flops in work(config, sizes, found, counted).items()
-        },
+        "TFLOP of a group": {phase: flops / 1e12 for phase, flops in by_phase.items()},
         "saved by": saved,
+        "peak GiB": max(sum(parts.values()) for parts in memory.values()) / GIB,
+        "room GiB": room,
+        "s of a step": step,
+        "GPU-hours": world * config.steps * step / 3600,
     }
     return lines, content
+
+
+def step_seconds(config: RunConfig, world: int, card: str, of_group: Mapping[str, float]) -> float:
+    """Seconds of a step without rewards, from a group's operations by phase."""
+    rate = CARDS[card].tflops * 1e12 * UTILISATION
+    return groups_of(config, world) * sum(of_group.values()) / rate
 
 
 # --- What is said ---
@@ -156,8 +173,7 @@ def _work(
     config: RunConfig, world: int, card: str, sizes: Sizes, c: Costs, n: Amounts, price: float
 ) -> list[str]:
     found = work(config, sizes, c, n)
-    groups, rate = groups_of(config, world), CARDS[card].tflops * 1e12 * UTILISATION
-    seconds = sum(found.values()) / rate
+    rate, step = CARDS[card].tflops * 1e12 * UTILISATION, step_seconds(config, world, card, found)
     updates = config.inner_updates
     title = (
         "one group, mean over forks"
@@ -176,12 +192,17 @@ def _work(
         for name, work in found.items()
     ]
     lines += [
-        f"{'together':<28}{sum(calls.values()):>9.0f}{sum(found.values()) / 1e12:>12.3g}{seconds:>9.3g}",
+        f"{'together':<28}{sum(calls.values()):>9.0f}{sum(found.values()) / 1e12:>12.3g}{sum(found.values()) / rate:>9.3g}",
         f"decoded: {n.decoded_prefix:.0f} latent frames of the prefix, {n.decoded_rows:.0f} of branches and anchor; scored: {n.scored:.0f} pixel frames",
-        f"a step: {count_of(config.groups, 'group')} on {world} x {card}: about {in_time(groups * seconds)} without rewards ({UTILISATION:.0%} of {CARDS[card].tflops} TFLOP/s); "
-        f"{count_of(config.steps, 'step')}: {in_time(config.steps * groups * seconds)}",
+        f"a step: {count_of(config.groups, 'group')} on {world} x {card}: about {in_time(step)} without rewards ({UTILISATION:.0%} of {CARDS[card].tflops} TFLOP/s); "
+        f"{count_of(config.steps, 'step')}: {in_time(config.steps * step)}",
     ]
-    hours = world * config.steps * groups * seconds / 3600
+    each = sum(found.values()) / rate / sum(calls.values())
+    if each < SMALL_CALL:
+        lines.append(
+            f"a call's operations take {1000 * each:.2g} ms at this rate: the host's time between small kernels, which is not counted, will be many times that"
+        )
+    hours = world * config.steps * step / 3600
     return [*lines, f"{hours:.3g} GPU-hours" + (f", {hours * price:.3g} euros" if price else "")]
 
 

@@ -11,6 +11,7 @@ from kvpo.planning.amounts import (
     Amounts,
     amounts,
     contexts_of,
+    has_setting,
     members_of,
     replayed_pairs,
     velocities_of,
@@ -79,9 +80,9 @@ def savings(config: RunConfig, sizes: Sizes, c: Costs, world: int = 1) -> dict[s
         return sum(work(changed, sizes, c, counted).values())
 
     now, found = flops(config), {}
-    for switch in (*SWITCHES, *more):
-        if not all(_has(config, key) for key in switch):
-            continue
+    for named in (*SWITCHES, *more):
+        # objectives differ in what they have to set
+        switch = {key: value for key, value in named.items() if has_setting(config, key)}
         try:
             saved = 1.0 - flops(with_changes(config, switch)) / now
         except ValueError:  # an illegal pair of settings
@@ -89,12 +90,6 @@ def savings(config: RunConfig, sizes: Sizes, c: Costs, world: int = 1) -> dict[s
         if saved > 0.001:
             found[as_options(switch)] = saved
     return dict(sorted(found.items(), key=lambda item: -item[1]))
-
-
-def _has(config: RunConfig, key: str) -> bool:
-    """Whether these settings have one of that name: `regression` knows no KL."""
-    section, _, name = key.rpartition(".")
-    return hasattr(getattr(config, section) if section else config, name)
 
 
 def as_options(changes: Mapping[str, Any]) -> str:
