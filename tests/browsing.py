@@ -1,6 +1,7 @@
-"""The studio in a real browser: a server on a free port, a page of headless Chromium, pictures of it.
+"""The studio in a real browser: a server on a free port, a page of a headless browser, pictures of it.
 
-Without Playwright or a Chromium the tests that ask for a page skip.
+The browser is Chromium, or the Firefox that KVPO_FIREFOX names. Without Playwright or a browser the
+tests that ask for a page skip.
 """
 
 from __future__ import annotations
@@ -53,24 +54,36 @@ def browser() -> str | None:
     return os.environ.get("KVPO_CHROMIUM") or next(found, None)
 
 
+def firefox() -> str | None:
+    """An installed Firefox that is to be used; Playwright drives it by WebDriver BiDi."""
+    return os.environ.get("KVPO_FIREFOX")
+
+
+def launched(driver):
+    """The browser, started."""
+    if firefox():
+        return driver.firefox.launch(channel="moz-firefox", executable_path=firefox())
+    return driver.chromium.launch(
+        executable_path=browser(), args=["--no-sandbox", "--disable-dev-shm-usage"]
+    )
+
+
 @contextlib.contextmanager
 def opened_page() -> Iterator:
-    """A page of headless Chromium; anything that it complains of fails the test."""
+    """A page of a headless browser; anything that it complains of fails the test."""
     playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
-    if browser() is None:
+    if firefox() is None and browser() is None:
         pytest.skip("no Chromium in PATH or KVPO_CHROMIUM: apt-get install chromium-headless-shell")
     with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(
-            executable_path=browser(), args=["--no-sandbox", "--disable-dev-shm-usage"]
-        )
-        page = chromium.new_page(viewport={"width": 1200, "height": 1000})
+        started = launched(driver)
+        page = started.new_page(viewport={"width": 1200, "height": 1000})
         page.set_default_timeout(SLOW)
         complaints: list[str] = []
         page.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
         page.on("pageerror", lambda error: complaints.append(str(error)))
         yield page
         print("the page says:", page.inner_text("#status"), page.inner_text("#message"), complaints)
-        chromium.close()
+        started.close()
     assert not complaints
 
 

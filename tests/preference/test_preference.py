@@ -336,6 +336,21 @@ def test_a_clip_that_is_too_short_is_named():
         fitted(answers, videos)
 
 
+def test_a_clip_that_is_recorded_with_several_answers_is_measured_once():
+    """A fork of five rows gave 17 clips by six pairs and a choice, and the button took minutes."""
+    _, videos = rated(TASTES["brighter"], pairs=4, stories=4)
+    clips = [*videos, Path("again/0.mp4"), Path("again/1.mp4")]
+    videos |= {clips[-2]: videos[clips[0]], clips[-1]: videos[clips[0]]}
+    sets, seen = make_sets(["frames"]), []
+    measure = sets["frames"].measure
+    sets["frames"].measure = lambda batch: (seen.append(1), measure(batch))[1]
+    found = fitting.measure(clips, sets, Progress(quiet=True), lambda p: (videos[p], 16.0))
+    assert len(seen) == 8 + len(found.copies) == 8 + 2 * 8
+    rows = found.features["frames"]
+    assert rows[8].tolist() == rows[9].tolist() == rows[0].tolist() != rows[1].tolist()
+    assert found.digests[8] == found.digests[0] and {at for at, _ in found.copies} == set(range(8))
+
+
 def test_two_raters_are_counted_apart():
     """Bob has the opposite taste: the model follows ann, who says more, and the numbers show it."""
     answers, videos = rated(TASTES["brighter"])
