@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from browsing import TOKEN, serving, status
+from browsing import TOKEN, serving, status, type_number
 from tiny import RED, with_geometry
 
 from kvpo.studio.library import Library
@@ -63,7 +63,7 @@ def test_a_thousand_blocks_take_no_more_memory_than_the_first_ones(address, page
     page.fill("#prompt", RED)
     looks = []
     for story in range(STORIES):
-        page.fill("#seed", str(story))
+        type_number(page, "#seed", story)
         page.click("#new" if story else "#go")
         page.wait_for_selector(f"#fact-seed:text-is('{story}')")
         for block in range(FULL - 1, STORY, 50):

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from browsing import shoot, shoot_narrow, status
+from browsing import shoot, shoot_narrow, status, type_number
 
 from kvpo.config import load_config, recipe_path, to_dict
 from kvpo.preference.records import read_lines
@@ -108,10 +108,10 @@ def studio(*argv: object) -> Iterator[str]:
     assert process.returncode == 0 and "the studio has ended" in rest
 
 
-def tell_and_rate(page, number: int, prompt: str) -> None:
+def tell_and_rate(page, number: int, prompt: str, tmp_path: Path) -> None:
     """Tell a story, fork it, answer pairs by keyboard, and go on from the branch that is liked best."""
     page.fill("#prompt", prompt)
-    page.fill("#seed", str(number))
+    type_number(page, "#seed", number)
     page.click("#new" if number else "#go")
     page.wait_for_selector(f"#fact-seed:text-is('{number}')")  # until then the strip is the old one
     page.wait_for_selector(".block[data-number='5']")
@@ -121,10 +121,12 @@ def tell_and_rate(page, number: int, prompt: str) -> None:
     page.click("#pause")
     status(page, "Paused")
     page.click(".block[data-number='7']")
-    page.fill("#fork-window", "2")
-    page.fill("#fork-branches", "4")
+    type_number(page, "#fork-window", 2)
+    type_number(page, "#fork-branches", 4)
     page.click("#fork-go")
     status(page, "Choose a branch")
+    page.locator(".branch").nth(1).hover()
+    shoot(page, tmp_path, f"real-fork-{number}")
     page.click("#compare")
     for pair in range(PAIRS):
         page.wait_for_selector(f"#pair-hint:has-text('Pair {pair + 1} of')")
@@ -147,7 +149,7 @@ def test_a_taste_goes_all_the_way_through_the_page(address, page, tmp_path):
     status(page, "Ready")
     page.fill("#rater", RATER)
     for number, prompt in enumerate(STORIES):
-        tell_and_rate(page, number, prompt)
+        tell_and_rate(page, number, prompt, tmp_path)
     page.click("#pause")
     shoot(page, tmp_path, "real-story")
     lines, broken = read_preferences(tmp_path / "studio")
