@@ -9,11 +9,15 @@ import pytest
 from learners import NUMBERS, ask, finish, new_panes, wait_for, write_template
 from starlette.testclient import TestClient
 from tabs import HOST, TOKEN
+from test_align import settings
+from test_align import write_recipe as write_recipe_file
 
+from kvpo.commands import main as cli
 from kvpo.commands.main import _parse
 from kvpo.config import load_config
 from kvpo.evaluation.ab_answers import wilson
 from kvpo.studio.aligning import align_to, studio_recipe, write_recipe
+from kvpo.studio.blind import SIDES, comparison
 from kvpo.studio.learning import Learning, fresh_seed
 from kvpo.studio.library import append_line
 from kvpo.studio.programs import PAIRS, Programs
@@ -34,6 +38,20 @@ def until(client, kind: str, *states: str) -> dict:
 
 
 # --- The command lines ---
+
+
+def test_a_comparison_leaves_the_videos_that_the_page_asks_for(folder, tmp_path, monkeypatch):
+    """`kvpo ab` put small videos into its own page and removed the files: the pane waited for ever."""
+    recipe = write_recipe_file(tmp_path / "tiny.yaml", settings(folder, steps=1))
+    run, out = tmp_path / "run", tmp_path / "blind" / "one"
+    assert cli.main(["align", recipe, "--out", str(run)]) == 0
+    monkeypatch.setattr("kvpo.studio.programs.PAIRS", 2)
+    programs = Programs(program=())
+    assert cli.main(programs.compare(run, 7, out)) == 0
+    blind = comparison(tmp_path, "one")
+    assert blind.ready and len(blind.pairs()) == 2
+    shown = [blind.video(place, side) for place in range(2) for side in SIDES]
+    assert len(set(shown)) == 4 and all(path.is_file() for path in shown)
 
 
 def test_the_command_lines_are_those_of_the_commands(tmp_path):

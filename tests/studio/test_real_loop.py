@@ -65,9 +65,9 @@ def recipe(tmp_path) -> Path:
     content = to_dict(load_config(recipe_path("mini")))
     content |= {"steps": 4, "groups": 1}
     content["rewards"] = [r for r in content["rewards"] if r["name"].startswith("world_")]
-    content["data"] |= {"blocks": 8, "segments": 2}
+    content["data"] |= {"blocks": 6, "segments": 2}
     content["rollout"] |= {"branches": 4}
-    content["evaluate"] |= {"scripts": 4, "videos": 1}
+    content["evaluate"] |= {"scripts": 2, "videos": 1, "every": 4}
     content["sentinels"] |= {"every": 0}
     path = tmp_path / "short.yaml"
     path.write_text(yaml.safe_dump(content))
