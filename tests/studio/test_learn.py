@@ -6,6 +6,7 @@ import json
 import sys
 
 import pytest
+import torch
 from learners import NUMBERS, ask, finish, new_panes, wait_for, write_template
 from starlette.testclient import TestClient
 from tabs import HOST, TOKEN
@@ -16,6 +17,10 @@ from kvpo.commands import main as cli
 from kvpo.commands.main import _parse
 from kvpo.config import load_config
 from kvpo.evaluation.ab_answers import wilson
+from kvpo.evaluation.evaluate import Scored, compare, kinds_of
+from kvpo.evaluation.goodhart import judge
+from kvpo.rewards.registry import make_reward
+from kvpo.rewards.scorer import Scorer
 from kvpo.studio.aligning import align_to, studio_recipe, write_recipe
 from kvpo.studio.blind import SIDES, comparison
 from kvpo.studio.learning import Learning, fresh_seed
@@ -38,6 +43,21 @@ def until(client, kind: str, *states: str) -> dict:
 
 
 # --- The command lines ---
+
+
+def test_a_run_ends_where_what_the_recipe_trained_on_falls(tmp_path):
+    """Aligned to a taste for brightness alone, the recipe's own rewards fell in every evaluation and
+    nothing ended the run: they were guards, which the stop does not look at."""
+    taste = write_template(tmp_path, 1) / "taste"
+    config = align_to(studio_recipe("", "mini"), taste)
+    watched = Scorer(make_reward("world_vq"), config.rewards[1])
+    kinds = ["train", *kinds_of([watched], 1, ("preference",))]
+    risen, fallen = torch.tensor([[1.0, 0.4]]).T.expand(2, 64), torch.tensor([[0.0, 0.5]]).T
+    noise = 0.01 * torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    names = ("preference-taste", "VQ")
+    a, b = (Scored(names, r.double(), ()) for r in (risen + noise, fallen.expand(2, 64)))
+    rows = compare(a, b, kinds)
+    assert judge({17: rows, 34: rows}).fallen == ("VQ",)
 
 
 def test_a_comparison_leaves_the_videos_that_the_page_asks_for(folder, tmp_path, monkeypatch):
@@ -64,7 +84,7 @@ def test_the_command_lines_are_those_of_the_commands(tmp_path):
     assert align.settings == written == load_config(recipe) and align.out == run
     roles = {entry.name: entry.role for entry in align.settings.rewards}
     assert roles[f"preference:{taste}"] == "train" and list(roles.values()).count("train") == 1
-    assert roles["world_vq"] == roles["world_facts"] == "guard" and roles["identity"] == "eval"
+    assert roles["world_vq"] == roles["identity"] == "eval" and roles["world_facts"] == "guard"
     assert align.settings.objective.kl_beta > 0 and align.settings.evaluate.every > 0
 
     write_recipe(written, run / "config.resolved.yaml")

@@ -99,7 +99,8 @@ export class Learn extends Pane {
     if (run === null) return;
     const { step, steps } = run;
     Object.assign(this.ids["align-bar"], { max: steps || 1, value: step });
-    this.say("align-step", align.state === "none" ? "" : `Step ${step} of ${steps ?? "?"}`);   // no status: it would be read out at every look
+    const early = align.state === "done" && step < steps ? "; it ended early, and the report says why" : "";
+    this.say("align-step", align.state === "none" ? "" : `Step ${step} of ${steps ?? "?"}${early}`);   // no status: it would be read out at every look
     this.once("run", { ...run, seconds_ago: 0 }, () => {
       this.ids["align-charts"].replaceChildren(charts(run));
       this.ids["align-report"].replaceChildren(...(run.report ? [reportLink(run.name)] : []));
