@@ -1,7 +1,7 @@
 """The loop of preferences at scale: a scripted rater with a hidden taste, a model, a training.
 
     python benchmarks/preference.py --out runs/preference --list      what is done of it
-    python benchmarks/preference.py --out runs/preference             all of it, two hours of one core
+    python benchmarks/preference.py --out runs/preference             all of it, two hours of one quiet core
 
 For each of three tastes (brighter, larger, steadier): 60 pairs of branches of the miniature, forked
 in 20 stories and recorded as the studio records them, by a rater who errs in 10 % of them; `kvpo

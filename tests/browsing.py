@@ -24,10 +24,10 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chromium-headless-
 SLOW = 60_000
 """Milliseconds that anything may take on a machine that does other things as well."""
 NARROW = {"width": 380, "height": 800}
-OUTSIDE = """[...document.querySelectorAll('section')].flatMap((section) => {
+OUTSIDE = """[...document.querySelectorAll('section')].filter((section) => section.offsetParent).flatMap((section) => {
   const end = section.getBoundingClientRect().right - parseFloat(getComputedStyle(section).paddingRight) + 1.5;
   return [...section.querySelectorAll('button, input, select, p, dl, svg, video')]
-    .filter((e) => !e.closest('.strip, .unseen') && e.getBoundingClientRect().right > end)
+    .filter((e) => !e.closest('.strip, .unseen, [hidden]') && e.getBoundingClientRect().right > end)
     .map((e) => e.id || e.textContent || e.tagName);
 })"""
 """What lies beyond the inner edge of its panel; the strip scrolls."""
