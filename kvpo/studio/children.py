@@ -148,7 +148,7 @@ class Children:
         return ([line.strip() for line in self._tail(kind) if line.strip()] or [""])[-1]
 
     def how_far(self, kind: str) -> str:
-        """How far the latest process of a kind said that it is, "evaluate mini: 16 of 64"; "" if never."""
+        """Last place that the latest process of a kind named, "evaluate mini: 16 of 64"; "" if none."""
         found = [match for line in self._tail(kind) if (match := FAR.fullmatch(line.strip()))]
         return f"{found[-1][1]}: {found[-1][2]} of {found[-1][3]}" if found else ""
 
