@@ -156,7 +156,7 @@ def test_a_run_is_followed_stopped_found_again_and_gone_on_with(client, panes, t
     seen = wait_for(lambda: (run := state(client)["run"]) and run["step"] >= 2 and run)
     assert seen["steps"] == 200
     assert [chart["title"] for chart in seen["charts"]] == [
-        "Reward of the explored window",
+        "Reward of the explored window: preference",
         "KL to the start weights",
     ]
     own = panes.learning.children._started.pop("align")  # what a new studio does not have
