@@ -91,7 +91,7 @@ class Fakes(Programs):
 def write_template(folder: Path, pairs: int = 4) -> Path:
     """What the real commands would write: a preference, and the videos of a comparison."""
     names = ("frames.brightness", "frames.motion")
-    scale = Scale(np.zeros(2), np.ones(2))
+    scale = Scale(np.zeros(2), np.ones(2), np.full(2, 4.0))
     model = Model(Option(("frames",), 0.1), scale, np.array([1.0, 0.5]), dict(LIFE))
     save(folder / "taste", Fitted(model, names, {}, NUMBERS), {"raters": ["Ada"]})
     page = folder / "blind" / "page"

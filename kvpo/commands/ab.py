@@ -39,6 +39,8 @@ class Ab:
     """A pair of every script for each."""
     blocks: int = 0
     """Length of the videos, blocks; 0 = the recipe's."""
+    apart: bool = False
+    """Leave the videos beside the page; else it holds them itself where they are small."""
     out: Path = Path("runs/ab")
     device: str = "auto"
 
@@ -75,7 +77,8 @@ class Ab:
         self.write_videos("b", pairs, config, progress, geometry)
         study = hashlib.blake2b((self.out / "key.json").read_bytes(), digest_size=8).hexdigest()
         claim(self.out / "key.json", {"study": study, "command": command()})
-        write_page(self.out / "page", study, [pair.script for pair in pairs], geometry)
+        scripts = [pair.script for pair in pairs]
+        write_page(self.out / "page", study, scripts, geometry, self.apart)
         progress.say(
             f"{len(pairs)} pairs, {len(QUESTIONS)} questions each\nfor the raters: {self.out}/page\nfor kvpo unblind, not for raters: {self.out}/key.json"
         )

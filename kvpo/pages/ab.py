@@ -32,13 +32,16 @@ QUESTIONS = {
 }
 
 
-def write_page(page: Path, study: str, scripts: Sequence[Script], geometry: Geometry) -> None:
+def write_page(
+    page: Path, study: str, scripts: Sequence[Script], geometry: Geometry, apart: bool = False
+) -> None:
     """Write page/index.html from page/000-left.mp4, page/000-right.mp4 and so on.
 
-    There is a pair for every script. Videos that went into the page are removed.
+    There is a pair for every script. Videos that went into the page are removed; with ``apart``
+    all stay beside it.
     """
     videos = list(page.glob("*.mp4"))
-    embed = sum(video.stat().st_size for video in videos) <= EMBED
+    embed = not apart and sum(video.stat().st_size for video in videos) <= EMBED
     shown = {
         "study": study,
         "questions": QUESTIONS,

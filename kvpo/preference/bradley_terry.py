@@ -14,37 +14,50 @@ from dataclasses import dataclass
 import numpy as np
 
 REACH = 4.0
-"""Standard deviations at which a standardised feature is cut.
+"""Standard deviations of the recorded clips at which a feature is cut.
 
 Beyond what people saw nothing is known, and nothing is to be won there.
 """
+LEAST = 0.01
+"""Smallest difference of two compared clips that counts, of a feature's smallest spread."""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Mean and spread of features over the recorded clips."""
+    """Centre and unit of each feature, and how far from its centre it is looked at."""
 
     mean: np.ndarray
-    """float64 [F]"""
+    """float64 [F], over the recorded clips."""
     spread: np.ndarray
-    """float64 [F], above 0."""
+    """float64 [F], above 0: root mean square difference of two clips that were compared."""
+    reach: np.ndarray
+    """float64 [F], above 0: distance from the mean at which a feature is cut, in its spread."""
 
     def __call__(self, features_CF: np.ndarray) -> np.ndarray:
         """Standardise features, [C, F]; what could not be measured is the mean, 0."""
-        z = np.clip((features_CF - self.mean) / self.spread, -REACH, REACH)
+        z = np.clip((features_CF - self.mean) / self.spread, -self.reach, self.reach)
         return np.nan_to_num(z, nan=0.0)
 
 
-def scale_of(features_CF: np.ndarray, floors_F: np.ndarray) -> Scale:
-    """Mean and spread of each feature, over the clips where it could be measured.
+def scale_of(features_CF: np.ndarray, difference_NF: np.ndarray, floors_F: np.ndarray) -> Scale:
+    """Scale of each feature by the clips, and the comparisons, where it could be measured.
 
-    The spread is no smaller than the floor.
+    Branches of one story differ far less than stories do. A feature is one unit where it differs
+    as two compared clips do: in units of the stories' spread it would hardly move a score. Floors
+    bound the spread of the clips, and LEAST of them that of the differences.
     """
     known = np.isfinite(features_CF)
     count = np.maximum(known.sum(0), 1)
     mean = np.where(known, features_CF, 0.0).sum(0) / count
-    variance = np.where(known, features_CF - mean, 0.0) ** 2
-    return Scale(mean, np.maximum(np.sqrt(variance.sum(0) / count), floors_F))
+    far = np.maximum(_root_mean_square(features_CF - mean), floors_F)
+    spread = np.maximum(_root_mean_square(difference_NF), LEAST * floors_F)
+    return Scale(mean, spread, REACH * far / spread)
+
+
+def _root_mean_square(x_NF: np.ndarray) -> np.ndarray:
+    """Root mean square of each column over what could be measured; 0 where nothing could."""
+    known = np.isfinite(x_NF)
+    return np.sqrt(np.square(np.where(known, x_NF, 0.0)).sum(0) / np.maximum(known.sum(0), 1))
 
 
 def log_sigmoid(x: np.ndarray) -> np.ndarray:

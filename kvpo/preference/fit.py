@@ -79,18 +79,24 @@ def measure(
 ) -> Measured:
     """Measure the recorded clips and spoilt copies of some, one clip at a time.
 
-    Raises ValueError for a clip that can not be read or is too short for a set.
+    A branch is recorded with each answer about it; what has the pixels of a clip before is that
+    clip, and not measured again. Raises ValueError for a clip that can not be read or is too short for a set.
     """
     spoil = {i * len(clips) // min(len(clips), MOST_SPOILT) for i in range(MOST_SPOILT)}
+    known: dict[bytes, dict[str, torch.Tensor]] = {}
     rows: list[dict[str, torch.Tensor]] = []
     spoilt: list[dict[str, torch.Tensor]] = []
     digests, copies = [], []
     with progress.bar("measure clips", len(clips)) as bar:
         for number, path in enumerate(clips):
             batch = VideoBatch(*_clip(path, sets, read), ("",))
-            digests.append(batch.digests[0])
-            rows.append(_features(batch, sets))
-            for kind, flaw in enumerate(FLAWS.values()) if number in spoil else ():
+            digest = batch.digests[0]
+            spoils = number in spoil and digest not in known
+            if digest not in known:
+                known[digest] = _features(batch, sets)
+            digests.append(digest)
+            rows.append(known[digest])
+            for kind, flaw in enumerate(FLAWS.values()) if spoils else ():
                 frames = DEGRADATIONS[flaw](batch.frames, stream(0, "preference", flaw))
                 spoilt.append(_features(VideoBatch(frames, batch.fps, ("",)), sets))
                 copies.append((number, kind))

@@ -1,9 +1,13 @@
-"""A fitted preference as a reward: sigmoid(u), how likely a clip beats the mean recorded one.
+"""A fitted preference as a reward: u, the log odds that a clip beats the mean recorded one.
 
-    u      w . z - DEAD (1 - alive), see `kvpo.preference.validation`
-    z      features of the clip, standardised by the recorded clips, cut at four standard deviations
-    score  in [0, 1]; 1/2 is the mean of the recorded clips
+    u      w . z - stake (1 - alive), see `kvpo.preference.validation`
+    z      features of the clip, in units of what compared clips differ by, cut at four standard
+           deviations of the recorded clips
+    score  u itself; 0 is the mean of the recorded clips
     parts  log odds that each set of features adds, and what is lost where nothing moves
+
+Stories differ by far more log odds than branches of one story: a probability would be 0 or 1 for
+nearly every clip, and tell no branches apart.
 
 It knows what one studio's raters preferred in its own clips, by features that are frozen; what
 those do not see it does not see either, and the prompt is none of them.
@@ -21,8 +25,8 @@ import torch
 
 from kvpo.preference.features import FeatureSet, make_sets
 from kvpo.preference.saved import AGAIN, Saved, read
-from kvpo.preference.validation import dead, joined
-from kvpo.rewards.base import RewardSpec, VideoBatch
+from kvpo.preference.validation import dead, joined, stake
+from kvpo.rewards.base import UNBOUNDED, RewardSpec, VideoBatch
 from kvpo.rewards.measured import Measured
 
 
@@ -38,6 +42,7 @@ class Preference(Measured):
     spec: RewardSpec = RewardSpec(
         "preference",
         "preference",
+        bounds=UNBOUNDED,
         looks_at="what the raters of a studio preferred",
         needs_prompt=False,
     )
@@ -88,5 +93,6 @@ class Preference(Measured):
             name: torch.from_numpy(odds.sum(1))
             for name, odds in zip(found, np.split(odds_BF, ends, axis=1))
         }
-        parts["dead"] = torch.from_numpy(-dead(found["frames"], self.saved.limits))
-        return sum(parts.values(), torch.zeros(len(batch))).sigmoid(), parts
+        lost = stake(self.saved.weights, self.saved.scale)
+        parts["dead"] = torch.from_numpy(-lost * dead(found["frames"], self.saved.limits))
+        return sum(parts.values(), torch.zeros(len(batch))), parts

@@ -1,6 +1,6 @@
 """The folder of a fitted preference, which a reward is made of: tensors and JSON, nothing to run.
 
-preference.safetensors    weights, mean, spread: float64 [F]
+preference.safetensors    weights, mean, spread, reach: float64 [F]
 preference.json           features and their order, strength, where it comes from, what it is worth
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from kvpo.preference.fit import Fitted
 from kvpo.preference.validation import LIFE
 
 TENSORS, ABOUT = "preference.safetensors", "preference.json"
-KIND, VERSION = "kvpo preference", 1
+SCALE = tuple(field.name for field in fields(Scale))
+KIND, VERSION = "kvpo preference", 2
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ def save(folder: Path, fitted: Fitted, provenance: Mapping[str, Any]) -> None:
         "numbers": dict(fitted.numbers),
         "provenance": dict(provenance),
     }
-    tensors = {"weights": model.weights, "mean": model.scale.mean, "spread": model.scale.spread}
+    scale = model.scale
+    tensors = {"weights": model.weights} | {name: getattr(scale, name) for name in SCALE}
     with whole_folder(folder) as part:
         save_file(
             {k: np.ascontiguousarray(v, np.float64) for k, v in tensors.items()}, part / TENSORS
@@ -75,21 +77,22 @@ def read(folder: Path) -> Saved:
     try:
         check_readable(path)
         tensors = load_file(path)
-        w, mean, spread = (tensors[name] for name in ("weights", "mean", "spread"))
+        w, scale = tensors["weights"], Scale(**{name: tensors[name] for name in SCALE})
     except (OSError, SafetensorError, KeyError) as error:
         raise ValueError(f"{path} can not be read ({error}); {AGAIN}") from None
     whole = all(
-        x.shape == (len(about["names"]),) and np.isfinite(x).all() for x in (w, mean, spread)
+        x.shape == (len(about["names"]),) and np.isfinite(x).all()
+        for x in (w, scale.mean, scale.spread, scale.reach)
     )
-    if not whole or not (spread > 0).all():
+    if not whole or not (scale.spread > 0).all() or not (scale.reach > 0).all():
         raise ValueError(
-            f"{path} does not fit {ABOUT}: of {len(about['names'])} features each must have a weight, a mean and a spread above 0; {AGAIN}"
+            f"{path} does not fit {ABOUT}: of {len(about['names'])} features each must have a weight, a mean, a spread and a reach above 0; {AGAIN}"
         )
     return Saved(
         tuple(about["sets"]),
         tuple(about["names"]),
         w,
-        Scale(mean, spread),
+        scale,
         about["limits"],
         about["networks"],
         about,

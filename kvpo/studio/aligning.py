@@ -1,8 +1,9 @@
 """The recipe by which a generator is aligned to a fitted preference, with a KL and guards.
 
-What the studio's recipe trained on becomes guards: it must not fall while the choices rise. The KL
-to the start weights acts, and the guards are looked at while the run trains, so that it ends where
-they show that the reward is gamed.
+What the studio's recipe trained on becomes held-out evaluators, of another family than the
+preference: they must not fall while the choices rise. The KL to the start weights acts, and the
+evaluators are looked at while the run trains, so that it ends where they show that the reward is
+gamed (`kvpo.evaluation.goodhart`, which looks at held-out rows alone).
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def align_to(config: RunConfig, preference: Path) -> RunConfig:
     """
     others = [entry for entry in config.rewards if not entry.name.startswith(PREFERENCE)]
     guards = [
-        dataclasses.replace(entry, role="guard", weight=1.0) if entry.role == "train" else entry
+        dataclasses.replace(entry, role="eval", weight=1.0) if entry.role == "train" else entry
         for entry in others
     ]
     if not guards:

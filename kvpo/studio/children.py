@@ -35,6 +35,8 @@ LARGEST = 2**16
 """Bytes of a record beyond which it is not read."""
 REFUSAL = re.compile(r"kvpo [a-z-]+: (.+)")
 """Line by which a command says why it did not do what was asked."""
+FAR = re.compile(r"\d\d:\d\d:\d\d ([a-z][^,/]{0,80}) (\d{1,9})/(\d{1,9})(?:[ ,].*)?")
+"""Line by which `kvpo.common.progress` says now and then how far a piece of work is."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,11 @@ class Children:
     def last_line(self, kind: str) -> str:
         """Last line of what the latest process of a kind said."""
         return ([line.strip() for line in self._tail(kind) if line.strip()] or [""])[-1]
+
+    def how_far(self, kind: str) -> str:
+        """Last place that the latest process of a kind named, "evaluate mini: 16 of 64"; "" if none."""
+        found = [match for line in self._tail(kind) if (match := FAR.fullmatch(line.strip()))]
+        return f"{found[-1][1]}: {found[-1][2]} of {found[-1][3]}" if found else ""
 
     def _tail(self, kind: str) -> list[str]:
         path = self.folder / f"{kind}.log"

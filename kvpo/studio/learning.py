@@ -126,7 +126,7 @@ class Learning:
         """Describe everything to the page; what can not be read is named among the faults."""
         working = self.children.running()
         facts: dict[str, Any] = {
-            "recipe": self.recipe or self.generator,
+            "recipe": Path(self.recipe or self.generator).name,
             "working": working.kind if working else "",
             "faults": [],
         }
@@ -164,11 +164,12 @@ class Learning:
     def _work(self, kind: str) -> dict[str, Any]:
         child = self.children.latest(kind)
         if child is None:
-            return {"state": "none", "name": "", "said": "", "begun": ""}
+            return {"state": "none", "name": "", "said": "", "far": "", "begun": ""}
         state = self._state(child)
         refusal = self.children.refusal(kind) if state == "failed" else ""
         said = refusal or ("" if state == "done" else self.children.last_line(kind))
-        return {"state": state, "name": child.name, "said": said, "begun": child.begun}
+        far = self.children.how_far(kind) if state == "working" else ""
+        return {"state": state, "name": child.name, "said": said, "far": far, "begun": child.begun}
 
     def _state(self, child: Child) -> str:
         """State of a piece of work: working, done, stopped (it can go on) or failed."""

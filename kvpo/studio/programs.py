@@ -30,5 +30,5 @@ class Programs:
 
     def compare(self, run: Path, seed: int, out: Path) -> list[str]:
         """Make videos of a run's trained weights (A) and of its start (B) for the same noise."""
-        asked = ["--recipe", str(run), "--scripts", str(PAIRS), "--seeds", str(seed)]
+        asked = ["--recipe", str(run), "--scripts", str(PAIRS), "--seeds", str(seed), "--apart"]
         return [*self.program, "ab", str(run), f"{run}:start", *asked, "--out", str(out)]

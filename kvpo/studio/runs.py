@@ -19,6 +19,7 @@ from typing import Any
 
 from kvpo.common.files import in_words
 from kvpo.common.metrics import declaration, pick
+from kvpo.evaluation.intervals import TOTAL
 from kvpo.report.curves import series
 from kvpo.report.read_run import Missing, read_config
 from kvpo.studio.library import no_link
@@ -185,9 +186,7 @@ class Runs:
                 {"label": label, "points": thinned(steps, values)}
                 for label, (steps, values) in series(records, pattern).items()
             ]
-            if lines:
-                unit = _unit(pattern)
-                charts.append({"title": title, "unit": unit, "lines": lines})
+            charts += _charts(title, _unit(pattern), lines)
         return self.facts(name) | {"charts": charts}
 
     def _config(self, path: Path) -> Mapping[str, Any]:
@@ -205,6 +204,19 @@ class Runs:
         return self._configs[path][1]
 
 
+def _charts(title: str, unit: str, lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Charts of a title; preferences, and a mean they are in, have one of their own.
+
+    They are log odds, beside which rewards in [0, 1] would be a flat line.
+    """
+    odds = [line for line in lines if line["label"].startswith("preference-")]
+    if odds:
+        odds += [line for line in lines if line["label"] == TOTAL.replace(" ", "_")]
+    parts = {title: [line for line in lines if line not in odds], f"{title}: preference": odds}
+    units = {title: unit, f"{title}: preference": "log odds"}
+    return [{"title": t, "unit": units[t], "lines": part} for t, part in parts.items() if part]
+
+
 def is_run_folder(path: Path) -> bool:
     """Whether `kvpo align` made a folder, or is about to."""
     return path.is_dir() and any(
@@ -218,4 +230,5 @@ def _written(path: Path) -> float:
 
 
 def _unit(pattern: str) -> str:
-    return declaration(pattern.replace("{component}", "x")).unit
+    unit = declaration(pattern.replace("{component}", "x")).unit
+    return "" if unit == "its own" else unit

@@ -40,6 +40,23 @@ def test_a_process_is_known_by_its_command_line(tmp_path):
         assert children.latest("align") is None
 
 
+def test_how_far_work_is_comes_from_its_log(tmp_path):
+    """A fit of minutes said only that it was fitting."""
+    children = Children(tmp_path)
+    children.folder.mkdir(parents=True)
+    assert children.how_far("fit") == ""
+    lines = (
+        "12:00:01 kvpo align /a/b/c 3/4 on cpu: 4 steps, 1/2",
+        "12:00:30 measure clips 7/85, 1.mp4",
+    )
+    (children.folder / "fit.log").write_text("\n".join((*lines, "measure clips ━━ 9/85", "")))
+    assert children.how_far("fit") == "measure clips: 7 of 85"
+    (children.folder / "align.log").write_text(
+        "12:00:30 evaluate mini 16/64\n12:01:00 step 2/50  VQ 1\n"
+    )
+    assert children.how_far("align") == "step: 2 of 50"
+
+
 def test_what_can_not_be_recorded_is_not_left_running(tmp_path, monkeypatch):
     """A process whose record did not fit on the disk would be known to nobody."""
 

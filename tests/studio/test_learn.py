@@ -6,14 +6,23 @@ import json
 import sys
 
 import pytest
+import torch
 from learners import NUMBERS, ask, finish, new_panes, wait_for, write_template
 from starlette.testclient import TestClient
 from tabs import HOST, TOKEN
+from test_align import settings
+from test_align import write_recipe as write_recipe_file
 
+from kvpo.commands import main as cli
 from kvpo.commands.main import _parse
 from kvpo.config import load_config
 from kvpo.evaluation.ab_answers import wilson
+from kvpo.evaluation.evaluate import Scored, compare, kinds_of
+from kvpo.evaluation.goodhart import judge
+from kvpo.rewards.registry import make_reward
+from kvpo.rewards.scorer import Scorer
 from kvpo.studio.aligning import align_to, studio_recipe, write_recipe
+from kvpo.studio.blind import SIDES, comparison
 from kvpo.studio.learning import Learning, fresh_seed
 from kvpo.studio.library import append_line
 from kvpo.studio.programs import PAIRS, Programs
@@ -36,6 +45,35 @@ def until(client, kind: str, *states: str) -> dict:
 # --- The command lines ---
 
 
+def test_a_run_ends_where_what_the_recipe_trained_on_falls(tmp_path):
+    """Aligned to a taste for brightness alone, the recipe's own rewards fell in every evaluation and
+    nothing ended the run: they were guards, which the stop does not look at."""
+    taste = write_template(tmp_path, 1) / "taste"
+    config = align_to(studio_recipe("", "mini"), taste)
+    watched = Scorer(make_reward("world_vq"), config.rewards[1])
+    kinds = ["train", *kinds_of([watched], 1, ("preference",))]
+    risen, fallen = torch.tensor([[1.0, 0.4]]).T.expand(2, 64), torch.tensor([[0.0, 0.5]]).T
+    noise = 0.01 * torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    names = ("preference-taste", "VQ")
+    a, b = (Scored(names, r.double(), ()) for r in (risen + noise, fallen.expand(2, 64)))
+    rows = compare(a, b, kinds)
+    assert judge({17: rows, 34: rows}).fallen == ("VQ",)
+
+
+def test_a_comparison_leaves_the_videos_that_the_page_asks_for(folder, tmp_path, monkeypatch):
+    """`kvpo ab` put small videos into its own page and removed the files: the pane waited for ever."""
+    recipe = write_recipe_file(tmp_path / "tiny.yaml", settings(folder, steps=1))
+    run, out = tmp_path / "run", tmp_path / "blind" / "one"
+    assert cli.main(["align", recipe, "--out", str(run)]) == 0
+    monkeypatch.setattr("kvpo.studio.programs.PAIRS", 2)
+    programs = Programs(program=())
+    assert cli.main(programs.compare(run, 7, out)) == 0
+    blind = comparison(tmp_path, "one")
+    assert blind.ready and len(blind.pairs()) == 2
+    shown = [blind.video(place, side) for place in range(2) for side in SIDES]
+    assert len(set(shown)) == 4 and all(path.is_file() for path in shown)
+
+
 def test_the_command_lines_are_those_of_the_commands(tmp_path):
     """Parsed by the program itself; the recipe of an alignment keeps a KL and guards."""
     programs, run = Programs(), tmp_path / "runs" / "aligned"
@@ -46,7 +84,7 @@ def test_the_command_lines_are_those_of_the_commands(tmp_path):
     assert align.settings == written == load_config(recipe) and align.out == run
     roles = {entry.name: entry.role for entry in align.settings.rewards}
     assert roles[f"preference:{taste}"] == "train" and list(roles.values()).count("train") == 1
-    assert roles["world_vq"] == roles["world_facts"] == "guard" and roles["identity"] == "eval"
+    assert roles["world_vq"] == roles["identity"] == "eval" and roles["world_facts"] == "guard"
     assert align.settings.objective.kl_beta > 0 and align.settings.evaluate.every > 0
 
     write_recipe(written, run / "config.resolved.yaml")
@@ -118,7 +156,7 @@ def test_a_run_is_followed_stopped_found_again_and_gone_on_with(client, panes, t
     seen = wait_for(lambda: (run := state(client)["run"]) and run["step"] >= 2 and run)
     assert seen["steps"] == 200
     assert [chart["title"] for chart in seen["charts"]] == [
-        "Reward of the explored window",
+        "Reward of the explored window: preference",
         "KL to the start weights",
     ]
     own = panes.learning.children._started.pop("align")  # what a new studio does not have

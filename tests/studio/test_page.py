@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from browsing import TOKEN, serving, shoot, shoot_narrow, status
+from browsing import TOKEN, serving, shoot, shoot_narrow, status, type_number
 from tiny import BLUE, RED
 
 from kvpo.studio.library import Library, read_preferences
@@ -57,7 +57,7 @@ def test_a_story_in_the_browser(address, page, tmp_path):
     page.wait_for_selector(f".block[data-number='{made - 1}'][aria-pressed='true']")
 
     page.click(".block[data-number='4']")
-    page.fill("#fork-window", "2")
+    type_number(page, "#fork-window", 2)
     page.click("#fork-go")
     status(page, "Choose a branch")
     assert page.locator(".branch").count() == 4

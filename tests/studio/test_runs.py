@@ -55,6 +55,19 @@ def test_the_list_and_the_curves_grow_with_the_files(client, run):
     assert kl["lines"][0]["points"][-1] == [3, 0.25]
 
 
+def test_log_odds_of_a_preference_have_a_chart_of_their_own(tmp_path, run):
+    """Beside a preference's log odds the guards, in [0, 1], were one flat line."""
+    names = {"preference-a": -1.5, "mean_of_trained": -1.5, "VQ": 0.01}
+    with (run / "metrics.jsonl").open("a") as log:
+        log.write(line(2, **{f"eval/ema/{name}/diff": value for name, value in names.items()}))
+    charts = {chart["title"]: chart for chart in Runs(tmp_path / "runs").curves(run.name)["charts"]}
+    title = "Evaluation, difference from the start"
+    guards, odds = charts[title], charts[f"{title}: preference"]
+    assert [one["label"] for one in guards["lines"]] == ["VQ"] and guards["unit"] == ""
+    assert {one["label"] for one in odds["lines"]} == {"preference-a", "mean_of_trained"}
+    assert odds["unit"] == "log odds"
+
+
 def test_a_resumed_run_cuts_its_log_and_is_read_anew(tmp_path, run):
     runs = Runs(tmp_path / "runs")
     assert len(runs.records(run.name)) == 2

@@ -10,6 +10,9 @@ export class Blind {
     this.ids = Object.fromEntries(["blind", "blind-hint", "blind-left", "blind-right", "blind-result", "rater"].map((id) => [id, document.getElementById(id)]));
     this.asked = "";      // the pair that is shown
     this.busy = false;
+    for (const video of this.videos) video.addEventListener("error", () => {
+      if (video.hasAttribute("src")) tell("A video of this pair can not be shown: its file is gone, or this browser plays no H.264. Reload the page, or make the videos again.");
+    });
     for (const button of this.ids.blind.querySelectorAll("[data-answer]")) button.addEventListener("click", () => this.answer(button.dataset.answer));
     this.ids.blind.addEventListener("keydown", (event) => {
       if (event.ctrlKey || event.metaKey || event.altKey) return;

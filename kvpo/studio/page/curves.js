@@ -32,7 +32,7 @@ function path(points, x, y) {
   for (const [step, value] of points) {
     if (value === null) { open = false; continue; }
     text += `${open ? "L" : "M"}${x(step).toFixed(1)} ${y(value).toFixed(1)}`;
-    if (!open) text += "h.01";   // a point alone is seen as well
+    if (!open) text += "h.01";   // a point alone among gaps is seen as well
     open = true;
   }
   return text;
@@ -43,6 +43,8 @@ export function picture(chart, range) {
   const x = (step) => LEFT + (step - range.first) / span * (WIDTH - LEFT - RIGHT);
   const y = (value) => TOP + (range.high - value) / (range.high - range.low) * (HEIGHT - TOP - BOTTOM);
   const lines = chart.lines.map((line, i) => svg("path", { class: `curve line-${i % COLOURS + 1}`, d: path(line.points, x, y) }));
+  const ends = chart.lines.map((line, i) => [line.points.findLast(([, value]) => value !== null), i]).filter(([point]) => point)
+    .map(([[step, value], i]) => svg("circle", { class: `dot line-${i % COLOURS + 1}`, cx: x(step), cy: y(value), r: 1.5 }));
   const axis = svg("path", { class: "axis", d: `M${LEFT} ${TOP}V${HEIGHT - BOTTOM}H${WIDTH - RIGHT}` });
   const zero = range.low < 0 && range.high > 0 ? [svg("path", { class: "zero", d: `M${LEFT} ${y(0)}H${WIDTH - RIGHT}` })] : [];
   const ticks = [[range.high, TOP + 8], [range.low, HEIGHT - BOTTOM]].map(([value, at]) => svg("text", { x: LEFT - 5, y: at, "text-anchor": "end" }, shown(value)));
@@ -52,7 +54,7 @@ export function picture(chart, range) {
   }
   const last = chart.lines.map((line) => `${line.label} ${shown(line.points.at(-1)[1])}`.trim()).join(", ");
   const label = `${chart.title}, ${chart.unit}, steps ${range.first} to ${range.last}; at the last step: ${last}`;
-  return svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": label }, axis, ...zero, ...lines, ...ticks);
+  return svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": label }, axis, ...zero, ...lines, ...ends, ...ticks);
 }
 
 export function figure(chart, range = rangeOf([chart])) {

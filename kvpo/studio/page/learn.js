@@ -6,7 +6,7 @@ import { ask, Pane, tell } from "./panes.js";
 import { charts, reportLink } from "./runs.js";
 
 const IDS = ["learn-answers", "fit-go", "fit-stop", "fit-said", "taste", "taste-facts", "taste-bins", "taste-raters", "align-go", "align-stop", "align-resume",
-  "align-said", "align-step", "align-bar", "align-report", "align-charts", "compare-go", "compare-stop", "compare-said", "learn-recipe"];
+  "align-said", "align-step", "align-bar", "align-report", "align-charts", "compare-go", "compare-stop", "compare-said", "learn-recipe", "fit-far", "align-far", "compare-far"];
 const SAID = {
   fit: { working: "Fitting: clips are measured, then the model is judged on stories it has not seen …", stopped: "Stopped.", failed: "No preference: ", done: "", none: "" },
   align: { working: "Training …", stopped: "Stopped; what was trained is saved.", failed: "The training ended: ", done: "Trained.", none: "" },
@@ -41,6 +41,7 @@ export class Learn extends Pane {
       this.ids[`${kind}-go`].disabled = working !== "";
       this.ids[`${kind}-stop`].hidden = work.state !== "working";
       this.say(`${kind}-said`, SAID[kind][work.state] + (work.state === "failed" ? work.said : ""));
+      this.say(`${kind}-far`, work.far.startsWith("step") ? "" : work.far);   // no status, and steps are told below
     }
     this.ids["fit-go"].disabled ||= !state.answers?.answers;
     this.ids["align-go"].disabled ||= taste === null;
@@ -98,7 +99,8 @@ export class Learn extends Pane {
     if (run === null) return;
     const { step, steps } = run;
     Object.assign(this.ids["align-bar"], { max: steps || 1, value: step });
-    this.say("align-step", align.state === "none" ? "" : `Step ${step} of ${steps ?? "?"}`);   // no status: it would be read out at every look
+    const early = align.state === "done" && step < steps ? "; it ended early, and the report says why" : "";
+    this.say("align-step", align.state === "none" ? "" : `Step ${step} of ${steps ?? "?"}${early}`);   // no status: it would be read out at every look
     this.once("run", { ...run, seconds_ago: 0 }, () => {
       this.ids["align-charts"].replaceChildren(charts(run));
       this.ids["align-report"].replaceChildren(...(run.report ? [reportLink(run.name)] : []));
