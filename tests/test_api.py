@@ -326,6 +326,6 @@ def test_the_facts_for_a_bug_report(capsys, tmp_path, monkeypatch):
     found = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert found["kvpo"] == kvpo.__version__ and found["torch"].startswith("2.")
     assert (
-        found["python"] == ".".join(map(str, sys.version_info[:3])) and "threads" in found["device"]
+        found["python"] == ".".join(map(str, sys.version_info[:3])) and " thread" in found["device"]
     )
     assert f"{tmp_path} (by $KVPO_CACHE)" in found["prompt"]
