@@ -25,7 +25,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,27 +51,39 @@ ARMS = {
 }
 
 
+Run = Callable[[Sequence[str]], int]
+"""Arguments of `kvpo` -> the exit status of the command."""
+
+
+def run_kvpo(arguments: Sequence[str]) -> int:
+    """Run a command of the package in a process of its own."""
+    return subprocess.run([sys.executable, "-m", "kvpo", *arguments]).returncode
+
+
+def finished(folder: Path) -> bool:
+    """Whether a run has ended: its report is written last."""
+    return (folder / "report.html").exists()
+
+
+def aligned(folder: Path, recipe: str, options: Sequence[str], run: Run = run_kvpo) -> bool:
+    """Train a recipe, or go on with it, unless the run is finished; False where it failed."""
+    if finished(folder):
+        return True
+    resume = ["--resume"] if (folder / "config.resolved.yaml").exists() else []
+    return run(["align", recipe, "--out", str(folder), *options, *resume]) == 0 and finished(folder)
+
+
+def must_align(folder: Path, recipe: str, options: Sequence[str] = ()) -> None:
+    """Train as `aligned` does; SystemExit, below the run's own error, where it failed."""
+    if not aligned(folder, recipe, options):
+        raise SystemExit(
+            f"{folder}: this run has failed; what is finished stays, give the same again"
+        )
+
+
 def train(recipe: str, arm: str, seed: int, out: Path) -> None:
     """The run of an arm, if it is not there yet."""
-    if (out / "report.html").exists():
-        return
-    resume = ["--resume"] if (out / "checkpoints").is_dir() else []
-    command = [
-        sys.executable,
-        "-m",
-        "kvpo",
-        "align",
-        recipe,
-        "--seed",
-        str(seed),
-        "--out",
-        str(out),
-        "--evaluate.scripts",
-        "2",
-        *ARMS[arm],
-        *resume,
-    ]
-    subprocess.run(command, check=True)
+    must_align(out, recipe, ["--seed", str(seed), "--evaluate.scripts", "2", *ARMS[arm]])
 
 
 def claimed_by(recipe: RunConfig, scripts: int, seed: int) -> RunConfig:
@@ -113,9 +125,18 @@ def over_seeds(diff_SN: torch.Tensor, name: str) -> tuple[float, float, float]:
     g = stream(0, "claims", name)
     seeds = torch.randint(S, (RESAMPLES, S), generator=g)
     scripts = torch.randint(N, (RESAMPLES, N), generator=g)
-    means = torch.stack([diff_SN[s][:, n].mean() for s, n in zip(seeds, scripts)])
+    means = diff_SN[seeds[:, :, None], scripts[:, None, :]].mean(dim=(1, 2))
     low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
     return float(diff_SN.mean()), low, high
+
+
+def over_scripts(diff_N: torch.Tensor, *name: int | str) -> tuple[float, float, float]:
+    """Mean of one run's differences, where both were measured, and its 95 % interval.
+
+    Scripts are drawn anew, from the stream of this name.
+    """
+    known = diff_N[diff_N.isfinite()]
+    return float(known.mean()), *bootstrap_interval(known, stream(0, *name))
 
 
 def interval_text(mean: float, low: float, high: float) -> str:
@@ -138,9 +159,7 @@ def tables(
             diff_SN = diff_SN[:, diff_SN.isfinite().all(dim=0)]
             cells = []
             for seed, d in zip(seeds, diff_SN):
-                text = interval_text(
-                    float(d.mean()), *bootstrap_interval(d, stream(0, "claims", arm, seed, name))
-                )
+                text = interval_text(*over_scripts(d, "claims", arm, seed, name))
                 cells.append(
                     f"{text}, {float((d > 0).double().mean()):.0%}" if name == TOTAL else text
                 )

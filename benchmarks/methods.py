@@ -21,20 +21,27 @@ import argparse
 import functools
 import itertools
 import math
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from claims import claimed_by, interval_text, over_seeds, values
+from claims import (
+    Run,
+    aligned,
+    claimed_by,
+    finished,
+    interval_text,
+    over_scripts,
+    over_seeds,
+    run_kvpo,
+    values,
+)
 
 from kvpo.common.files import write_atomic
 from kvpo.common.progress import Progress
-from kvpo.common.rng import stream
 from kvpo.config import RunConfig, from_dict, load_config, recipe_path, to_dict
-from kvpo.evaluation.intervals import TOTAL, bootstrap_interval
+from kvpo.evaluation.intervals import TOTAL
 from kvpo.method.objectives.kinds import OBJECTIVES
 from kvpo.planning.amounts import amounts
 from kvpo.planning.costs import costs, sizes_of
@@ -78,11 +85,15 @@ FULL = Size((3.0e-4, 1.0e-3, 1.0e-4), Stage(20, 32, 5000), Stage(50, 128, 7000))
 QUICK = Size((3.0e-4,), Stage(0, 0, 0), Stage(24, 64, 7000))
 
 Pair = tuple[str, str]
-Run = Callable[[Sequence[str]], int]
 Values = dict[str, torch.Tensor]
 """Component, the mean of the trained ones first -> its value for every script."""
 Measure = Callable[[str, str, Stage, Path], Values]
 """(generator, sampler, stage, file that keeps them) -> values."""
+
+
+@functools.cache
+def recipe() -> RunConfig:
+    return load_config(recipe_path("mini"))
 
 
 @dataclass(frozen=True)
@@ -94,21 +105,24 @@ class Setting:
     rate: float
 
     @property
+    def pair(self) -> Pair:
+        return self.objective, self.explorer
+
+    @property
     def sampler(self) -> str:
-        return SAMPLERS.get(self.explorer, load_config(recipe_path("mini")).sampler)
+        return SAMPLERS.get(self.explorer, recipe().sampler)
 
     def options(self) -> dict[str, str]:
         """Options of `kvpo align`; explorers with a window have one of one block."""
-        recipe = load_config(recipe_path("mini"))
-        smaller = GRADIENT / recipe.optimizer.clip
+        smaller = GRADIENT / recipe().optimizer.clip
         options = {
             "objective.kind": self.objective,
             "explorer": self.explorer,
             "sampler": self.sampler,
             "optimizer.lr": f"{self.rate:g}",
             "optimizer.clip": f"{GRADIENT:g}",
-            "optimizer.eps": f"{recipe.optimizer.eps * smaller:g}",
-            "velocity_penalty.weight": f"{recipe.velocity_penalty.weight * smaller:g}",
+            "optimizer.eps": f"{recipe().optimizer.eps * smaller:g}",
+            "velocity_penalty.weight": f"{recipe().velocity_penalty.weight * smaller:g}",
         }
         if self.explorer != "best_of":  # whose window is the whole story
             options[f"{self.explorer}.window_blocks"] = "1"
@@ -117,13 +131,11 @@ class Setting:
 
 def settings_of(options: dict[str, str]) -> RunConfig:
     """The recipe with options of the command line."""
-    content = to_dict(load_config(recipe_path("mini")))
+    content = to_dict(recipe())
+    content["objective"] = {}  # another kind has other settings
     for name, value in options.items():
         section, _, key = name.rpartition(".")
-        if section == "objective":
-            content["objective"] = {"kind": value} if key == "kind" else content["objective"]
-        else:
-            (content[section] if section else content)[key] = value
+        (content[section] if section else content)[key] = value
     return from_dict(content)
 
 
@@ -157,23 +169,6 @@ def updates(pair: Pair, stage: Stage) -> int:
     return max(round(stage.updates * flops("tve_ppo", "kv_routing") / flops(*pair)), 1)
 
 
-def finished(folder: Path) -> bool:
-    """Whether a run has ended: its report is written last."""
-    return (folder / "report.html").exists()
-
-
-def ensure(folder: Path, setting: Setting, steps: int, seed: int, run: Run, *more: str) -> bool:
-    """Run it, or go on with it, unless it is finished; False where it failed."""
-    if finished(folder):
-        return True
-    argv = ["align", "mini", "--out", str(folder), "--seed", str(seed), "--steps", str(steps)]
-    argv += ["--evaluate.scripts", "2", "--sentinels.every", "0", *more]
-    argv += [part for name, value in setting.options().items() for part in (f"--{name}", value)]
-    if (folder / "config.resolved.yaml").exists():
-        argv.append("--resume")
-    return run(argv) == 0 and finished(folder)
-
-
 class Bench:
     """The benchmark in a folder: its runs, their values, and the table of both."""
 
@@ -188,29 +183,37 @@ class Bench:
             return settings[0]
         for setting in settings:
             folder = self.out / "tuning" / f"{'-'.join(pair)}-lr{setting.rate:g}"
-            if ensure(folder, setting, updates(pair, self.size.tuning), 0, self.run):
+            if self.ended(folder, setting, self.size.tuning, 0):
                 gains[setting] = float(self.gains(folder, setting, self.size.tuning)[TOTAL].mean())
         known = {s: g for s, g in gains.items() if math.isfinite(g)}
         return max(known, key=lambda s: known[s]) if known else None
 
+    def ended(self, folder: Path, setting: Setting, stage: Stage, seed: int, *more: str) -> bool:
+        """Make a run, unless it is there; False where it failed. All are measured afterwards."""
+        steps = updates(setting.pair, stage)
+        options = ["--seed", str(seed), "--steps", str(steps), "--evaluate.scripts", "2"]
+        options += ["--sentinels.every", "0", *more]
+        options += [
+            part for name, value in setting.options().items() for part in (f"--{name}", value)
+        ]
+        return aligned(folder, "mini", options, self.run)
+
     def gains(self, folder: Path, setting: Setting, stage: Stage) -> Values:
         """Per-script differences of a run's EMA weights to the start weights."""
-        recipe = load_config(recipe_path("mini"))
         kept = self.out / f"values-{stage.evaluation_seed}-{stage.scripts}"
         kept.mkdir(parents=True, exist_ok=True)
         start = self.measure(
-            recipe.pipeline, setting.sampler, stage, kept / f"start-{setting.sampler}.json"
+            recipe().pipeline, setting.sampler, stage, kept / f"start-{setting.sampler}.json"
         )
         found = self.measure(f"{folder}:ema", setting.sampler, stage, kept / f"{folder.name}.json")
         return {name: found[name] - start[name] for name in start}
 
     def final(self, setting: Setting, seed: int, shuffled: bool = False) -> Values | None:
         """Gains of a final run or of its control; None where it failed."""
-        pair = (setting.objective, setting.explorer)
-        name = f"{'-'.join(pair)}-{'shuffled' if shuffled else 'seed'}{seed}"
+        name = f"{'-'.join(setting.pair)}-{'shuffled' if shuffled else 'seed'}{seed}"
         more = ["--shuffle-advantages"] if shuffled else []
         folder = self.out / "final" / name
-        if not ensure(folder, setting, updates(pair, self.size.final), seed, self.run, *more):
+        if not self.ended(folder, setting, self.size.final, seed, *more):
             return None
         return self.gains(folder, setting, self.size.final)
 
@@ -237,7 +240,9 @@ def table(best: dict[Pair, Setting], found: dict[Pair, dict[str, Values]], final
     for pair, runs in rows:
         seeds = _seeds(runs)
         diff_SN = torch.stack([gains[TOTAL] for gains in seeds])
-        control = _over_scripts(runs["shuffled"][TOTAL]) if "shuffled" in runs else ""
+        control = ""
+        if "shuffled" in runs:
+            control = interval_text(*over_scripts(runs["shuffled"][TOTAL], "methods", "control"))
         cells = [
             *(f"`{name}`" for name in pair),
             f"{best[pair].rate:g}",
@@ -260,18 +265,13 @@ def _mean(seeds: Sequence[Values], name: str) -> float:
     return float(torch.stack([gains[name] for gains in seeds]).nanmean())
 
 
-def _over_scripts(diff_N: torch.Tensor) -> str:
-    interval = bootstrap_interval(diff_N, stream(0, "methods", "control"))
-    return interval_text(float(diff_N.mean()), *interval)
-
-
 def _fell(seeds: Sequence[Values]) -> Iterator[str]:
     """The components whose mean over the seeds lies below 0, with its interval over scripts."""
     for name in seeds[0]:
         diff_N = torch.stack([gains[name] for gains in seeds]).mean(dim=0)
-        diff_N = diff_N[diff_N.isfinite()]
-        if bootstrap_interval(diff_N, stream(0, "methods", name))[1] < 0.0:
-            yield f"{name} {float(diff_N.mean()):+.3f}"
+        mean, _low, high = over_scripts(diff_N, "methods", name)
+        if high < 0.0:
+            yield f"{name} {mean:+.3f}"
 
 
 def print_pairs(out: Path, size: Size) -> None:
@@ -290,10 +290,10 @@ def print_pairs(out: Path, size: Size) -> None:
 
 def by_scripts() -> Measure:
     """Measure generators on unseen scripts, all components of the recipe's rewards."""
-    recipe, progress = load_config(recipe_path("mini")), Progress()
+    progress = Progress()
 
     def measure(generator: str, sampler: str, stage: Stage, path: Path) -> Values:
-        config = claimed_by(recipe, stage.scripts, stage.evaluation_seed)
+        config = claimed_by(recipe(), stage.scripts, stage.evaluation_seed)
         config = replace(config, sampler=sampler)
         return values(generator, config, evaluation_scripts(config), path, progress)
 
@@ -319,10 +319,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if unknown := set(args.pairs or ()) - set(names):
         parser.error(f"--pairs {' '.join(sorted(unknown))}: legal are {' '.join(names)}")
 
-    def run(command: Sequence[str]) -> int:
-        return subprocess.run([sys.executable, "-m", "kvpo", *command]).returncode
-
-    Bench(args.out, size, run, by_scripts()).all([names[n] for n in args.pairs or names])
+    Bench(args.out, size, run_kvpo, by_scripts()).all([names[n] for n in args.pairs or names])
     print((args.out / "methods.md").read_text(encoding="utf-8"))
 
 

@@ -29,13 +29,11 @@ from typing import Any
 
 import torch
 import yaml
-from claims import claimed_by, interval_text, values
+from claims import claimed_by, interval_text, must_align, over_scripts, values
 
 from kvpo.common.files import write_atomic
 from kvpo.common.progress import Progress
-from kvpo.common.rng import stream
 from kvpo.config import RunConfig, load_config, recipe_path, to_dict
-from kvpo.evaluation.intervals import bootstrap_interval
 from kvpo.generators.pipeline import Pipeline
 from kvpo.mini.source import StorySource
 from kvpo.preference.records import FILE, read_lines
@@ -167,14 +165,9 @@ def train(name: str, config: RunConfig, out: Path) -> Path:
     It evaluates hardly anything itself: all runs are measured in one way afterwards.
     """
     run, path = out / "runs" / name, out / "recipes" / f"{name}.yaml"
-    if (run / "report.html").exists():
-        return run
     few = replace(config.evaluate, scripts=2, every=0, videos=0)
     write_atomic(path, yaml.safe_dump(to_dict(replace(config, evaluate=few)), sort_keys=False))
-    resume = ["--resume"] if (run / "checkpoints").is_dir() else []
-    subprocess.run(
-        [sys.executable, "-m", "kvpo", "align", str(path), "--out", str(run), *resume], check=True
-    )
+    must_align(run, str(path))
     return run
 
 
@@ -200,9 +193,7 @@ def difference(
     start: Mapping[str, torch.Tensor], run: Mapping[str, torch.Tensor], name: str
 ) -> tuple[float, float, float]:
     """Mean paired difference of a component and its 95 % interval over scripts."""
-    diff_N = run[name] - start[name]
-    diff_N = diff_N[diff_N.isfinite()]
-    return float(diff_N.mean()), *bootstrap_interval(diff_N, stream(0, "preference", name))
+    return over_scripts(run[name] - start[name], "preference", name)
 
 
 def verdict(

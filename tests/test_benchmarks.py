@@ -253,6 +253,24 @@ def test_the_methods_are_tuned_alike_and_what_is_finished_is_not_run_again(
     assert "50 updates, tuned 3/3, final 4/4" in listed and "refused" in listed
 
 
+def test_a_run_that_was_killed_before_its_first_checkpoint_goes_on(tmp_path):
+    """Claims and preferences asked for checkpoints, and began it anew in a folder that `kvpo align`
+    then refused, because it held a run already."""
+    claims, asked = load("claims"), []
+
+    def run(argv):
+        asked.append("--resume" in argv)
+        return 1
+
+    (tmp_path / "run").mkdir()
+    assert not claims.aligned(tmp_path / "run", "mini", [], run)
+    (tmp_path / "run" / "config.resolved.yaml").touch()
+    assert not claims.aligned(tmp_path / "run", "mini", [], run)
+    assert asked == [False, True]
+    (tmp_path / "run" / "report.html").touch()
+    assert claims.aligned(tmp_path / "run", "mini", [], run) and len(asked) == 2
+
+
 def test_the_options_of_the_methods_are_settings(monkeypatch):
     """Every pair of the benchmark is a recipe that `kvpo align` takes, and 24 pairs are legal."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))

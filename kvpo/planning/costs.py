@@ -25,7 +25,7 @@ from kvpo.generators.pipeline import Geometry
 from kvpo.generators.preview import RELEASED, Layout, Preview, layout_of
 from kvpo.generators.streaming import FrameDecoder, StreamingDecoder, VaeFrames
 from kvpo.planning.amounts import decoded_together, replay_rows, side_by_side
-from kvpo.planning.network import network_costs
+from kvpo.planning.network import Network, network_costs
 from kvpo.planning.peak import Ledger, Pass, bytes_of, cost, fake, materialise, on_meta
 from kvpo.runs.loading import folder_of
 
@@ -139,33 +139,22 @@ class Decoding:
 
 
 @dataclass(frozen=True)
-class Costs:
+class Costs(Network):
     """Bytes and operations of the parts of a step, at the recipe's shapes."""
 
-    weights: int
     vae: int
     text_encoder: int
-    trainable: int
-    """Trained numbers."""
-    sets: int
-    """Bytes of masters, copies in the module, behaviour, reference and averaged weights."""
-    frame: int
-    """Bytes of a latent frame in the cache, all layers."""
-    prefix: Pass
-    branches: Pass
-    replay: Pass
-    gradient: Pass
-    """Cost of a pass with gradient, beside the gradients that earlier passes have left."""
     full: Decoding
     """The VAE's decoder; its weights are ``vae``, the encoder's with them."""
     preview: Decoding | None
     """The recipe's preview decoder, or the released one that it could have; None: there is none."""
     rows: Mapping[str, int]
     """Part -> rows it was run with."""
-    bare: float = 1.0
-    """Operations of a pass without the adapter, of those with it."""
-    maps: int = 0
-    """Bytes of the maps that have an adapter."""
+
+    @property
+    def bare(self) -> float:
+        """Operations of a pass without the adapter, of those with it."""
+        return self.left_out / self.prefix.flops
 
     def decoding(self, config: RunConfig) -> Decoding:
         """Cost of the decoder that a group is scored with."""
@@ -200,21 +189,12 @@ def costs(config: RunConfig, sizes: Sizes) -> Costs:
         "decode_rows": decoded,
     }
     return Costs(
-        network.weights,
-        bytes_of(vae.parameters()),
-        bytes_of(text.parameters()),
-        network.trainable,
-        network.sets,
-        network.frame,
-        network.prefix,
-        network.branches,
-        network.replay,
-        network.gradient,
-        full,
-        preview,
-        rows,
-        network.left_out / network.prefix.flops,
-        network.maps,
+        **vars(network),
+        vae=bytes_of(vae.parameters()),
+        text_encoder=bytes_of(text.parameters()),
+        full=full,
+        preview=preview,
+        rows=rows,
     )
 
 

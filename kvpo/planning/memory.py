@@ -101,8 +101,8 @@ def _replayed(config: RunConfig, sizes: Sizes, c: Costs, own: int) -> dict[str, 
     g, shape = sizes.geometry, shape_of(config, sizes.geometry)
     made = shape.copies * rows_of(config) * config.exploring.window_blocks * shape.steps
     members = members_of(config, g)
-    members = min(config.rollout.together or members, members)
-    past = {"branches' own past": members * (own + g.bank) * c.frame}
+    beside = min(config.rollout.together or members, members)
+    past = {"branches' own past": beside * (own + g.bank) * c.frame}
     return ({"made for the replay": made * _latent(sizes)} if made else {}) | past
 
 

@@ -64,7 +64,7 @@ def planned(
         *_head(recipe, config, sizes, found),
         *_memory(memory, room),
         *_advice(config, sizes, found, room, world),
-        *_work(config, world, card, sizes, found, counted, price),
+        *_work(config, world, card, by_phase, counted, price),
         *_savings(saved),
         *_geometry(nodes, gpus, shares),
     ]
@@ -170,9 +170,9 @@ def _savings(saved: Mapping[str, float]) -> list[str]:
 
 
 def _work(
-    config: RunConfig, world: int, card: str, sizes: Sizes, c: Costs, n: Amounts, price: float
+    config: RunConfig, world: int, card: str, found: Mapping[str, float], n: Amounts, price: float
 ) -> list[str]:
-    found = work(config, sizes, c, n)
+    """Say what a group costs; ``found``: its operations by phase."""
     rate, step = CARDS[card].tflops * 1e12 * UTILISATION, step_seconds(config, world, card, found)
     updates = config.inner_updates
     title = (

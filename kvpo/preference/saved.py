@@ -82,7 +82,7 @@ def read(folder: Path) -> Saved:
         raise ValueError(f"{path} can not be read ({error}); {AGAIN}") from None
     whole = all(
         x.shape == (len(about["names"]),) and np.isfinite(x).all()
-        for x in (w, scale.mean, scale.spread, scale.reach)
+        for x in (w, *(tensors[name] for name in SCALE))
     )
     if not whole or not (scale.spread > 0).all() or not (scale.reach > 0).all():
         raise ValueError(
