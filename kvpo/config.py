@@ -74,7 +74,9 @@ class RunConfig:
     """Everything that decides what a run does."""
 
     pipeline: str = "mini"
-    """Pipeline folder in diffusers layout, or `mini`: the miniature that is shipped."""
+    """Pipeline folder in diffusers layout, `mini` (the miniature that is shipped), or a run.
+    RUN, RUN:ema, RUN:online, RUN:start, RUN:best: the weights of another run are the start and the
+    reference. They are kept in the new run's folder, an adapter merged."""
     device: str = "auto"
     """`cpu`, `cuda`, or `auto`: a GPU if there is one."""
     dtype: Literal["float32", "bfloat16"] = "float32"

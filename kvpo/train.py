@@ -51,7 +51,7 @@ class Alignment:
         """Load the parts; ValueError where a package is missing comes first."""
         require_extra("a run's report", "report", ("matplotlib",))
         self.config, self.out, self.progress = config, out, progress
-        self.parts = Parts(config, progress)
+        self.parts = Parts(config, progress, out)
         self.state = RunState(self.parts, out)
         self.trials = Trials(self.parts, out)
         self.silent = 0

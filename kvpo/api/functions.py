@@ -112,7 +112,7 @@ def align(
             config = settle(recipe, settings)
             try_folder(folder, "give another place by out, or make this one writable")
             check_place(folder, resume)
-            refuse_missing(config)
+            refuse_missing(config, folder)
             run = Alignment(config, folder, progress)
         stopped = _train(run, resume, override)
     finally:

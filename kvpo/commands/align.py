@@ -59,7 +59,7 @@ class Align:
                 try_folder(self.out)
                 progress.log(self.plan())
                 check_place(self.out, self.resume)
-                refuse_missing(self.settings)
+                refuse_missing(self.settings, self.out)
                 run = Alignment(self.settings, self.out, progress)
                 # torchrun counts on every node by itself
                 again = run.parts.ranks.gather(restarted_here(self.out))

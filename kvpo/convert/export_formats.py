@@ -27,7 +27,7 @@ from kvpo.convert.lora import LowRank, merge
 from kvpo.convert.wan_base import arguments, copy_file, copy_tree, save_transformer
 from kvpo.convert.wan_names import diffusers_to_original, keeps_float32
 from kvpo.generators.pipeline import Pipeline
-from kvpo.runs.loading import is_run, load_generator, named, run_config
+from kvpo.runs.loading import is_run, load_generator, named, origin_of_run, run_config
 
 
 def export(weights: str, format: str, out: Path | None, dtype: str) -> Path:
@@ -45,6 +45,10 @@ def export(weights: str, format: str, out: Path | None, dtype: str) -> Path:
     if adapter and config.policy.train != "lora":
         raise ValueError(
             f"--format {format} is an adapter, but {run} trained all weights; export it as pipeline or original-merged, or for ComfyUI as comfyui-merged"
+        )
+    if adapter and (origin := origin_of_run(run)):
+        raise ValueError(
+            f"--format {format} is an adapter, and that of {run} acts on the weights of {origin.weights} that it started from, which nothing else has; export the whole model as pipeline, original-merged or comfyui-merged"
         )
     out = out or Path(run) / "export" / f"{which or 'ema'}-{format}"
     must_be_new(out)

@@ -353,7 +353,7 @@ def check_folder(folder: Path) -> Geometry:
     check_readable(folder / "model_index.json")
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(
-            f"{folder} is no pipeline folder: model_index.json is missing; give a folder in diffusers layout, which kvpo export RUN:ema --format pipeline makes of a run"
+            f"{folder} is no pipeline folder: model_index.json is missing; give a folder in diffusers layout, mini, or the weights of a run that kvpo align wrote, such as RUN:ema"
         )
     geometry = Geometry.read(folder / "streaming.json")
     for part in ("transformer", "vae", "text_encoder", "tokenizer", "scheduler"):

@@ -27,7 +27,7 @@ from kvpo.generators.streaming import FrameDecoder, StreamingDecoder, VaeFrames
 from kvpo.planning.amounts import decoded_together, replay_rows, side_by_side
 from kvpo.planning.network import Network, network_costs
 from kvpo.planning.peak import Ledger, Pass, bytes_of, cost, fake, materialise, on_meta
-from kvpo.runs.loading import folder_of
+from kvpo.runs.loading import pipeline_folder
 
 WAN_1_3B = {
     "patch_size": (1, 2, 2),
@@ -98,7 +98,7 @@ def sizes_of(config: RunConfig, size: str = "") -> Sizes:
 
     Raises FileNotFoundError if there is no folder yet and its name says no format.
     """
-    folder = folder_of(config.pipeline)
+    folder = pipeline_folder(config.pipeline)
     if (folder / "model_index.json").is_file() and not size:
         read = {
             part: arguments(json.loads((folder / part / "config.json").read_text()))

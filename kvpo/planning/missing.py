@@ -24,7 +24,7 @@ from kvpo.rewards.measured import require
 from kvpo.rewards.pretrained.released import HUB_ID, find
 from kvpo.rewards.registry import SHIPPED, RewardEntry, make_reward
 from kvpo.runs.build import evaluation_scripts, script_source
-from kvpo.runs.loading import folder_of
+from kvpo.runs.loading import start_of
 
 FIELDS = ("weights", "base", "head")
 """Parameters by which shipped rewards name files: a path or a hub id."""
@@ -32,9 +32,12 @@ FIELDS = ("weights", "base", "head")
 Fault = ValueError | OSError
 
 
-def refuse_missing(config: RunConfig) -> None:
-    """The one thing that is missing, or ValueError with a line for each of several."""
-    faults = missing(config)
+def refuse_missing(config: RunConfig, run: Path | None = None) -> None:
+    """The one thing that is missing, or ValueError with a line for each of several.
+
+    ``run``: the folder of the run that goes on, if one does.
+    """
+    faults = missing(config, run=run)
     if len(faults) == 1:
         raise faults[0]
     if faults:
@@ -46,16 +49,16 @@ def numbered(faults: list[Fault]) -> list[str]:
     return [f"  {number}. {in_words(fault)}" for number, fault in enumerate(faults, start=1)]
 
 
-def missing(config: RunConfig, download: bool = True) -> list[Fault]:
+def missing(config: RunConfig, download: bool = True, run: Path | None = None) -> list[Fault]:
     """Faults of the things that a run needs and that are not there, each once.
 
     ``download``: weights on the hub count as there if it can be reached, because loading them
-    fetches them.
+    fetches them. ``run``: as for `refuse_missing`.
     """
     checks: list[Callable[[], object]] = [partial(check_installed, t) for t in config.trackers]
     for entry in config.rewards:
         checks += _of_reward(entry, download)
-    checks += [lambda: _pipeline(folder_of(config.pipeline))]
+    checks += [lambda: _pipeline(start_of(config.pipeline, run).folder)]
     checks += [lambda: _prompts(config.data.prompts, lambda: script_source(config))]
     evaluated = config.evaluate.prompts or config.data.prompts
     checks += [lambda: _prompts(evaluated, lambda: evaluation_scripts(config))]

@@ -90,6 +90,14 @@ class Adapters:
             for layer, a, b in self.layers
         ]
 
+    @torch.no_grad()
+    def added(self, weights: Weights) -> list[torch.Tensor]:
+        """The part that `merged` adds to every layer's W: scale B A, in float32."""
+        return [
+            weights[b].float() @ weights[a].float() * layer.scaling[layer.active_adapters[0]]
+            for layer, a, b in self.layers
+        ]
+
     @property
     def bases(self) -> list[nn.Parameter]:
         return [layer.base_layer.weight for layer, *_ in self.layers]

@@ -3,7 +3,7 @@
     checkpoints/step-000010/  tensors.safetensors   current, behaviour, EMA, reference weights, optimizer moments
                               shard-*.safetensors   instead of it, one a rank, where weights are sharded
                               state.json            counters, the config and versions they belong to, the names and digests of the files
-    checkpoints/ema.safetensors                     the newest averaged weights by diffusers' names, for use elsewhere (not where sharded: `kvpo export`)
+    checkpoints/ema.safetensors                     the newest averaged weights by diffusers' names, for use elsewhere (not where sharded, nor an adapter on weights of another run: `kvpo export`)
 
 A checkpoint is written beside its final place and renamed: it is there completely or not at all.
 Shards are written by torch.distributed.checkpoint in its safetensors format, because its own one is
@@ -64,7 +64,7 @@ class Snapshot:
     """The averaged weights among the tensors, as diffusers names them.
 
     They are those of a LoRA file, or the transformer's own. It is empty where weights are sharded,
-    because no rank has them whole.
+    because no rank has them whole, and where no folder elsewhere has the backbone of an adapter.
     """
     sharded: bool
 
@@ -76,8 +76,12 @@ class Snapshot:
         optimizer: torch.optim.Optimizer,
         config: Mapping[str, Any],
         beside: Mapping[str, torch.Tensor] = {},
+        elsewhere: bool = True,
     ) -> Snapshot:
-        """After ``step`` steps.  ``beside``: other tensors, whole and alike on all ranks."""
+        """After ``step`` steps.  ``beside``: other tensors, whole and alike on all ranks.
+
+        ``elsewhere``: the averaged weights are written for use elsewhere, too.
+        """
         state = {
             "step": step,
             "updates": policy.updates,
@@ -87,12 +91,12 @@ class Snapshot:
             "packages": packages(),
         }
         tensors = BlockingAsyncStager().stage({**_tensors(policy, optimizer), **beside})
-        elsewhere = (
-            {}
-            if policy.sharded
-            else {_stock_name(name): tensors[f"average.{name}"] for name in policy.names}
+        stock = (
+            {_stock_name(name): tensors[f"average.{name}"] for name in policy.names}
+            if elsewhere and not policy.sharded
+            else {}
         )
-        return cls(state, tensors, elsewhere, policy.sharded)
+        return cls(state, tensors, stock, policy.sharded)
 
 
 def save_checkpoint(
@@ -115,7 +119,8 @@ def save_checkpoint(
             _write_shards(snapshot.tensors, part, ranks)
         else:
             _write_file(snapshot.tensors, part / WHOLE)
-            _write_file(snapshot.elsewhere, beside)
+            if snapshot.elsewhere:
+                _write_file(snapshot.elsewhere, beside)
         ranks.only_first(lambda: _finish(part, target, snapshot.state))
         ranks.only_first(lambda: _put_there(beside, folder / ELSEWHERE))
     except Lost:

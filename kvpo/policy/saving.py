@@ -29,9 +29,13 @@ class Saver:
     A context manager: at its end all are written, or the error is raised.
     """
 
-    def __init__(self, folder: Path, keep: int, policy: Policy, patience: float):
+    def __init__(
+        self, folder: Path, keep: int, policy: Policy, patience: float, elsewhere: bool = True
+    ):
+        """``elsewhere``: the averaged weights, in a file of their own, mean something elsewhere."""
         self.folder, self.keep, self.policy, self.ranks = folder, keep, policy, policy.layout.ranks
         self.writers = self.ranks.apart("checkpoint", patience) if policy.sharded else Ranks()
+        self.elsewhere = elsewhere
         self._writing: Future[Path] | None = None
 
     def begin(
@@ -49,7 +53,7 @@ class Saver:
         """
         self.wait()
         if self.policy.sharded or self.ranks.first:
-            snapshot = Snapshot.of(step, self.policy, optimizer, config, beside)
+            snapshot = Snapshot.of(step, self.policy, optimizer, config, beside, self.elsewhere)
             self._writing = _beside(
                 lambda: save_checkpoint(self.folder, snapshot, self.keep, best, self.writers)
             )

@@ -16,7 +16,7 @@ from kvpo.rewards.base import VideoBatch
 from kvpo.rewards.clips import folder_clips
 from kvpo.rewards.registry import given_family
 from kvpo.rewards.scorer import Scorer, load_rewards, make_scorers
-from kvpo.runs.loading import is_run, named, run_config
+from kvpo.runs.loading import is_run, named, origin_of_run, run_config
 from kvpo.types import Script
 
 
@@ -52,16 +52,19 @@ def calibration_clips(config: RunConfig, count: int = 16) -> list[VideoBatch]:
 
 
 def trained_families(generator: str) -> set[str]:
-    """Families of the rewards that made these weights.
+    """Families of the rewards that made these weights, in all rounds of a run that started from one.
 
     Empty for a pipeline folder, whose past is not known here.
     """
-    run, _ = named(generator)
+    run, which = named(generator)
     if not generator or not is_run(run):
         return set()
+    before = set(origin.families) if (origin := origin_of_run(run)) else set()
+    if which == "start":
+        return before
     entries = run_config(run).rewards_of("train")
     # An object that was given to the process of the run is not there to be asked: its name says it.
-    return {given_family(e.name) or make_scorers([e])[0].spec.family for e in entries}
+    return before | {given_family(e.name) or make_scorers([e])[0].spec.family for e in entries}
 
 
 def script_source(config: RunConfig) -> ScriptSource:

@@ -1,10 +1,12 @@
 """Load a generator by its name: a pipeline folder, `mini`, or the weights of a run.
 
-A run's weights are named `RUN`, `RUN:ema`, `RUN:online`, `RUN:start` or `RUN:best`.
+A run's weights are named `RUN`, `RUN:ema`, `RUN:online`, `RUN:start` or `RUN:best`. A run may start
+from those of another one.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,9 +19,50 @@ from kvpo.generators.pipeline import Pipeline
 from kvpo.mini import WEIGHTS
 from kvpo.policy.checkpoint import at_step, checkpoints, read_tensors
 from kvpo.policy.policy import Policy
+from kvpo.runs.start_weights import FILE, Origin, merge_adapter, origin_of, put_kept
 
 SETS = {"ema": "average", "online": "current", "start": "reference", "best": "average"}
 """Weights of a run -> their name in a checkpoint."""
+
+
+@dataclass(frozen=True)
+class RunWeights:
+    """Weights of a run: which of its sets, in which of its checkpoints."""
+
+    run: Path
+    which: str
+    checkpoint: Path
+
+    @property
+    def label(self) -> str:
+        return f"{self.run.name}:{self.which} {self.checkpoint.name}"
+
+
+@dataclass(frozen=True)
+class Start:
+    """The start of a run: a pipeline folder, or the weights of another run on top of one."""
+
+    folder: Path
+    """Pipeline folder that has everything, or everything but the transformer's weights."""
+    weights: RunWeights | None = None
+    """Weights of another run, which it takes."""
+    kept: Path | None = None
+    """Weights of another run, which it took and has kept (`kvpo.runs.start_weights`)."""
+
+    def put_into(self, pipeline: Pipeline) -> float:
+        """Give the folder's pipeline these weights, an adapter merged.
+
+        Returns the share of the adapter that rounding has lost (`merge_adapter`), 0 without one.
+        """
+        lost = 0.0
+        if self.kept is not None:
+            put_kept(pipeline, self.kept)
+        if self.weights is not None:
+            policy = put_weights(pipeline, self.weights)
+            if policy.config.train == "lora":
+                lost = merge_adapter(policy)
+            pipeline.generator.requires_grad_(False)
+        return lost
 
 
 def load_pipeline(
@@ -33,7 +76,7 @@ def load_pipeline(
 
 
 def folder_of(name: str) -> Path:
-    """Folder of a pipeline that a recipe names."""
+    """The folder of a pipeline that is no run's."""
     return Path(WEIGHTS if name == "mini" else name)
 
 
@@ -45,27 +88,82 @@ def load_generator(
     ``dtype``: default the run's own, float32 for a folder. Raises a FileNotFoundError or ValueError
     that names what is missing.
     """
+    if (weights := weights_of(spec)) is None:
+        return load_pipeline(spec, device, vae_dtype, dtype or "float32"), spec
+    folder = str(start_of_run(weights.run).folder)
+    own = dtype or run_config(weights.run).dtype
+    pipeline = load_pipeline(folder, device, vae_dtype, own)
+    put_weights(pipeline, weights)
+    pipeline.generator.requires_grad_(False)
+    return pipeline, weights.label
+
+
+def weights_of(spec: str) -> RunWeights | None:
+    """The weights that a generator's name names; None where it names a pipeline folder.
+
+    Raises FileNotFoundError or ValueError where the run has no such weights.
+    """
     folder, which = named(spec)
     if not is_run(folder):
-        return load_pipeline(spec, device, vae_dtype, dtype or "float32"), spec
-    run, which = str(folder), which or "ema"
+        return None
+    which = which or "ema"
     if which not in SETS:
         raise ValueError(
             f"{spec!r} names weights {which!r} of a run; choose one of {', '.join(SETS)}"
         )
-    checkpoint = _checkpoint(Path(run), which)
-    config = run_config(Path(run))
-    pipeline = load_pipeline(config.pipeline, device, vae_dtype, dtype or config.dtype)
+    return RunWeights(folder, which, _checkpoint(folder, which))
+
+
+def put_weights(pipeline: Pipeline, weights: RunWeights) -> Policy:
+    """Give a run's pipeline its weights; returns the policy they are of, an adapter on the backbone.
+
+    The pipeline is that of the run's own folder (`start_of_run`), and becomes what the run started
+    from first.
+    """
+    start_of_run(weights.run).put_into(pipeline)
+    config, chosen = run_config(weights.run), SETS[weights.which]
     policy = Policy(pipeline.generator, config.policy, config.seed)
-    tensors = read_tensors(checkpoint, f"{SETS[which]}.")
+    tensors = read_tensors(weights.checkpoint, f"{chosen}.")
     check_finite(
-        tensors.items(), str(checkpoint), "go back to a checkpoint before it, or export RUN:start"
+        tensors.items(),
+        str(weights.checkpoint),
+        "go back to a checkpoint before it, or export RUN:start",
     )
     for name, p in zip(policy.names, policy.parameters):
-        p.data.copy_(tensors[f"{SETS[which]}.{name}"])
+        p.data.copy_(tensors[f"{chosen}.{name}"])
     policy.layout.refresh()
-    pipeline.generator.requires_grad_(False)
-    return pipeline, f"{Path(run).name}:{which} {checkpoint.name}"
+    return policy
+
+
+def start_of(spec: str, run: Path | None = None) -> Start:
+    """The start that a recipe's `pipeline` names.
+
+    ``run``: the folder of the run that goes on, if one does: what it has kept of the weights of
+    another run is its start, whatever has become of those.
+    """
+    if run is not None and (run / FILE).is_file() and is_run(run):
+        return start_of_run(run)
+    return Start(pipeline_folder(spec), weights_of(spec))
+
+
+def start_of_run(run: Path) -> Start:
+    """The start of a run that was begun.
+
+    Raises FileNotFoundError where that were weights of another run, and it does not have them.
+    """
+    if (kept := run / FILE).is_file():
+        return Start(folder_of(origin_of(kept).pipeline), kept=kept)
+    pipeline = run_config(run).pipeline
+    if is_run(named(pipeline)[0]):
+        raise FileNotFoundError(
+            f"{kept} is missing: the weights of {pipeline}, from which {run} started; copy it back"
+        )
+    return Start(folder_of(pipeline))
+
+
+def origin_of_run(run: Path) -> Origin | None:
+    """The origin of a run's start weights; None where a pipeline folder has them."""
+    return origin_of(run / FILE) if (run / FILE).is_file() else None
 
 
 def precision(spec: str, device: torch.device, dtype: str = "") -> str:
@@ -90,9 +188,9 @@ def named(spec: str) -> tuple[Path, str]:
 
 
 def pipeline_folder(spec: str) -> Path:
-    """The pipeline folder behind a generator's name: for a run, the one that it started from."""
+    """The pipeline folder behind a generator's name: for a run, the one that is below its weights."""
     folder, _ = named(spec)
-    return folder_of(run_config(folder).pipeline if is_run(folder) else spec)
+    return start_of_run(folder).folder if is_run(folder) else folder_of(spec)
 
 
 def _checkpoint(run: Path, which: str) -> Path:

@@ -35,16 +35,17 @@ from kvpo.method.update import Updater
 from kvpo.policy.policy import Policy
 from kvpo.rewards.calibration import refuse_frozen
 from kvpo.runs.build import calibration_clips, evaluation_scripts, judges, script_source, trained
-from kvpo.runs.loading import folder_of, load_pipeline
+from kvpo.runs.loading import load_pipeline, start_of
 from kvpo.types import RewardTable, Rollout, Script
 
 
 class Parts:
     """The parts of a run, which explore groups."""
 
-    def __init__(self, config: RunConfig, progress: Progress):
+    def __init__(self, config: RunConfig, progress: Progress, out: Path | None = None):
         """Load everything; what a user may have got wrong is read first.
 
+        ``out``: the folder of a run that may go on there, with the start that it has kept.
         ValueError or FileNotFoundError where rewards, prompts, generator and settings do not fit.
         """
         self.config, self.progress = config, progress
@@ -58,19 +59,24 @@ class Parts:
 
         # What a user may have got wrong is read before the generator is loaded, and nothing is
         # left to show itself after the training.
+        with self.ranks.together():
+            start = start_of(config.pipeline, out)
+        # one of another run, which may train on meanwhile, is the same on all ranks
+        self.start = self.ranks.gather(start)[0]
         preview = None
         if config.score.preview:
-            preview = read_preview(Path(config.score.preview), folder_of(config.pipeline))
+            preview = read_preview(Path(config.score.preview), self.start.folder)
         with progress.timed("loading the rewards"):
             self.judges, self.advantages = judges(config, self.device)
         self.rewards = trained(self.judges)
         refuse_frozen(self.rewards, calibration_clips(config), self.advantages.weights)
         self.source = script_source(config)
         self.scripts = evaluation_scripts(config)
-        check_prompts(folder_of(config.pipeline), self._written_scripts(), progress.warn)
+        check_prompts(self.start.folder, self._written_scripts(), progress.warn)
 
         with progress.timed("loading the generator"):
             self.pipeline = self._load_pipeline()
+            self._take_start()
         if preview is not None:
             self.pipeline.preview = preview.to(self.device, getattr(torch, config.vae_dtype))
         geometry = self.pipeline.geometry
@@ -117,11 +123,12 @@ class Parts:
         config = self.config
         if self.source.scripts is None:
             # Stories without end: their texts are met one by one, so the encoder stays.
-            return load_pipeline(config.pipeline, self.device, config.vae_dtype, config.dtype)
+            folder = str(self.start.folder)
+            return load_pipeline(folder, self.device, config.vae_dtype, config.dtype)
         texts = sorted({text for script in self._written_scripts() for text in script.texts})
         with self.progress.bar("embed prompts", len(texts)) as bar:
             return load_with_texts(
-                folder_of(config.pipeline),
+                self.start.folder,
                 texts,
                 self.device,
                 getattr(torch, config.dtype),
@@ -129,6 +136,14 @@ class Parts:
                 bar.move_to,
                 self.progress.warn,
             )
+
+    def _take_start(self) -> None:
+        """Give the pipeline the weights of another run, where it starts from them; say which."""
+        lost = self.start.put_into(self.pipeline)
+        if (weights := self.start.weights) is None:
+            return
+        less = f", its adapter merged: rounding to {self.config.dtype} loses {100 * lost:.1f} % of what it adds"
+        self.progress.say(f"starts from {weights.label}" + (less if lost >= 0.001 else ""))
 
     # What is asked of them.
 

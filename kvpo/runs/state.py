@@ -2,6 +2,7 @@
 
 A folder that is another run's is refused.
 
+start.safetensors                          where it starts from weights of another run (`kvpo.runs.start_weights`)
 config.resolved.yaml, environment.json     before the first step
 checkpoints/                               `kvpo.policy.checkpoint`, written beside the training by `kvpo.policy.saving`
 """
@@ -33,7 +34,10 @@ from kvpo.policy.checkpoint import (
     read_tensors,
 )
 from kvpo.policy.saving import Saver
+from kvpo.runs.build import trained_families
+from kvpo.runs.loading import folder_of
 from kvpo.runs.parts import Parts
+from kvpo.runs.start_weights import FILE, Origin, keep_start
 
 MAY_CHANGE = (
     "steps: ",
@@ -95,11 +99,20 @@ class RunState:
 
     def __init__(self, parts: Parts, out: Path):
         self.config, self.progress, self.ranks = parts.config, parts.progress, parts.ranks
+        self.start = parts.start
         self.pipeline, self.policy, self.source = parts.pipeline, parts.policy, parts.source
         self.optimizer, self.agreement = parts.updater.optimizer, parts.agreement
         self.out = out
         keep = self.config.checkpoint.keep
-        self.saver = Saver(out / "checkpoints", keep, self.policy, self.config.patience)
+        of_run = self.start.weights is not None or self.start.kept is not None
+        self.saver = Saver(
+            out / "checkpoints",
+            keep,
+            self.policy,
+            self.config.patience,
+            # no folder elsewhere has what an adapter would have to be put on
+            elsewhere=not (of_run and self.config.policy.train == "lora"),
+        )
         self._held = ExitStack()
         """The folder's lock."""
         self.moved: tuple[str, ...] = ()
@@ -239,7 +252,19 @@ class RunState:
             raise _holds_a_run(self.out)
         self.out.mkdir(parents=True, exist_ok=True)
         self._lock()
+        self._keep_start()
         self._write_start(0)
+
+    def _keep_start(self) -> None:
+        """Keep the weights of another run, if the run starts from such: they may change there."""
+        path, weights = self.out / FILE, self.start.weights
+        path.unlink(missing_ok=True)  # of a beginning that was broken off
+        if weights is not None:
+            spec, folder = self.config.pipeline, self.start.folder
+            below = "mini" if folder == folder_of("mini") else str(folder)
+            families = tuple(sorted(trained_families(spec)))
+            origin = Origin(spec, weights.checkpoint.name, below, families)
+            keep_start(path, self.pipeline, origin)
 
     def _write_start(self, step: int) -> None:
         """Write the settings, and the environment in which the run goes on from ``step``.

@@ -18,7 +18,7 @@ from kvpo.config import RunConfig, load_config, recipe_path, to_dict
 from kvpo.method.loss import ClippedObjective
 from kvpo.rewards.entry import RewardEntry
 from kvpo.rewards.registry import PREFERENCE
-from kvpo.runs.loading import is_run, named, run_config
+from kvpo.runs.loading import is_run, named
 
 LOOKS = 3
 """Evaluations of a run whose recipe asks for none on the way."""
@@ -28,7 +28,7 @@ def studio_recipe(recipe: str, generator: str) -> RunConfig:
     """Settings that a studio's generator is trained by.
 
     ``recipe`` where it is given; else those of the miniature, or of the run whose weights the
-    generator are. Raises ValueError for a pipeline folder, which has none.
+    generator are. It goes on from the weights that were judged, a run's too. Raises ValueError for a pipeline folder, which has none.
     """
     folder, _ = named(generator)
     own = "mini" if generator == "mini" else str(folder) if is_run(folder) else ""
@@ -37,8 +37,7 @@ def studio_recipe(recipe: str, generator: str) -> RunConfig:
             f"{generator} is a pipeline folder, which says nothing of how it is trained; start the studio with --recipe, a shipped recipe or a YAML file"
         )
     config = load_config(recipe_path(recipe or own))
-    pipeline = run_config(folder).pipeline if is_run(folder) else generator
-    return dataclasses.replace(config, pipeline=pipeline)
+    return dataclasses.replace(config, pipeline=generator)
 
 
 def align_to(config: RunConfig, preference: Path) -> RunConfig:
