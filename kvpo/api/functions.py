@@ -43,7 +43,7 @@ from kvpo.distributed.ranks import leave
 from kvpo.distributed.signals import Stopped, in_main_thread
 from kvpo.evaluation.evaluate import EvaluateConfig, compare, kinds_of, means
 from kvpo.generators.generate import streamed
-from kvpo.generators.pipeline import Geometry, Pipeline, block_at
+from kvpo.generators.pipeline import Geometry, Pipeline, block_at, blocks_at
 from kvpo.generators.sampler import SAMPLERS
 from kvpo.method.forks import check_fork
 from kvpo.method.prompts import even_starts, readable, starts_at
@@ -234,7 +234,7 @@ def _story(
     if seconds is not None:
         (length,) = _seconds("seconds", [seconds])
         blocks = block_at(length, geometry, up=True)
-    switches = [block_at(second, geometry) for second in times]
+    switches = blocks_at(times, geometry)
     starts = starts_at(switches, len(texts)) if switches else even_starts(len(texts), blocks)
     return Script("story", texts, starts, blocks)
 

@@ -140,11 +140,11 @@ class Generate:
         Raises ValueError where prompts do not fit into it, or a time of --at would change none of
         them.
         """
-        from kvpo.generators.pipeline import block_at
+        from kvpo.generators.pipeline import block_at, blocks_at
         from kvpo.method.prompts import even_starts, read_scripts, readable, starts_at
 
         blocks = block_at(self.seconds, geometry, up=True) if self.seconds else self.blocks
-        switches = [block_at(second, geometry) for second in self.at]
+        switches = blocks_at(self.at, geometry)
         if self.prompts:
             scripts = list(read_scripts(self.prompts, blocks, switches=switches or None))
             if unused := [

@@ -14,7 +14,9 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -92,6 +94,8 @@ class Geometry:
         for name, low in least.items():
             if type(value := getattr(self, name)) is not int or value < low:
                 raise ValueError(f"{name} = {value!r} must be a whole number, {low} or more")
+        if not 0.0 < self.shift < math.inf:
+            raise ValueError(f"shift = {self.shift!r} must be a number above 0 and finite")
         if 0 <= self.window < self.sink + self.block:
             raise ValueError(
                 f"window = {self.window} has no room for the sink ({self.sink}) and a block ({self.block}); widen it, or -1 for everything"
@@ -356,6 +360,8 @@ def check_folder(folder: Path) -> Geometry:
             f"{folder} is no pipeline folder: model_index.json is missing; give a folder in diffusers layout, mini, or the weights of a run that kvpo align wrote, such as RUN:ema"
         )
     geometry = Geometry.read(folder / "streaming.json")
+    for path in sorted(folder.glob("*/config.json")):
+        _check_numbers(path)
     for part in ("transformer", "vae", "text_encoder", "tokenizer", "scheduler"):
         _check_folder(folder / part)
         if not (folder / part).is_dir():
@@ -363,6 +369,38 @@ def check_folder(folder: Path) -> Geometry:
                 f"{folder} is no whole pipeline folder: {part}/ is missing; copy it again, or give a folder in diffusers layout"
             )
     return geometry
+
+
+def _check_numbers(path: Path) -> None:
+    """Raise ValueError where a network's description holds a number that is not finite.
+
+    Python's JSON reads NaN, Infinity and 1e999, and what the network then makes would be blamed on
+    its weights. A file that is no JSON is named by whoever loads it.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    if fault := _not_finite_in(content):
+        raise ValueError(
+            f"{path}: {fault} is no finite number, and a network can not compute with it; correct it, or copy the file again"
+        )
+
+
+def _not_finite_in(value: Any, name: str = "") -> str:
+    """The first number of a JSON value that is NaN or infinite, with its key; "" where none is."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{name} = {value}"
+    inside = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
+    return next(
+        (f for k, v in inside if (f := _not_finite_in(v, f"{name}[{k}]" if name else str(k)))), ""
+    )
 
 
 def load_tokenizer(folder: Path):
@@ -482,3 +520,18 @@ def block_at(second: float, geometry: Geometry, up: bool = False) -> int:
     # the first latent frame gives one pixel frame, every later one four
     blocks = (second * geometry.fps + 3) / (4 * geometry.block)
     return int(-(-blocks // 1)) if up else max(1, round(blocks))
+
+
+def blocks_at(seconds: Sequence[float], geometry: Geometry) -> list[int]:
+    """`block_at` of times at which prompts change, in their order.
+
+    Raises ValueError where a time does not come after the one before it, or is nearest to the same
+    block: a prompt between them would never be shown.
+    """
+    blocks = [block_at(second, geometry) for second in seconds]
+    for (a, first), (b, second) in pairwise(zip(seconds, blocks)):
+        if first >= second:
+            raise ValueError(
+                f"prompts can not change at {a:g} s and then at {b:g} s: times must rise, each to another block of {4 * geometry.block / geometry.fps:g} s"
+            )
+    return blocks

@@ -197,6 +197,12 @@ def test_bad_input(capsys, folder, tmp_path):
         (("--prompt", RED, BLUE, "--blocks", "8", "--at", "99"), "start"),
         (("--prompt", RED, BLUE, "--at", "-1"), "-1.0 s is no time of a video"),
         (("--prompt", RED, BLUE, BLUE, "--at", "1"), "3 segments need 2 switch blocks"),
+        # said in seconds, as it was asked for: the error spoke of start blocks (0, 4, 2)
+        (
+            ("--prompt", RED, BLUE, BLUE, "--at", "2", "1"),
+            "prompts can not change at 2 s and then at 1 s: times must rise, each to another block",
+        ),
+        (("--prompt", RED, BLUE, BLUE, "--at", "1", "1.01"), "change at 1 s and then at 1.01 s"),
         (
             ("--prompt", RED, "--blocks", "600"),
             "a video of 600 blocks, but this generator's positions end after 512",

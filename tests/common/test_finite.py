@@ -5,6 +5,7 @@ They never become a video, a score or a checkpoint.
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -145,6 +146,28 @@ def test_weights_of_the_other_parts(capsys, home, tmp_path, part, name):
         in (err := refused(capsys, *COMMANDS["generate"](home, tmp_path / "out")))
         and name in err
     )
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "said"),
+    [
+        ("vae/config.json", "latents_std", "latents_std[2] = nan is no finite number"),
+        ("transformer/config.json", "eps", "eps = nan is no finite number"),
+        ("streaming.json", "shift", "shift = nan must be a number above 0 and finite"),
+    ],
+)
+def test_numbers_of_a_description(capsys, home, tmp_path, file, key, said):
+    """NaN in a JSON file is read by Python without a word; the first block then was NaN, and the
+    error sent people to look at the weights, which were good."""
+    path = home / file
+    content = json.loads(path.read_text())
+    if isinstance(content[key], list):
+        content[key][2] = float("nan")
+    else:
+        content[key] = float("nan")
+    path.write_text(json.dumps(content))
+    err = refused(capsys, *COMMANDS["generate"](home, tmp_path / "out"))
+    assert f"{path}: {said}" in err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("command", COMMANDS)
