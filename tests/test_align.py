@@ -181,6 +181,30 @@ def test_resume_is_the_uninterrupted_run(straight, tmp_path):
     )
 
 
+def test_a_renamed_prompt_file_is_asked_for_by_its_name(folder, tmp_path, capsys):
+    """Its ids hold its name, so it is refused; the error was two digests that differ. Where every
+    prompt has an id, the name is nobody's matter."""
+    for name, text in (
+        ("p.txt", f"{RED}\n{BLUE}\n"),
+        ("q.jsonl", "".join(f'{{"id": "{i}", "prompt": "{RED}"}}\n' for i in range(2))),
+    ):
+        path = tmp_path / name
+        out = tmp_path / f"run-{path.stem}"
+        path.write_text(text)
+        content = settings(folder, steps=2, data={"prompts": str(path), "blocks": 6})
+        recipe = write_recipe(tmp_path / "r.yaml", content)
+        assert align(recipe, out, "--steps", "1") == 0
+        new = path.rename(tmp_path / f"new-{name}")
+        again = ("--resume", "--data.prompts", str(new))
+        if name == "p.txt":
+            assert f"{new} is the prompt file of {out} by another name, and prompts without" in (
+                said := refused(recipe, out, capsys, *again)
+            )
+            assert "call it p.txt again" in said
+        else:
+            assert align(recipe, out, *again) == 0
+
+
 @pytest.mark.parametrize("old", [False, True], ids=["run", "run before digests of files"])
 def test_a_run_whose_prompt_file_moved_resumes(folder, tmp_path, capsys, old):
     """The same file in another folder was another run: `data.prompts: a/p.txt -> b/p.txt`."""

@@ -200,6 +200,7 @@ class RunState:
         newest = self.ranks.gather(newest)[0]
         assert newest is not None, "newest_whole raises where there is none"
         state = read_state(newest)
+        self._refuse_renamed(state["config"])
         self._changed(state["config"], self._identity)
         if state["step"] > self.config.steps:
             raise ValueError(
@@ -217,6 +218,18 @@ class RunState:
             )
         )
         return step
+
+    def _refuse_renamed(self, stored: dict[str, Any]) -> None:
+        """Raise ValueError for a prompt file with another name, where ids are made of the name."""
+        old, new = Path(stored["data"]["prompts"]).name, self.config.data.prompts
+        if (
+            "data.prompts" in self.moved
+            and old != Path(new).name
+            and stored.get("prompts") != self._identity.get("prompts")
+        ):
+            raise ValueError(
+                f"{new} is the prompt file of {self.out} by another name, and prompts without an id are called by the file's, which names their random streams; call it {old} again"
+            )
 
     def _moved(self) -> tuple[str, ...]:
         """Settings that name a prompt file, under whatever name, with the content the run knows.
