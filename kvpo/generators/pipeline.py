@@ -532,6 +532,6 @@ def blocks_at(seconds: Sequence[float], geometry: Geometry) -> list[int]:
     for (a, first), (b, second) in pairwise(zip(seconds, blocks)):
         if first >= second:
             raise ValueError(
-                f"prompts can not change at {a:g} s and then at {b:g} s: times must rise, each to another block of {4 * geometry.block / geometry.fps:g} s"
+                f"prompts can not change at {a:g} s and then at {b:g} s: a prompt is shown for a block of {4 * geometry.block / geometry.fps:g} s at least; give times that rise by that much"
             )
     return blocks

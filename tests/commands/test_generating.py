@@ -200,7 +200,7 @@ def test_bad_input(capsys, folder, tmp_path):
         # said in seconds, as it was asked for: the error spoke of start blocks (0, 4, 2)
         (
             ("--prompt", RED, BLUE, BLUE, "--at", "2", "1"),
-            "prompts can not change at 2 s and then at 1 s: times must rise, each to another block",
+            "prompts can not change at 2 s and then at 1 s: a prompt is shown for a block of 0.5 s",
         ),
         (("--prompt", RED, BLUE, BLUE, "--at", "1", "1.01"), "change at 1 s and then at 1.01 s"),
         (
