@@ -229,6 +229,21 @@ TAIL = """
 What follows from it: forks differ, so groups do, and waiting for the slowest costs about a quarter of a step, more than all messages in every row; 10 Gb/s Ethernet is enough for adapters. Four groups a rank (`groups` four times the ranks)
 halve that wait on one node and take a third off it on sixteen; the price is larger steps.
 
+## One stream over several cards
+
+```bash
+kvpo generate models/krea --prompt "..." --seconds 60 --processes 4      # or: torchrun --standalone --nproc-per-node 4 -m kvpo generate ...
+```
+
+The processes share every stream by the scheme of DeepSpeed-Ulysses ([kvpo/generators/sequence_split.py](../kvpo/generators/sequence_split.py)): each has a P-th of every frame's tokens, and in self-attention a P-th of the heads over the whole past. Take it where a stream is too slow on one card, or where its cache does not fit one.
+
+- **Kept on a card**: a P-th of the cache (of 14B at 480 x 832 a latent frame's keys and values are 1.28 GB in bfloat16, of 1.3B 0.29), a P-th of the activations and of the transformer's operations. Weights, text encoder and decoder are whole on every card, and all decode; the first writes.
+- **Sent by a card** in a pass of one block and row, counted: 4 x layers x width x (tokens / P) x (P - 1) / P numbers, and the output's part. For 3 frames at 480 x 832 in bfloat16: 14B 1.92 GB with 2 cards, 1.44 with 4, 0.84 with 8; 1.3B 0.43 with 2, 0.32 with 4. A block of 4 denoise steps is 5 passes; a prompt switch sends its re-encoded frames once. Nothing overlaps with work. Times are not measured: no several cards were at hand.
+- **Equal** to one process within 1e-4 of latents of order 1 in float32: streams with a prompt switch, forked and routed groups (`tests/distributed/test_sequence_split.py`, two gloo ranks, which also holds the formula against the bytes that were sent).
+- **Refused** before weights are read: processes that do not divide the heads (12 of 1.3B, 24 of 5B, 40 of 14B) or the tokens of a frame (1,560 at 480 x 832), and generators with a memory bank, whose choice of frames all heads make.
+
+Missing: training. A pass with gradient is refused, because the exchanges carry none back; `kvpo align` does not share streams, so no recipe has a setting for it and `kvpo plan` does not count it. It takes differentiable exchanges, replays whose losses count once in a row of ranks, and a rollout that all of a row make together; till then a group is shared by `branch_parallel`. Padding for heads that do not divide is not built either.
+
 ## FSDP2 instead of own gathering: what stands against it
 
 `policy.shard` uses FSDP2 for the layout of the masters only ([kvpo/policy/sharding.py](../kvpo/policy/sharding.py)); whole weights are gathered once a step. To let FSDP2 gather and reduce block by block, in every pass, each of these has to be answered first:
@@ -241,7 +256,7 @@ halve that wait on one node and take a third off it on sixteen; the price is lar
 - Our loop calls the blocks, not the transformer's forward, where the root's hooks sit: the root has to be `CausalWan`, with its own method registered as a forward. What asks a parameter for its dtype or shape between passes meets a shard in float32.
 - With it, activation checkpointing gathers every block twice in the backward pass, once to recompute.
 
-What it would bring: of 14B in full on eight cards (`kvpo plan krea --policy.train full --policy.shard --gpus 8`, [plans.md](plans.md)) 173 GiB of a card's 247 are weights, sets, moments and gradient, of which FSDP2 would leave 47 and a block or two gathered, 1.3: 122 planned, which cards of 141 GB hold. With one branch and one velocity at a time and a cache of 12 frames it would be 81, still more than the 79 of a card of 80 GB: there the sets have to be kept in bfloat16 as well, or streams cut over the cards (sequence parallelism), which is not built. For adapters it brings the frozen weights' share alone, where they are sharded too.
+What it would bring: of 14B in full on eight cards (`kvpo plan krea --policy.train full --policy.shard --gpus 8`, [plans.md](plans.md)) 173 GiB of a card's 247 are weights, sets, moments and gradient, of which FSDP2 would leave 47 and a block or two gathered, 1.3: 122 planned, which cards of 141 GB hold. With one branch and one velocity at a time and a cache of 12 frames it would be 81, still more than the 79 of a card of 80 GB: there the sets have to be kept in bfloat16 as well, or streams cut over the cards in training, which is not built (above). For adapters it brings the frozen weights' share alone, where they are sharded too.
 """
 
 

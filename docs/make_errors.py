@@ -120,6 +120,7 @@ SECTIONS = {
         "common/files.py",
         "distributed",
         "generators/embeddings.py",
+        "generators/sequence_split.py",
     ),
     OF_PROGRAMS: (
         "generators",

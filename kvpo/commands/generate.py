@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +19,11 @@ from kvpo.common.progress import Progress
 from kvpo.common.provenance import about_video, write_beside
 from kvpo.common.wording import count_of
 from kvpo.config import DataConfig, RunConfig
+from kvpo.distributed.local_processes import INSIDE, check_count, start_processes
 from kvpo.types import Script
 
 if TYPE_CHECKING:
+    from kvpo.distributed.ranks import Ranks
     from kvpo.generators.pipeline import Geometry
 
 
@@ -52,27 +56,46 @@ class Generate:
     It is what the weight of an adapter is in diffusers and ComfyUI."""
     dtype: Literal["", "float32", "bfloat16"] = ""
     """Precision; default: a run's own, bfloat16 on a GPU, float32 on a CPU."""
+    processes: int = 1
+    """Processes that share every stream, as torchrun --nproc-per-node would start them.
+    Each has a part of the tokens, of the heads and of the cache, and all weights: for streams that
+    are too slow on one card, or whose cache does not fit it."""
     out: Path = Path("runs/generate")
     device: str = "auto"
 
     def __call__(self) -> None:
         self.check_options()
+        if self.processes > 1 and INSIDE not in os.environ:
+            raise SystemExit(start_processes(self.processes, sys.argv[1:]))
+        from kvpo.distributed.ranks import Ranks, leave
+
+        try:
+            self.generate(Ranks.join(pick_device(self.device), RunConfig.patience))
+        finally:
+            leave()
+
+    def generate(self, ranks: Ranks) -> None:
+        """Write the videos, whose streams ``ranks`` share; the first of them writes."""
         from kvpo.convert.lora import add_lora
         from kvpo.convert.weight_files import find_weights
-        from kvpo.generators.generate import write_video
+        from kvpo.generators.generate import check_shared, follow_video, write_video
         from kvpo.generators.pipeline import check_folder
         from kvpo.generators.readable import check_prompts
         from kvpo.generators.sampler import SAMPLERS
+        from kvpo.generators.sequence_split import OverHeads
         from kvpo.runs.loading import load_generator, pipeline_folder, precision
 
-        progress = Progress()
-        device = pick_device(self.device)
+        progress, device = Progress(), ranks.device
         folder = pipeline_folder(self.generator)
-        scripts = self.scripts(check_folder(folder))
+        geometry = check_folder(folder)
+        check_shared(folder, geometry, ranks.world)
+        scripts = self.scripts(geometry)
         check_prompts(folder, scripts, progress.warn)
         for path in self.lora:
             find_weights(path)
-        videos = self.videos(scripts, progress)
+        with ranks.together():
+            own = self.videos(scripts, progress) if ranks.first else []
+        videos = ranks.gather(own)[0]
         dtype = precision(self.generator, device, self.dtype)
         blocks = sum(script.blocks for script, _, _ in videos)
         progress.log(
@@ -82,6 +105,8 @@ class Generate:
             pipeline, label = load_generator(self.generator, device, dtype or "float32", dtype)
         for path in self.lora:
             progress.say(f"{path}: {add_lora(pipeline, path, self.lora_scale)}")
+        if ranks.world > 1:
+            pipeline.generator.share(OverHeads(ranks))
         made_with = {
             "sampler": self.sampler,
             "dtype": dtype or "the generator's own",
@@ -90,6 +115,9 @@ class Generate:
         }
         with progress.bar(f"generate with {label}", blocks) as bar:
             for script, seed, path in videos:
+                if not ranks.first:
+                    follow_video(pipeline, SAMPLERS[self.sampler], script, seed)
+                    continue
                 about = about_video(script, seed, label, **made_with)
                 rate = write_video(pipeline, SAMPLERS[self.sampler], script, seed, path, bar, about)
                 write_beside(path, about)
@@ -100,6 +128,7 @@ class Generate:
 
         Raises ValueError for one that does.
         """
+        check_count(self.processes)
         if bool(self.prompt) == bool(self.prompts):
             raise ValueError(
                 'one of --prompt and --prompts is needed; give either --prompt "..." ["..." ...], the prompts of one story, or --prompts FILE'

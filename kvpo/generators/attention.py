@@ -15,6 +15,7 @@ from diffusers.models.transformers.transformer_wan import WanAttention, _get_qkv
 from kvpo.generators.cache import Source, gather, store
 from kvpo.generators.memory import activated
 from kvpo.generators.rope import Angles, rotate
+from kvpo.generators.sequence_split import Whole
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,15 @@ class PagedSelfAttention:
 
     _attention_backend = _parallel_config = None
 
+    def __init__(self):
+        self.split = Whole()
+
     def __call__(
         self, attn: WanAttention, hidden: torch.Tensor, _encoder, _mask, view: LayerView
     ) -> torch.Tensor:
-        q, k, v = _project(attn, hidden.reshape(view.batch, -1, hidden.shape[-1]), None)
+        frames = hidden.shape[0] // view.batch
+        own = _project(attn, hidden.reshape(view.batch, -1, hidden.shape[-1]), None)
+        q, k, v = self.split.to_heads(own, frames)
         q, k = rotate(q, view.angles), rotate(k, view.angles)
         keys, values = k[:, -view.own :], v[:, -view.own :]
         if view.past:
@@ -84,7 +90,7 @@ class PagedSelfAttention:
             k_pages, v_pages, row, slots = view.write
             store(k_pages, row, slots, k)
             store(v_pages, row, slots, v)
-        return _output(attn, x, hidden)
+        return _output(attn, self.split.to_tokens(x, frames), hidden)
 
 
 class FoldedCrossAttention:

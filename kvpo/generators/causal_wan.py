@@ -17,6 +17,7 @@ from kvpo.generators.attention import FoldedCrossAttention, LayerView, PagedSelf
 from kvpo.generators.cache import FrameCache, Frames, frame_lists
 from kvpo.generators.flow import TIME_SCALE
 from kvpo.generators.rope import check_positions, frame_angles
+from kvpo.generators.sequence_split import Whole
 
 
 class CausalWan(nn.Module):
@@ -32,8 +33,15 @@ class CausalWan(nn.Module):
         for block in transformer.blocks:
             block.attn1.set_processor(PagedSelfAttention())
             block.attn2.set_processor(FoldedCrossAttention())
+        self.split = Whole()
         self.calls = 0
         """Forward passes so far, for the cost report."""
+
+    def share(self, split: Whole) -> None:
+        """Make all further passes with other ranks, as ``split`` says; caches are made after it."""
+        self.split = split
+        for block in self.transformer.blocks:
+            block.attn1.processor.split = split
 
     @property
     def dtype(self) -> torch.dtype:
@@ -53,7 +61,7 @@ class CausalWan(nn.Module):
             config.num_layers,
             capacity,
             rows_T * columns_T,
-            config.num_attention_heads,
+            self.split.heads(config.num_attention_heads),
             config.attention_head_dim,
             rows=rows,
             sink=sink,
@@ -187,22 +195,28 @@ class CausalWan(nn.Module):
             .flatten(2)
             .transpose(1, 2)
         )
+        x = self.split.tokens(x)
         embedding, modulation, text, _ = net.condition_embedder(
             time_BF.reshape(-1), text_PLD.to(self.dtype)
         )
         modulation = modulation.unflatten(1, (6, -1))
         checkpointing = torch.is_grad_enabled() and net.gradient_checkpointing
-        for block, view in zip(
-            net.blocks, self._views(B, latents_BFCHW, frames, cache, past, rows, own, write)
-        ):
-            args = (x, text, modulation, view)
-            x = net._gradient_checkpointing_func(block, *args) if checkpointing else block(*args)
-        shift, scale = (net.scale_shift_table + embedding.unsqueeze(1)).chunk(2, dim=1)
-        x = net.proj_out((net.norm_out(x.float()) * (1 + scale) + shift).type_as(x))
+        views = self._views(B, latents_BFCHW, frames, cache, past, rows, own, write)
+        run = net._gradient_checkpointing_func if checkpointing else _called
+        with self.split.meeting():
+            for block, view in zip(net.blocks, views):
+                x = run(block, x, text, modulation, view)
+            shift, scale = (net.scale_shift_table + embedding.unsqueeze(1)).chunk(2, dim=1)
+            x = net.proj_out((net.norm_out(x.float()) * (1 + scale) + shift).type_as(x))
+            x = self.split.whole(x)
         _, ph, pw = net.config.patch_size
         # [B * F, rows, columns, ph, pw, C]
         x = x.unflatten(2, (ph, pw, -1)).unflatten(1, self.grid(H, W))
         return x.permute(0, 5, 1, 3, 2, 4).reshape(B, F, -1, H, W).to(latents_BFCHW.dtype)
+
+
+def _called(block: nn.Module, *args) -> torch.Tensor:
+    return block(*args)
 
 
 def _activated(past: Frames | Sequence[Frames], cache: FrameCache) -> tuple[int, int] | None:

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import WanTransformer3DModel
 
 from kvpo.common.progress import Progress
 from kvpo.common.provenance import about_video
 from kvpo.common.video import Mp4Writer
-from kvpo.generators.pipeline import Pipeline
+from kvpo.generators.pipeline import Geometry, Pipeline
 from kvpo.generators.rope import check_positions
 from kvpo.generators.sampler import NamedNoise, Sampler, StackedNoise, Stream
+from kvpo.generators.sequence_split import check_split
 from kvpo.types import Script
 
 
@@ -87,6 +89,24 @@ def write_video(
                 f"{path.name}: {frames} frames, {frames / (time.perf_counter() - started):.1f} a second"
             )
     return frames / (time.perf_counter() - started)
+
+
+def follow_video(pipeline: Pipeline, sampler: Sampler, script: Script, seed: int) -> None:
+    """Generate what another rank's `write_video` writes, of a stream that both share."""
+    for _ in streamed(pipeline, sampler, [script], seed, [("generate", script.id)]):
+        pass
+
+
+def check_shared(folder: Path, geometry: Geometry, world: int) -> None:
+    """Check, before any weights are read, that ``world`` processes can share a stream.
+
+    ValueError where the generator in ``folder`` does not divide, see `check_split`.
+    """
+    if world > 1:
+        config = WanTransformer3DModel.load_config(str(folder / "transformer"))
+        _, ph, pw = config["patch_size"]
+        tokens = (geometry.latent_height // ph) * (geometry.latent_width // pw)
+        check_split(config["num_attention_heads"], tokens, geometry.bank, world)
 
 
 def write_missing(
