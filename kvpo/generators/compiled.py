@@ -44,7 +44,9 @@ def _try(device: torch.device, backend: str) -> None:
         return x + x
 
     try:
-        torch.compile(doubled, backend=backend, dynamic=False)(torch.ones(2, device=device))
+        # the compiler imports parts of torch of which torch itself says that they are deprecated
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+            torch.compile(doubled, backend=backend, dynamic=False)(torch.ones(2, device=device))
     except Exception as error:  # each part of the compiler has its own way of saying what it lacks
         raise ValueError(
             f"compile = true can not be used on {device} ({type(error).__name__}: {first_line(error)}); "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from test_align import settings
@@ -118,3 +120,17 @@ def test_the_setting_is_off_by_default_and_reaches_the_blocks(folder, monkeypatc
 def test_with_shards_it_is_refused(folder):
     with pytest.raises(ValueError, match="compile can not be paired with policy.shard"):
         from_dict(settings(folder, compile=True, policy={"train": "full", "shard": True}))
+
+
+def test_a_deprecation_inside_the_compiler_is_no_reason_to_refuse(monkeypatch):
+    """Where warnings are errors, the compiler's first import was taken for a missing compiler.
+
+    It warns once a process, so the tests of this file failed alone and passed behind others.
+    """
+
+    def deprecated(function, **_):
+        warnings.warn("`torch.jit.script_method` is deprecated", DeprecationWarning, stacklevel=1)
+        return function
+
+    monkeypatch.setattr(torch, "compile", deprecated)
+    compiled._try(torch.device("cpu"), "inductor")
