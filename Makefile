@@ -39,10 +39,10 @@ check: $(INSTALLED)
 	$(VENV)/bin/python -m mypy
 
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -m "not slow and not gpu" -q -n 2 --dist loadfile
+	$(VENV)/bin/python -m pytest -m "not slow and not gpu" -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -m "not gpu" -q -n 2 --dist loadfile
+	$(VENV)/bin/python -m pytest -m "not gpu" -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # NO_MKDOCS_2_WARNING: the theme's notice about a later mkdocs says nothing of these pages.
 docs: $(INSTALLED)

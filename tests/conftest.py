@@ -4,11 +4,34 @@ NaN, one thread, no network."""
 from __future__ import annotations
 
 import os
+from collections import Counter
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 import pytest
 import torch
+
+LONG_FILES = (
+    "test_faults",
+    "test_distributed",
+    "test_branch_parallel",
+    "test_sharding",
+    "test_inner_updates",
+    "test_before_work",
+    "test_container",
+    "test_benchmarks",
+    "test_start_up",
+    "test_page",
+    "test_panes_page",
+)
+"""Files whose few tests start processes or browsers: begun last, they leave a core without work."""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """Long files first, then those of many tests; within a file the order stays."""
+    sizes = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.stem not in LONG_FILES, -sizes[item.path], item.path))
 
 
 @pytest.fixture(scope="session", autouse=True)
