@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +12,7 @@ from kvpo.common.environment import pick_device
 from kvpo.common.files import try_folder
 from kvpo.common.progress import Progress
 from kvpo.common.wording import count_of
-from kvpo.distributed.local_processes import INSIDE, check_count, start_processes
+from kvpo.distributed.local_processes import check_count, hand_over
 
 
 @dataclass(frozen=True)
@@ -45,8 +43,7 @@ class Align:
                 "--override lets a resumed run take other settings, and without --resume a new run begins; give both, or leave it out"
             )
         check_count(self.processes)
-        if self.processes > 1 and INSIDE not in os.environ:
-            raise SystemExit(start_processes(self.processes, sys.argv[1:]))
+        hand_over(self.processes)
         from kvpo.distributed.ranks import leave
         from kvpo.distributed.signals import Stopped, ending_at_once
         from kvpo.planning.missing import refuse_missing

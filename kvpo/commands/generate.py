@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +17,7 @@ from kvpo.common.progress import Progress
 from kvpo.common.provenance import about_video, write_beside
 from kvpo.common.wording import count_of
 from kvpo.config import DataConfig, RunConfig
-from kvpo.distributed.local_processes import INSIDE, check_count, start_processes
+from kvpo.distributed.local_processes import check_count, hand_over
 from kvpo.types import Script
 
 if TYPE_CHECKING:
@@ -65,8 +63,7 @@ class Generate:
 
     def __call__(self) -> None:
         self.check_options()
-        if self.processes > 1 and INSIDE not in os.environ:
-            raise SystemExit(start_processes(self.processes, sys.argv[1:]))
+        hand_over(self.processes)
         from kvpo.distributed.ranks import Ranks, leave
 
         try:

@@ -24,6 +24,15 @@ def check_count(count: int) -> None:
         )
 
 
+def hand_over(count: int) -> None:
+    """Let ``count`` processes run this process's command, and end with their exit code.
+
+    It does nothing for one process, and in a process that was itself started so.
+    """
+    if count > 1 and INSIDE not in os.environ:
+        raise SystemExit(start_processes(count, sys.argv[1:]))
+
+
 def start_processes(count: int, arguments: Sequence[str]) -> int:
     """Run ``python -m kvpo ARGUMENTS`` in ``count`` processes; the exit code of the whole.
 

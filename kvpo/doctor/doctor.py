@@ -104,7 +104,6 @@ class _Watched(CausalWan):
         # Not CausalWan's own, which would give the transformer new attention processors.
         torch.nn.Module.__init__(self)
         self.transformer = model.transformer
-        self.split = model.split
         self.calls = 0
         self.prefix = prefix
         self.left = _prints(prefix)

@@ -33,13 +33,16 @@ class CausalWan(nn.Module):
         for block in transformer.blocks:
             block.attn1.set_processor(PagedSelfAttention())
             block.attn2.set_processor(FoldedCrossAttention())
-        self.split = Whole()
         self.calls = 0
         """Forward passes so far, for the cost report."""
 
+    @property
+    def split(self) -> Whole:
+        """The way in which passes are shared with other ranks, the same in every block."""
+        return self.transformer.blocks[0].attn1.processor.split
+
     def share(self, split: Whole) -> None:
         """Make all further passes with other ranks, as ``split`` says; caches are made after it."""
-        self.split = split
         for block in self.transformer.blocks:
             block.attn1.processor.split = split
 
@@ -202,10 +205,14 @@ class CausalWan(nn.Module):
         modulation = modulation.unflatten(1, (6, -1))
         checkpointing = torch.is_grad_enabled() and net.gradient_checkpointing
         views = self._views(B, latents_BFCHW, frames, cache, past, rows, own, write)
-        run = net._gradient_checkpointing_func if checkpointing else _called
         with self.split.meeting():
             for block, view in zip(net.blocks, views):
-                x = run(block, x, text, modulation, view)
+                args = (x, text, modulation, view)
+                x = (
+                    net._gradient_checkpointing_func(block, *args)
+                    if checkpointing
+                    else block(*args)
+                )
             shift, scale = (net.scale_shift_table + embedding.unsqueeze(1)).chunk(2, dim=1)
             x = net.proj_out((net.norm_out(x.float()) * (1 + scale) + shift).type_as(x))
             x = self.split.whole(x)
@@ -213,10 +220,6 @@ class CausalWan(nn.Module):
         # [B * F, rows, columns, ph, pw, C]
         x = x.unflatten(2, (ph, pw, -1)).unflatten(1, self.grid(H, W))
         return x.permute(0, 5, 1, 3, 2, 4).reshape(B, F, -1, H, W).to(latents_BFCHW.dtype)
-
-
-def _called(block: nn.Module, *args) -> torch.Tensor:
-    return block(*args)
 
 
 def _activated(past: Frames | Sequence[Frames], cache: FrameCache) -> tuple[int, int] | None:

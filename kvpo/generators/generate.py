@@ -82,7 +82,7 @@ def write_video(
     """
     frames, started = 0, time.perf_counter()
     with Mp4Writer(path, pipeline.geometry.fps, about=about) as writer:
-        for pixels in streamed(pipeline, sampler, [script], seed, [("generate", script.id)]):
+        for pixels in _video(pipeline, sampler, script, seed):
             writer.write(pixels[0])
             frames += len(pixels[0])
             bar.advance(
@@ -91,10 +91,15 @@ def write_video(
     return frames / (time.perf_counter() - started)
 
 
-def follow_video(pipeline: Pipeline, sampler: Sampler, script: Script, seed: int) -> None:
+def follow_video(pipeline: Pipeline, sampler, script: Script, seed: int) -> None:
     """Generate what another rank's `write_video` writes, of a stream that both share."""
-    for _ in streamed(pipeline, sampler, [script], seed, [("generate", script.id)]):
+    for _ in _video(pipeline, sampler, script, seed):
         pass
+
+
+def _video(pipeline: Pipeline, sampler, script: Script, seed: int) -> Iterator[torch.Tensor]:
+    """Blocks of one video, RGB uint8 [1, T, 3, H, W], by the noise that `kvpo generate` names."""
+    return streamed(pipeline, sampler, [script], seed, [("generate", script.id)])
 
 
 def check_shared(folder: Path, geometry: Geometry, world: int) -> None:

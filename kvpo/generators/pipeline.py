@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import (
@@ -31,7 +30,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from kvpo.common.access import check_readable
 from kvpo.common.files import first_line, open_to_readers
-from kvpo.common.finite import check_finite, is_finite
+from kvpo.common.finite import check_finite, check_finite_json, is_finite
 from kvpo.common.text_files import read_text
 from kvpo.generators.cache import FrameCache
 from kvpo.generators.causal_wan import CausalWan
@@ -361,7 +360,7 @@ def check_folder(folder: Path) -> Geometry:
         )
     geometry = Geometry.read(folder / "streaming.json")
     for path in sorted(folder.glob("*/config.json")):
-        _check_numbers(path)
+        check_finite_json(path)
     for part in ("transformer", "vae", "text_encoder", "tokenizer", "scheduler"):
         _check_folder(folder / part)
         if not (folder / part).is_dir():
@@ -369,38 +368,6 @@ def check_folder(folder: Path) -> Geometry:
                 f"{folder} is no whole pipeline folder: {part}/ is missing; copy it again, or give a folder in diffusers layout"
             )
     return geometry
-
-
-def _check_numbers(path: Path) -> None:
-    """Raise ValueError where a network's description holds a number that is not finite.
-
-    Python's JSON reads NaN, Infinity and 1e999, and what the network then makes would be blamed on
-    its weights. A file that is no JSON is named by whoever loads it.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return
-    if fault := _not_finite_in(content):
-        raise ValueError(
-            f"{path}: {fault} is no finite number, and a network can not compute with it; correct it, or copy the file again"
-        )
-
-
-def _not_finite_in(value: Any, name: str = "") -> str:
-    """The first number of a JSON value that is NaN or infinite, with its key; "" where none is."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return f"{name} = {value}"
-    inside = (
-        value.items()
-        if isinstance(value, dict)
-        else enumerate(value)
-        if isinstance(value, list)
-        else ()
-    )
-    return next(
-        (f for k, v in inside if (f := _not_finite_in(v, f"{name}[{k}]" if name else str(k)))), ""
-    )
 
 
 def load_tokenizer(folder: Path):

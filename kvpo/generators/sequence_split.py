@@ -64,7 +64,7 @@ class OverHeads(Whole):
         return count // self.ranks.world
 
     def tokens(self, x_NTD: torch.Tensor) -> torch.Tensor:
-        """As `Whole.tokens`.
+        """Take this rank's part of the tokens of every frame, [N, T / P, D].
 
         ValueError with gradients enabled, for the exchanges would lose them.
         """

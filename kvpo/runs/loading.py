@@ -49,6 +49,11 @@ class Start:
     kept: Path | None = None
     """Weights of another run, which it took and has kept (`kvpo.runs.start_weights`)."""
 
+    @property
+    def of_run(self) -> bool:
+        """Whether these are weights of another run."""
+        return self.weights is not None or self.kept is not None
+
     def put_into(self, pipeline: Pipeline) -> float:
         """Give the folder's pipeline these weights, an adapter merged.
 
@@ -61,7 +66,6 @@ class Start:
             policy = put_weights(pipeline, self.weights)
             if policy.config.train == "lora":
                 lost = merge_adapter(policy)
-            pipeline.generator.requires_grad_(False)
         return lost
 
 
@@ -94,7 +98,6 @@ def load_generator(
     own = dtype or run_config(weights.run).dtype
     pipeline = load_pipeline(folder, device, vae_dtype, own)
     put_weights(pipeline, weights)
-    pipeline.generator.requires_grad_(False)
     return pipeline, weights.label
 
 
@@ -118,7 +121,7 @@ def put_weights(pipeline: Pipeline, weights: RunWeights) -> Policy:
     """Give a run's pipeline its weights; returns the policy they are of, an adapter on the backbone.
 
     The pipeline is that of the run's own folder (`start_of_run`), and becomes what the run started
-    from first.
+    from first. Nothing in it is left to be trained.
     """
     start_of_run(weights.run).put_into(pipeline)
     config, chosen = run_config(weights.run), SETS[weights.which]
@@ -132,6 +135,7 @@ def put_weights(pipeline: Pipeline, weights: RunWeights) -> Policy:
     for name, p in zip(policy.names, policy.parameters):
         p.data.copy_(tensors[f"{chosen}.{name}"])
     policy.layout.refresh()
+    pipeline.generator.requires_grad_(False)
     return policy
 
 
@@ -151,8 +155,9 @@ def start_of_run(run: Path) -> Start:
 
     Raises FileNotFoundError where that were weights of another run, and it does not have them.
     """
-    if (kept := run / FILE).is_file():
-        return Start(folder_of(origin_of(kept).pipeline), kept=kept)
+    kept = run / FILE
+    if origin := origin_of_run(run):
+        return Start(folder_of(origin.pipeline), kept=kept)
     pipeline = run_config(run).pipeline
     if is_run(named(pipeline)[0]):
         raise FileNotFoundError(

@@ -104,14 +104,13 @@ class RunState:
         self.optimizer, self.agreement = parts.updater.optimizer, parts.agreement
         self.out = out
         keep = self.config.checkpoint.keep
-        of_run = self.start.weights is not None or self.start.kept is not None
         self.saver = Saver(
             out / "checkpoints",
             keep,
             self.policy,
             self.config.patience,
             # no folder elsewhere has what an adapter would have to be put on
-            elsewhere=not (of_run and self.config.policy.train == "lora"),
+            elsewhere=not (self.start.of_run and self.config.policy.train == "lora"),
         )
         self._held = ExitStack()
         """The folder's lock."""

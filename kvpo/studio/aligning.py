@@ -28,7 +28,8 @@ def studio_recipe(recipe: str, generator: str) -> RunConfig:
     """Settings that a studio's generator is trained by.
 
     ``recipe`` where it is given; else those of the miniature, or of the run whose weights the
-    generator are. It goes on from the weights that were judged, a run's too. Raises ValueError for a pipeline folder, which has none.
+    generator are. It goes on from the weights that were judged, a run's too. Raises ValueError for
+    a pipeline folder, which has none.
     """
     folder, _ = named(generator)
     own = "mini" if generator == "mini" else str(folder) if is_run(folder) else ""
