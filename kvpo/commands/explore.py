@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from kvpo.common.rng import Name
     from kvpo.config import RunConfig
     from kvpo.generators.pipeline import Pipeline
-    from kvpo.method.explorers import Explorer
+    from kvpo.method.explorers import Explorer, Geometry
     from kvpo.types import Rollout, Script, Window
 
 
@@ -42,7 +42,8 @@ class Explore:
     start_noise, renoise and sde can be shown, but not trained by an energy."""
     fork: int = -1
     """Fork block; -1 = the one of a few where the recipe's branches look most different.
-    Only eligible blocks are tried. It is the same for every explorer."""
+    Only eligible blocks are tried. It is the same for every explorer but those that fork at prompt
+    switches alone: of these blocks, the switches are tried."""
     tries: int = 4
     """Fork blocks that are tried where none is given."""
     out: Path = Path("runs/explore")
@@ -68,9 +69,10 @@ def explore_command(args: Explore) -> None:
     try_folder(out)
     folder = pipeline_folder(generator)
     check_prompts(folder, [script], progress.warn)
-    asked = args.fork if args.fork >= 0 else None
-    # where none is asked for, the recipe's explorer forks, whichever is shown
-    check_fork(config.exploring if asked is None else explorer, script, check_folder(folder), asked)
+    if args.fork >= 0:
+        check_fork(explorer, script, check_folder(folder), args.fork)
+    else:
+        shared_forks(config.exploring, explorer, script, check_folder(folder))
     progress.log(
         f"kvpo explore {args.recipe} with {generator} on {device}: script {args.script}, {config.rollout.branches} branches, into {out}"
     )
@@ -78,7 +80,7 @@ def explore_command(args: Explore) -> None:
     folder = out / f"script-{args.script}-{chosen}"
     look = Look(config, script, ("explore", args.script), generator, device, progress)
     say_replaced([folder / "groups" / "step-000000"], progress.say)
-    fork, said = (args.fork, "") if args.fork >= 0 else look.telling_fork(args.tries)
+    fork, said = (args.fork, "") if args.fork >= 0 else look.telling_fork(explorer, args.tries)
     look.show(look.rolled(explorer, fork), explorer, folder, said)
 
 
@@ -152,11 +154,11 @@ class Look:
             horizon,
         )
 
-    def telling_fork(self, tries: int) -> tuple[int, str]:
+    def telling_fork(self, shown: Explorer, tries: int) -> tuple[int, str]:
         """The fork of a few whose branches differ most, as `widest_fork`.
 
-        It is the recipe's explorer that forks, whichever is shown: groups that are compared must
-        leave the story at one block.
+        It is the recipe's explorer that forks, whichever is ``shown``: groups that are compared
+        must leave the story at one block.
         """
         explorer = self.config.exploring
 
@@ -164,9 +166,7 @@ class Look:
             rollout = self.rolled(explorer, fork, lambda window: window.stop)
             return window_diversity(self.pipeline, rollout)
 
-        from kvpo.method.explorers import forks_of
-
-        forks = forks_of(explorer, self.script, self.pipeline.geometry)
+        forks = shared_forks(explorer, shown, self.script, self.pipeline.geometry)
         return widest_fork(forks, tries, diversity, self.progress)
 
     def show(self, rollout: Rollout, explorer: Explorer, out: Path, said: str) -> None:
@@ -208,6 +208,24 @@ class Look:
         if explorer.deterministic_replay:
             return torch.full_like(energy, 1 / len(energy))
         return torch.softmax(-energy / self.config.temperature.resolve(energy), dim=0)
+
+
+def shared_forks(
+    recipe: Explorer, shown: Explorer, script: Script, geometry: Geometry
+) -> list[int]:
+    """Blocks of a story at which both the recipe's explorer and the one that is shown may fork.
+
+    ValueError where there is none.
+    """
+    from kvpo.method.explorers import forks_of
+
+    of_recipe, of_shown = (forks_of(e, script, geometry) for e in (recipe, shown))
+    both = [fork for fork in of_recipe if fork in of_shown]
+    if not both:
+        raise ValueError(
+            f"the recipe's explorer forks script {script.id!r} at blocks {of_recipe[0]} to {of_recipe[-1]}, the one that is shown at {of_shown}: there is no block for both; give one by --fork"
+        )
+    return both
 
 
 def _refuse_tries(tries: int) -> None:

@@ -15,13 +15,15 @@ from typing import get_type_hints
 import pytest
 import torch
 from test_align import align, settings, write_recipe
-from tiny import BLUE, RED, save_pipeline
+from tiny import BLUE, GEOMETRY, RED, save_pipeline, story
 
 from kvpo.commands import main as cli
-from kvpo.commands.explore import widest_fork
+from kvpo.commands.explore import shared_forks, widest_fork
 from kvpo.commands.settings import Settings
 from kvpo.common.progress import Progress
 from kvpo.config import RunConfig
+from kvpo.method.prompt_explorer import PromptExplorer
+from kvpo.method.routing import KVRouting
 from kvpo.runs.loading import load_generator
 
 
@@ -389,6 +391,25 @@ def test_explorers_that_are_compared_leave_the_story_at_one_block(capsys, tmp_pa
     routed, noisy = (explored(tmp_path, f"script-0-{by}") for by in ("kv_routing", "start_noise"))
     assert routed["fork"] == noisy["fork"] and routed["window_blocks"] == noisy["window_blocks"]
     assert any(routed["plans"]) and not any(noisy["plans"])
+
+
+def test_an_explorer_of_switches_is_shown_at_one(capsys, tmp_path, folder):
+    """`--by prompt` tried blocks of the recipe's explorer, rolled out a group at each, and refused
+    the best of them because no prompt begins there."""
+    data = {"prompts": str(tmp_path / "two.jsonl"), "blocks": 6, "segments": 2, "switches": [4]}
+    (tmp_path / "two.jsonl").write_text(json.dumps({"prompts": [RED, BLUE]}) + "\n")
+    recipe = write_recipe(tmp_path / "s.yaml", settings(folder, data=data))
+    code, out, err = run(capsys, "explore", recipe, "--by", "prompt", "--out", str(tmp_path))
+    assert code == 0, err
+    assert explored(tmp_path, "script-0-prompt")["fork"] == 4 and "by block 4: " in out
+
+
+def test_shared_forks_are_those_of_both():
+    script, routing = story(9, 1, 6), KVRouting(window_blocks=2)
+    at_switches = PromptExplorer(window_blocks=2)
+    assert shared_forks(routing, at_switches, script, GEOMETRY) == [6]
+    with pytest.raises(ValueError, match=r"shown at \[1\]: there is no block for both"):
+        shared_forks(routing, at_switches, story(9, 1), GEOMETRY)
 
 
 def test_the_fork_that_is_shown_is_the_most_telling_of_a_few():
