@@ -38,18 +38,21 @@ def preview_agreement(run: Parts, rollout: Rollout) -> Agreement:
         raise ValueError(
             "there is nothing to compare: the recipe has no preview decoder; set score.preview"
         )
-
-    def scored(pipeline: Pipeline) -> tuple[RewardTable, torch.Tensor]:
-        # without the decoder that has seen the prefix already: each begins with its own
-        mine = replace(rollout, decoder=None)
-        return score(pipeline, mine, run.rewards, run.config.score, Phases())
-
-    (a, small), (b, full) = scored(run.pipeline), scored(replace(run.pipeline, preview=None))
+    a, small = _scored(run, rollout, run.pipeline)
+    b, full = _scored(run, rollout, replace(run.pipeline, preview=None))
     apart = (small.int() - full.int()).abs().double().mean()
     return Agreement({(s, name): rank for s, name, rank in _ranks(a, b)}, float(apart))
 
 
+def _scored(run: Parts, rollout: Rollout, pipeline: Pipeline) -> tuple[RewardTable, torch.Tensor]:
+    """Rewards and pixels of a group, decoded by the pipeline's own decoder."""
+    # without the decoder that has seen the prefix already: each begins with its own
+    mine = replace(rollout, decoder=None)
+    return score(pipeline, mine, run.rewards, run.config.score, Phases())
+
+
 def _ranks(a: RewardTable, b: RewardTable) -> Iterator[tuple[str, str, float]]:
+    """(signal, reward, rank correlation of the rows that both tables have)."""
     for signal in ("local", "global"):
         x_KB, y_KB = (t.local if signal == "local" else t.global_ for t in (a, b))
         for name, x_B, y_B in zip(a.components, x_KB, y_KB):

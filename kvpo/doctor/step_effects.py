@@ -1,9 +1,9 @@
 """Effect of each denoise step on the branches, and its share of their energy.
 
 says    its share of the energy, with the recipe's step weights
-does    how far the window's latents move from the anchor's when only this step reads the routed past and all else, the clean
-        pass included, the deployed one; as a share of what they move when all of it is routed
-        (squared, mean over branches)
+does    how far the window's latents move from the anchor's when only this step reads the routed
+        past and all else, the clean pass included, the deployed one; as a share of what they move
+        when all of it is routed (squared, mean over branches)
 
 A step that says much and does little takes gradient from where the video is decided
 (`velocity_energy.weights`).
@@ -18,7 +18,7 @@ import torch
 
 from kvpo.generators.history import Routed
 from kvpo.generators.pipeline import Pipeline
-from kvpo.generators.sampler import denoise_block
+from kvpo.generators.sampler import Stream, denoise_block
 from kvpo.method.branches import PlannedNoise, branch_out
 from kvpo.method.energies import Surrogate, VelocityEnergy
 from kvpo.method.prefix import Start
@@ -93,34 +93,42 @@ def window_latents(
     g, window, rows = pipeline.geometry, start.window, (*plans, BranchPlan())
     noise = PlannedNoise(start.noise, rows, window)
     stream = branch_out(pipeline, start.past, rows, noise, window)
-    assert stream.sampler is not None, "what goes on from a past has its sampler"
     by_plan = Routed(g.history, rows, window, g.block)
-
-    def of_all_rows(noise: torch.Tensor) -> torch.Tensor:
-        return noise.to(pipeline.device).expand(len(rows), *noise.shape[-4:])
-
     for block in range(window.fork, window.stop):
         stream.switch()
-        frames, text = list(range(block * g.block, (block + 1) * g.block)), stream.text(block)
+        frames = list(range(block * g.block, (block + 1) * g.block))
         past = {True: by_plan.past(frames[0], g.block), False: g.history.past(frames[0], g.block)}
-
-        def velocity(x: torch.Tensor, sigma: float) -> torch.Tensor:
-            return pipeline.generator.velocity(
-                x,
-                sigma,
-                text,  # noqa: B023, called at once
-                frames,  # noqa: B023, called at once
-                stream.cache,
-                past[g.sigmas.index(sigma) in routed],  # noqa: B023, called at once
-            )
-
-        x0 = denoise_block(
-            velocity,
-            stream.sampler,
-            g.sigmas,
-            of_all_rows(noise.start(block)),
-            lambda i: of_all_rows(noise.renoise(block, i)),  # noqa: B023, called at once
-        )
-        pipeline.generator.commit(x0, text, frames, stream.cache, past[clean])
+        x0 = _denoised(pipeline, stream, block, noise, len(rows), past, routed)
+        pipeline.generator.commit(x0, stream.text(block), frames, stream.cache, past[clean])
         stream.blocks.append(x0)
     return torch.cat(stream.blocks[window.fork :], dim=1)
+
+
+def _denoised(
+    pipeline: Pipeline,
+    stream: Stream,
+    block: int,
+    noise: PlannedNoise,
+    rows: int,
+    past: Mapping[bool, tuple[int, ...] | list[tuple[int, ...]]],
+    routed: Collection[int],
+) -> torch.Tensor:
+    """x0_BFCHW of a block; ``past``: what its steps read, by whether they are ``routed``."""
+    g, text = pipeline.geometry, stream.text(block)
+    frames = list(range(block * g.block, (block + 1) * g.block))
+    assert stream.sampler is not None, "what goes on from a past has its sampler"
+
+    def velocity(x: torch.Tensor, sigma: float) -> torch.Tensor:
+        read = past[g.sigmas.index(sigma) in routed]
+        return pipeline.generator.velocity(x, sigma, text, frames, stream.cache, read)
+
+    def of_all_rows(noise: torch.Tensor) -> torch.Tensor:
+        return noise.to(pipeline.device).expand(rows, *noise.shape[-4:])
+
+    return denoise_block(
+        velocity,
+        stream.sampler,
+        g.sigmas,
+        of_all_rows(noise.start(block)),
+        lambda i: of_all_rows(noise.renoise(block, i)),
+    )
