@@ -19,9 +19,9 @@ from kvpo.types import Rollout
 
 
 def check_gradients(run: Parts, replay, rollout: Rollout) -> Iterator[Finding]:
-    """Check the first update's ratios, that every trained tensor gets a gradient, and that passes
-    of any size give the same one.
+    """Check the gradient of a first update.
 
+    Its ratios are 1, every trained tensor gets a gradient, and passes of any size give the same.
     ``replay``: `kvpo.doctor.rows.Group.replay` of the group.
     """
     advantage = _made_up_advantage(run, rollout)
