@@ -104,6 +104,7 @@ SECTIONS = {
         "train.py",
         "policy/checkpoint.py",
         "method/update.py",
+        "common/metric_log.py",
         "common/metrics.py",
         "common/trackers.py",
         "commands/align.py",

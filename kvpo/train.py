@@ -16,7 +16,8 @@ import torch
 
 from kvpo.common.environment import take_peak
 from kvpo.common.extras import require_extra
-from kvpo.common.metrics import MetricLog, NoLog, console_line
+from kvpo.common.metric_log import MetricLog, NoLog
+from kvpo.common.metrics import console_line
 from kvpo.common.progress import Bar, Progress
 from kvpo.common.rng import stream
 from kvpo.common.trackers import Trackers

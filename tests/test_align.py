@@ -23,7 +23,7 @@ from tiny import BLUE, RED, Warmth, story
 
 from kvpo.commands import main as cli
 from kvpo.common.files import only_writer
-from kvpo.common.metrics import read_metrics
+from kvpo.common.metric_log import read_metrics
 from kvpo.common.progress import Progress
 from kvpo.config import from_dict
 from kvpo.method.update import Updater

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 
 from kvpo.common.extras import require_extra
-from kvpo.common.metrics import read_metrics
+from kvpo.common.metric_log import read_metrics
 from kvpo.evaluation.evaluate import noise_name
 from kvpo.evaluation.settings import SentinelConfig
 from kvpo.generators.generate import generate

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kvpo.common.files import write_atomic
-from kvpo.common.metrics import read_metrics
+from kvpo.common.metric_log import read_metrics
 from kvpo.common.video import html_video
 from kvpo.evaluation.intervals import TOTAL
 from kvpo.pages import html as page

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from kvpo.common.files import write_atomic
-from kvpo.common.metrics import PHASES, read_metrics
+from kvpo.common.metric_log import read_metrics
+from kvpo.common.metrics import PHASES
 from kvpo.pages import html as page
 from kvpo.pages.render import render
 from kvpo.report import agreement as report_agreement

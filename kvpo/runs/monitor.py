@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from kvpo.common.environment import command
-from kvpo.common.metrics import MetricLog, NoLog
+from kvpo.common.metric_log import MetricLog, NoLog
 from kvpo.evaluation import goodhart
 from kvpo.evaluation.evaluate import (
     Scored,

@@ -12,16 +12,8 @@ import pytest
 import torch
 
 from kvpo.common import metrics
-from kvpo.common.metrics import (
-    DECLARED,
-    MetricLog,
-    console_line,
-    declaration,
-    pick,
-    read_metrics,
-    render_docs,
-    truncate_after,
-)
+from kvpo.common.metric_log import MetricLog, read_metrics, truncate_after
+from kvpo.common.metrics import DECLARED, console_line, declaration, pick, render_docs
 from kvpo.method.advantages import Advantages
 from kvpo.method.loss import ClippedObjective
 from kvpo.types import RewardTable

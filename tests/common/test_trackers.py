@@ -13,7 +13,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_align import settings
 
-from kvpo.common.metrics import MetricLog
+from kvpo.common.metric_log import MetricLog
 from kvpo.common.trackers import Trackers, flat
 from kvpo.common.video import write_mp4
 from kvpo.config import from_dict

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from processes import environment
 from test_align import align, equal, final, records, settings, write_recipe
 
-from kvpo.common.metrics import read_metrics
+from kvpo.common.metric_log import read_metrics
 from kvpo.distributed.ranks import Lost, Ranks, restarted
 from kvpo.distributed.signals import Stopped, giving_way, stoppable
 from kvpo.policy.checkpoint import checkpoints, read_tensors

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_align import align, settings, write_recipe
 
-from kvpo.common.metrics import read_metrics
+from kvpo.common.metric_log import read_metrics
 from kvpo.evaluation.goodhart import held_out_score, history, judge
 from kvpo.evaluation.sentinels import BAD, Look, SentinelConfig
 from kvpo.evaluation.sentinels import judge as judge_sentinels

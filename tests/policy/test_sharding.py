@@ -20,7 +20,7 @@ from test_align import align, equal, final, records, settings, write_recipe
 from test_distributed import children, launch, torchrun
 from tiny import draw, new_transformer
 
-from kvpo.common.metrics import read_metrics
+from kvpo.common.metric_log import read_metrics
 from kvpo.convert.wan_names import keeps_float32
 from kvpo.distributed.ranks import Ranks
 from kvpo.generators.causal_wan import CausalWan

@@ -17,7 +17,7 @@ from test_align import align, settings, write_recipe
 from tiny import RED
 
 from kvpo.commands import main as cli
-from kvpo.common.metrics import read_metrics
+from kvpo.common.metric_log import read_metrics
 from kvpo.common.progress import Progress
 from kvpo.common.video import write_mp4
 from kvpo.preference import fit as fitting

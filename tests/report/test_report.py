@@ -15,7 +15,8 @@ import pytest
 import torch
 import yaml
 
-from kvpo.common.metrics import PHASES, MetricLog
+from kvpo.common.metric_log import MetricLog
+from kvpo.common.metrics import PHASES
 from kvpo.common.rng import stream
 from kvpo.common.video import grid, write_mp4
 from kvpo.pages.html import num, seconds
