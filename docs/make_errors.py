@@ -81,6 +81,8 @@ SECTIONS = {
     ),
     "Pipelines and weights": (
         "generators/pipeline.py",
+        "generators/pipeline_folder.py",
+        "generators/geometry.py",
         "generators/backends.py",
         "common/weights.py",
         "planning/missing.py",

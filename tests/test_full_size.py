@@ -11,7 +11,8 @@ from kvpo.common.timing import Phases
 from kvpo.config import RunConfig
 from kvpo.convert.wan_base import new_transformer
 from kvpo.generators.causal_wan import CausalWan
-from kvpo.generators.pipeline import Geometry, Pipeline
+from kvpo.generators.geometry import Geometry
+from kvpo.generators.pipeline import Pipeline
 from kvpo.generators.sampler import SAMPLERS, NamedNoise, Stream
 from kvpo.method.advantages import Advantages
 from kvpo.method.replay import CONTEXTS, Replay

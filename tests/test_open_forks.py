@@ -9,7 +9,7 @@ import pytest
 from tiny import GEOMETRY
 
 from kvpo.config import from_dict, load_config, recipe_path
-from kvpo.generators.pipeline import pixel_span
+from kvpo.generators.geometry import pixel_span
 from kvpo.method.forks import draw_fork
 from kvpo.mini.source import StorySource
 from kvpo.runs.build import script_source

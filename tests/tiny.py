@@ -23,7 +23,8 @@ from transformers import UMT5Config, UMT5EncoderModel
 from kvpo.common.rng import stream
 from kvpo.common.timing import Phases
 from kvpo.generators.causal_wan import CausalWan
-from kvpo.generators.pipeline import Geometry, Pipeline
+from kvpo.generators.geometry import Geometry
+from kvpo.generators.pipeline import Pipeline
 from kvpo.generators.sampler import SAMPLERS, NamedNoise, StackedNoise, Stream
 from kvpo.method.rollout import roll_out
 from kvpo.method.routing import KVRouting

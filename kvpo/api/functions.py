@@ -43,7 +43,8 @@ from kvpo.distributed.ranks import leave
 from kvpo.distributed.signals import Stopped, in_main_thread
 from kvpo.evaluation.evaluate import EvaluateConfig, compare, kinds_of, means
 from kvpo.generators.generate import streamed
-from kvpo.generators.pipeline import Geometry, Pipeline, block_at, blocks_at
+from kvpo.generators.geometry import Geometry, block_at, blocks_at
+from kvpo.generators.pipeline import Pipeline
 from kvpo.generators.sampler import SAMPLERS
 from kvpo.method.forks import check_fork
 from kvpo.method.prompts import even_starts, readable, starts_at

@@ -16,7 +16,9 @@ from kvpo.common.progress import Progress
 from kvpo.common.timing import Phases
 from kvpo.config import RunConfig
 from kvpo.evaluation.evaluate import Scored, evaluate
-from kvpo.generators.pipeline import Geometry, Pipeline, check_folder
+from kvpo.generators.geometry import Geometry
+from kvpo.generators.pipeline import Pipeline
+from kvpo.generators.pipeline_folder import check_folder
 from kvpo.generators.readable import check_prompts, check_prompts_of
 from kvpo.generators.sampler import SAMPLERS
 from kvpo.method.advantages import Advantage, Advantages

@@ -18,7 +18,8 @@ from kvpo.config import RunConfig
 from kvpo.convert.import_released import LONGLIVE_2
 from kvpo.generators.backends import use_backend
 from kvpo.generators.causal_wan import CausalWan
-from kvpo.generators.pipeline import Geometry, Pipeline
+from kvpo.generators.geometry import Geometry
+from kvpo.generators.pipeline import Pipeline
 from kvpo.generators.sampler import SAMPLERS
 from kvpo.method.routing import KVRouting
 from kvpo.method.settings import RolloutConfig

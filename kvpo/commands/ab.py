@@ -16,7 +16,7 @@ from kvpo.config import RunConfig, load_config, recipe_path
 
 if TYPE_CHECKING:
     from kvpo.evaluation.ab_pairs import Pair
-    from kvpo.generators.pipeline import Geometry
+    from kvpo.generators.geometry import Geometry
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ class Explore:
 def explore_command(args: Explore) -> None:
     """Look at one group as the options say; what may be wrong in them is found before loading."""
     from kvpo.common.extras import require_extra
-    from kvpo.generators.pipeline import check_folder
+    from kvpo.generators.pipeline_folder import check_folder
     from kvpo.generators.readable import check_prompts
     from kvpo.method.forks import check_fork
     from kvpo.runs.loading import pipeline_folder
@@ -261,7 +261,7 @@ def widest_fork(
 
 def window_diversity(pipeline: Pipeline, rollout: Rollout) -> float:
     """Pixel diversity of a group's branches within their window."""
-    from kvpo.generators.pipeline import pixel_span
+    from kvpo.generators.geometry import pixel_span
     from kvpo.method.score import decode, pixel_diversity
 
     first, stop = pixel_span((rollout.window.fork, rollout.window.stop), pipeline.geometry)

@@ -22,7 +22,7 @@ from kvpo.types import Script
 
 if TYPE_CHECKING:
     from kvpo.distributed.ranks import Ranks
-    from kvpo.generators.pipeline import Geometry
+    from kvpo.generators.geometry import Geometry
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Generate:
         from kvpo.convert.lora import add_lora
         from kvpo.convert.weight_files import find_weights
         from kvpo.generators.generate import check_shared, follow_video, write_video
-        from kvpo.generators.pipeline import check_folder
+        from kvpo.generators.pipeline_folder import check_folder
         from kvpo.generators.readable import check_prompts
         from kvpo.generators.sampler import SAMPLERS
         from kvpo.generators.sequence_split import OverHeads
@@ -166,7 +166,7 @@ class Generate:
         Raises ValueError where prompts do not fit into it, or a time of --at would change none of
         them.
         """
-        from kvpo.generators.pipeline import block_at, blocks_at
+        from kvpo.generators.geometry import block_at, blocks_at
         from kvpo.method.prompts import even_starts, read_scripts, readable, starts_at
 
         blocks = block_at(self.seconds, geometry, up=True) if self.seconds else self.blocks

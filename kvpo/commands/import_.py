@@ -14,7 +14,7 @@ from kvpo.common.progress import Progress
 
 if TYPE_CHECKING:
     from kvpo.convert.import_released import Format
-    from kvpo.generators.pipeline import Geometry
+    from kvpo.generators.geometry import Geometry
 
 
 @dataclass(frozen=True)

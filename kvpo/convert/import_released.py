@@ -24,7 +24,7 @@ from kvpo.convert.lora import adapter_in, described, is_adapter, merge
 from kvpo.convert.wan_base import BaseFolder, new_transformer, open_base, save_transformer
 from kvpo.convert.wan_names import OF_TRAINERS, generator_state, keeps_float32, unfolded
 from kvpo.convert.weight_files import WeightFiles, find_weights
-from kvpo.generators.pipeline import Geometry
+from kvpo.generators.geometry import Geometry
 
 Content = tuple[WeightFiles, dict[str, Any]]
 """Weight files, and what is in them by name."""

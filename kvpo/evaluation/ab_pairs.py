@@ -21,7 +21,7 @@ import torch
 
 from kvpo.common.files import write_atomic
 from kvpo.common.rng import stream
-from kvpo.generators.pipeline import Geometry
+from kvpo.generators.geometry import Geometry
 from kvpo.types import Script
 
 

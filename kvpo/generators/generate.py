@@ -13,7 +13,8 @@ from diffusers import WanTransformer3DModel
 from kvpo.common.progress import Progress
 from kvpo.common.provenance import about_video
 from kvpo.common.video import Mp4Writer
-from kvpo.generators.pipeline import Geometry, Pipeline
+from kvpo.generators.geometry import Geometry
+from kvpo.generators.pipeline import Pipeline
 from kvpo.generators.rope import check_positions
 from kvpo.generators.sampler import NamedNoise, Sampler, StackedNoise, Stream
 from kvpo.generators.sequence_split import check_split

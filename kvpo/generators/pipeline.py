@@ -11,10 +11,8 @@ model is tiny.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
-from itertools import pairwise
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -24,173 +22,23 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
-from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer, UMT5EncoderModel
+from transformers import UMT5EncoderModel
 from transformers.utils.logging import disable_progress_bar
 
-from kvpo.common.access import check_readable
-from kvpo.common.files import first_line, open_to_readers
-from kvpo.common.finite import check_finite, check_finite_json, is_finite
-from kvpo.common.text_files import read_text
+from kvpo.common.files import open_to_readers
+from kvpo.common.finite import check_finite, is_finite
 from kvpo.generators.cache import FrameCache
 from kvpo.generators.causal_wan import CausalWan
-from kvpo.generators.flow import warped_sigmas
-from kvpo.generators.history import Deployed, MemoryBank, SinkWindow
+from kvpo.generators.geometry import Geometry
 from kvpo.generators.memory import Bank
+from kvpo.generators.pipeline_folder import (
+    check_folder,
+    load_description,
+    load_part,
+    load_tokenizer,
+)
 from kvpo.generators.preview import Preview
 from kvpo.generators.streaming import FrameDecoder, StreamingDecoder, VaeFrames
-
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Geometry of the generator's streaming: the content of `streaming.json`."""
-
-    block: int
-    """Latent frames generated together."""
-    sink: int
-    """Oldest latent frames, always read."""
-    window: int
-    """Latent frames a block reads in all; -1: everything.
-
-    They are sink, rolling past and the block itself.
-    """
-    latent_height: int
-    latent_width: int
-    fps: int
-    """Pixel frames a second."""
-    text_length: int
-    """Tokens of an embedded prompt, zeros after its end included."""
-    steps: int = 4
-    """Denoise steps of a block."""
-    shift: float = 5.0
-    """Warp of the step schedule, see `kvpo.generators.flow.warp`."""
-    bank: int = 0
-    """Latent frames of MemFlow's memory bank, read beside the window; 0: none."""
-    bank_every: int = 3
-    """Blocks between frames recorded to the bank."""
-    bank_keep: int = 0
-    """Latent frames of sink and bank that each head reads, chosen by its queries (SMA); 0: all."""
-    first_steps: int = 0
-    """Denoise steps of a video's first block, which has no past to lean on; 0: as all others."""
-
-    def __post_init__(self):
-        least = {
-            "block": 1,
-            "sink": 0,
-            "window": -1,
-            "latent_height": 1,
-            "latent_width": 1,
-            "fps": 1,
-            "text_length": 1,
-            "steps": 1,
-            "bank": 0,
-            "bank_every": 1,
-            "bank_keep": 0,
-            "first_steps": 0,
-        }
-        for name, low in least.items():
-            if type(value := getattr(self, name)) is not int or value < low:
-                raise ValueError(f"{name} = {value!r} must be a whole number, {low} or more")
-        if not 0.0 < self.shift < math.inf:
-            raise ValueError(f"shift = {self.shift!r} must be a number above 0 and finite")
-        if 0 <= self.window < self.sink + self.block:
-            raise ValueError(
-                f"window = {self.window} has no room for the sink ({self.sink}) and a block ({self.block}); widen it, or -1 for everything"
-            )
-
-        if self.bank and self.window < 0:
-            raise ValueError(
-                f"bank = {self.bank} beside a window of everything (-1) would only repeat frames; give a window, or no bank"
-            )
-        if self.bank_keep and not self.bank:
-            raise ValueError(
-                f"bank_keep = {self.bank_keep} chooses among sink and bank, and there is no bank; set bank, or bank_keep = 0"
-            )
-
-    def check_grid(self, patch_size: Sequence[int], source: str) -> None:
-        """Check that the transformer's patches (frames, rows, columns) tile the latents.
-
-        Raises ValueError where they do not.
-        """
-        for name, value, step in (
-            ("latent_height", self.latent_height, patch_size[1]),
-            ("latent_width", self.latent_width, patch_size[2]),
-        ):
-            if value % step:
-                raise ValueError(
-                    f"{source}: {name} = {value} is not a multiple of the transformer's patch, {step}; correct it there"
-                )
-
-    @property
-    def sigmas(self) -> tuple[float, ...]:
-        """Noise levels of every block that may be explored: all but a video's first."""
-        return warped_sigmas(self.steps, self.shift)
-
-    def sigmas_of(self, block: int) -> tuple[float, ...]:
-        """Noise levels of a block, by its number."""
-        return (
-            warped_sigmas(self.first_steps, self.shift)
-            if block == 0 and self.first_steps
-            else self.sigmas
-        )
-
-    @property
-    def history(self) -> Deployed:
-        window = SinkWindow(self.sink, self.window)
-        return MemoryBank(window, self.bank, self.bank_every, self.block) if self.bank else window
-
-    def resident(self, blocks: int) -> int:
-        """Latent frames a cache must hold to stream so many blocks.
-
-        A prompt switch re-encodes the latest ``window`` frames beside the sink.
-        """
-        return min(
-            blocks * self.block, blocks * self.block if self.window < 0 else self.sink + self.window
-        )
-
-    def reencoded(self, block: int) -> range:
-        """Frames that a prompt switch before ``block`` encodes once more.
-
-        They are the window's past without the sink.
-        """
-        stop = block * self.block
-        return range(self.sink if self.window < 0 else max(self.sink, stop - self.window), stop)
-
-    def pixel_frames(self, latent_frames: int) -> int:
-        """Pixel frames of a video of so many latent frames.
-
-        The first gives 1, each after it gives 4.
-        """
-        return max(0, 4 * latent_frames - 3)
-
-    @classmethod
-    def read(cls, path: Path) -> Geometry:
-        check_readable(path)
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{path} is missing: a pipeline folder needs it to know its block, sink and window; `kvpo pretrain` writes one, `kvpo.generators.pipeline.Geometry` says what belongs in it"
-            )
-        try:
-            found = json.loads(read_text(path))
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON ({error}); copy it again") from None
-        known = {f.name: f.default is MISSING for f in fields(cls)}
-        if not isinstance(found, dict):
-            raise ValueError(f"{path} must hold the keys {list(known)}, not {found!r}")
-        if unknown := sorted(set(found) - set(known)):
-            raise ValueError(f"{path}: unknown keys {unknown}; known are {list(known)}")
-        if missing := sorted(
-            name for name, needed in known.items() if needed and name not in found
-        ):
-            raise ValueError(
-                f"{path}: missing keys {missing}; add them, `kvpo.generators.pipeline.Geometry` says what they mean"
-            )
-        try:
-            return cls(**found)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
 
 
 @dataclass
@@ -237,11 +85,13 @@ class Pipeline:
         disable_progress_bar()
         folder = Path(folder)
         geometry = check_folder(folder)
-        transformer = _load(WanTransformer3DModel, folder / "transformer", dtype)
-        vae = _load(AutoencoderKLWan, folder / "vae", vae_dtype or dtype)
-        encoder = _load(UMT5EncoderModel, folder / "text_encoder", dtype) if text_encoder else None
+        transformer = load_part(WanTransformer3DModel, folder / "transformer", dtype)
+        vae = load_part(AutoencoderKLWan, folder / "vae", vae_dtype or dtype)
+        encoder = (
+            load_part(UMT5EncoderModel, folder / "text_encoder", dtype) if text_encoder else None
+        )
         tokenizer = load_tokenizer(folder)
-        scheduler = _load_weightless(FlowMatchEulerDiscreteScheduler, folder / "scheduler")
+        scheduler = load_description(FlowMatchEulerDiscreteScheduler, folder / "scheduler")
         geometry.check_grid(transformer.config.patch_size, str(folder / "streaming.json"))
         stock = WanPipeline(tokenizer, encoder, vae, scheduler, transformer)
         for part, module in (("transformer", transformer), ("vae", vae), ("text_encoder", encoder)):
@@ -347,34 +197,6 @@ class Pipeline:
         open_to_readers(Path(folder))
 
 
-def check_folder(folder: Path) -> Geometry:
-    """Read how the generator of a pipeline folder streams, without any weights.
-
-    Raises PermissionError, FileNotFoundError or ValueError where the folder is none, or not whole.
-    """
-    check_readable(folder)
-    check_readable(folder / "model_index.json")
-    if not (folder / "model_index.json").is_file():
-        raise FileNotFoundError(
-            f"{folder} is no pipeline folder: model_index.json is missing; give a folder in diffusers layout, mini, or the weights of a run that kvpo align wrote, such as RUN:ema"
-        )
-    geometry = Geometry.read(folder / "streaming.json")
-    for path in sorted(folder.glob("*/config.json")):
-        check_finite_json(path)
-    for part in ("transformer", "vae", "text_encoder", "tokenizer", "scheduler"):
-        _check_folder(folder / part)
-        if not (folder / part).is_dir():
-            raise FileNotFoundError(
-                f"{folder} is no whole pipeline folder: {part}/ is missing; copy it again, or give a folder in diffusers layout"
-            )
-    return geometry
-
-
-def load_tokenizer(folder: Path):
-    """The tokenizer of a pipeline folder.  ValueError where its files are broken."""
-    return _load_weightless(AutoTokenizer, folder / "tokenizer")
-
-
 def use_channels_last(vae: AutoencoderKLWan) -> None:
     """Order the weights of the convolutions as CPUs like them.
 
@@ -384,121 +206,3 @@ def use_channels_last(vae: AutoencoderKLWan) -> None:
     for p in vae.parameters():
         if p.dim() in formats:
             p.data = p.data.contiguous(memory_format=formats[p.dim()])
-
-
-def _check_folder(folder: Path) -> None:
-    """Check that a folder, and every file in it, may be read.
-
-    Raises PermissionError, before any reader calls it missing or broken.
-    """
-    check_readable(folder)
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        check_readable(path)
-
-
-def _load(kind, folder: Path, dtype: torch.dtype):
-    """A stock class from its folder, every tensor accounted for."""
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        pickled = [p.name for pattern in PICKLES for p in folder.glob(pattern)]
-        reason = (
-            f"holds only {pickled}, which would have to be unpickled; convert them to safetensors"
-            if pickled
-            else "holds no *.safetensors file; copy the weights into it"
-        )
-        raise FileNotFoundError(f"{folder} {reason}")
-    for path in weights:
-        try:
-            with safe_open(path, "pt"):
-                pass
-        except SafetensorError as error:
-            raise ValueError(
-                f"{path} is not a whole safetensors file ({error}); copy it again"
-            ) from None
-    try:
-        model, info = kind.from_pretrained(
-            folder,
-            torch_dtype=dtype,
-            output_loading_info=True,
-            use_safetensors=True,
-            local_files_only=True,
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"{folder} does not hold a {kind.__name__} ({first_line(error)}); copy it again"
-        ) from None
-    wrong = {
-        what: sorted(map(str, info[what]))
-        for what in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        if info.get(what)
-    }
-    if wrong:
-        listed = "; ".join(
-            f"{what.replace('_', ' ')}: {', '.join(keys[:5])}{' ...' if len(keys) > 5 else ''}"
-            for what, keys in wrong.items()
-        )
-        raise ValueError(
-            f"{folder} holds weights of another model than its config.json describes: {listed}; copy both again from one model"
-        )
-    return model
-
-
-def _load_weightless(kind, folder: Path):
-    """A stock class from a folder of descriptions only."""
-    try:
-        return kind.from_pretrained(folder, local_files_only=True)
-    # of malformed files tokenizers raises bare ones, and transformers whatever its reading stumbles
-    # over
-    except Exception as error:
-        if isinstance(error, MemoryError):
-            raise
-        reason = (
-            _not_json(folder)
-            or f"{folder} does not hold a {folder.name} ({type(error).__name__}: {first_line(error)})"
-        )
-    raise ValueError(f"{reason}; copy it again")
-
-
-def _not_json(folder: Path) -> str:
-    """Name the folder's file that is no JSON, and why; "" if all are."""
-    for path in sorted(folder.glob("*.json")):
-        try:
-            json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            return f"{path} is not JSON ({error})"
-    return ""
-
-
-def pixel_span(blocks: tuple[int, int], geometry: Geometry) -> tuple[int, int]:
-    """Pixel frames [first, stop) of blocks [first, stop)."""
-    first, stop = (geometry.pixel_frames(b * geometry.block) for b in blocks)
-    return first, stop
-
-
-def block_at(second: float, geometry: Geometry, up: bool = False) -> int:
-    """Number of the block whose first pixel frame is nearest to a time of the video, s.
-
-    ``up``: number of blocks that reach the time. Raises ValueError unless it is above 0 and finite.
-    """
-    if not 0.0 < second < math.inf:
-        raise ValueError(
-            f"{second} s is no time of a video that a block could begin or end at; give more than 0"
-        )
-    # the first latent frame gives one pixel frame, every later one four
-    blocks = (second * geometry.fps + 3) / (4 * geometry.block)
-    return int(-(-blocks // 1)) if up else max(1, round(blocks))
-
-
-def blocks_at(seconds: Sequence[float], geometry: Geometry) -> list[int]:
-    """`block_at` of times at which prompts change, in their order.
-
-    Raises ValueError where a time does not come after the one before it, or is nearest to the same
-    block: a prompt between them would never be shown.
-    """
-    blocks = [block_at(second, geometry) for second in seconds]
-    for (a, first), (b, second) in pairwise(zip(seconds, blocks)):
-        if first >= second:
-            raise ValueError(
-                f"prompts can not change at {a:g} s and then at {b:g} s: a prompt is shown for a block of {4 * geometry.block / geometry.fps:g} s at least; give times that rise by that much"
-            )
-    return blocks

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from kvpo.common.text_files import read_text
-from kvpo.generators.pipeline import Geometry, Pipeline, check_folder, load_tokenizer
+from kvpo.generators.geometry import Geometry
+from kvpo.generators.pipeline import Pipeline
+from kvpo.generators.pipeline_folder import check_folder, load_tokenizer
 from kvpo.types import Script
 
 NAMED = 12

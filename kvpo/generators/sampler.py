@@ -21,8 +21,8 @@ from kvpo.generators.cache import FrameCache
 from kvpo.generators.causal_wan import CausalWan
 from kvpo.generators.flow import add_noise, denoised
 from kvpo.generators.gaussian_steps import sde_step
+from kvpo.generators.geometry import Geometry
 from kvpo.generators.history import History
-from kvpo.generators.pipeline import Geometry
 from kvpo.types import Script
 
 Observer = Callable[[int, torch.Tensor, torch.Tensor], None]

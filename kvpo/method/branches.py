@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from kvpo.generators.geometry import Geometry
 from kvpo.generators.history import Routed
-from kvpo.generators.pipeline import Geometry, Pipeline
+from kvpo.generators.pipeline import Pipeline
 from kvpo.generators.sampler import NamedNoise, Noise, Ode, OwnSteps, Sampler, Stream
 from kvpo.method.explorers import mix_noise
 from kvpo.method.objectives.interface import Record

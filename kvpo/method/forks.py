@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from kvpo.common.rng import Name, stream
-from kvpo.generators.pipeline import Geometry
+from kvpo.generators.geometry import Geometry
 from kvpo.method.explorers import Explorer, forks_of
 from kvpo.method.settings import RolloutConfig
 from kvpo.types import Script

@@ -16,7 +16,8 @@ import torch
 
 from kvpo.common.timing import Phases
 from kvpo.distributed.ranks import Ranks
-from kvpo.generators.pipeline import Geometry, Pipeline, pixel_span
+from kvpo.generators.geometry import Geometry, pixel_span
+from kvpo.generators.pipeline import Pipeline
 from kvpo.method.prefix import PrefixDecoders
 from kvpo.method.settings import ScoreConfig
 from kvpo.rewards.base import Reward, VideoBatch

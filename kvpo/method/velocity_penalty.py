@@ -24,7 +24,8 @@ from kvpo.types import Rollout, Script
 if TYPE_CHECKING:
     import torch
 
-    from kvpo.generators.pipeline import Geometry, Pipeline
+    from kvpo.generators.geometry import Geometry
+    from kvpo.generators.pipeline import Pipeline
 else:
     torch = Late("torch")
 

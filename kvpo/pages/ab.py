@@ -19,7 +19,7 @@ from kvpo.common.files import write_atomic
 from kvpo.pages.render import render
 
 if TYPE_CHECKING:  # the network's libraries, for which nobody who counts answers should wait
-    from kvpo.generators.pipeline import Geometry
+    from kvpo.generators.geometry import Geometry
     from kvpo.types import Script
 
 EMBED = 48 * 2**20

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from kvpo.config import RunConfig
-from kvpo.generators.pipeline import Geometry
+from kvpo.generators.geometry import Geometry
 from kvpo.method.branches import own_frames
 from kvpo.method.explorers import forks_of
 from kvpo.method.objectives.interface import ReplayShape

@@ -21,7 +21,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 from kvpo.config import RunConfig
 from kvpo.convert.import_released import FORMATS
 from kvpo.convert.wan_base import arguments
-from kvpo.generators.pipeline import Geometry
+from kvpo.generators.geometry import Geometry
 from kvpo.generators.preview import RELEASED, Layout, Preview, layout_of
 from kvpo.generators.streaming import FrameDecoder, StreamingDecoder, VaeFrames
 from kvpo.planning.amounts import decoded_together, replay_rows, side_by_side

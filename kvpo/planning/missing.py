@@ -17,7 +17,7 @@ from kvpo.common.hub import hub_faults
 from kvpo.common.trackers import check_installed
 from kvpo.config import RunConfig
 from kvpo.convert.import_released import FORMATS
-from kvpo.generators.pipeline import check_folder
+from kvpo.generators.pipeline_folder import check_folder
 from kvpo.generators.preview import check_there
 from kvpo.rewards.isolated.environments import python_of
 from kvpo.rewards.measured import require

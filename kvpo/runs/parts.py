@@ -20,7 +20,8 @@ from kvpo.distributed.ranks import Ranks
 from kvpo.generators.backends import use_backend
 from kvpo.generators.compiled import compile_blocks
 from kvpo.generators.embeddings import load_with_texts
-from kvpo.generators.pipeline import Pipeline, pixel_span
+from kvpo.generators.geometry import pixel_span
+from kvpo.generators.pipeline import Pipeline
 from kvpo.generators.preview import read_preview
 from kvpo.generators.readable import check_prompts
 from kvpo.generators.sampler import SAMPLERS

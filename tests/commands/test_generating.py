@@ -24,7 +24,7 @@ from kvpo.commands import main as cli
 from kvpo.commands.generate import Generate
 from kvpo.common.video import Mp4Writer, encode_mp4, read_about, read_mp4
 from kvpo.generators.generate import generate, streamed
-from kvpo.generators.pipeline import block_at
+from kvpo.generators.geometry import block_at
 from kvpo.generators.sampler import SAMPLERS
 from kvpo.planning.peak import Ledger
 from kvpo.runs.loading import load_pipeline

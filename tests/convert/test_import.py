@@ -23,7 +23,8 @@ from kvpo.convert.import_released import FORMATS
 from kvpo.convert.lora import adapter_of, merge
 from kvpo.convert.wan_base import open_base
 from kvpo.generators.causal_wan import CausalWan
-from kvpo.generators.pipeline import Geometry, Pipeline
+from kvpo.generators.geometry import Geometry
+from kvpo.generators.pipeline import Pipeline
 from kvpo.planning.costs import VAE_2_2
 
 SMALL = ("--latent-height", "4", "--latent-width", "4")

@@ -25,7 +25,8 @@ from kvpo.convert.import_released import FORMATS
 from kvpo.convert.lora import read_lora
 from kvpo.convert.wan_names import diffusers_to_original, original_to_diffusers
 from kvpo.generators.causal_wan import CausalWan
-from kvpo.generators.pipeline import Geometry, Pipeline
+from kvpo.generators.geometry import Geometry
+from kvpo.generators.pipeline import Pipeline
 
 GRID = ("--latent-height", "4", "--latent-width", "4", "--dtype", "float32")
 

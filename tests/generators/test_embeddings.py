@@ -37,8 +37,8 @@ def test_stored_is_encoded(folder, cache, monkeypatch):
     assert done == [1, 2, 3] and torch.equal(first.encode_text(TEXTS), expected)
     read = []
     monkeypatch.setattr(
-        "kvpo.generators.pipeline._load",
-        lambda kind, path, dtype, own=embeddings.Pipeline.load.__globals__["_load"]: (
+        "kvpo.generators.pipeline.load_part",
+        lambda kind, path, dtype, own=embeddings.Pipeline.load.__globals__["load_part"]: (
             read.append(path.name) or own(kind, path, dtype)
         ),
     )

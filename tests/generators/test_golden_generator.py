@@ -13,8 +13,8 @@ from golden import case, read_tensors
 from kvpo.convert.wan_names import original_to_diffusers
 from kvpo.generators.causal_wan import CausalWan
 from kvpo.generators.flow import add_noise
+from kvpo.generators.geometry import Geometry
 from kvpo.generators.history import Routed
-from kvpo.generators.pipeline import Geometry
 from kvpo.generators.sampler import Renoise, Stream
 from kvpo.types import BranchPlan, Script, Window
 

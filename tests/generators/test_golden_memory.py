@@ -11,9 +11,9 @@ from golden import case
 from reference.memory import OverwritingBank, RepeatingBank
 from test_golden_generator import assert_block, geometry_of, run_block, stream_of
 
+from kvpo.generators.geometry import Geometry
 from kvpo.generators.history import MemoryBank, SinkWindow
 from kvpo.generators.memory import Bank
-from kvpo.generators.pipeline import Geometry
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import GEOMETRY, RED, draw
 
-from kvpo.generators.pipeline import Geometry, Pipeline
+from kvpo.generators.geometry import Geometry
+from kvpo.generators.pipeline import Pipeline
 
 
 @pytest.fixture

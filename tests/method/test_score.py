@@ -14,7 +14,7 @@ import torch
 from tiny import BLUE, GEOMETRY, RED, SMALL, Broken, Change, Unmeasured, Warmth, new_rollout, story
 
 from kvpo.common.timing import Phases
-from kvpo.generators.pipeline import pixel_span
+from kvpo.generators.geometry import pixel_span
 from kvpo.method.routing import KVRouting
 from kvpo.method.score import (
     Clip,

@@ -11,7 +11,8 @@ import torch
 
 from kvpo.common.files import write_atomic
 from kvpo.generators.generate import generate
-from kvpo.generators.pipeline import Pipeline, pixel_span
+from kvpo.generators.geometry import pixel_span
+from kvpo.generators.pipeline import Pipeline
 from kvpo.generators.sampler import SAMPLERS
 from kvpo.generators.streaming import latent_scale
 from kvpo.mini.habits import OPACITY

@@ -28,7 +28,8 @@ from diffusers import AutoencoderKLWan, WanPipeline
 from kvpo.common.files import beside, write_atomic
 from kvpo.common.progress import Progress
 from kvpo.generators.causal_wan import CausalWan
-from kvpo.generators.pipeline import Geometry, Pipeline, use_channels_last
+from kvpo.generators.geometry import Geometry
+from kvpo.generators.pipeline import Pipeline, use_channels_last
 from kvpo.mini.pretraining.autoencoder import decoder_loss, fit_encoder, set_latent_scale
 from kvpo.mini.pretraining.card import measured, write_card
 from kvpo.mini.pretraining.flat import use_flat_attention
