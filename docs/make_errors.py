@@ -72,6 +72,7 @@ SECTIONS = {
     ),
     "Prompts and text files": (
         "method/prompts.py",
+        "method/prompt_files.py",
         "evaluation/prompt_sets.py",
         "commands/prompts.py",
         "common/text_files.py",
@@ -96,6 +97,7 @@ SECTIONS = {
     "Rewards in processes of their own": ("rewards/isolated",),
     "Videos and evaluations": (
         "common/video.py",
+        "common/pictures.py",
         "commands",
         "evaluation",
     ),

@@ -44,7 +44,7 @@ class DataConfig:
     """Settings of the stories that are trained on."""
 
     prompts: str = "mini"
-    """A prompt file (see `kvpo.method.prompts`), or `mini`: the miniature's stories without end."""
+    """A prompt file (see `kvpo.method.prompt_files`), or `mini`: the miniature's stories without end."""
     blocks: int = 13
     """Length of a video, blocks (of 3 latent frames)."""
     segments: int | None = None

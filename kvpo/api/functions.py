@@ -47,7 +47,8 @@ from kvpo.generators.geometry import Geometry, block_at, blocks_at
 from kvpo.generators.pipeline import Pipeline
 from kvpo.generators.sampler import SAMPLERS
 from kvpo.method.forks import check_fork
-from kvpo.method.prompts import even_starts, readable, starts_at
+from kvpo.method.prompt_files import readable
+from kvpo.method.prompts import even_starts, starts_at
 from kvpo.method.rollout import roll_out
 from kvpo.method.score import pixel_diversity
 from kvpo.planning.missing import refuse_missing

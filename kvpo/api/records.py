@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
+from kvpo.common.pictures import html_video
 from kvpo.common.provenance import about_video
-from kvpo.common.video import encode_mp4, html_video, write_mp4
+from kvpo.common.video import encode_mp4, write_mp4
 from kvpo.evaluation.evaluate import table
 from kvpo.report.read_run import Row
 from kvpo.types import BranchPlan, RewardTable, Rollout, Script

@@ -34,7 +34,7 @@ class Generate:
     prompt: tuple[str, ...] = ()
     """Prompts of one story, in order."""
     prompts: Annotated[Path | None, tyro.conf.arg(aliases=["--script"])] = None
-    """A file of stories instead (lines, N,[a],[b] or JSONL, see kvpo.method.prompts)."""
+    """A file of stories instead (lines, N,[a],[b] or JSONL, see kvpo.method.prompt_files)."""
     at: tuple[float, ...] = ()
     """Seconds at which the second, third, ... prompt takes over; default: evenly spread."""
     seconds: float = 0.0
@@ -167,7 +167,8 @@ class Generate:
         them.
         """
         from kvpo.generators.geometry import block_at, blocks_at
-        from kvpo.method.prompts import even_starts, read_scripts, readable, starts_at
+        from kvpo.method.prompt_files import readable
+        from kvpo.method.prompts import even_starts, read_scripts, starts_at
 
         blocks = block_at(self.seconds, geometry, up=True) if self.seconds else self.blocks
         switches = blocks_at(self.at, geometry)

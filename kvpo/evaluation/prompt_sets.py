@@ -1,4 +1,4 @@
-"""`kvpo prompts`: public prompt sets as prompt files of `kvpo.method.prompts`.
+"""`kvpo prompts`: public prompt sets as prompt files of `kvpo.method.prompt_files`.
 
 Each has a record of where it is from and under which licence.
 

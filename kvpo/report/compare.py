@@ -18,7 +18,7 @@ from typing import Any
 
 from kvpo.common.files import write_atomic
 from kvpo.common.metric_log import read_metrics
-from kvpo.common.video import html_video
+from kvpo.common.pictures import html_video
 from kvpo.evaluation.intervals import TOTAL
 from kvpo.pages import html as page
 from kvpo.pages.render import render

@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 
 from kvpo.common.files import write_atomic
-from kvpo.common.video import grid, read_mp4, strips, write_mp4
+from kvpo.common.pictures import grid, strips
+from kvpo.common.video import read_mp4, write_mp4
 from kvpo.generators.pipeline import Pipeline
 from kvpo.method.advantages import Advantage
 from kvpo.method.explorers import Explorer

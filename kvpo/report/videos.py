@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvpo.common.video import html_image, html_video
+from kvpo.common.pictures import html_image, html_video
 from kvpo.pages import html as page
 from kvpo.report.read_run import Group, Missing, Sample, number
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvpo.method.prompts import readable
+from kvpo.method.prompt_files import readable
 from kvpo.studio.group import Group
 from kvpo.studio.judging import Judging
 from kvpo.studio.live import Live

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvpo.generators.pipeline import Pipeline
 from kvpo.generators.readable import words_of
-from kvpo.method.prompts import readable
+from kvpo.method.prompt_files import readable
 
 
 def check_prompt(pipeline: Pipeline, text: object) -> str:

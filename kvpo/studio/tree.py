@@ -18,7 +18,7 @@ from kvpo.common.access import check_readable
 from kvpo.common.files import write_atomic
 from kvpo.generators.sampler import SAMPLERS
 from kvpo.method.explorers import Explorer, StartNoise
-from kvpo.method.prompts import readable
+from kvpo.method.prompt_files import readable
 from kvpo.method.routing import KVRouting
 
 EXPLORERS: Mapping[str, type] = {"kv_routing": KVRouting, "start_noise": StartNoise}

@@ -16,17 +16,14 @@ import torch
 from PIL import Image
 
 from kvpo.common.files import write_atomic
+from kvpo.common.pictures import grid, html_image, html_video, strips
 from kvpo.common.rng import stream
 from kvpo.common.video import (
     Mp4Writer,
     encode_mp4,
     enlarge,
-    grid,
-    html_image,
-    html_video,
     read_about,
     read_mp4,
-    strips,
     watchable,
     write_mp4,
 )

@@ -9,14 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from kvpo.method.prompts import (
-    PromptSet,
-    ScriptSource,
-    even_starts,
-    outer_brackets,
-    read_scripts,
-    starts_at,
-)
+from kvpo.method.prompt_files import outer_brackets
+from kvpo.method.prompts import PromptSet, ScriptSource, even_starts, read_scripts, starts_at
 from kvpo.mini.source import StorySource
 from kvpo.mini.stories import vocabulary
 from kvpo.types import Script

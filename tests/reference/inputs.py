@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 
 from kvpo.generators import flow
-from kvpo.method.prompts import outer_brackets
+from kvpo.method.prompt_files import outer_brackets
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ import yaml
 
 from kvpo.common.metric_log import MetricLog
 from kvpo.common.metrics import PHASES
+from kvpo.common.pictures import grid
 from kvpo.common.rng import stream
-from kvpo.common.video import grid, write_mp4
+from kvpo.common.video import write_mp4
 from kvpo.pages.html import num, seconds
 from kvpo.pages.render import source
 from kvpo.report.curves import COLOURS, distinct, running_mean, series
