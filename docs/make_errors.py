@@ -92,7 +92,7 @@ SECTIONS = {
         "commands/import_.py",
         "mini/pretraining",
     ),
-    "LoRAs": ("convert/lora.py",),
+    "LoRAs": ("convert/lora.py", "convert/lora_names.py", "convert/lora_scales.py"),
     "Rewards": ("rewards", "commands/rewards.py", "mini/rewards"),
     "Rewards in processes of their own": ("rewards/isolated",),
     "Videos and evaluations": (

@@ -18,21 +18,26 @@ diffusers and ComfyUI.
 
 from __future__ import annotations
 
-import json
 import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from kvpo.common.finite import check_finite
-from kvpo.common.text_files import read_text
 from kvpo.common.weights import State
-from kvpo.convert.wan_names import bare_name, original_to_diffusers, unfolded
-from kvpo.convert.weight_files import ADAPTER_CONFIG, WeightFiles, find_weights
+from kvpo.convert.lora_names import (
+    HALF,
+    KOHYA,
+    OTHER_KINDS,
+    diffusers_name,
+    parts_of_modules,
+    two_of,
+)
+from kvpo.convert.lora_scales import Stated, of_config, of_header, of_trainer
+from kvpo.convert.wan_names import unfolded
+from kvpo.convert.weight_files import WeightFiles, find_weights
 from kvpo.generators.pipeline import Pipeline
 
 
@@ -53,73 +58,6 @@ Adapter = dict[str, LowRank]
 """Module, named as diffusers names it -> its LoRA."""
 
 NESTED = ("generator_lora",)
-HEADER = "lora_adapter_metadata"
-HALF = re.compile(
-    r"(?P<module>.+?)\.lora(?:_|\.)(?P<half>A|B|down|up)"
-    r"(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?\.(?P<kind>weight|bias)$"
-)
-KOHYA = re.compile(r"lora_(?:unet|transformer)_(?P<flat>.+)$")
-FLAT = (
-    (r"blocks_(\d+)_(self_attn|cross_attn)_(q|k|v|o|k_img|v_img)", r"blocks.\1.\2.\3"),
-    (r"blocks_(\d+)_ffn_(0|2)", r"blocks.\1.ffn.\2"),
-    (r"blocks_(\d+)_(attn1|attn2)_(to_q|to_k|to_v|add_k_proj|add_v_proj)", r"blocks.\1.\2.\3"),
-    (r"blocks_(\d+)_(attn1|attn2)_to_out_0", r"blocks.\1.\2.to_out.0"),
-    (r"blocks_(\d+)_ffn_net_0_proj", r"blocks.\1.ffn.net.0.proj"),
-    (r"blocks_(\d+)_ffn_net_2", r"blocks.\1.ffn.net.2"),
-    (r"(time_embedding|text_embedding|time_projection)_(\d)", r"\1.\2"),
-    (r"head_head", r"head.head"),
-    (r"proj_out", r"proj_out"),
-    (r"condition_embedder_time_proj", r"condition_embedder.time_proj"),
-    (
-        r"condition_embedder_(time|text)_embedder_linear_(1|2)",
-        r"condition_embedder.\1_embedder.linear_\2",
-    ),
-)
-"""Pattern of a name in kohya's style -> the module's name.
-
-kohya's trainers write every dot of a module's name as an underscore; which ones were dots is known
-of Wan's modules.
-"""
-OTHER_KINDS = {
-    "dora_scale": "a DoRA, which also rescales the rows of a weight",
-    "lora_magnitude_vector": "a DoRA, which also rescales the rows of a weight",
-    "lokr_": "a LoKr, of Kronecker products",
-    "hada_": "a LoHa, of Hadamard products",
-    "oft_": "an OFT, of rotations",
-    "lora_mid": "a LoCon with a third factor",
-    "lora_embedding_": "a LoRA of an embedding table",
-}
-CHANGES_ITS_BASE = ("pissa", "olora", "corda", "loftq")
-"""Starts of `init_lora_weights` under which an adapter's halves alone are not the change.
-
-PEFT then subtracts the adapter's start from the base.
-"""
-
-
-@dataclass(frozen=True)
-class Stated:
-    """alpha and rank as a header or an adapter_config.json states them, with PEFT's meaning."""
-
-    source: str
-    rank: int | None
-    alpha: float
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    stabilised: bool = False
-
-    def scale(self, names: Sequence[str], found: int) -> float:
-        """Scale of a module, known by any of ``names``, whose halves have rank ``found``.
-
-        ValueError where another rank is stated.
-        """
-        rank = _by_pattern(self.rank_pattern, names, self.rank)
-        if rank is not None and int(rank) != found:
-            raise ValueError(
-                f"{self.source} states rank {rank} for {names[0]}, but its tensors have rank "
-                f"{found}; give both of one adapter"
-            )
-        alpha = float(_by_pattern(self.alpha_pattern, names, self.alpha))
-        return alpha / (math.sqrt(found) if self.stabilised else found)
 
 
 def is_adapter(content: Mapping[str, Any]) -> bool:
@@ -146,9 +84,9 @@ def adapter_in(found: WeightFiles, content: Mapping[str, Any]) -> Adapter:
 
     It minds what their header and their adapter_config.json say.
     """
-    stated = [s for s in (_of_header(found), _of_config(found)) if s is not None]
+    stated = [s for s in (of_header(found), of_config(found)) if s is not None]
     if not stated and not any(name.endswith(".alpha") for name in content):
-        stated = _of_trainer(found)
+        stated = of_trainer(found)
     return adapter_of(content, found.path, stated)
 
 
@@ -163,7 +101,7 @@ def adapter_of(content: Mapping[str, Any], path: Path, stated: Iterable[Stated] 
         (content[key] for key in NESTED if isinstance(content.get(key), Mapping)), content
     )
     state = {name: tensor for name, tensor in nested.items() if isinstance(tensor, torch.Tensor)}
-    modules = _collected(state, path)
+    modules = parts_of_modules(state, path)
     if not modules:
         raise ValueError(
             f"{path} holds no LoRA: no lora_A and lora_B, or lora_down and lora_up, are among its "
@@ -171,9 +109,9 @@ def adapter_of(content: Mapping[str, Any], path: Path, stated: Iterable[Stated] 
         )
     adapter: Adapter = {}
     for name, parts in modules.items():
-        module = _diffusers_name(name)
+        module = diffusers_name(name)
         if module in adapter:
-            raise ValueError(_two_of(path, module))
+            raise ValueError(two_of(path, module))
         adapter[module] = _low_rank(path, name, module, parts, stated)
     return adapter
 
@@ -219,98 +157,6 @@ def described(adapter: Adapter, strength: float) -> str:
     return f"LoRA of rank {rank} on {len(adapter)} modules, {scale}"
 
 
-# --- Names ---
-
-
-def _collected(state: State, path: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """Module as the file names it, without prefixes -> its parts: A, B, B.bias, alpha, diff_b."""
-    modules: dict[str, dict[str, torch.Tensor]] = {}
-    adapters, strange, twice = set(), [], ""
-    for full, tensor in state.items():
-        if kind := next(
-            (
-                what
-                for mark, what in OTHER_KINDS.items()
-                if f".{mark}" in full or full.endswith(mark)
-            ),
-            None,
-        ):
-            raise ValueError(
-                f"{path} is {kind} ({full}); only plain LoRAs can be read. Merge it where it was "
-                "trained, and import the merged weights"
-            )
-        if (module_part := _part(full)) is None:
-            strange.append(full)
-            continue
-        module, part, adapter = module_part
-        adapters.add(adapter)
-        parts = modules.setdefault(_module_name(module, path), {})
-        twice = twice or (module if part in parts else "")
-        parts[part] = tensor
-    if len(adapters - {None}) > 1:
-        raise ValueError(
-            f"{path} holds {len(adapters - {None})} adapters, "
-            f"{', '.join(sorted(a for a in adapters if a))}; save the one that is meant alone"
-        )
-    if twice:
-        raise ValueError(_two_of(path, twice))
-    for full in strange:
-        if not (full.endswith((".diff", ".diff_b")) and not state[full].any()):
-            raise ValueError(
-                f"{path} holds {full}, which is no half of a LoRA, and only plain LoRAs can be read; "
-                "merge it where it was trained, and import the merged weights"
-            )
-    return {
-        m: parts
-        for m, parts in modules.items()
-        if set(parts) != {"diff_b"} or parts["diff_b"].any()
-    }
-
-
-def _two_of(path: Path, module: str) -> str:
-    return f"{path} holds two LoRAs of {module}, under different names; give each a file of its own"
-
-
-def _part(full: str) -> tuple[str, str, str | None] | None:
-    """(module, which part of its LoRA, name of the adapter); None for what is no part of one."""
-    if match := HALF.match(full):
-        half = {"down": "A", "up": "B"}.get(match["half"], match["half"])
-        return (
-            match["module"],
-            half if match["kind"] == "weight" else f"{half}.bias",
-            match["adapter"],
-        )
-    for part in ("alpha", "diff_b"):
-        if full.endswith(f".{part}"):
-            return (full.removesuffix(f".{part}"), part, None)
-    return None
-
-
-def _module_name(module: str, path: Path) -> str:
-    """Name of a module without prefixes, and with its dots.
-
-    Raises ValueError for a name of kohya's trainers that is no module of Wan's transformer.
-    """
-    module = bare_name(module)
-    if (kohya := KOHYA.match(module)) is None:
-        return module
-    for pattern, dotted in FLAT:
-        if re.fullmatch(pattern, kohya["flat"]):
-            return re.sub(pattern, dotted, kohya["flat"])
-    raise ValueError(
-        f"{path} holds {module}, a name of kohya's trainers that is no module of Wan's "
-        "transformer; give the base it was trained on"
-    )
-
-
-def _diffusers_name(module: str) -> str:
-    (name,) = original_to_diffusers({f"{module}.weight": torch.empty(0)})
-    return name.removesuffix(".weight")
-
-
-# --- Scales ---
-
-
 def _low_rank(
     path: Path, name: str, module: str, parts: Mapping[str, torch.Tensor], stated: Iterable[Stated]
 ) -> LowRank:
@@ -347,111 +193,6 @@ def _fits(state: State, module: str, low: LowRank) -> bool:
     if weight is None or weight.shape != (len(low.B), low.A.shape[1]):
         return False
     return low.bias is None or (bias is not None and bias.shape == low.bias.shape)
-
-
-def _of_header(found: WeightFiles) -> Stated | None:
-    """Read what diffusers has written into the file's header; None if there is nothing.
-
-    It is a PEFT config, its keys prefixed by the component.
-    """
-    if (text := found.header().get(HEADER)) is None:
-        return None
-    source = f"{HEADER} in the header of {found.files[0].name}"
-    try:
-        config = json.loads(text)
-    except ValueError:
-        raise ValueError(f"{found.path}: {source} is not JSON; save the adapter again") from None
-    if not isinstance(config, Mapping):
-        raise ValueError(
-            f"{found.path}: {source} holds a {type(config).__name__}, not named settings; save the adapter again"
-        )
-    own = {
-        key.removeprefix("transformer."): value
-        for key, value in config.items()
-        if key.startswith("transformer.")
-    }
-    return _stated(own or {k: v for k, v in config.items() if "." not in k}, source, found.path)
-
-
-def _of_trainer(found: WeightFiles) -> list[Stated]:
-    """Read alpha from the notes of kohya's trainers in a header, where no alpha tensor says it.
-
-    The tensors come first where they are there: single blocks may have been trained at another one.
-    """
-    alpha = found.header().get("ss_network_alpha", "None")
-    if alpha == "None":
-        return []
-    try:
-        return [Stated("ss_network_alpha", None, float(alpha))]
-    except ValueError:
-        raise ValueError(
-            f"{found.path}: ss_network_alpha in its header is {alpha!r}; it must be a number"
-        ) from None
-
-
-def _of_config(found: WeightFiles) -> Stated | None:
-    """Read what PEFT has written beside the file; None if there is nothing."""
-    if found.config is None:
-        return None
-    try:
-        config = json.loads(read_text(found.config))
-    except ValueError as error:
-        raise ValueError(f"{found.config} is not JSON ({error}); copy it again") from None
-    if not isinstance(config, Mapping):
-        raise ValueError(
-            f"{found.config} holds a {type(config).__name__}, not named settings; save the adapter again"
-        )
-    return _stated(config, ADAPTER_CONFIG, found.path)
-
-
-def _stated(config: Mapping[str, Any], source: str, path: Path) -> Stated | None:
-    """Read alpha and rank from an adapter's config; None if it is empty.
-
-    Raises ValueError for settings under which the halves alone are not the whole change.
-    """
-    if not config:
-        return None
-    if (kind := str(config.get("peft_type") or "LORA").rpartition(".")[2]) != "LORA":
-        raise ValueError(
-            f"{path}: {source} describes a {kind}; only plain LoRAs can be read. Merge it where it "
-            "was trained, and import the merged weights"
-        )
-    start = config.get("init_lora_weights")
-    faults = {
-        "use_dora": bool(config.get("use_dora")),
-        "fan_in_fan_out": bool(config.get("fan_in_fan_out")),
-        f"init_lora_weights {start}": isinstance(start, str)
-        and start.lower().startswith(CHANGES_ITS_BASE),
-    }
-    if bad := [name for name, wrong in faults.items() if wrong]:
-        raise ValueError(
-            f"{path}: {source} sets {', '.join(bad)}, so its halves alone are not its change; "
-            "merge it where it was trained, and import the merged weights"
-        )
-    if "lora_alpha" not in config:
-        raise ValueError(
-            f"{path}: {source} states no lora_alpha, and without it the scale is a guess; write "
-            "the one it was trained with"
-        )
-    try:
-        rank = None if config.get("r") is None else int(config["r"])
-        ranks, alphas = (dict(config.get(key) or {}) for key in ("rank_pattern", "alpha_pattern"))
-        return Stated(
-            source, rank, float(config["lora_alpha"]), ranks, alphas, bool(config.get("use_rslora"))
-        )
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"{path}: {source} states r = {config.get('r')!r} and lora_alpha = "
-            f"{config['lora_alpha']!r}; both must be numbers"
-        ) from None
-
-
-def _by_pattern(patterns: Mapping[str, Any], names: Sequence[str], default: Any) -> Any:
-    """The value of the first pattern that a name ends in, as PEFT matches them."""
-    for pattern, value in patterns.items():
-        if any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
-            return value
-    return default
 
 
 @torch.no_grad()
