@@ -1,4 +1,4 @@
-"""How a generator streams, and where its blocks lie in frames and seconds.
+"""Geometry of a generator's streaming, and the places of its blocks in frames and seconds.
 
 The numbers are the content of a pipeline folder's `streaming.json`.
 """

@@ -55,7 +55,7 @@ a list's item.
 
 @dataclass(frozen=True)
 class Place:
-    """Where in a prompt file a script stands, for its id and for errors."""
+    """Place of a script in a prompt file, for its id and for errors."""
 
     path: Path
     line: int
