@@ -69,10 +69,12 @@ def explore_command(args: Explore) -> None:
     try_folder(out)
     folder = pipeline_folder(generator)
     check_prompts(folder, [script], progress.warn)
+    geometry = check_folder(folder)
+    forks: Sequence[int] = ()
     if args.fork >= 0:
-        check_fork(explorer, script, check_folder(folder), args.fork)
+        check_fork(explorer, script, geometry, args.fork)
     else:
-        shared_forks(config.exploring, explorer, script, check_folder(folder))
+        forks = shared_forks(config.exploring, explorer, script, geometry)
     progress.log(
         f"kvpo explore {args.recipe} with {generator} on {device}: script {args.script}, {config.rollout.branches} branches, into {out}"
     )
@@ -80,7 +82,7 @@ def explore_command(args: Explore) -> None:
     folder = out / f"script-{args.script}-{chosen}"
     look = Look(config, script, ("explore", args.script), generator, device, progress)
     say_replaced([folder / "groups" / "step-000000"], progress.say)
-    fork, said = (args.fork, "") if args.fork >= 0 else look.telling_fork(explorer, args.tries)
+    fork, said = (args.fork, "") if args.fork >= 0 else look.telling_fork(forks, args.tries)
     look.show(look.rolled(explorer, fork), explorer, folder, said)
 
 
@@ -154,11 +156,11 @@ class Look:
             horizon,
         )
 
-    def telling_fork(self, shown: Explorer, tries: int) -> tuple[int, str]:
-        """The fork of a few whose branches differ most, as `widest_fork`.
+    def telling_fork(self, forks: Sequence[int], tries: int) -> tuple[int, str]:
+        """The one of a few ``forks`` whose branches differ most, as `widest_fork`.
 
-        It is the recipe's explorer that forks, whichever is ``shown``: groups that are compared
-        must leave the story at one block.
+        It is the recipe's explorer that forks, whichever is shown: groups that are compared must
+        leave the story at one block.
         """
         explorer = self.config.exploring
 
@@ -166,7 +168,6 @@ class Look:
             rollout = self.rolled(explorer, fork, lambda window: window.stop)
             return window_diversity(self.pipeline, rollout)
 
-        forks = shared_forks(explorer, shown, self.script, self.pipeline.geometry)
         return widest_fork(forks, tries, diversity, self.progress)
 
     def show(self, rollout: Rollout, explorer: Explorer, out: Path, said: str) -> None:

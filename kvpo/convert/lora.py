@@ -27,14 +27,7 @@ import torch
 
 from kvpo.common.finite import check_finite
 from kvpo.common.weights import State
-from kvpo.convert.lora_names import (
-    HALF,
-    KOHYA,
-    OTHER_KINDS,
-    diffusers_name,
-    parts_of_modules,
-    two_of,
-)
+from kvpo.convert.lora_names import diffusers_name, of_an_adapter, parts_of_modules, two_of
 from kvpo.convert.lora_scales import Stated, of_config, of_header, of_trainer
 from kvpo.convert.wan_names import unfolded
 from kvpo.convert.weight_files import WeightFiles, find_weights
@@ -64,10 +57,7 @@ def is_adapter(content: Mapping[str, Any]) -> bool:
     """Whether the content of a file is a LoRA, or a kin of it, rather than a generator."""
     if any(isinstance(content.get(key), Mapping) for key in NESTED):
         return True
-    return any(
-        HALF.match(name) or KOHYA.match(name) or any(f".{kind}" in name for kind in OTHER_KINDS)
-        for name in content
-    )
+    return any(of_an_adapter(name) for name in content)
 
 
 def read_lora(path: Path) -> Adapter:

@@ -47,6 +47,13 @@ OTHER_KINDS = {
 }
 
 
+def of_an_adapter(name: str) -> bool:
+    """Whether a tensor's name is one that a LoRA, or a kin of it, has and a generator has not."""
+    return bool(
+        HALF.match(name) or KOHYA.match(name) or any(f".{kind}" in name for kind in OTHER_KINDS)
+    )
+
+
 def parts_of_modules(state: State, path: Path) -> dict[str, dict[str, torch.Tensor]]:
     """Module as the file names it, without prefixes -> its parts: A, B, B.bias, alpha, diff_b."""
     modules: dict[str, dict[str, torch.Tensor]] = {}
@@ -93,6 +100,7 @@ def parts_of_modules(state: State, path: Path) -> dict[str, dict[str, torch.Tens
 
 
 def two_of(path: Path, module: str) -> str:
+    """Words of the error where a file names a module twice."""
     return f"{path} holds two LoRAs of {module}, under different names; give each a file of its own"
 
 
@@ -129,5 +137,6 @@ def _module_name(module: str, path: Path) -> str:
 
 
 def diffusers_name(module: str) -> str:
+    """Name of a module as diffusers has it; a name of the original Wan is translated."""
     (name,) = original_to_diffusers({f"{module}.weight": torch.empty(0)})
     return name.removesuffix(".weight")

@@ -90,45 +90,36 @@ def window_latents(
 
     Only the denoise steps ``routed`` read by plan, and the clean pass if ``clean``.
     """
-    g, window, rows = pipeline.geometry, start.window, (*plans, BranchPlan())
+    window, rows = start.window, (*plans, BranchPlan())
     noise = PlannedNoise(start.noise, rows, window)
     stream = branch_out(pipeline, start.past, rows, noise, window)
-    by_plan = Routed(g.history, rows, window, g.block)
-    for block in range(window.fork, window.stop):
-        stream.switch()
-        frames = list(range(block * g.block, (block + 1) * g.block))
-        past = {True: by_plan.past(frames[0], g.block), False: g.history.past(frames[0], g.block)}
-        x0 = _denoised(pipeline, stream, block, noise, len(rows), past, routed)
-        pipeline.generator.commit(x0, stream.text(block), frames, stream.cache, past[clean])
-        stream.blocks.append(x0)
+    by_plan = Routed(stream.geometry.history, rows, window, stream.geometry.block)
+    for _ in range(window.blocks):
+        _advance(stream, by_plan, routed, clean)
     return torch.cat(stream.blocks[window.fork :], dim=1)
 
 
-def _denoised(
-    pipeline: Pipeline,
-    stream: Stream,
-    block: int,
-    noise: PlannedNoise,
-    rows: int,
-    past: Mapping[bool, tuple[int, ...] | list[tuple[int, ...]]],
-    routed: Collection[int],
-) -> torch.Tensor:
-    """x0_BFCHW of a block; ``past``: what its steps read, by whether they are ``routed``."""
-    g, text = pipeline.geometry, stream.text(block)
-    frames = list(range(block * g.block, (block + 1) * g.block))
-    assert stream.sampler is not None, "what goes on from a past has its sampler"
+def _advance(stream: Stream, by_plan: Routed, routed: Collection[int], clean: bool) -> None:
+    """Generate and commit the next block as `window_latents` says.
+
+    `Stream.advance` reads one past throughout a block.
+    """
+    stream.switch()
+    g, block, noise = stream.geometry, len(stream.blocks), stream.noise
+    assert stream.sampler is not None and noise is not None, "what goes on has both"
+    frames, text = list(range(block * g.block, (block + 1) * g.block)), stream.text(block)
+    past = {True: by_plan.past(frames[0], g.block), False: g.history.past(frames[0], g.block)}
 
     def velocity(x: torch.Tensor, sigma: float) -> torch.Tensor:
         read = past[g.sigmas.index(sigma) in routed]
-        return pipeline.generator.velocity(x, sigma, text, frames, stream.cache, read)
+        return stream.model.velocity(x, sigma, text, frames, stream.cache, read)
 
-    def of_all_rows(noise: torch.Tensor) -> torch.Tensor:
-        return noise.to(pipeline.device).expand(rows, *noise.shape[-4:])
-
-    return denoise_block(
+    x0 = denoise_block(
         velocity,
         stream.sampler,
         g.sigmas,
-        of_all_rows(noise.start(block)),
-        lambda i: of_all_rows(noise.renoise(block, i)),
+        stream.of_all_rows(noise.start(block)),
+        lambda i: stream.of_all_rows(noise.renoise(block, i)),
     )
+    stream.model.commit(x0, text, frames, stream.cache, past[clean])
+    stream.blocks.append(x0)

@@ -252,8 +252,8 @@ class Stream:
             velocity,
             self.sampler,
             self.geometry.sigmas_of(block),
-            self._rows(noise.start(block)),
-            lambda i: self._rows(noise.renoise(block, i)),
+            self.of_all_rows(noise.start(block)),
+            lambda i: self.of_all_rows(noise.renoise(block, i)),
             observe,
         )
         self.model.commit(x0, text, frames, self.cache, past)
@@ -315,6 +315,7 @@ class Stream:
             own,
         )
 
-    def _rows(self, noise: torch.Tensor) -> torch.Tensor:
+    def of_all_rows(self, noise: torch.Tensor) -> torch.Tensor:
+        """A block's noise on the model's device, shared by all rows unless each has its own."""
         noise = noise.to(self.model.device)
         return noise if noise.dim() == 5 else noise.expand(self.rows, *noise.shape)
